@@ -1,0 +1,224 @@
+"""Where text comes from: what Python itself carries, files and standard input, and a public-domain book."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ._files import BLOCK_BYTES, atomic_writer, default_cache_dir, sha256_of_file
+
+STDIN = "-"
+
+
+class DownloadError(OSError):
+    """A corpus could not be downloaded, or what came is not what was expected."""
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """A text that can be downloaded. ``sha256`` is None where no checksum can be fixed in advance."""
+
+    title: str
+    url: str
+    sha256: str | None
+    licence: str
+
+
+CORPORA = {
+    "war-and-peace": CorpusSource(
+        title="Leo Tolstoy, War and Peace (Project Gutenberg, ebook 2600)",
+        url="https://www.gutenberg.org/cache/epub/2600/pg2600.txt",
+        sha256=None,  # Project Gutenberg re-edits its files in place
+        licence="public domain in the USA; https://www.gutenberg.org/policy/license.html",
+    ),
+}
+
+
+def builtin_text() -> str:
+    """About 465 000 characters of English that Python itself carries: its documentation topics.
+
+    The topics of ``pydoc_data.topics`` in the order of their names, joined by line ends. The text differs a
+    little from one Python release to the next.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise FileNotFoundError(
+            "the built-in text is not there: this Python comes without pydoc_data.topics; pass --text FILE"
+        ) from None
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text_files(paths: Iterable[str | Path], encoding: str = "utf-8") -> Iterator[str]:
+    """The text of several files as one stream of chunks of about a megabyte; ``-`` is standard input.
+
+    A byte order mark is left out, line ends become ``\\n``, and a file that does not end in one is parted
+    from the next by one. Errors name the file: FileNotFoundError if it is missing, ValueError if it is a
+    directory, is empty, is binary (has NUL characters) or is not text in ``encoding``.
+    """
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise ValueError(f"encoding: Python knows no encoding {encoding!r}") from None
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    last = "\n"
+    for path in paths:
+        if not last.endswith("\n"):
+            yield "\n"
+        with _open_bytes(path) as file:
+            for last in _decoded(file, "standard input" if str(path) == STDIN else str(path), encoding):
+                yield last
+
+
+def _open_bytes(path: str | Path) -> AbstractContextManager[BinaryIO]:
+    if str(path) == STDIN:
+        return nullcontext(sys.stdin.buffer)  # not ours to close
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a directory; expected a text file")
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+
+
+def _decoded(file: BinaryIO, name: str, encoding: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    lines = io.IncrementalNewlineDecoder(decoder, translate=True)
+    wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32"))  # NUL bytes are normal there
+    read = 0
+    first = True
+    while True:
+        block = file.read(BLOCK_BYTES)
+        if b"\0" in block and not wide:
+            raise ValueError(f"{name}: looks like a binary file (NUL at byte {read + block.index(0)})")
+        read += len(block)
+        try:
+            text = lines.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            # The decoder prepends what it kept of the block before, so count from the end.
+            position = read - len(error.object) + error.start
+            raise ValueError(
+                f"{name}: not valid {encoding} text (byte 0x{error.object[error.start]:02x} at {position}: "
+                f"{error.reason}); pass the file's encoding, or convert it to utf-8"
+            ) from None
+        if first and text:
+            text = text.removeprefix("\ufeff")
+            first = not text  # a mark alone is no text
+        if "\0" in text:
+            raise ValueError(f"{name}: looks like a binary file (NUL character)")
+        if text:
+            yield text
+        if not block:
+            break
+    if first:
+        raise ValueError(f"{name}: the file is empty")
+
+
+def download_corpus(
+    name: str = "war-and-peace",
+    cache_dir: str | Path | None = None,
+    url: str | None = None,
+    sha256: str | None = None,
+    progressbar: bool = False,
+) -> Path:
+    """Download a text once; return the path of its cached copy (UTF-8, Project Gutenberg's frame removed).
+
+    ``name`` is one of ``CORPORA``, or any name if ``url`` is given. ``sha256`` is the checksum of the file
+    as downloaded. **For "war-and-peace" no checksum is known in advance**, because Project Gutenberg edits
+    its files in place: the checksum of the first download is written beside the file and verified at every
+    later use, so later changes and damage are noticed, but the first download itself is taken on trust.
+
+    Raises ValueError for an unknown name, and DownloadError (an OSError) where the download fails, the
+    checksum differs, or a web page came in place of a text; nothing of a failed download stays in the cache.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or (url is None and name not in CORPORA):
+        raise ValueError(f"corpus: expected one of {', '.join(CORPORA)}, got {name!r}")
+    if url is None:
+        source = CORPORA[name]
+        url, sha256 = source.url, sha256 or source.sha256
+    folder = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "corpora"
+    stem = f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    raw, record, text = folder / f"{stem}.download", folder / f"{stem}.sha256", folder / f"{stem}.txt"
+
+    if raw.is_file() and (sha256 or record.is_file()):
+        expected = sha256 or record.read_text("ascii").strip()
+        actual = sha256_of_file(raw)
+        if actual != expected:
+            raise DownloadError(
+                f"corpus {name}: the cached file {raw} has changed: expected sha256 {expected}, got "
+                f"{actual}; delete it to download it again"
+            )
+    else:
+        _download(name, url, sha256, raw, record, progressbar)
+    with atomic_writer(text) as file:
+        file.write(strip_gutenberg_frame(raw.read_bytes().decode("utf-8-sig")).encode("utf-8"))
+    return text
+
+
+def _download(name: str, url: str, sha256: str | None, raw: Path, record: Path, progressbar: bool) -> None:
+    import pooch
+    import requests
+
+    # Under another name until its checksum is recorded: a file named `raw` is always a verifiable one.
+    part = raw.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    help_text = f"Would be cached at {raw}. To train on a text of your own, pass --text FILE"
+    try:
+        pooch.retrieve(
+            url,
+            known_hash=None if sha256 is None else f"sha256:{sha256}",
+            fname=part.name,
+            path=part.parent,
+            downloader=pooch.HTTPDownloader(progressbar=progressbar, timeout=30),
+        )
+    except ValueError as error:  # pooch's report of a checksum that differs
+        reason = " ".join(str(error).split())
+        raise DownloadError(f"corpus {name}: checksum of {url} differs: {reason}. {help_text}") from None
+    except (requests.RequestException, OSError) as error:
+        raise DownloadError(f"corpus {name}: cannot download {url}: {error}. {help_text}") from None
+    try:
+        data = part.read_bytes()
+        _check_is_text(name, url, data)
+        with atomic_writer(record) as file:
+            file.write(hashlib.sha256(data).hexdigest().encode("ascii") + b"\n")
+        part.replace(raw)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _check_is_text(name: str, url: str, data: bytes) -> None:
+    """A login page of a network is the usual thing that comes in place of a file."""
+    head = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if head.startswith((b"<!doctype", b"<html")):
+        raise DownloadError(f"corpus {name}: {url} sent a web page, expected a text file")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DownloadError(f"corpus {name}: {url} sent no utf-8 text (byte {error.start})") from None
+    if b"\0" in data or not data.strip():
+        raise DownloadError(f"corpus {name}: {url} sent a file that is empty or binary")
+
+
+_GUTENBERG_START = re.compile(r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.{0,300}?\*\*\*", re.S)
+_GUTENBERG_END = re.compile(r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK")
+
+
+def strip_gutenberg_frame(text: str) -> str:
+    """The book without Project Gutenberg's header and footer, line ends as ``\\n``; other text unchanged."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    start = _GUTENBERG_START.search(text)
+    if start:
+        text = text[start.end() :]
+    end = _GUTENBERG_END.search(text)
+    if end:
+        text = text[: end.start()]
+    return text.strip("\n") + "\n" if start or end else text

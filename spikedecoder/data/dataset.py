@@ -1,0 +1,334 @@
+"""From text to training windows: tokens in a memory-mapped file, split into train and held-out parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._files import atomic_writer, default_cache_dir, sha256_of_file
+from .corpora import CORPORA, STDIN, builtin_text, download_corpus, read_text_files
+from .text import original_dictionary
+from .tokenizers import CharTokenizer, Tokenizer, WordTokenizer, tokenizer_from_dict
+
+TOKENIZER_KINDS = ("char", "original-char", "word", "original-word")
+IGNORED = -100  # what torch's cross_entropy leaves out of the loss
+BUILTIN = "builtin"
+
+_VERSION = 1  # of the cached files; part of their key
+_CHUNK_CHARACTERS = 1 << 20
+
+Chunks = Callable[[], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as token ids, split into a train part and a held-out part.
+
+    Attributes:
+        name: what the text is called (file names, or the name of the corpus).
+        tokenizer: the tokenizer of the ids.
+        train, val: 1-D arrays of ids, mapped from the cache file, read-only.
+        characters: characters of the text; ``val_characters`` of them are held out.
+        fingerprint: SHA-256 over text, tokenizer and split; equal fingerprints mean equal ids.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    train: np.ndarray
+    val: np.ndarray
+    characters: int
+    val_characters: int
+    fingerprint: str
+
+
+def prepare_corpus(
+    texts: Sequence[str | Path] | None = None,
+    *,
+    corpus: str | None = None,
+    tokenizer: str | Tokenizer = "char",
+    min_count: int = 1,
+    val_fraction: float = 0.1,
+    cache_dir: str | Path | None = None,
+    max_chars: int | None = None,
+    encoding: str = "utf-8",
+) -> Corpus:
+    """Encode a text, or find it encoded in the cache.
+
+    The text is ``texts`` (paths, joined; ``-`` is standard input), or ``corpus`` ("builtin" or a name in
+    ``CORPORA``), or the built-in text if neither is given; ``max_chars`` keeps only its beginning.
+
+    It is split first, by characters: the last ``val_fraction`` is held out, and windows are cut from each
+    part alone, so that no training window contains held-out text. Where the vocabulary comes from:
+
+    * "char": the whole text. It says only which characters exist; one that is met in the held-out part alone
+      would otherwise be an unknown token there, and the text could not be restored.
+    * "word": the train part. Which words the held-out part uses is what a model has to cope with; a
+      vocabulary that knew them would hide the unknown words and flatter the held-out figures.
+    * "original-word": the whole text, as in the original.
+
+    ``min_count`` applies to words. A ``Tokenizer`` object is used as it is.
+
+    The text is streamed, never held in memory, into a file in ``cache_dir`` (see ``default_cache_dir``) named
+    by a hash of content, tokenizer and split. A cached file is used only if its length and checksum are
+    right; otherwise it is made again.
+
+    Raises ValueError (bad argument; empty, binary or wrongly encoded file; text with nothing to hold out),
+    FileNotFoundError, DownloadError.
+    """
+    if texts is not None and corpus is not None:
+        raise ValueError("texts and corpus: expected one of them, got both")
+    if isinstance(texts, (str, Path)):
+        texts = [texts]
+    if texts is not None and len(texts) == 0:
+        raise ValueError("texts: expected at least one file, got none")
+    if isinstance(tokenizer, str) and tokenizer not in TOKENIZER_KINDS:
+        raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZER_KINDS)}, got {tokenizer!r}")
+    if not isinstance(tokenizer, (str, Tokenizer)):
+        raise TypeError(f"tokenizer: expected a name or a Tokenizer, got {type(tokenizer).__name__}")
+    if not isinstance(min_count, int) or min_count < 1:
+        raise ValueError(f"min_count: expected an integer of 1 or more, got {min_count!r}")
+    if not 0.0 < val_fraction < 1.0:
+        raise ValueError(f"val_fraction: expected a number between 0 and 1, got {val_fraction!r}")
+    if max_chars is not None and max_chars < 1:
+        raise ValueError(f"max_chars: expected 1 or more, got {max_chars!r}")
+
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    with ExitStack() as stack:
+        name, source = _text_source(texts, corpus, folder, encoding, stack)
+
+        def chunks(start: int = 0, stop: int | None = max_chars) -> Iterator[str]:
+            return _characters(source(), start, stop)
+
+        digest = hashlib.sha256()
+        characters = 0
+        for chunk in chunks():
+            digest.update(chunk.encode("utf-8", "surrogatepass"))
+            characters += len(chunk)
+        val_characters = round(characters * val_fraction)
+        cut = characters - val_characters
+        if cut == 0 or val_characters == 0:
+            raise ValueError(
+                f"{name}: {characters} characters cannot be split with val_fraction={val_fraction}: "
+                f"expected a longer text"
+            )
+
+        key = _key(digest.hexdigest(), cut, tokenizer, min_count)
+        path = folder / "tokens" / f"{key}.bin"
+        found = _load(path)
+        if found is None:
+            made = _tokenizer(tokenizer, min_count, chunks, cut)
+            parts = (chunks(0, cut), chunks(cut, characters))
+            _write(path, made, parts)
+            found = _load(path)
+            if found is None:
+                raise OSError(f"{path}: what was just written cannot be read back; is the disk failing?")
+    made, train, val = found
+    return Corpus(name, made, train, val, characters, val_characters, key)
+
+
+def check_context(corpus: Corpus, seq_len: int) -> None:
+    """Raise a ValueError naming both lengths if no window of ``seq_len`` tokens fits the train part."""
+    if len(corpus.train) < seq_len + 1:
+        raise ValueError(
+            f"{corpus.name}: the text is shorter than the context: its train part has {len(corpus.train)} "
+            f"tokens, and a context of {seq_len} needs at least {seq_len + 1}; give more text or a shorter "
+            f"context"
+        )
+    if len(corpus.val) < 2:
+        raise ValueError(
+            f"{corpus.name}: the held-out part has {len(corpus.val)} tokens, and at least 2 are needed to "
+            f"predict one (the context is {seq_len}); give more text or a larger val_fraction"
+        )
+
+
+class WindowSampler:
+    """Random training windows as a pure function of (seed, step).
+
+    The windows of a step come from a counter-based generator (Philox: key = seed, counter = step), so that
+    there is no state to save: a resumed run asks for step n and gets what it would have got. Starts are
+    uniform over all windows (64-bit draws modulo their number). With ``world_size`` processes, process
+    ``rank`` gets its share of one common batch of ``world_size * batch_size`` windows.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        for what, value in (("seq_len", seq_len), ("batch_size", batch_size), ("world_size", world_size)):
+            if value < 1:
+                raise ValueError(f"{what}: expected 1 or more, got {value}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1} (world_size - 1), got {rank}")
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed: expected 0 to 2**64 - 1, got {seed}")
+        if len(tokens) < seq_len + 1:
+            raise ValueError(f"tokens: a window of {seq_len} needs {seq_len + 1} tokens, got {len(tokens)}")
+        self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self._offsets = np.arange(seq_len + 1)
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of a step, int64 ``[batch_size, seq_len]``; targets are one token ahead."""
+        if step < 0:
+            raise ValueError(f"step: expected 0 or more, got {step}")
+        # The second word of the counter: each step then has 2**64 draws before it meets the next.
+        generator = np.random.Philox(key=self.seed, counter=[0, step, 0, 0])
+        draws = generator.random_raw(self.batch_size * self.world_size)
+        mine = draws[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        starts = (mine % np.uint64(len(self.tokens) - self.seq_len)).astype(np.int64)
+        windows = torch.from_numpy(self.tokens[starts[:, None] + self._offsets].astype(np.int64))
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def held_out_batches(
+    tokens: np.ndarray, seq_len: int, batch_size: int, max_tokens: int | None = None, pad_id: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Consecutive windows that do not overlap, in batches of at most ``batch_size``: inputs and targets.
+
+    Every token but the first (nothing precedes it) is a target exactly once; ``max_tokens`` stops after that
+    many targets. In the last window, places beyond the end hold ``pad_id`` as input and -100, which
+    cross-entropy ignores, as target. Both are int64 ``[<= batch_size, seq_len]``.
+    """
+    for what, value in (("seq_len", seq_len), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{what}: expected 1 or more, got {value}")
+    if len(tokens) < 2:
+        raise ValueError(f"tokens: expected at least 2, one to predict the other from, got {len(tokens)}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens: expected 1 or more, got {max_tokens}")
+    count = len(tokens) - 1 if max_tokens is None else min(max_tokens, len(tokens) - 1)
+    return _held_out(tokens, count, seq_len, batch_size, pad_id)
+
+
+def _held_out(
+    tokens: np.ndarray, count: int, seq_len: int, batch_size: int, pad_id: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for start in range(0, count, seq_len * batch_size):
+        length = min(seq_len * batch_size, count - start)
+        rows = -(-length // seq_len)
+        inputs = np.full(rows * seq_len, pad_id, dtype=np.int64)
+        targets = np.full(rows * seq_len, IGNORED, dtype=np.int64)
+        inputs[:length] = tokens[start : start + length]
+        targets[:length] = tokens[start + 1 : start + 1 + length]
+        shape = (rows, seq_len)
+        yield torch.from_numpy(inputs.reshape(shape)), torch.from_numpy(targets.reshape(shape))
+
+
+def _text_source(
+    texts: Sequence[str | Path] | None, corpus: str | None, cache_dir: Path, encoding: str, stack: ExitStack
+) -> tuple[str, Chunks]:
+    """A name for the text, and a function that streams it from the beginning as often as it is called."""
+    if texts is None and corpus in (None, BUILTIN):
+        text = builtin_text()
+        return BUILTIN, lambda: iter([text])
+    if texts is None:
+        if corpus not in CORPORA:
+            known = ", ".join([BUILTIN, *CORPORA])
+            raise ValueError(f"corpus: expected one of {known}, got {corpus!r}")
+        downloaded = download_corpus(corpus, cache_dir)
+        return corpus, lambda: read_text_files([downloaded])
+    paths = list(texts)
+    if sum(str(path) == STDIN for path in paths) > 1:
+        raise ValueError("texts: expected '-' (standard input) at most once")
+    name = "+".join("stdin" if str(path) == STDIN else Path(path).name for path in paths)
+    if any(str(path) == STDIN or _is_stream(path) for path in paths):
+        # It can be read only once, and is needed several times.
+        spool = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spikedecoder-"))) / "text"
+        with open(spool, "wb") as file:
+            for chunk in read_text_files(paths, encoding):
+                file.write(chunk.encode("utf-8"))
+        return name, lambda: read_text_files([spool])
+    return name, lambda: read_text_files(paths, encoding)
+
+
+def _is_stream(path: str | Path) -> bool:
+    path = Path(path)
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _characters(chunks: Iterable[str], start: int, stop: int | None) -> Iterator[str]:
+    """Characters ``start`` to ``stop`` of a stream, in chunks of bounded size."""
+    position = 0
+    for chunk in chunks:
+        if stop is not None and position >= stop:
+            return
+        first = max(start - position, 0)
+        last = len(chunk) if stop is None else min(len(chunk), stop - position)
+        for i in range(first, last, _CHUNK_CHARACTERS):
+            yield chunk[i : min(i + _CHUNK_CHARACTERS, last)]
+        position += len(chunk)
+
+
+def _tokenizer(
+    wanted: str | Tokenizer, min_count: int, chunks: Callable[..., Iterator[str]], cut: int
+) -> Tokenizer:
+    if isinstance(wanted, Tokenizer):
+        return wanted
+    if wanted == "char":
+        return CharTokenizer.from_text(chunks())
+    if wanted == "original-char":
+        return CharTokenizer.original()
+    if wanted == "word":
+        return WordTokenizer.from_text(chunks(0, cut), min_count)
+    return WordTokenizer.original(original_dictionary(chunks(), min_count))
+
+
+def _key(text_sha256: str, cut: int, tokenizer: str | Tokenizer, min_count: int) -> str:
+    spec: Any = tokenizer.to_dict() if isinstance(tokenizer, Tokenizer) else [tokenizer, min_count]
+    return hashlib.sha256(json.dumps([_VERSION, text_sha256, cut, spec]).encode("ascii")).hexdigest()
+
+
+def _write(path: Path, tokenizer: Tokenizer, parts: Sequence[Iterable[str]]) -> None:
+    digest = hashlib.sha256()
+    lengths = []
+    with atomic_writer(path) as file:
+        for part in parts:
+            lengths.append(0)
+            for ids in tokenizer.encode_stream(part):
+                data = ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes()
+                file.write(data)
+                digest.update(data)
+                lengths[-1] += len(ids)
+    description = {
+        "dtype": tokenizer.dtype.name,
+        "train": lengths[0],
+        "val": lengths[1],
+        "sha256": digest.hexdigest(),
+        "tokenizer": tokenizer.to_dict(),
+    }
+    # Written last: a token file without its description does not count.
+    with atomic_writer(path.with_suffix(".json")) as file:
+        file.write(json.dumps(description).encode("ascii"))
+
+
+def _load(path: Path) -> tuple[Tokenizer, np.ndarray, np.ndarray] | None:
+    """What ``_write`` wrote, or None if it is not there or not whole."""
+    try:
+        description = json.loads(path.with_suffix(".json").read_bytes())
+        dtype = np.dtype(description["dtype"]).newbyteorder("<")
+        train, val = int(description["train"]), int(description["val"])
+        tokenizer = tokenizer_from_dict(description["tokenizer"])
+        if path.stat().st_size != (train + val) * dtype.itemsize:
+            return None
+        if sha256_of_file(path) != description["sha256"]:
+            return None
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+    if train + val == 0:  # an empty file cannot be mapped
+        return tokenizer, np.zeros(0, dtype), np.zeros(0, dtype)
+    ids = np.memmap(path, dtype=dtype, mode="r")
+    return tokenizer, ids[:train], ids[train:]
