@@ -1,0 +1,161 @@
+"""A model as a folder: config.json, model.safetensors and, where the model has one, tokenizer.json.
+
+Each file is written under a temporary name and renamed, so that a crash or a full disk leaves the old
+file whole. Reading checks what it reads and says in one line what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from spikedecoder.config import SpikeDecoderConfig
+
+if TYPE_CHECKING:
+    from spikedecoder.model import SpikeDecoder
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read: truncated, of another format, or with tensors missing."""
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not a JSON file, or truncated ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: got a JSON {type(value).__name__}, takes an object")
+    return value
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    write_bytes(path, save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, metadata))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file, or truncated ({error})") from None
+
+
+def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) -> None:
+    """Load weights by name; CheckpointError naming what is missing, left over or of another shape."""
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in own]
+    problems += [
+        f"{name} of shape {tuple(t.shape)} for {tuple(own[name].shape)}"
+        for name, t in tensors.items()
+        if name in own and t.shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{source}: weights do not fit the config: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(tensors)
+
+
+def save_folder(model: SpikeDecoder, folder: Path) -> None:
+    """Write the model's files; the weights last, so that a folder with weights is complete."""
+    write_json(folder / CONFIG, {"format": _FORMAT, **model.config.to_dict()})
+    if model.tokenizer is not None:
+        write_json(folder / TOKENIZER, model.tokenizer.to_dict())
+    write_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
+
+
+def read_config(path: Path) -> SpikeDecoderConfig:
+    values = read_json(path)
+    version = values.pop("format", None)
+    if version != _FORMAT:
+        raise CheckpointError(f"{path}: got format {version!r}, takes {_FORMAT}: not a spikedecoder config")
+    try:
+        return SpikeDecoderConfig.from_dict(values)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+class FolderMixin(ModelHubMixin):  # type: ignore[misc]
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` over the files above.
+
+    `from_pretrained` takes a folder, which needs no network, or a name on the Hugging Face hub.
+    """
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_folder(cast("SpikeDecoder", self), Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", **hub: Any) -> SpikeDecoder:
+        """The model in folder `name`, or of that name on the hub (`hub`: revision, token, cache_dir, ...)."""
+        get = _local(Path(name)) if Path(name).is_dir() else _remote(str(name), hub)
+        config = read_config(get(CONFIG))
+        model = cast("SpikeDecoder", cls(config))  # type: ignore[call-arg]
+        weights = get(WEIGHTS)
+        tensors = read_tensors(weights)
+        load_state(model.to(tensors["head.linear.weight"].dtype) if "head.linear.weight" in tensors else model, tensors, weights)
+        tokenizer = get(TOKENIZER, optional=True)
+        if tokenizer.is_file():
+            from spikedecoder.data.tokenizers import tokenizer_from_dict
+
+            model.tokenizer = tokenizer_from_dict(read_json(tokenizer))
+        return model.to(device).eval()
+
+
+def _local(folder: Path) -> Callable[..., Path]:
+    def get(file: str, optional: bool = False) -> Path:
+        return folder / file
+
+    return get
+
+
+def _remote(name: str, hub: dict[str, Any]) -> Callable[..., Path]:
+    def get(file: str, optional: bool = False) -> Path:
+        try:
+            return Path(hf_hub_download(name, file, **hub))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+            if optional:
+                return Path(file + ".absent")
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{name}: no such folder here, and {file} could not be had from the hub ({reason})"
+            ) from None
+
+    return get

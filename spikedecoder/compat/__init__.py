@@ -1,0 +1,1 @@
+"""Bridges to other code: the original SpikeDecoder's checkpoints and names."""

@@ -1,0 +1,310 @@
+"""The configuration of a model: validated, serialisable, with presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from spikedecoder.params import NORMS, LIFParams
+from spikedecoder.surrogate import SURROGATES
+
+TokenEncoding = Literal["learned", "one-hot", "two-hot", "binary"]
+PositionEncoding = Literal["static", "learned", "linear", "binary"]
+Reunite = Literal["average", "accumulate", "concatenate", "final"]
+BinaryCode = Literal["fixed-width", "left-aligned"]
+
+
+@dataclass(frozen=True)
+class SpikeDecoderConfig:
+    """Everything that defines a `SpikeDecoder` besides its weights.
+
+    Shapes below: T timesteps, E channels (`embed_dim`), H heads, d = E / H.
+
+    vocab_size, max_len: number of tokens; context length in tokens.
+    spike_degree: 0 the non-spiking baseline (softmax attention, GELU); 1 spiking embedding; 2 also
+        attention; 3 also MLP; 4 also head, the full SpikeDecoder.
+    attention_only: only the attention spikes; embedding, MLP and head are the baseline's.
+    token_encoding: "learned" (an embedding of `token_dim`, binarised), "one-hot" (token times position),
+        "two-hot" (token one-hot), "binary" (the token's number in binary).
+    position_encoding, concatenated to the token part: "static" (sinusoid of `position_dim`, minus
+        `position_bias`, binarised), "learned" (an embedding of `position_dim`, binarised), "linear"
+        (one-hot of max_len), "binary".
+    combine_position: add learned tokens and static or learned positions, then binarise (E = token_dim).
+    float_embedding: learned tokens and static or learned positions stay real numbers.
+    learn_positions: learned positions get a gradient (in the original they did not).
+    binary_code: "fixed-width" (unique), or the original's "left-aligned" (1, 2, 4, 8 share a code).
+    embedding_gain: factor on the embedding. At tau = 2 a constant input of 1 only reaches 1 - 2^-T and
+        never fires a neuron of threshold 1; a gain of 2 does.
+    heads, blocks, mlp_ratio (hidden width / E), timesteps (T).
+    norm: "layer", "batch" or "power". The last two use statistics over T, B and S together in training,
+        so that a training loss sees later positions through them.
+    spiking_residuals: 0 real-valued residual stream; 1 LIF after the attention's sum; 2 also before it.
+    first_block_residual_lif: in the first block the attention's output passes a LIF before it is added.
+    attention_scale, attention_dropout, mlp_dropout.
+    token_shift, mlp_token_shift: channel group i of n comes from the token i places back, at the input
+        of the attention's and the MLP's first Linear; 1 is off.
+    reunite: how the head joins timesteps. float_reunite: join first, then one LIF step.
+    spiking_head: LIF before the head's Linear; None: where spike_degree is 4.
+    tau, v_threshold, v_reset (None: soft), decay_input, learn_threshold, surrogate, surrogate_alpha,
+        detach_reset: the neurons; see `spikedecoder.params.LIFParams`.
+    pad_id: token ignored by the loss; None if there is none.
+    """
+
+    vocab_size: int = 30
+    max_len: int = 256
+    spike_degree: int = 4
+    attention_only: bool = False
+
+    token_encoding: TokenEncoding = "learned"
+    position_encoding: PositionEncoding = "static"
+    token_dim: int = 66
+    position_dim: int = 30
+    combine_position: bool = False
+    position_bias: float = 0.0
+    float_embedding: bool = False
+    learn_positions: bool = True
+    binary_code: BinaryCode = "fixed-width"
+    embedding_gain: float = 1.0
+
+    heads: int = 4
+    blocks: int = 3
+    mlp_ratio: int = 4
+    timesteps: int = 4
+    norm: Literal["layer", "batch", "power"] = "layer"
+    spiking_residuals: int = 0
+    first_block_residual_lif: bool = False
+    attention_scale: float = 0.125
+    attention_dropout: float = 0.0
+    mlp_dropout: float = 0.0
+    token_shift: int = 1
+    mlp_token_shift: int = 1
+
+    reunite: Reunite = "average"
+    float_reunite: bool = False
+    spiking_head: bool | None = None
+
+    tau: float = 2.0
+    v_threshold: float = 1.0
+    v_reset: float | None = 0.0
+    decay_input: bool = True
+    learn_threshold: bool = False
+    surrogate: str = "sigmoid"
+    surrogate_alpha: float = 4.0
+    detach_reset: bool = True
+
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _coerce(field.name, getattr(self, field.name), _HINTS[field.name])
+            object.__setattr__(self, field.name, value)
+        for name in ("vocab_size", "max_len", "token_dim", "position_dim", "heads", "blocks", "mlp_ratio"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("timesteps", self.timesteps, 1)
+        for name, top in (("spike_degree", 4), ("spiking_residuals", 2)):
+            if not 0 <= getattr(self, name) <= top:
+                raise ValueError(f"{name}: got {getattr(self, name)}, takes 0 to {top}")
+        for name in ("attention_dropout", "mlp_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, takes a probability in [0, 1)")
+        for name in ("embedding_gain", "attention_scale"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}: got {getattr(self, name)}, takes a finite number > 0")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm: got {self.norm!r}, takes one of {', '.join(NORMS)}")
+        if self.surrogate not in SURROGATES:
+            raise ValueError(f"surrogate: got {self.surrogate!r}, takes one of {', '.join(SURROGATES)}")
+        _ = self.lif  # its own checks
+        if self.pad_id is not None and not 0 <= self.pad_id < self.vocab_size:
+            raise ValueError(f"pad_id: got {self.pad_id}, takes None or a token in 0 to {self.vocab_size - 1}")
+        self._check_embedding()
+        for name in ("token_shift", "mlp_token_shift"):
+            _at_least(name, getattr(self, name), 1)
+            limit = min(self.max_len, self.embed_dim)
+            if getattr(self, name) > limit:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, takes 1 to {limit} "
+                    f"(max_len {self.max_len}, {self.embed_dim} channels)"
+                )
+        if self.embed_dim % self.heads:
+            raise ValueError(f"heads: got {self.heads}, takes a divisor of the {self.embed_dim} channels")
+        if self.float_reunite and not self.head_spikes:
+            raise ValueError("float_reunite: got True without a spiking head, takes False, or spiking_head=True")
+
+    def _check_embedding(self) -> None:
+        if self.ann_embedding and self.position_encoding not in ("static", "learned"):
+            raise ValueError(
+                f"position_encoding: got {self.position_encoding!r}, takes static or learned where the "
+                "embedding does not spike (spike_degree=0 or attention_only)"
+            )
+        if self.combine_position and (
+            self.token_encoding != "learned" or self.position_encoding not in ("static", "learned")
+        ):
+            raise ValueError(
+                f"combine_position: got True with {self.token_encoding} tokens and {self.position_encoding} "
+                "positions, takes learned tokens and static or learned positions"
+            )
+
+    @property
+    def ann_embedding(self) -> bool:
+        """Whether the embedding is the baseline's: real-valued tokens plus positions."""
+        return self.spike_degree == 0 or self.attention_only
+
+    @property
+    def spiking_attention(self) -> bool:
+        return self.spike_degree >= 2 or self.attention_only
+
+    @property
+    def spiking_mlp(self) -> bool:
+        return self.spike_degree >= 3 and not self.attention_only
+
+    @property
+    def head_spikes(self) -> bool:
+        if self.spike_degree < 2 or self.attention_only:
+            return False
+        return self.spike_degree == 4 if self.spiking_head is None else self.spiking_head
+
+    @property
+    def token_width(self) -> int:
+        """Channels of the token part."""
+        widths = {
+            "learned": self.token_dim,
+            "one-hot": self.vocab_size * self.max_len,
+            "two-hot": self.vocab_size,
+            "binary": bits(self.vocab_size),
+        }
+        return widths[self.token_encoding]
+
+    @property
+    def position_width(self) -> int:
+        """Channels of the position part; 0 where positions are added or contained in the token part."""
+        if self.token_encoding == "one-hot" or self.combine_position:
+            return 0
+        widths = {"linear": self.max_len, "binary": bits(self.max_len)}
+        return widths.get(self.position_encoding, self.position_dim)
+
+    @property
+    def embed_dim(self) -> int:
+        """E, the channels of the residual stream."""
+        return self.token_width + self.position_width
+
+    @property
+    def hidden_dim(self) -> int:
+        """Channels inside the MLP."""
+        return self.embed_dim * self.mlp_ratio
+
+    @property
+    def lif(self) -> LIFParams:
+        return LIFParams(
+            tau=self.tau,
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            decay_input=self.decay_input,
+            surrogate=self.surrogate,
+            alpha=self.surrogate_alpha,
+            detach_reset=self.detach_reset,
+        )
+
+    def replace(self, **changes: Any) -> SpikeDecoderConfig:
+        """A copy with some fields changed; unknown names raise ValueError."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, booleans and None: fit for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SpikeDecoderConfig:
+        """The inverse of `to_dict`; missing fields take their defaults, unknown ones raise ValueError."""
+        for name in values:
+            check_field(name, tuple(_HINTS), "config")
+        return cls(**values)
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        return tuple(PRESETS)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> SpikeDecoderConfig:
+        """A named configuration, with some fields changed: ``preset("original-char", blocks=2)``."""
+        if name not in PRESETS:
+            raise ValueError(f"preset: got {name!r}, takes one of {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **changes})
+
+
+def bits(n: int) -> int:
+    """Binary digits that number n things."""
+    return math.ceil(math.log2(n)) if n > 1 else 1
+
+
+def check_field(name: str, known: tuple[str, ...], what: str) -> None:
+    """ValueError with the nearest known name if `name` is none of them."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+        raise ValueError(f"{what}: unknown field {name!r}{hint}")
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ValueError(f"{name}: got {value}, takes an integer >= {low}")
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type, or ValueError: TOML and JSON write 1 for 1.0."""
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        if value not in options:
+            raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(str, options))}")
+        return value
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in options if h is not type(None))
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), takes {hint.__name__}")
+
+
+_HINTS: dict[str, Any] = typing.get_type_hints(SpikeDecoderConfig)
+
+_ORIGINAL_CHAR: dict[str, Any] = {
+    "vocab_size": 30,
+    "max_len": 256,
+    "token_dim": 50,
+    "position_dim": 30,
+    "heads": 5,
+    "blocks": 12,
+    "mlp_ratio": 16,
+    "timesteps": 4,
+    "binary_code": "left-aligned",
+    "learn_positions": False,
+    "pad_id": 28,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # small enough for a laptop's minutes; token shift and gain decide whether so small a model learns
+    "default": {"max_len": 128, "embedding_gain": 2.0, "token_shift": 4, "mlp_token_shift": 2},
+    "default-ann": {"max_len": 128, "spike_degree": 0, "token_shift": 4, "mlp_token_shift": 2},
+    # the two models of the original's README; the word model's vocabulary is its dictionary's
+    "original-char": _ORIGINAL_CHAR,
+    "original-word": {**_ORIGINAL_CHAR, "max_len": 128, "token_dim": 90, "blocks": 20, "pad_id": None},
+    "original-char-ann": {
+        "max_len": 256,
+        "spike_degree": 0,
+        "token_dim": 80,
+        "combine_position": True,
+        "heads": 5,
+        "blocks": 12,
+        "mlp_ratio": 16,
+        "pad_id": 28,
+    },
+}

@@ -1,0 +1,41 @@
+"""From the residual stream to logits."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from spikedecoder import ops
+from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.nn.neuron import LIF
+
+
+class Head(nn.Module):
+    """x [T, B, S, E] -> logits [B, S, V]: LIF (where the head spikes), join the timesteps, Linear.
+
+    `float_reunite`: join first, then one LIF step. Without timesteps, x [B, S, E], only the Linear.
+    """
+
+    def __init__(self, c: SpikeDecoderConfig) -> None:
+        super().__init__()
+        self.reunite, self.float_reunite = c.reunite, c.float_reunite
+        self.lif = LIF(c.lif, c.learn_threshold) if c.head_spikes else None
+        joined = c.spiking_attention and c.reunite == "concatenate"
+        self.linear = nn.Linear(c.embed_dim * (c.timesteps if joined else 1), c.vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lif is not None and not self.float_reunite:
+            x = self.lif(x)
+        if x.dim() == 4:
+            x = self._join(x)
+        if self.lif is not None and self.float_reunite:
+            x = self.lif(x.unsqueeze(0)).squeeze(0)
+        return ops.spike_linear(x, self.linear.weight, self.linear.bias)
+
+    def _join(self, x: Tensor) -> Tensor:
+        if self.reunite == "average":
+            return x.mean(0)
+        if self.reunite == "accumulate":
+            return x.sum(0)
+        if self.reunite == "final":
+            return x[-1]
+        return x.movedim(0, -2).flatten(-2)  # concatenate: [B, S, T * E], timestep by timestep

@@ -1,0 +1,26 @@
+"""What the operators mean: signature, checks, autograd, choice of backend."""
+
+from spikedecoder.ops._dispatch import BackendError, use_backend
+from spikedecoder.ops.binarize import binarize
+from spikedecoder.ops.lif import lif, lif_params
+from spikedecoder.ops.norm import norm
+from spikedecoder.ops.norm_lif import norm_lif
+from spikedecoder.ops.pack_spikes import pack_spikes, unpack_spikes
+from spikedecoder.ops.spike_attention import spike_attention
+from spikedecoder.ops.spike_attention_lif import spike_attention_lif
+from spikedecoder.ops.spike_linear import spike_linear
+
+__all__ = [
+    "BackendError",
+    "binarize",
+    "lif",
+    "lif_params",
+    "norm",
+    "norm_lif",
+    "pack_spikes",
+    "spike_attention",
+    "spike_attention_lif",
+    "spike_linear",
+    "unpack_spikes",
+    "use_backend",
+]

@@ -1,0 +1,46 @@
+"""Checks at the boundary of the operators: what was got, what is taken."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def floating(name: str, x: object, *, dims: int | None = None, min_dims: int = 1) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: got dtype {x.dtype}, takes float32, float64, float16 or bfloat16")
+    if dims is not None and x.dim() != dims:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes {dims} dimensions")
+    if x.dim() < min_dims:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes at least {min_dims} dimensions")
+    return x
+
+
+def timesteps(name: str, x: Tensor) -> None:
+    if x.shape[0] < 1:
+        raise ValueError(f"{name}: got T = 0 timesteps (shape {tuple(x.shape)}), takes T >= 1")
+
+
+def same_device(**tensors: Tensor | None) -> None:
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError("got tensors on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()))
+
+
+def same_shape(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{b_name}: got shape {tuple(b.shape)}, takes that of {a_name}, {tuple(a.shape)}")
+
+
+def broadcasts(name: str, x: Tensor, shape: torch.Size) -> None:
+    """`x` must broadcast to `shape` without enlarging it."""
+    try:
+        ok = torch.broadcast_shapes(x.shape, shape) == shape
+    except RuntimeError:
+        ok = False
+    if not ok:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes one that broadcasts to {tuple(shape)}")

@@ -1,0 +1,150 @@
+"""Which backend computes an operator.
+
+A backend is a folder of modules, one per operator, all with the operator's stem: `reference/lif.py`,
+`kernels/lif.py`, ... A module may offer ``why_not(call) -> str | None``: the reason it cannot run this
+call, None if it can. ``auto`` takes the first backend in the device's order of preference that can;
+a backend asked for by name runs or raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS: dict[str, str] = {
+    "reference": "spikedecoder.reference",
+    "triton": "spikedecoder.kernels",
+    "cpu": "spikedecoder.ext.cpu",
+    "cuda": "spikedecoder.ext.cuda",
+}
+OPERATORS = ("lif", "norm", "norm_lif", "spike_attention", "spike_attention_lif", "spike_linear", "binarize", "pack_spikes")
+_PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+_ENV = "SPIKEDECODER_BACKEND"
+
+# Process-wide on purpose: autograd runs CUDA backward passes on threads of its own.
+_forced: str | None = None
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run the operator."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend may look at to decide whether it can run: no values, so tracing can ask too."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _check_name(name: str, where: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{where}: got {name!r}, takes auto or one of {', '.join(BACKENDS)}")
+    return name
+
+
+def requested_backend() -> str:
+    """The backend in force: set by `use_backend`, else by SPIKEDECODER_BACKEND, else "auto"."""
+    if _forced is not None:
+        return _forced
+    return _check_name(os.environ.get(_ENV) or "auto", f"environment variable {_ENV}")
+
+
+class use_backend(contextlib.ContextDecorator):
+    """Force a backend for every operator: ``use_backend("reference")``, or as a context manager.
+
+    Takes "auto", "reference", "triton", "cpu" or "cuda". Holds for the whole process from the call on;
+    in a ``with`` block, until its end. An operator which the forced backend cannot run raises
+    `BackendError` with the reason instead of running another.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _forced
+        self._previous = _forced
+        _forced = _check_name(name, "use_backend")
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _forced
+        _forced = self._previous
+
+
+@functools.cache
+def _load(backend: str, operator: str) -> ModuleType | str:
+    """The backend's module of this operator, or the reason why there is none."""
+    package = BACKENDS[backend]
+    name = f"{package}.{operator}"
+    try:
+        if importlib.util.find_spec(package) is None or importlib.util.find_spec(name) is None:
+            return f"it has no {operator}"
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # a missing dependency is a reason, a fault inside the backend is not
+        if error.name is None or error.name.split(".")[0] == "spikedecoder":
+            raise
+        return f"{error.name} is not installed"
+
+
+def why_not(backend: str, operator: str, call: Call) -> str | None:
+    """The reason why `backend` cannot run this call of `operator`; None if it can."""
+    module = _load(backend, operator)
+    if isinstance(module, str):
+        return module
+    check = getattr(module, "why_not", None)
+    return check(call) if check is not None else None
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """Backends in the order in which ``auto`` tries them on this device."""
+    return _PREFERENCE.get(device.type, ("reference",))
+
+
+def select(operator: str, call: Call, requested: str | None = None) -> ModuleType:
+    """The module that runs this call. Raises BackendError if the one asked for cannot."""
+    requested = requested or requested_backend()
+    if requested != "auto":
+        reason = why_not(requested, operator, call)
+        if reason is not None:
+            raise BackendError(
+                f"{operator}: backend {requested!r} was asked for and cannot run it: {reason}. "
+                f"Others: use_backend('auto'), or one of {', '.join(BACKENDS)}"
+            )
+        return _module(requested, operator)
+    for backend in candidates(call.device):
+        if why_not(backend, operator, call) is None:
+            return _module(backend, operator)
+    raise BackendError(f"{operator}: no backend can run it on {call.device} in {call.dtype}")
+
+
+def _module(backend: str, operator: str) -> ModuleType:
+    module = _load(backend, operator)
+    assert not isinstance(module, str)
+    return module
+
+
+def explain(operator: str, call: Call) -> list[tuple[str, str]]:
+    """(backend, "chosen" | "possible" | reason) in order of preference: what `doctor` prints."""
+    rows, chosen = [], False
+    for backend in candidates(call.device):
+        reason = why_not(backend, operator, call)
+        if reason is None:
+            reason = "possible" if chosen else "chosen"
+            chosen = True
+        rows.append((backend, reason))
+    return rows

@@ -1,0 +1,53 @@
+"""Spikes from real numbers: 1 where x >= 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ops import _check
+from spikedecoder.ops._dispatch import Call, requested_backend, select
+
+
+@torch.library.custom_op("spikedecoder::binarize", mutates_args=())
+def _binarize(x: Tensor, alpha: float, backend: str) -> Tensor:
+    return select("binarize", Call(x.device, x.dtype, tuple(x.shape)), backend).forward(x, alpha)
+
+
+@_binarize.register_fake
+def _(x, alpha, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("spikedecoder::binarize_backward", mutates_args=())
+def _binarize_backward(grad: Tensor, x: Tensor, alpha: float, backend: str) -> Tensor:
+    return select("binarize", Call(x.device, x.dtype, tuple(x.shape)), backend).backward(grad, x, alpha)
+
+
+@_binarize_backward.register_fake
+def _(grad, x, alpha, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, ctx.alpha, ctx.backend = inputs
+    ctx.save_for_backward(x)
+
+
+def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
+    (x,) = ctx.saved_tensors
+    return _binarize_backward(grad, x, ctx.alpha, ctx.backend), None, None
+
+
+_binarize.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def binarize(x: Tensor, alpha: float = 2.0) -> Tensor:
+    """s = 1 where x >= 0, else 0; backward: the ATan surrogate, ds/dx = (alpha/2) / (1 + (pi/2 alpha x)^2).
+
+    x: any shape, float. Returns spikes in x's dtype. Kept for backward: x.
+    """
+    _check.floating("x", x, min_dims=0)
+    if not alpha > 0:
+        raise ValueError(f"alpha: got {alpha!r}, takes a number > 0")
+    return _binarize(x, float(alpha), requested_backend())

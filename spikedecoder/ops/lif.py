@@ -1,0 +1,164 @@
+"""Multi-timestep leaky integrate-and-fire neuron over dim 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ops import _check
+from spikedecoder.ops._dispatch import Call, requested_backend, select
+from spikedecoder.params import LIFParams
+from spikedecoder.reference.lif import compute_dtype
+
+# Schema order of the neuron's parameters; LIFParams(*args) puts them together again.
+_Params = tuple[float, float, float | None, bool, str, float, bool]
+
+
+def _flat(p: LIFParams) -> _Params:
+    return (p.tau, p.v_threshold, p.v_reset, p.decay_input, p.surrogate, p.alpha, p.detach_reset)
+
+
+@torch.library.custom_op("spikedecoder::lif", mutates_args=())
+def _lif(
+    x: Tensor,
+    threshold: Tensor | None,
+    v_init: Tensor | None,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
+    return impl.forward(x, p.v_threshold if threshold is None else threshold, v_init, p)
+
+
+@_lif.register_fake
+def _(x, threshold, v_init, *_):  # type: ignore[no-untyped-def]
+    spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return spikes, x.new_empty(x.shape[1:], dtype=compute_dtype(x.dtype))
+
+
+@torch.library.custom_op("spikedecoder::lif_backward", mutates_args=())
+def _lif_backward(
+    grad_spikes: Tensor,
+    grad_v: Tensor | None,
+    x: Tensor,
+    threshold: Tensor | None,
+    v_init: Tensor | None,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
+    grad_x, grad_threshold, grad_v_init = impl.backward(
+        grad_spikes, grad_v, x, p.v_threshold if threshold is None else threshold, v_init, p
+    )
+    if threshold is not None:
+        grad_threshold = grad_threshold.sum_to_size(threshold.shape).to(threshold.dtype)
+    return grad_x, grad_threshold, grad_v_init
+
+
+@_lif_backward.register_fake
+def _(grad_spikes, grad_v, x, threshold, v_init, *_):  # type: ignore[no-untyped-def]
+    dtype = compute_dtype(x.dtype)
+    state = x.new_empty(x.shape[1:], dtype=dtype)
+    grad_threshold = torch.empty_like(state) if threshold is None else torch.empty_like(threshold)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), grad_threshold, torch.empty_like(state)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, threshold, v_init, *rest = inputs
+    ctx.save_for_backward(x, threshold, v_init)
+    ctx.rest = tuple(rest)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad_spikes, grad_v):  # type: ignore[no-untyped-def]
+    x, threshold, v_init = ctx.saved_tensors
+    nothing = (None,) * (3 + len(ctx.rest))
+    if grad_spikes is None and grad_v is None:
+        return nothing
+    if grad_spikes is None:
+        grad_spikes = torch.zeros_like(x)
+    grads = _lif_backward(grad_spikes, grad_v, x, threshold, v_init, *ctx.rest)
+    wanted = (True, threshold is not None, v_init is not None)
+    return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *nothing[3:])
+
+
+_lif.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def lif(
+    x: Tensor,
+    *,
+    tau: float = 2.0,
+    v_threshold: float | Tensor = 1.0,
+    v_reset: float | None = 0.0,
+    decay_input: bool = True,
+    surrogate: str = "sigmoid",
+    alpha: float = 4.0,
+    detach_reset: bool = True,
+    v_init: Tensor | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Spikes of a layer of LIF neurons driven for T timesteps.
+
+    Equations: `spikedecoder.params.LIFParams`; surrogates: `spikedecoder.surrogate.SURROGATES`.
+    Source: the multi-step LIF of SpikingJelly (Fang et al., 2023), whose numbers it reproduces.
+
+    Args:
+        x: input current [T, ...], float; T >= 1.
+        tau: membrane time constant in timesteps, >= 1.
+        v_threshold: a number, or a tensor that broadcasts against one timestep (a scalar parameter, or
+            one per channel); a tensor gets a gradient.
+        v_reset: potential after a spike; None for a soft reset (subtract the threshold).
+        decay_input: whether the input is divided by tau as the leak is.
+        surrogate, alpha: the spike's derivative and its sharpness.
+        detach_reset: no gradient through the spike in the reset.
+        v_init: membrane potential before the first timestep, shape of one timestep; zeros if None.
+        return_state: also return the membrane potential after the last timestep.
+
+    Returns:
+        spikes [T, ...] of 0 and 1 in x's dtype; with return_state, (spikes, v [...]) with v in float32
+        for half-precision x. Kept for backward: x (and v_init); the potentials are recomputed.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    _check.floating("x", x)
+    _check.timesteps("x", x)
+    threshold = v_threshold if isinstance(v_threshold, Tensor) else None
+    fixed = 1.0 if threshold is not None else float(v_threshold)  # type: ignore[arg-type]
+    p = LIFParams(tau, fixed, v_reset, decay_input, surrogate, alpha, detach_reset)
+    return lif_params(x, p, threshold=threshold, v_init=v_init, return_state=return_state)
+
+
+def lif_params(
+    x: Tensor,
+    p: LIFParams,
+    *,
+    threshold: Tensor | None = None,
+    v_init: Tensor | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`lif` with its parameters in one object; `threshold` overrides ``p.v_threshold``."""
+    _check.floating("x", x)
+    _check.timesteps("x", x)
+    _check.same_device(x=x, v_threshold=threshold, v_init=v_init)
+    if threshold is not None:
+        _check.broadcasts("v_threshold", threshold, x.shape[1:])
+    if v_init is not None and v_init.shape != x.shape[1:]:
+        raise ValueError(f"v_init: got shape {tuple(v_init.shape)}, takes that of a timestep, {tuple(x.shape[1:])}")
+    spikes, v = _lif(x, threshold, v_init, *_flat(p), requested_backend())
+    return (spikes, v) if return_state else spikes

@@ -1,0 +1,55 @@
+"""Spikes as bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ops import _check
+from spikedecoder.ops._dispatch import Call, requested_backend, select
+
+WORD = 64
+
+
+@torch.library.custom_op("spikedecoder::pack_spikes", mutates_args=())
+def _pack(spikes: Tensor, backend: str) -> Tensor:
+    return select("pack_spikes", Call(spikes.device, spikes.dtype, tuple(spikes.shape)), backend).pack(spikes)
+
+
+@_pack.register_fake
+def _(spikes, backend):  # type: ignore[no-untyped-def]
+    return spikes.new_empty(*spikes.shape[:-1], -(-spikes.shape[-1] // WORD), dtype=torch.int64)
+
+
+@torch.library.custom_op("spikedecoder::unpack_spikes", mutates_args=())
+def _unpack(words: Tensor, channels: int, dtype: torch.dtype, backend: str) -> Tensor:
+    call = Call(words.device, dtype, (*words.shape[:-1], channels))
+    return select("pack_spikes", call, backend).unpack(words, channels, dtype)
+
+
+@_unpack.register_fake
+def _(words, channels, dtype, backend):  # type: ignore[no-untyped-def]
+    return words.new_empty(*words.shape[:-1], channels, dtype=dtype)
+
+
+def pack_spikes(spikes: Tensor) -> Tensor:
+    """One bit a spike: [..., C] of 0 and 1 (float or bool) -> int64 words [..., ceil(C / 64)].
+
+    Bit i of word w is channel 64 w + i, set where the value is not 0; bits past C are 0. No gradient.
+    """
+    if not isinstance(spikes, Tensor) or spikes.dim() < 1:
+        raise TypeError("spikes: takes a tensor of at least one dimension")
+    return _pack(spikes, requested_backend())
+
+
+def unpack_spikes(words: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of `pack_spikes`: int64 words [..., ceil(C / 64)] -> spikes [..., C] in `dtype`."""
+    if not isinstance(words, Tensor) or words.dtype != torch.int64 or words.dim() < 1:
+        raise TypeError("words: takes an int64 tensor of at least one dimension")
+    if dtype not in _check.FLOATS:
+        raise TypeError(f"dtype: got {dtype}, takes a floating dtype")
+    if words.shape[-1] != -(-channels // WORD):
+        raise ValueError(
+            f"channels: got {channels} for {words.shape[-1]} words, takes a number with ceil(C / {WORD}) words"
+        )
+    return _unpack(words, int(channels), dtype, requested_backend())

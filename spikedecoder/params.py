@@ -1,0 +1,73 @@
+"""Parameters of operators, travelling together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spikedecoder.surrogate import get_surrogate
+
+NORMS = ("layer", "batch", "power")
+
+
+@dataclass(frozen=True)
+class LIFParams:
+    """What defines a leaky integrate-and-fire neuron besides its input.
+
+    With input x and membrane potential v, at each timestep t:
+
+        h[t] = v[t-1] + (x[t] - (v[t-1] - r)) / tau       decay_input=True
+        h[t] = v[t-1] + x[t] - (v[t-1] - r) / tau         decay_input=False
+        s[t] = 1 if h[t] >= v_threshold else 0
+        v[t] = v_reset where s[t] = 1, else h[t]          hard reset (v_reset a number)
+        v[t] = h[t] - s[t] * v_threshold                  soft reset (v_reset=None)
+
+    where r = v_reset (0 if None). ``detach_reset=True`` lets no gradient through s in the reset.
+    ``v_threshold`` here is the fixed one; operators also take a threshold tensor that overrides it.
+    """
+
+    tau: float = 2.0
+    v_threshold: float = 1.0
+    v_reset: float | None = 0.0
+    decay_input: bool = True
+    surrogate: str = "sigmoid"
+    alpha: float = 4.0
+    detach_reset: bool = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tau) and self.tau >= 1):
+            raise ValueError(f"tau: got {self.tau!r}, takes a finite number >= 1 (in timesteps)")
+        if not math.isfinite(self.v_threshold):
+            raise ValueError(f"v_threshold: got {self.v_threshold!r}, takes a finite number")
+        if self.v_reset is not None and not math.isfinite(self.v_reset):
+            raise ValueError(f"v_reset: got {self.v_reset!r}, takes a finite number, or None for a soft reset")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha: got {self.alpha!r}, takes a finite number > 0")
+        get_surrogate(self.surrogate)
+
+
+@dataclass(frozen=True)
+class NormParams:
+    """One normalisation over the last dimension (channels), with the tensors it reads and updates.
+
+    kind="layer": statistics per row; mean 0, variance 1, then weight and bias.
+    kind="batch": statistics per channel over all rows (T, B and S together); `running` is
+        (running_mean, running_var), updated in training with `momentum`, used in evaluation.
+    kind="power": PowerNorm (Shen et al., 2020), no mean: `running` is (running_phi, ema_gz, iters);
+        `momentum` is alpha, `warmup` the number of passes that use the batch's own second moment.
+    """
+
+    kind: str
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+    training: bool = True
+    running: tuple[Tensor, ...] = ()
+    momentum: float = 0.1
+    warmup: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.kind not in NORMS:
+            raise ValueError(f"norm: got {self.kind!r}, takes one of {', '.join(NORMS)}")
