@@ -110,8 +110,7 @@ def prepare_corpus(
 
         digest = hashlib.sha256()
         characters = 0
-        for chunk in chunks():
-            digest.update(chunk.encode("utf-8", "surrogatepass"))
+        for chunk in _hashed(chunks(), digest):
             characters += len(chunk)
         val_characters = round(characters * val_fraction)
         cut = characters - val_characters
@@ -126,8 +125,7 @@ def prepare_corpus(
         found = _load(path)
         if found is None:
             made = _tokenizer(tokenizer, min_count, chunks, cut)
-            parts = (chunks(0, cut), chunks(cut, characters))
-            _write(path, made, parts)
+            _write(path, made, (chunks(0, cut), chunks(cut, characters)), digest.hexdigest())
             found = _load(path)
             if found is None:
                 raise OSError(f"{path}: what was just written cannot be read back; is the disk failing?")
@@ -288,21 +286,31 @@ def _tokenizer(
 
 
 def _key(text_sha256: str, cut: int, tokenizer: str | Tokenizer, min_count: int) -> str:
-    spec: Any = tokenizer.to_dict() if isinstance(tokenizer, Tokenizer) else [tokenizer, min_count]
+    spec: Any = tokenizer.to_dict() if isinstance(tokenizer, Tokenizer) else [tokenizer]
+    if spec in (["word"], ["original-word"]):
+        spec.append(min_count)
     return hashlib.sha256(json.dumps([_VERSION, text_sha256, cut, spec]).encode("ascii")).hexdigest()
 
 
-def _write(path: Path, tokenizer: Tokenizer, parts: Sequence[Iterable[str]]) -> None:
-    digest = hashlib.sha256()
+def _hashed(chunks: Iterable[str], digest: Any) -> Iterator[str]:
+    for chunk in chunks:
+        digest.update(chunk.encode("utf-8", "surrogatepass"))
+        yield chunk
+
+
+def _write(path: Path, tokenizer: Tokenizer, parts: Sequence[Iterable[str]], text_sha256: str) -> None:
+    digest, text_digest = hashlib.sha256(), hashlib.sha256()
     lengths = []
     with atomic_writer(path) as file:
         for part in parts:
             lengths.append(0)
-            for ids in tokenizer.encode_stream(part):
+            for ids in tokenizer.encode_stream(_hashed(part, text_digest)):
                 data = ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes()
                 file.write(data)
                 digest.update(data)
                 lengths[-1] += len(ids)
+        if text_digest.hexdigest() != text_sha256:  # else the cache would hold what its key does not say
+            raise ValueError("texts: the text changed while it was being read; try again when it is complete")
     description = {
         "dtype": tokenizer.dtype.name,
         "train": lengths[0],

@@ -21,9 +21,10 @@ def ngram_bits(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str,
         p_2(w \mid v) &= (\max(c(vw) - d, 0) + d \, D(v) \, p_1(w)) / c(v) \\
         p_3(w \mid uv) &= (\max(c(uvw) - d, 0) + d \, D(uv) \, p_2(w \mid v)) / c(uv)
 
-    with ``c`` the counts in ``train`` (of a history: where a token follows), ``N`` its length, ``V`` the vocabulary and ``D(h)`` the number of
-    distinct tokens that follow the history ``h``; a history never seen falls back to the shorter one. The
-    second token of ``val`` has only one token before it and counts with its bigram probability.
+    with ``c`` the counts in ``train`` (of a history: where a token follows), ``N`` its length, ``V`` the
+    vocabulary and ``D(h)`` the number of distinct tokens that follow the history ``h``; a history never seen
+    falls back to the shorter one. The second token of ``val`` has only one token before it and counts with
+    its bigram probability.
 
     Returns a dict with keys "unigram", "bigram", "trigram". Source: H. Ney, U. Essen and R. Kneser, Computer
     Speech and Language 8(1), 1994. A fixed d is used because it does well for characters and words alike.

@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -239,19 +240,28 @@ class WordTokenizer(Tokenizer):
     def unknown(self, text: str) -> list[str]:
         return [word for word in dict.fromkeys(clean_words(text)) if word not in self._ids]
 
+    def encode(self, text: str, errors: str = "replace") -> np.ndarray:
+        if errors == "strict" and isinstance(text, str):
+            words = clean_words(text)  # all of them, so that the error names them all
+            return self._encode_words(words, errors, 0)
+        return super().encode(text, errors)
+
     def _encode_stream(self, chunks: Iterable[str], errors: str) -> Iterator[np.ndarray]:
         before = 0
         for words in iter_clean_words(chunks):
-            ids = [self._ids.get(word, -1) for word in words]
-            if errors == "strict" and -1 in ids:
-                raise _outside("word", [(words[i], before + i) for i, value in enumerate(ids) if value < 0])
-            array = np.array(ids, dtype=np.int64)
-            if errors == "drop" or self.unk_id is None:
-                array = array[array >= 0]
-            else:
-                array[array < 0] = self.unk_id
+            yield self._encode_words(words, errors, before)
             before += len(words)
-            yield array.astype(self.dtype)
+
+    def _encode_words(self, words: list[str], errors: str, before: int) -> np.ndarray:
+        ids = np.fromiter(map(self._ids.get, words, repeat(-1)), dtype=np.int64, count=len(words))
+        unknown = ids < 0
+        if errors == "strict" and unknown.any():
+            raise _outside("word", [(words[i], before + int(i)) for i in np.flatnonzero(unknown)])
+        if errors == "drop" or self.unk_id is None:
+            ids = ids[~unknown]
+        else:
+            ids[unknown] = self.unk_id
+        return ids.astype(self.dtype)
 
     def _decode(self, ids: np.ndarray) -> str:
         return " ".join(self.tokens[i] for i in ids).replace(" .", ".")
