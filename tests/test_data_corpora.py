@@ -151,7 +151,8 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     running = Server()
     thread = threading.Thread(target=running.http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -187,10 +188,11 @@ def test_first_checksum_is_remembered(
     assert download_corpus(cache_dir=tmp_path).read_text("utf-8").startswith("Oh, Prince")
 
 
-def test_failed_downloads(server: Server, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        refused = f"http://127.0.0.1:{free.getsockname()[1]}/book.txt"
+def test_failed_downloads(server: Server, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    deaf = socket.socket()  # bound, so that nobody else gets the port, but not listening
+    request.addfinalizer(deaf.close)
+    deaf.bind(("127.0.0.1", 0))
+    refused = f"http://127.0.0.1:{deaf.getsockname()[1]}/book.txt"
     server.pages["/login"] = b"\n<!DOCTYPE html><html>Log in"
     server.pages["/empty"] = b" \n"
     server.pages["/latin"] = b"caf\xe9"

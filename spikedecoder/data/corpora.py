@@ -7,6 +7,7 @@ import hashlib
 import io
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -168,31 +169,28 @@ def _download(name: str, url: str, sha256: str | None, raw: Path, record: Path, 
     import pooch
     import requests
 
-    # Under another name until its checksum is recorded: a file named `raw` is always a verifiable one.
-    part = raw.with_suffix(".part")
-    part.unlink(missing_ok=True)
     help_text = f"Would be cached at {raw}. To train on a text of your own, pass --text FILE"
-    try:
-        pooch.retrieve(
-            url,
-            known_hash=None if sha256 is None else f"sha256:{sha256}",
-            fname=part.name,
-            path=part.parent,
-            downloader=pooch.HTTPDownloader(progressbar=progressbar, timeout=30),
-        )
-    except ValueError as error:  # pooch's report of a checksum that differs
-        reason = " ".join(str(error).split())
-        raise DownloadError(f"corpus {name}: checksum of {url} differs: {reason}. {help_text}") from None
-    except (requests.RequestException, OSError) as error:
-        raise DownloadError(f"corpus {name}: cannot download {url}: {error}. {help_text}") from None
-    try:
-        data = part.read_bytes()
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder of its own until its checksum is recorded: a file at `raw` is always a verifiable one.
+    with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".download-") as folder:
+        try:
+            part = pooch.retrieve(
+                url,
+                known_hash=None if sha256 is None else f"sha256:{sha256}",
+                fname=raw.name,
+                path=folder,
+                downloader=pooch.HTTPDownloader(progressbar=progressbar, timeout=30),
+            )
+        except requests.RequestException as error:
+            raise DownloadError(f"corpus {name}: cannot download {url}: {error}. {help_text}") from None
+        except ValueError as error:  # pooch's report of a checksum that differs
+            reason = " ".join(str(error).split())
+            raise DownloadError(f"corpus {name}: checksum of {url} differs: {reason}. {help_text}") from None
+        data = Path(part).read_bytes()
         _check_is_text(name, url, data)
         with atomic_writer(record) as file:
             file.write(hashlib.sha256(data).hexdigest().encode("ascii") + b"\n")
-        part.replace(raw)
-    finally:
-        part.unlink(missing_ok=True)
+        Path(part).replace(raw)
 
 
 def _check_is_text(name: str, url: str, data: bytes) -> None:
