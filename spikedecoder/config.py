@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
+from spikedecoder.fields import at_least, check_field, coerce
 from spikedecoder.params import NORMS, LIFParams
 from spikedecoder.surrogate import SURROGATES
 
@@ -102,11 +101,11 @@ class SpikeDecoderConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _coerce(field.name, getattr(self, field.name), _HINTS[field.name])
+            value = coerce(field.name, getattr(self, field.name), _HINTS[field.name])
             object.__setattr__(self, field.name, value)
         for name in ("vocab_size", "max_len", "token_dim", "position_dim", "heads", "blocks", "mlp_ratio"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("timesteps", self.timesteps, 1)
+            at_least(name, getattr(self, name), 1)
+        at_least("timesteps", self.timesteps, 1)
         for name, top in (("spike_degree", 4), ("spiking_residuals", 2)):
             if not 0 <= getattr(self, name) <= top:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes 0 to {top}")
@@ -125,7 +124,7 @@ class SpikeDecoderConfig:
             raise ValueError(f"pad_id: got {self.pad_id}, takes None or a token in 0 to {self.vocab_size - 1}")
         self._check_embedding()
         for name in ("token_shift", "mlp_token_shift"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
             limit = min(self.max_len, self.embed_dim)
             if getattr(self, name) > limit:
                 raise ValueError(
@@ -241,37 +240,6 @@ class SpikeDecoderConfig:
 def bits(n: int) -> int:
     """Binary digits that number n things."""
     return math.ceil(math.log2(n)) if n > 1 else 1
-
-
-def check_field(name: str, known: tuple[str, ...], what: str) -> None:
-    """ValueError with the nearest known name if `name` is none of them."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
-        raise ValueError(f"{what}: unknown field {name!r}{hint}")
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ValueError(f"{name}: got {value}, takes an integer >= {low}")
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type, or ValueError: TOML and JSON write 1 for 1.0."""
-    options = get_args(hint)
-    if get_origin(hint) is Literal:
-        if value not in options:
-            raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(str, options))}")
-        return value
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(h for h in options if h is not type(None))
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), takes {hint.__name__}")
 
 
 _HINTS: dict[str, Any] = typing.get_type_hints(SpikeDecoderConfig)

@@ -1,0 +1,66 @@
+"""Fields of configuration dataclasses: names, types, and values written as text."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Collection
+from typing import Any, Literal, get_args, get_origin
+
+
+def check_field(name: str, known: Collection[str], what: str) -> None:
+    """ValueError with the nearest known name if `name` is none of them."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+        raise ValueError(f"{what}: unknown field {name!r}{hint}")
+
+
+def at_least(name: str, value: float, low: int) -> None:
+    if value < low:
+        raise ValueError(f"{name}: got {value}, takes an integer >= {low}")
+
+
+def coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type, or ValueError: TOML and JSON write 1 for 1.0."""
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        if value not in options:
+            raise ValueError(f"{name}: got {value!r}, takes one of {', '.join(map(str, options))}")
+        return value
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in options if h is not type(None))
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), takes {hint.__name__}")
+
+
+def parse_value(text: str) -> Any:
+    """A value typed on a command line: a number, true, false, none, or else a string."""
+    word = text.strip()
+    if word.lower() in ("none", "null"):
+        return None
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    try:
+        return json.loads(word) if word[:1] in ("[", "{", '"') else word
+    except json.JSONDecodeError:
+        return word
+
+
+def parse_assignment(text: str, what: str = "--set") -> tuple[str, Any]:
+    """("key", value) of "key=value"."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ValueError(f"{what}: got {text!r}, takes key=value")
+    return name.strip().replace("-", "_"), parse_value(value)
