@@ -1,0 +1,177 @@
+"""Choice of backend, registration with torch.library, and errors at the boundary."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from spikedecoder import BackendError, ops, use_backend
+from spikedecoder.ops import _dispatch
+from spikedecoder.testing import CASES, cases, make_inputs, run
+
+X = torch.ones(4, 2, 8)
+
+
+def _fake_backend(monkeypatch, tmp_path, name, source):
+    """A package with one operator module, known as backend `name`."""
+    package = tmp_path / f"fake_{name}_{tmp_path.name}"  # modules stay loaded: a name of its own each
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "lif.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(_dispatch.BACKENDS, name, package.name)
+    _dispatch._load.cache_clear()
+    monkeypatch.setattr(_dispatch, "_PREFERENCE", {"cpu": (name, "reference")})
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache():
+    yield
+    _dispatch._load.cache_clear()
+
+
+ZEROS = "import torch\ndef forward(x, threshold, v_init, p):\n    return torch.zeros_like(x), torch.zeros_like(x[0])\n"
+
+
+def test_auto_prefers_the_first_backend_that_can(monkeypatch, tmp_path):
+    refuses = ZEROS + "def why_not(call):\n    return 'too small' if call.shape[0] < 4 else None\n"
+    _fake_backend(monkeypatch, tmp_path, "fast", refuses)
+    big = torch.full((4, 3), 5.0)
+    with use_backend("auto"):
+        assert not ops.lif(big).any()  # the fake answered
+        assert ops.lif(big[:2]).all()  # the reference did
+    assert _dispatch.explain("lif", _dispatch.Call(big.device, big.dtype, (2, 3)))[0] == ("fast", "too small")
+
+
+def test_forced_backend_runs_or_says_why(monkeypatch, tmp_path):
+    _fake_backend(monkeypatch, tmp_path, "fast", ZEROS + "def why_not(call):\n    return 'it is Tuesday'\n")
+    with use_backend("fast"), pytest.raises(BackendError, match=r"lif: backend 'fast' .* it is Tuesday"):
+        ops.lif(X)
+    with use_backend("fast"), pytest.raises(BackendError, match=r"binarize: backend 'fast' .* it has no binarize"):
+        ops.binarize(X)
+
+
+def test_missing_dependency_is_a_reason_and_a_fault_is_not_hidden(monkeypatch, tmp_path):
+    _fake_backend(monkeypatch, tmp_path, "needy", "import a_module_that_is_not_there\n")
+    assert ops.lif(X).shape == X.shape
+    with use_backend("needy"), pytest.raises(BackendError, match="a_module_that_is_not_there is not installed"):
+        ops.lif(X)
+    _fake_backend(monkeypatch, tmp_path, "broken", "1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        ops.lif(X)
+
+
+def test_use_backend_as_function_and_context(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_forced", None)
+    monkeypatch.delenv("SPIKEDECODER_BACKEND", raising=False)
+    assert _dispatch.requested_backend() == "auto"
+    use_backend("reference")
+    assert _dispatch.requested_backend() == "reference"
+    with use_backend("auto"):
+        assert _dispatch.requested_backend() == "auto"
+    assert _dispatch.requested_backend() == "reference"
+    with pytest.raises(RuntimeError, match="inside"), use_backend("auto"):
+        raise RuntimeError("inside")
+    assert _dispatch.requested_backend() == "reference"
+
+
+def test_use_backend_holds_in_other_threads():
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(_dispatch.requested_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_backward_uses_the_backend_of_its_forward(monkeypatch, tmp_path):
+    _fake_backend(monkeypatch, tmp_path, "fast", ZEROS + "def backward(g, gv, x, th, v, p):\n    raise AssertionError\n")
+    x = X.clone().requires_grad_()
+    with use_backend("reference"):
+        spikes = ops.lif(x)
+    spikes.sum().backward()
+    assert x.grad is not None
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"use_backend: got 'gpu', takes auto or one of reference, triton, cpu, cuda"):
+        use_backend("gpu")
+
+
+@pytest.mark.parametrize(
+    ("value", "expect"), [("reference", "ok"), ("nonsense", "SPIKEDECODER_BACKEND: got 'nonsense'"), ("", "ok")]
+)
+def test_environment_variable(value, expect):
+    code = "import torch, spikedecoder as s; s.ops.lif(torch.ones(2, 3)); print('ok')"
+    env = {"SPIKEDECODER_BACKEND": value, "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert expect in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.operator in ("lif", "binarize", "spike_attention", "pack_spikes")], ids=str)
+def test_opcheck(case):
+    if case.name in ("T16", "S130-d20", "wide"):
+        pytest.skip("covered by its smaller siblings")
+    inputs = make_inputs(case)
+    if case.operator == "lif":
+        x = inputs["x"]
+        threshold = inputs["v_threshold"] if isinstance(inputs.get("v_threshold"), torch.Tensor) else None
+        args = (x, threshold, inputs.get("v_init"), 2.0, 1.0, 0.0, True, "sigmoid", 4.0, True, "reference")
+        op = torch.ops.spikedecoder.lif.default
+    elif case.operator == "binarize":
+        op, args = torch.ops.spikedecoder.binarize.default, (inputs["x"], 2.0, "reference")
+    elif case.operator == "pack_spikes":
+        op, args = torch.ops.spikedecoder.pack_spikes.default, (inputs["spikes"], "reference")
+    else:
+        op = torch.ops.spikedecoder.spike_attention.default
+        rest = (inputs.get("decay"), inputs.get("state"), inputs.get("return_state", False), "reference")
+        args = (inputs["q"], inputs["k"], inputs["v"], 0.125, *rest)
+    torch.library.opcheck(op, args)
+
+
+def test_outputs_do_not_alias_and_inputs_stay():
+    for case in cases():
+        inputs = make_inputs(case)
+        before = {n: t.detach().clone() for n, t in inputs.items() if isinstance(t, torch.Tensor)}
+        run(case, inputs)
+        for name, value in before.items():
+            assert torch.equal(inputs[name], value), f"{case}: {name} was changed"
+
+
+Q = torch.ones(2, 1, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.lif([1.0]), TypeError, "x: got list, takes a torch.Tensor"),
+        (lambda: ops.lif(torch.ones(4, 2).long()), TypeError, "x: got dtype torch.int64"),
+        (lambda: ops.lif(torch.ones(())), ValueError, r"x: got shape \(\)"),
+        (lambda: ops.lif(torch.ones(0, 3)), ValueError, "x: got T = 0 timesteps"),
+        (lambda: ops.lif(X, tau=0.5), ValueError, "tau: got 0.5"),
+        (lambda: ops.lif(X, tau=float("nan")), ValueError, "tau: got nan"),
+        (lambda: ops.lif(X, alpha=0), ValueError, "alpha: got 0"),
+        (lambda: ops.lif(X, surrogate="no"), ValueError, "surrogate: got 'no'"),
+        (lambda: ops.lif(X, v_init=torch.ones(3)), ValueError, r"v_init: got shape \(3,\)"),
+        (lambda: ops.lif(X, v_threshold=torch.ones(3)), ValueError, r"v_threshold: got shape \(3,\)"),
+        (lambda: ops.lif(X, v_threshold=torch.ones(4, 2, 8)), ValueError, "v_threshold: got shape"),
+        (lambda: ops.lif(X, v_init=torch.ones(2, 8, device="meta")), ValueError, "different devices"),
+        (lambda: ops.binarize(X, alpha=-1), ValueError, "alpha: got -1"),
+        (lambda: ops.pack_spikes(torch.ones(())), TypeError, "spikes: takes a tensor"),
+        (lambda: ops.unpack_spikes(torch.ones(2, 1), 3), TypeError, "words: takes an int64 tensor"),
+        (lambda: ops.unpack_spikes(torch.ones(2, 1).long(), 65), ValueError, "channels: got 65 for 1 words"),
+        (lambda: ops.spike_attention(Q[0], Q[0], Q[0]), ValueError, r"q: got shape .* takes 5 dimensions"),
+        (lambda: ops.spike_attention(Q, Q[..., :4], Q), ValueError, "k: got shape"),
+        (lambda: ops.spike_attention(Q, Q, Q.double()), TypeError, "v: got dtype torch.float64"),
+        (lambda: ops.spike_attention(Q, Q, Q, decay=torch.ones(3)), ValueError, "decay: got shape"),
+        (lambda: ops.spike_attention(Q, Q, Q, state=torch.ones(3)), ValueError, "state: got shape"),
+        (lambda: ops.spike_linear(X, torch.ones(3, 9)), ValueError, "s: got 8 channels"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,185 @@
+"""The operators on the reference backend against their specification, differentiated by autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spikedecoder import ops
+from spikedecoder.params import LIFParams
+from spikedecoder.reference import binarize as binarize_spec
+from spikedecoder.reference import lif as lif_spec
+from spikedecoder.reference import spike_attention as attention_spec
+from spikedecoder.testing import cases, flipped, leaves, make_inputs, run
+
+_PARAMS = ("tau", "v_reset", "decay_input", "surrogate", "alpha", "detach_reset")
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    with ops.use_backend("reference"):
+        yield
+
+
+def _by_autograd(spec, inputs, seed=1):
+    outs = spec(**inputs)
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(o.shape, generator=generator).to(o) for o in outs]
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad]
+    wanted = leaves(inputs)
+    found = torch.autograd.grad([o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs])
+    results = {("out" if i == 0 else f"out.{i}"): o.detach() for i, o in enumerate(outs)}
+    return results | {f"grad.{n}": g for n, g in zip(wanted, found, strict=True)}
+
+
+def _lif(x, v_threshold=1.0, v_init=None, return_state=False, **params):
+    p = LIFParams(v_threshold=1.0 if isinstance(v_threshold, torch.Tensor) else v_threshold, **params)
+    spikes, v = lif_spec.lif(x, v_threshold, v_init, p)
+    return (spikes, v) if return_state else (spikes,)
+
+
+def _attention(q, k, v, scale, decay=None, state=None, return_state=False):
+    out = attention_spec.quadratic(q, k, v, scale, decay, state)
+    return (out, attention_spec.recurrent(q, k, v, scale, decay, state)[1].detach()) if return_state else (out,)
+
+
+@pytest.mark.parametrize("case", cases("lif"), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_lif_is_its_specification(case, dtype):
+    actual = run(case, make_inputs(case, dtype))
+    expected = _by_autograd(_lif, make_inputs(case, dtype))
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual["out"], expected["out"], rtol=0, atol=0)
+    tight = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], **tight, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", cases("lif"), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_lif_in_half_precision_keeps_the_membrane_in_float32(case, dtype):
+    inputs = make_inputs(case, dtype)
+    outs = run(case, inputs)
+    assert outs["out"].dtype == dtype
+    wide = {n: t.detach().float() if isinstance(t, torch.Tensor) else t for n, t in inputs.items()}
+    expected = _lif(**wide)
+    torch.testing.assert_close(outs["out"].float(), expected[0], rtol=0, atol=0)
+    if "out.1" in outs:
+        assert outs["out.1"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", cases("spike_attention"), ids=str)
+def test_attention_is_its_specification(case):
+    actual = run(case, make_inputs(case, torch.float64))
+    expected = _by_autograd(_attention, make_inputs(case, torch.float64))
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", [c for c in cases("spike_attention") if c.exact], ids=str)
+def test_three_forms_of_attention_are_equal_bit_for_bit(case):
+    inputs = make_inputs(case)
+    args = [inputs[n].detach() for n in ("q", "k", "v")] + [inputs["scale"], None, inputs.get("state")]
+    quadratic = attention_spec.quadratic(*args)
+    chunked = attention_spec.chunked(*args)
+    recurrent, _ = attention_spec.recurrent(*args)
+    assert torch.equal(quadratic, chunked) and torch.equal(quadratic, recurrent)
+
+
+def test_attention_is_causal_and_carries_its_state():
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = ((torch.rand(2, 1, 2, 150, 16, generator=generator) < 0.3).float() for _ in range(3))
+    decay = torch.tensor([0.9, 1.0])
+    whole, end = ops.spike_attention(q, k, v, decay=decay, return_state=True)
+    for split in (1, 63, 64, 65, 149):
+        left, state = ops.spike_attention(*(x[..., :split, :] for x in (q, k, v)), decay=decay, return_state=True)
+        right, last = ops.spike_attention(
+            *(x[..., split:, :] for x in (q, k, v)), decay=decay, state=state, return_state=True
+        )
+        torch.testing.assert_close(torch.cat([left, right], -2), whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(last, end, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_result_merges_heads_for_free():
+    q = torch.ones(2, 1, 3, 10, 8)
+    assert ops.spike_attention(q, q, q).transpose(2, 3).is_contiguous()
+
+
+@pytest.mark.parametrize("case", cases("spike_attention_lif"), ids=str)
+def test_attention_lif_is_attention_then_lif(case):
+    inputs = make_inputs(case)
+    actual = run(case, inputs)
+    p = inputs["p"]
+
+    def composed(p, **attention):
+        return (lif_spec.lif(_attention(**attention)[0], 1.0, None, p)[0],)
+
+    expected = _by_autograd(composed, make_inputs(case))
+    if case.exact:
+        assert torch.equal(actual["out"], expected["out"])
+    if torch.equal(actual["out"], expected["out"]):
+        for name in ("grad.q", "grad.k", "grad.v"):
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+    else:
+        assert flipped(actual["out"], expected["out"]) < 1e-3
+
+
+@pytest.mark.parametrize("case", cases("binarize"), ids=str)
+def test_binarize(case):
+    actual = run(case, make_inputs(case))
+    expected = _by_autograd(lambda x: (binarize_spec.binarize(x, 2.0),), make_inputs(case))
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", cases("pack_spikes"), ids=str)
+def test_pack_and_unpack(case):
+    spikes = make_inputs(case)["spikes"]
+    words = ops.pack_spikes(spikes)
+    assert words.shape == (*spikes.shape[:-1], -(-spikes.shape[-1] // 64))
+    assert torch.equal(ops.unpack_spikes(words, spikes.shape[-1]), spikes)
+    for channel in range(spikes.shape[-1]):  # the format itself: bit i of word w is channel 64 w + i
+        bit = (words[..., channel // 64] >> (channel % 64)) & 1
+        assert torch.equal(bit.float(), spikes[..., channel])
+
+
+@pytest.mark.parametrize("case", cases("norm_lif"), ids=str)
+def test_norm_lif_is_norm_then_lif(case):
+    actual = run(case, make_inputs(case, torch.float64))
+
+    def composed(x, n, p, threshold=1.0):
+        return (lif_spec.lif(ops.norm(x, n), threshold, None, p)[0],)
+
+    expected = _by_autograd(composed, make_inputs(case, torch.float64))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_power_norm_after_its_warm_up_uses_the_running_moment():
+    from spikedecoder.params import NormParams
+
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
+    phi, ema, weight, bias = torch.full((3,), 4.0).double(), torch.zeros(3).double(), torch.ones(3).double(), torch.zeros(3).double()
+    n = NormParams("power", weight, bias, running=(phi, ema, torch.tensor(10_000)))
+    torch.testing.assert_close(ops.norm(x, n), x / (4 + 1e-5) ** 0.5)
+    torch.testing.assert_close(phi, 0.9 * 4 + 0.1 * x.square().mean((0, 1)))
+
+
+def test_batch_and_layer_norm_match_torch():
+    from spikedecoder.nn.norm import Norm
+
+    x = torch.randn(4, 3, 5, 16, dtype=torch.float64)
+    ours, theirs = Norm("batch", 16).double(), torch.nn.BatchNorm1d(16).double()
+    for _ in range(3):
+        torch.testing.assert_close(ours(x).reshape(-1, 16), theirs(x.reshape(-1, 16)))
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), buffer)
+    torch.testing.assert_close(ours.eval()(x).reshape(-1, 16), theirs.eval()(x.reshape(-1, 16)))
+    torch.testing.assert_close(Norm("layer", 16).double()(x), torch.nn.LayerNorm(16).double()(x))
+
+
+def test_lif_propagates_nan_and_fires_on_infinity():
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf")], [0.0, 0.0, 0.0]])
+    spikes, v = ops.lif(x, return_state=True)
+    assert spikes.tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert v[0].isnan() and v[1] == 0 and v[2].isnan()  # -inf + inf
