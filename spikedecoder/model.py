@@ -98,6 +98,27 @@ class SpikeDecoder(nn.Module, FolderMixin):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
 
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Tokens [B, S] with their continuations, [B, S + N], N <= max_new_tokens.
+
+        temperature 0 is greedy; `options`: stop, suppress, keep. See `spikedecoder.generation.generate`,
+        which also takes prompts of unequal length and returns the predictions, and its `stream`.
+        """
+        from spikedecoder.generation.generate import generate_tensor
+        from spikedecoder.generation.sampling import SamplingParams
+
+        sampling = SamplingParams(temperature, top_k, top_p, seed)
+        return generate_tensor(self, tokens, max_new_tokens, sampling, **options)
+
     def _check(self, tokens: Tensor) -> None:
         c = self.config
         if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):

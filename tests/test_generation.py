@@ -1,0 +1,422 @@
+"""Sampling, batches, windows, streaming, text."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.data import CharTokenizer, WordTokenizer
+from spikedecoder.generation import (
+    Prediction,
+    SamplingParams,
+    Window,
+    encode_prompt,
+    generate,
+    generate_text,
+    sample,
+    start_token,
+    stream,
+    stream_text,
+    suppressed_ids,
+    top_predictions,
+)
+from spikedecoder.generation.sampling import generators
+
+TEXT = "the cat sat on the mat. it was a fat cat, and that was that."
+SMALL = {
+    "vocab_size": 30,
+    "max_len": 12,
+    "token_dim": 10,
+    "position_dim": 6,
+    "heads": 2,
+    "blocks": 2,
+    "timesteps": 2,
+}
+
+
+def make(**changes):
+    """A small model whose logits differ enough between tokens and places for a test to see."""
+    torch.manual_seed(0)
+    model = SpikeDecoder(SpikeDecoderConfig(**{**SMALL, "embedding_gain": 2.0, **changes})).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("embedding."):
+                parameter.normal_()
+            elif parameter.dim() == 1:
+                parameter.add_(torch.rand_like(parameter))
+        model.head.linear.weight.mul_(8)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+# --- sampling
+
+
+def test_greedy_takes_the_lowest_of_equal_ids():
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    ids, probabilities = sample(logits, SamplingParams(temperature=0))
+    assert ids.tolist() == [1, 0]
+    assert probabilities.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    # a filter of one token is greedy as well, whatever the seed
+    for seed in range(20):
+        assert sample(logits, SamplingParams(top_k=1, seed=seed))[0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 31])
+def test_distribution_of_what_is_drawn(n):
+    """10 000 draws agree with softmax(logits / temperature), filtered by hand, to four deviations."""
+    torch.manual_seed(n)
+    logits, temperature, k, p = torch.randn(n) * 2, 0.7, max(1, n - 1), 0.8
+    expected = (logits.double() / temperature).softmax(0)
+    order = sorted(range(n), key=lambda i: -expected[i].item())[:k]
+    mass, kept = 0.0, []
+    total = sum(expected[i].item() for i in order)
+    for i in order:
+        if mass >= p:
+            break
+        kept.append(i)
+        mass += expected[i].item() / total
+    total = sum(expected[i].item() for i in kept)
+
+    draws = 10_000
+    rng = generators(5, 1) * draws  # one stream
+    ids, probabilities = sample(logits.expand(draws, n), SamplingParams(temperature, k, p), rng)
+    counts = Counter(ids.tolist())
+    assert set(counts) <= set(kept)
+    for i in kept:
+        share = expected[i].item() / total
+        assert probabilities[0, i].item() == pytest.approx(share)
+        assert abs(counts[i] / draws - share) <= 4 * math.sqrt(share * (1 - share) / draws) + 1e-12
+
+
+def test_top_p_keeps_the_fewest_that_reach_it():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    for top_p, kept in ((0.4, 1), (0.5, 1), (0.51, 2), (0.79, 2), (0.81, 3), (1.0, 3)):
+        probabilities = sample(logits.double(), SamplingParams(top_p=top_p, seed=0))[1]
+        assert int((probabilities > 0).sum()) == kept, top_p
+        assert probabilities.sum().item() == pytest.approx(1)
+
+
+def test_extreme_logits_and_temperatures():
+    logits = torch.tensor([[0.0, 1.0, -math.inf, 1e30]])
+    for temperature in (1e-300, 1e-3, 1e300):
+        ids, probabilities = sample(logits, SamplingParams(temperature, seed=1))
+        assert probabilities[0, 2] == 0 and torch.isfinite(probabilities).all()
+        assert temperature > 1 or ids.item() == 3
+    half = torch.tensor([[0.0, 4.0]], dtype=torch.float16)
+    assert sample(half, SamplingParams(seed=0))[1].dtype == torch.float64
+    for bad, why in ((math.nan, "diverged"), (math.inf, "diverged")):
+        with pytest.raises(ValueError, match=why):
+            sample(torch.tensor([[0.0, bad]]), SamplingParams())
+    with pytest.raises(ValueError, match="no token is left"):
+        sample(torch.zeros(1, 2), SamplingParams(), suppress=torch.tensor([0, 1]))
+
+
+def test_a_draw_at_the_very_end_takes_a_token_that_has_a_probability(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.ones(1, dtype=torch.float64))
+    ids, _ = sample(torch.tensor([[1.0, 1.0, -math.inf]]), SamplingParams(seed=0))
+    assert ids.item() == 1
+
+
+def test_draws_do_not_depend_on_neighbours():
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    together = sample(logits, SamplingParams(seed=3))[0]
+    for i in range(4):
+        assert sample(logits[i : i + 1], SamplingParams(seed=3 + i))[0] == together[i]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "hot"),
+        ("top_k", 0),
+        ("top_k", 2.5),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", 1.5),
+    ],
+)
+def test_bad_sampling_params(field, value):
+    with pytest.raises(ValueError, match=f"{field}: got .*takes"):
+        SamplingParams(**{field: value})
+
+
+def test_top_predictions():
+    logits = torch.tensor([[0.1, 0.4, 0.4, 0.1]]).double().log()
+    (best,) = top_predictions(logits, 3)
+    assert [p.token for p in best] == [1, 2, 0]
+    assert [p.probability for p in best] == pytest.approx([0.4, 0.4, 0.1])
+    (best,) = top_predictions(logits, 9, torch.tensor([1]))
+    assert best[0] == Prediction(2, pytest.approx(0.4 / 0.6)) and len(best) == 3
+
+
+# --- generation of ids
+
+
+def by_hand(model, prompt, n, keep, suppress=()):
+    """Greedy, one token at a time, with the documented window."""
+    ids = list(prompt)
+    window = list(prompt)
+    for _ in range(n):
+        if len(window) > model.config.max_len:
+            window = window[-keep:]
+        logits = model(torch.tensor([window]))[0, -1].detach()
+        logits[list(suppress)] = -math.inf
+        ids.append(int(logits.argmax()))
+        window.append(ids[-1])
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("length, keep", [(1, None), (3, 1), (12, None), (13, 12), (40, None), (40, 5)])
+def test_greedy_is_the_argmax_of_the_forward_past_the_context_too(model, length, keep):
+    prompt = torch.randint(0, 30, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    result = generate(model, [prompt], 30, SamplingParams(temperature=0), keep=keep)
+    assert result.tokens[0] == by_hand(model, prompt, 30, keep or 6)
+    assert len(set(result.tokens[0])) > 1  # else the test would see nothing
+    assert result.finish == ["length"] and result.sequences == [prompt + result.tokens[0]]
+
+
+VARIANTS = [
+    {"token_shift": 3, "mlp_token_shift": 2},
+    {"position_encoding": "learned"},
+    {"position_encoding": "linear", "heads": 2, "token_dim": 8},
+    {"token_encoding": "one-hot", "max_len": 10, "vocab_size": 8},
+    {"norm": "batch", "spiking_residuals": 2},
+    {"norm": "power", "spiking_residuals": 1, "reunite": "concatenate"},
+    {"spike_degree": 0},
+    {"spike_degree": 2, "position_encoding": "binary", "token_encoding": "binary", "heads": 1},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_unequal_prompts_give_what_they_give_alone(changes, temperature):
+    model = make(**changes)
+    torch.manual_seed(1)
+    prompts = [torch.randint(0, model.config.vocab_size, (n,)).tolist() for n in (4, 1, 0, 23, 9)]
+    together = generate(model, prompts, 20, SamplingParams(temperature, seed=7), top=2)
+    for i, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], 20, SamplingParams(temperature, seed=7 + i), top=2)
+        assert alone.tokens[0] == together.tokens[i]
+        for one, other in zip(alone.predictions[0], together.predictions[i], strict=True):
+            assert [p.token for p in one] == [p.token for p in other]
+            assert [p.probability for p in one] == pytest.approx([p.probability for p in other])
+
+
+def test_seed_repeats_and_none_is_fresh_but_known(model):
+    first = generate(model, [[1, 2]], 20, SamplingParams(seed=4)).tokens
+    assert generate(model, [[1, 2]], 20, SamplingParams(seed=4)).tokens == first
+    assert generate(model, [[1, 2]], 20, SamplingParams(seed=5)).tokens != first
+    state = torch.random.get_rng_state()
+    fresh = generate(model, [[1, 2]], 20)
+    assert torch.equal(torch.random.get_rng_state(), state)  # a training run is not disturbed
+    assert generate(model, [[1, 2]], 20, SamplingParams(seed=fresh.seed)).tokens == fresh.tokens
+
+
+def test_equal_prompts_in_a_batch_differ(model):
+    a, b = generate(model, [[3], [3]], 20, SamplingParams(seed=0)).tokens
+    assert a != b
+
+
+def test_predictions_are_the_models_probabilities(model):
+    result = generate(model, [[5, 6, 7]], 3, SamplingParams(temperature=0), top=4)
+    ids = [5, 6, 7]
+    for token, best in zip(result.tokens[0], result.predictions[0], strict=True):
+        p, i = model(torch.tensor([ids]))[0, -1].softmax(-1).topk(4)
+        assert [b.token for b in best] == i.tolist()
+        assert [b.probability for b in best] == pytest.approx(p.tolist())
+        assert best[0].token == token
+        ids.append(token)
+
+
+def test_stop_ends_each_sequence_by_itself(model):
+    prompts = [[1, 2, 3], [4], [5, 6], [9, 9]]
+    free = generate(model, prompts, 30, SamplingParams(temperature=0)).tokens
+    stop = free[0][3]
+    stopped = generate(model, prompts, 30, SamplingParams(temperature=0), stop=stop)
+    for whole, cut, finish in zip(free, stopped.tokens, stopped.finish, strict=True):
+        at = whole.index(stop) + 1 if stop in whole else 30
+        assert cut == whole[:at]
+        assert finish == ("stop" if stop in whole else "length")
+    assert len(stopped.tokens[0]) <= 4 and len({len(t) for t in stopped.tokens}) > 1
+
+
+def test_stream_is_generate_as_it_comes(model):
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    events = stream(model, [[1], [2, 3]], 5, SamplingParams(seed=1), top=1)
+    assert not calls
+    next(events)
+    assert len(calls) == 1  # the first token is there before the second is computed
+    events.close()
+    handle.remove()
+
+    result = generate(model, [[1], [2, 3]], 5, SamplingParams(seed=1), top=1)
+    events = list(stream(model, [[1], [2, 3]], 5, SamplingParams(seed=1), top=1))
+    assert [e.sequence for e in events] == [0, 1] * 5
+    assert [[e.token for e in events if e.sequence == i] for i in (0, 1)] == result.tokens
+    assert [e.finish for e in events] == [None] * 8 + ["length"] * 2
+
+
+def test_pad_and_unknown_are_never_generated():
+    model = make(pad_id=28)
+    with torch.no_grad():
+        model.head.linear.bias[[28, 5]] = 100.0
+    result = generate(model, [[1]], 10, SamplingParams(seed=0), top=3)
+    assert set(result.tokens[0]) == {5}
+    assert all(p.token != 28 for at in result.predictions[0] for p in at)
+    assert 28 in generate(model, [[1]], 30, SamplingParams(seed=0), suppress=()).tokens[0]
+    tokenizer = CharTokenizer.from_text(TEXT)
+    assert suppressed_ids(model, tokenizer) == [0, 1, *range(tokenizer.vocab_size, 30)]
+
+
+def test_empty_prompt_starts_from_pad_or_token_0(model):
+    assert start_token(model) == 0
+    assert start_token(make(pad_id=28)) == 28
+    greedy = SamplingParams(temperature=0)
+    assert generate(model, [[]], 5, greedy).tokens == generate(model, [[0]], 5, greedy).tokens
+    assert model.generate(torch.zeros(2, 0, dtype=torch.int64), 3, seed=0).shape == (2, 3)
+
+
+def test_model_generate(model):
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    out = model.generate(tokens, 17, top_k=5, top_p=0.9, seed=2)
+    result = generate(model, tokens, 17, SamplingParams(1.0, 5, 0.9, 2))
+    assert out.dtype == torch.int64 and out.tolist() == result.sequences
+    assert model.generate(tokens, 0).tolist() == tokens.tolist()
+    greedy = model.generate(tokens, 30, temperature=0)[:, 3:]
+    stop = next(t for t in greedy[0].tolist() if greedy[1].tolist()[0] != t)
+    out = model.generate(tokens, 30, temperature=0, stop=[stop])
+    end = greedy[0].tolist().index(stop)
+    assert out[0, 3 + end :].unique().tolist() == [stop]
+
+
+def test_mode_is_kept_and_dropout_is_off():
+    model = make(mlp_dropout=0.5, attention_dropout=0.5, norm="batch")
+    expected = generate(model, [[1, 2]], 10, SamplingParams(temperature=0)).tokens
+    model.train()
+    model.blocks[0].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert generate(model, [[1, 2]], 10, SamplingParams(temperature=0)).tokens == expected
+    assert model.training and model.blocks[1].training and not model.blocks[0].training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_window_as_logit_source(model):
+    source = Window(model)
+    first = source.start([[1, 2], [3]])
+    assert torch.allclose(first[1], model(torch.tensor([[3]]))[0, -1])
+    source.select([1])
+    assert torch.allclose(source.step([4])[0], model(torch.tensor([[3, 4]]))[0, -1])
+    assert not first.requires_grad
+
+
+@pytest.mark.parametrize(
+    "arguments, error, why",
+    [
+        (([[1]], -1), ValueError, "max_new_tokens: got -1"),
+        (([[1]], 2.0), ValueError, "max_new_tokens"),
+        (([], 3), ValueError, "prompts: got none"),
+        (([[1, 30]], 3), ValueError, r"prompts\[0\]: got token 30, takes 0 to 29"),
+        (([[1], [-1]], 3), ValueError, r"prompts\[1\]"),
+        (([[1.5]], 3), TypeError, "takes integers"),
+        (("abc", 3), TypeError, "generate_text"),
+        ((["abc"], 3), TypeError, "generate_text"),
+        (([1, 2], 3), TypeError, "one list per prompt"),
+        ((torch.zeros(1, 3), 3), TypeError, "prompts: got a tensor of torch.float32"),
+        (([[1]], 3, {"temperature": 1}), TypeError, "sampling: got dict"),
+    ],
+)
+def test_bad_arguments(model, arguments, error, why):
+    for function in (generate, stream):
+        with pytest.raises(error, match=why):
+            function(model, *arguments)
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"stop": 30}, "stop: got token 30"),
+        ({"suppress": [99]}, "suppress: got token 99"),
+        ({"suppress": range(30)}, "none would be left"),
+        ({"keep": 0}, "keep: got 0"),
+        ({"keep": 13}, "takes an integer from 1 to max_len = 12"),
+        ({"top": -1}, "top: got -1"),
+    ],
+)
+def test_bad_options(model, options, why):
+    with pytest.raises(ValueError, match=why):
+        generate(model, [[1]], 3, **options)
+    with pytest.raises(TypeError, match="unknown argument 'stpo'"):
+        stream(model, [[1]], 3, stpo=1)
+
+
+# --- text
+
+
+@pytest.fixture(scope="module", params=["char", "original-char", "word", "original-word"])
+def written(request):
+    """A tokenizer and a model of its vocabulary (and three ids more)."""
+    tokenizer = {
+        "char": lambda: CharTokenizer.from_text(TEXT),
+        "original-char": CharTokenizer.original,
+        "word": lambda: WordTokenizer.from_text(TEXT),
+        "original-word": lambda: WordTokenizer.original(sorted(["cat", "sat", "the", "on", ".", "P"])),
+    }[request.param]()
+    model = make(vocab_size=tokenizer.vocab_size + 3, pad_id=tokenizer.pad_id)
+    return model, tokenizer
+
+
+def test_text_in_text_out(written):
+    model, tokenizer = written
+    prompts = ["the cat sat", "", "the cat sat on the cat. the cat sat on the cat."]
+    texts = generate_text(model, tokenizer, prompts, max_new_tokens=25, seed=3)
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        before = tokenizer.decode(tokenizer.encode(prompt)) if prompt else ""
+        assert text.startswith(before)
+        streamed = list(stream_text(model, tokenizer, prompt, max_new_tokens=25, seed=3 + i))
+        assert len(streamed) == 25 and before + "".join(streamed) == text
+    again = generate_text(model, tokenizer, prompts, max_new_tokens=25, seed=3)
+    assert again == texts != generate_text(model, tokenizer, prompts, max_new_tokens=25, seed=4)
+
+
+def test_unknown_characters_and_words():
+    chars, words = CharTokenizer.from_text(TEXT), WordTokenizer.from_text(TEXT)
+    original = CharTokenizer.original()
+    with pytest.raises(ValueError, match=r"prompt: 2 character.s. outside .*: 'Q', 'é'"):
+        encode_prompt(chars, "thQé")
+    with pytest.raises(ValueError, match=r"1 word.s. outside .*: 'dog'"):
+        encode_prompt(words, "the dog sat")
+    with pytest.raises(ValueError, match=r"'1', 'é'"):
+        encode_prompt(original, "Caf1é!")
+    assert encode_prompt(original, "Cat!") == [2, 0, 19, 26, 29]  # a full stop and its space
+    assert encode_prompt(chars, "tQé", errors="drop") == encode_prompt(chars, "t")
+    assert encode_prompt(chars, "tQ", errors="replace")[1] == chars.unk_id
+    assert encode_prompt(words, "dog cat", errors="drop") == encode_prompt(words, "cat")
+    with pytest.raises(ValueError, match="errors: got 'ignore', takes one of"):
+        encode_prompt(chars, "t", errors="ignore")
+    with pytest.raises(ValueError, match="and 2 more"):
+        encode_prompt(chars, "0123456789")
+
+
+def test_text_needs_a_fitting_tokenizer(model):
+    with pytest.raises(ValueError, match="tokenizer: got None"):
+        generate_text(model, None, ["a"])
+    with pytest.raises(ValueError, match="tokenizer: has 33 tokens, the model only 30"):
+        generate_text(model, CharTokenizer.from_text("abcdefghijklmnopqrstuvwxyzABCDE"), ["a"])
+    with pytest.raises(TypeError, match="takes a list of str"):
+        generate_text(model, CharTokenizer.original(), "abc")
+    with pytest.raises(ValueError, match="top_p"):
+        stream_text(model, CharTokenizer.original(), "abc", top_p=0)
