@@ -30,7 +30,7 @@ class SpikingAttention(nn.Module):
         self.k = LinearNormLIF(e, e, c.norm, c.lif, c.learn_threshold)
         self.v = LinearNormLIF(e, e, c.norm, c.lif, c.learn_threshold)
         self.attention_lif = AttentionLIF(c)
-        self.proj = LinearNorm(e, e, c.norm)
+        self.proj = LinearNorm(e, e, c.norm, spikes=True)
         self.output_lif = LIF(c.lif, c.learn_threshold) if residual_spikes else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,10 +69,10 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         e = c.embed_dim
         self.heads, self.shift, self.dropout = c.heads, c.token_shift, c.attention_dropout
-        self.q = LinearNorm(e, e, c.norm)
-        self.k = LinearNorm(e, e, c.norm)
-        self.v = LinearNorm(e, e, c.norm)
-        self.proj = LinearNorm(e, e, c.norm)
+        self.q = LinearNorm(e, e, c.norm, spikes=False)
+        self.k = LinearNorm(e, e, c.norm, spikes=False)
+        self.v = LinearNorm(e, e, c.norm, spikes=False)
+        self.proj = LinearNorm(e, e, c.norm, spikes=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = token_shift(x, self.shift)

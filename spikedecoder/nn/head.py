@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.nn.linear import SpikeLinear
 from spikedecoder.nn.neuron import LIF
 
 
@@ -20,7 +20,10 @@ class Head(nn.Module):
         self.reunite, self.float_reunite = c.reunite, c.float_reunite
         self.lif = LIF(c.lif, c.learn_threshold) if c.head_spikes else None
         joined = c.spiking_attention and c.reunite == "concatenate"
-        self.linear = nn.Linear(c.embed_dim * (c.timesteps if joined else 1), c.vocab_size)
+        # joining by "average" or "accumulate" leaves counts, not spikes
+        binary = c.head_spikes and (c.float_reunite or c.reunite in ("concatenate", "final"))
+        linear = SpikeLinear if binary else nn.Linear
+        self.linear = linear(c.embed_dim * (c.timesteps if joined else 1), c.vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.lif is not None and not self.float_reunite:
@@ -29,7 +32,7 @@ class Head(nn.Module):
             x = self._join(x)
         if self.lif is not None and self.float_reunite:
             x = self.lif(x.unsqueeze(0)).squeeze(0)
-        return ops.spike_linear(x, self.linear.weight, self.linear.bias)
+        return self.linear(x)
 
     def _join(self, x: Tensor) -> Tensor:
         if self.reunite == "average":

@@ -1,4 +1,4 @@
-"""Linear on spikes with the norm, and the neurons, that follow it."""
+"""Linear with the norm, and the neurons, that follow it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from spikedecoder.nn.norm import Norm
 from spikedecoder.params import LIFParams
 
 
-class LinearNorm(nn.Module):
-    """Norm(Linear(s)): spikes (or real numbers) [..., K] in, currents [..., N] out."""
-
-    def __init__(self, inputs: int, outputs: int, norm: str) -> None:
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs)
-        self.norm = Norm(norm, outputs)
+class SpikeLinear(nn.Linear):
+    """Linear whose input is exactly 0 and 1: accumulates, multiplies nothing."""
 
     def forward(self, s: Tensor) -> Tensor:
-        return self.norm(ops.spike_linear(s, self.linear.weight, self.linear.bias))
+        return ops.spike_linear(s, self.weight, self.bias)
+
+
+class LinearNorm(nn.Module):
+    """Norm(Linear(x)), x [..., K] -> [..., N]; `spikes`: x is exactly 0 and 1."""
+
+    def __init__(self, inputs: int, outputs: int, norm: str, spikes: bool) -> None:
+        super().__init__()
+        self.linear = SpikeLinear(inputs, outputs) if spikes else nn.Linear(inputs, outputs)
+        self.norm = Norm(norm, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
 
 
 class LinearNormLIF(nn.Module):
@@ -27,10 +34,10 @@ class LinearNormLIF(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, norm: str, lif: LIFParams, learn_threshold: bool) -> None:
         super().__init__()
-        self.linear = nn.Linear(inputs, outputs)
+        self.linear = SpikeLinear(inputs, outputs)
         self.norm = Norm(norm, outputs)
         self.lif = LIF(lif, learn_threshold)
 
     def forward(self, s: Tensor) -> Tensor:
-        current = ops.spike_linear(s, self.linear.weight, self.linear.bias)
+        current = self.linear(s)
         return ops.norm_lif(current, self.norm.params(), self.lif.params, threshold=self.lif.v_threshold)

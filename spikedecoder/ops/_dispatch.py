@@ -26,7 +26,7 @@ BACKENDS: dict[str, str] = {
     "cpu": "spikedecoder.ext.cpu",
     "cuda": "spikedecoder.ext.cuda",
 }
-OPERATORS = ("lif", "norm", "norm_lif", "spike_attention", "spike_attention_lif", "spike_linear", "binarize", "pack_spikes")
+OPERATORS = ("lif", "norm_lif", "spike_attention", "spike_attention_lif", "spike_linear", "binarize", "pack_spikes")
 _PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _ENV = "SPIKEDECODER_BACKEND"
 
@@ -40,7 +40,7 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend may look at to decide whether it can run: no values, so tracing can ask too."""
+    """What a backend may look at to decide whether it can run: no values. An empty shape means any."""
 
     device: torch.device
     dtype: torch.dtype
@@ -56,8 +56,11 @@ def _check_name(name: str, where: str) -> str:
 
 def requested_backend() -> str:
     """The backend in force: set by `use_backend`, else by SPIKEDECODER_BACKEND, else "auto"."""
-    if _forced is not None:
-        return _forced
+    return _forced if _forced is not None else _from_environment()
+
+
+@torch.compiler.assume_constant_result
+def _from_environment() -> str:
     return _check_name(os.environ.get(_ENV) or "auto", f"environment variable {_ENV}")
 
 
@@ -136,6 +139,24 @@ def _module(backend: str, operator: str) -> ModuleType:
     module = _load(backend, operator)
     assert not isinstance(module, str)
     return module
+
+
+@torch.compiler.assume_constant_result
+def resolve(operator: str, device: str, dtype: torch.dtype, requested: str) -> str:
+    """The backend for every shape of `operator`, where what is kept for backward depends on it.
+
+    Asked while tracing, so it looks at no shape.
+    """
+    return _resolve(operator, device, dtype, requested)
+
+
+@functools.cache
+def _resolve(operator: str, device: str, dtype: torch.dtype, requested: str) -> str:
+    call = Call(torch.device(device), dtype, ())
+    if requested != "auto":
+        select(operator, call, requested)
+        return requested
+    return next(b for b in candidates(call.device) if why_not(b, operator, call) is None)
 
 
 def explain(operator: str, call: Call) -> list[tuple[str, str]]:

@@ -12,13 +12,14 @@ from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.spike_attention import decay_matrix
 
 
-def _heads_last(x: Tensor) -> Tensor:
+def heads_last(x: Tensor) -> Tensor:
     """An empty tensor of x's shape, laid out [T, B, S, H, d] so that merging the heads is free."""
     t, b, h, s, d = x.shape
     return x.new_empty(t, b, s, h, d).transpose(2, 3)
 
 
-def _laid_out(x: Tensor) -> Tensor:
+def laid_out(x: Tensor) -> Tensor:
+    """x itself where it is laid out so, else a copy that is."""
     return x.transpose(2, 3).contiguous().transpose(2, 3)
 
 
@@ -35,14 +36,14 @@ def _spike_attention(
 ) -> tuple[Tensor, Tensor]:
     impl = select("spike_attention", Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None}), backend)
     out, final = impl.forward(q, k, v, scale, decay, state, return_state)
-    return _laid_out(out), q.new_empty(0) if final is None else final
+    return laid_out(out), q.new_empty(0) if final is None else final
 
 
 @_spike_attention.register_fake
 def _(q, k, v, scale, decay, state, return_state, backend):  # type: ignore[no-untyped-def]
     t, b, h, _, d = q.shape
     dtype = compute_dtype(q.dtype)
-    return _heads_last(q), q.new_empty(t, b, h, d, d, dtype=dtype) if return_state else q.new_empty(0)
+    return heads_last(q), q.new_empty(t, b, h, d, d, dtype=dtype) if return_state else q.new_empty(0)
 
 
 @torch.library.custom_op("spikedecoder::spike_attention_backward", mutates_args=())
@@ -58,12 +59,12 @@ def _spike_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     impl = select("spike_attention", Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None}), backend)
     dq, dk, dv = impl.backward(grad, q, k, v, scale, decay, state)
-    return _laid_out(dq), _laid_out(dk), _laid_out(dv)
+    return laid_out(dq), laid_out(dk), laid_out(dv)
 
 
 @_spike_attention_backward.register_fake
 def _(grad, q, k, v, *_):  # type: ignore[no-untyped-def]
-    return _heads_last(q), _heads_last(q), _heads_last(q)
+    return heads_last(q), heads_last(q), heads_last(q)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -82,10 +83,25 @@ def _autograd(ctx, grad, _grad_state):  # type: ignore[no-untyped-def]
 _spike_attention.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def check_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> None:
+    """q, k, v alike, [T, B, H, S, d]; decay one value a head."""
+    _check.floating("q", q, dims=5)
+    _check.timesteps("q", q)
+    for name, x in (("k", k), ("v", v)):
+        _check.floating(name, x)
+        _check.same_shape("q", q, name, x)
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
+    _check.same_device(q=q, k=k, v=v, decay=decay)
+    heads = q.shape[2]
+    if decay is not None and decay.shape != (heads,):
+        raise ValueError(f"decay: got shape {tuple(decay.shape)}, takes one value a head, ({heads},)")
+
+
 def _with_dropout(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, dropout: float) -> Tensor:
     scores = q @ k.transpose(-1, -2)
     scores = scores.tril() if decay is None else scores * decay_matrix(decay.to(scores.dtype), q.shape[-2])
-    return _laid_out(F.dropout(scores, dropout) @ v * scale)
+    return laid_out(F.dropout(scores, dropout) @ v * scale)
 
 
 def spike_attention(
@@ -121,17 +137,9 @@ def spike_attention(
 
     Source: Zhou et al., 2023 (Spikformer); decay: Sun et al., 2023 (RetNet).
     """
-    _check.floating("q", q, dims=5)
-    _check.timesteps("q", q)
-    for name, x in (("k", k), ("v", v)):
-        _check.floating(name, x)
-        _check.same_shape("q", q, name, x)
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
-    _check.same_device(q=q, k=k, v=v, decay=decay, state=state)
+    check_attention(q, k, v, decay)
+    _check.same_device(q=q, state=state)
     t, b, h, _, d = q.shape
-    if decay is not None and decay.shape != (h,):
-        raise ValueError(f"decay: got shape {tuple(decay.shape)}, takes one value a head, ({h},)")
     if state is not None and state.shape != (t, b, h, d, d):
         raise ValueError(f"state: got shape {tuple(state.shape)}, takes [T, B, H, d, d] = {(t, b, h, d, d)}")
     if dropout > 0:

@@ -2,11 +2,93 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from spikedecoder.ops import _check
+from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.lif import lif_params
-from spikedecoder.ops.spike_attention import spike_attention
+from spikedecoder.ops.spike_attention import check_attention, heads_last, laid_out, spike_attention
 from spikedecoder.params import LIFParams
+
+
+@torch.library.custom_op("spikedecoder::spike_attention_lif", mutates_args=())
+def _spike_attention_lif(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    decay: Tensor | None,
+    threshold: Tensor | None,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+) -> Tensor:
+    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    limit = p.v_threshold if threshold is None else threshold
+    return laid_out(_impl(q, decay, backend).forward(q, k, v, scale, decay, limit, p))
+
+
+def _impl(q: Tensor, decay: Tensor | None, backend: str):  # type: ignore[no-untyped-def]
+    call = Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None})
+    return select("spike_attention_lif", call, backend)
+
+
+@_spike_attention_lif.register_fake
+def _(q, *_):  # type: ignore[no-untyped-def]
+    return heads_last(q)
+
+
+@torch.library.custom_op("spikedecoder::spike_attention_lif_backward", mutates_args=())
+def _backward(
+    grad_spikes: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    decay: Tensor | None,
+    threshold: Tensor | None,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    limit = p.v_threshold if threshold is None else threshold
+    dq, dk, dv, grad_threshold = _impl(q, decay, backend).backward(grad_spikes, q, k, v, scale, decay, limit, p)
+    grad_threshold = grad_threshold.sum_to_size(() if threshold is None else threshold.shape)
+    return laid_out(dq), laid_out(dk), laid_out(dv), grad_threshold.float()
+
+
+@_backward.register_fake
+def _(grad_spikes, q, k, v, scale, decay, threshold, *_):  # type: ignore[no-untyped-def]
+    grad_threshold = q.new_empty(() if threshold is None else threshold.shape, dtype=torch.float32)
+    return heads_last(q), heads_last(q), heads_last(q), grad_threshold
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, ctx.scale, decay, threshold, *rest = inputs
+    ctx.rest = tuple(rest)
+    ctx.save_for_backward(q, k, v, decay, threshold)
+
+
+def _autograd(ctx, grad_spikes):  # type: ignore[no-untyped-def]
+    q, k, v, decay, threshold = ctx.saved_tensors
+    dq, dk, dv, grad_threshold = _backward(grad_spikes, q, k, v, ctx.scale, decay, threshold, *ctx.rest)
+    threshold_grad = None if threshold is None else grad_threshold.to(threshold.dtype)
+    return dq, dk, dv, None, None, threshold_grad, *(None,) * len(ctx.rest)
+
+
+_spike_attention_lif.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def spike_attention_lif(
@@ -20,15 +102,29 @@ def spike_attention_lif(
     threshold: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Spikes [T, B, H, S, d] of ``lif(spike_attention(q, k, v, scale, decay))``.
+    """Spikes [T, B, H, S, d] of LIF(spike_attention(q, k, v, scale, decay)), the current never written.
 
-    `threshold` is a scalar tensor or broadcasts against [B, H, S, d]. The result is laid out so that
-    ``.transpose(2, 3)`` is contiguous. See `spikedecoder.ops.spike_attention` and `spikedecoder.ops.lif`.
+    Args:
+        q, k, v, scale, decay, dropout: as in `spikedecoder.ops.spike_attention`.
+        p: the neurons; threshold: a scalar tensor that overrides theirs and gets a gradient.
+
+    Returns:
+        spikes in q's dtype, laid out so that ``.transpose(2, 3)`` is contiguous. Kept for backward:
+        q, k, v (the reference backend also keeps the current).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
-    current = spike_attention(q, k, v, scale, decay, dropout=dropout)
-    assert isinstance(current, Tensor)
+    check_attention(q, k, v, decay)
+    _check.same_device(q=q, v_threshold=threshold)
     if threshold is not None and threshold.dim() > 0:
-        threshold = threshold.transpose(-2, -3) if threshold.dim() >= 3 else threshold
-    spikes = lif_params(current.transpose(2, 3), p, threshold=threshold)
-    assert isinstance(spikes, Tensor)
-    return spikes.transpose(2, 3)
+        raise ValueError(f"v_threshold: got shape {tuple(threshold.shape)}, takes a scalar")
+    backend = resolve("spike_attention_lif", q.device.type, q.dtype, requested_backend())
+    if backend == "reference" or dropout > 0:
+        current = spike_attention(q, k, v, scale, decay, dropout=dropout)
+        assert isinstance(current, Tensor)
+        spikes = lif_params(current.transpose(2, 3), p, threshold=threshold)
+        assert isinstance(spikes, Tensor)
+        return spikes.transpose(2, 3)
+    flat = (p.tau, p.v_threshold, p.v_reset, p.decay_input, p.surrogate, p.alpha, p.detach_reset)
+    return _spike_attention_lif(q, k, v, float(scale), decay, threshold, *flat, backend)

@@ -2,21 +2,84 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spikedecoder.ops import _check
+from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
+from spikedecoder.ops.pack_spikes import WORD
+
+
+def _impl(x: Tensor, shape: tuple[int, ...], backend: str):  # type: ignore[no-untyped-def]
+    return select("spike_linear", Call(x.device, x.dtype, shape), backend)
+
+
+@torch.library.custom_op("spikedecoder::spike_linear", mutates_args=())
+def _spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    return _impl(s, tuple(s.shape), backend).forward(s, weight, bias)
+
+
+@_spike_linear.register_fake
+def _(s, weight, bias, backend):  # type: ignore[no-untyped-def]
+    y = weight.new_empty(*s.shape[:-1], weight.shape[0])
+    return y, s.new_empty(*s.shape[:-1], -(-s.shape[-1] // WORD), dtype=torch.int64)
+
+
+@torch.library.custom_op("spikedecoder::spike_linear_weight_grad", mutates_args=())
+def _weight_grad(words: Tensor, channels: int, grad: Tensor, backend: str) -> Tensor:
+    return _impl(grad, (*grad.shape[:-1], channels), backend).weight_grad(words, channels, grad)
+
+
+@_weight_grad.register_fake
+def _(words, channels, grad, backend):  # type: ignore[no-untyped-def]
+    return grad.new_empty(grad.shape[-1], channels)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    s, weight, bias, ctx.backend = inputs
+    ctx.channels, ctx.has_bias, ctx.dtype = s.shape[-1], bias is not None, s.dtype
+    ctx.save_for_backward(output[1], weight)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, grad, _grad_words):  # type: ignore[no-untyped-def]
+    words, weight = ctx.saved_tensors
+    grad_s = (grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+    grad_weight = _weight_grad(words, ctx.channels, grad, ctx.backend) if ctx.needs_input_grad[1] else None
+    grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+    return grad_s, grad_weight, grad_bias, None
+
+
+_spike_linear.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = s W^T + b for spikes s [..., K], weight [N, K], bias [N]: a sum of the weight's active columns.
+    """y = s W^T + b for spikes: a sum of the weight's active columns.
 
-    Returns y [..., N]. Gradients to s, weight and bias. s may hold any real numbers; what is 0 or 1 is
-    what sparse backends make use of.
+    Args:
+        s: spikes [..., K], exactly 0 and 1 (anything else that is not 0 counts as 1 on sparse backends).
+        weight: [N, K]; bias: [N] or None.
+
+    Returns:
+        y [..., N] in the weight's dtype. Gradients to s, weight and bias. Kept for backward: s, as bits
+        on every backend but the reference.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     _check.floating("s", s)
     _check.floating("weight", weight, dims=2)
     if s.shape[-1] != weight.shape[1]:
         raise ValueError(f"s: got {s.shape[-1]} channels (shape {tuple(s.shape)}), takes {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, takes ({weight.shape[0]},)")
     _check.same_device(s=s, weight=weight, bias=bias)
-    return F.linear(s, weight, bias)
+    backend = resolve("spike_linear", s.device.type, s.dtype, requested_backend())
+    if backend == "reference":
+        return F.linear(s, weight, bias)
+    if torch.is_autocast_enabled(s.device.type):
+        dtype = torch.get_autocast_dtype(s.device.type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    y, _ = _spike_linear(s, weight, bias, backend)
+    return y

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spikedecoder.params import NormParams
 
-_ALPHA_BACKWARD = 0.9
+ALPHA_BACKWARD = 0.9
 
 
 class _PowerNorm(torch.autograd.Function):
@@ -38,7 +38,7 @@ class _PowerNorm(torch.autograd.Function):
         x, weight, z_scale, rstd = ctx.saved_tensors
         rows = tuple(range(x.dim() - 1))
         z = x * z_scale
-        ga = grad * weight - (1 - _ALPHA_BACKWARD) * ctx.ema_gz * z
+        ga = grad * weight - (1 - ALPHA_BACKWARD) * ctx.ema_gz * z
         ctx.ema_gz += (ga * z).mean(rows)
         return ga * rstd, (grad * z).sum(rows), grad.sum(rows), None, None, None, None, None, None
 

@@ -1,14 +1,119 @@
-"""Normalisation, then LIF."""
+"""Normalisation, then LIF: y = (x - mean) * rstd * weight + bias, spikes = LIF(y).
+
+Row statistics (LayerNorm) are computed here; channel statistics (BatchNorm, PowerNorm) are handed in.
+Kept for backward: x and the statistics; y and the membrane potentials are recomputed.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spikedecoder.params import LIFParams, NormParams
-from spikedecoder.reference.lif import lif
+from spikedecoder.reference import lif as _lif
 from spikedecoder.reference.norm import norm
 
+Threshold = Tensor | float
 
-def norm_lif(x: Tensor, n: NormParams, threshold: Tensor | float, p: LIFParams) -> Tensor:
+
+def norm_lif(x: Tensor, n: NormParams, threshold: Threshold, p: LIFParams) -> Tensor:
     """Spikes [T, ..., C] for x [T, ..., C], by autograd."""
-    return lif(norm(x, n), threshold, None, p)[0]
+    return _lif.lif(norm(x, n), threshold, None, p)[0]
+
+
+def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] over all rows of x [..., C]; without `center` 0 and E[x^2]."""
+    rows = x.reshape(-1, x.shape[-1]).to(_lif.compute_dtype(x.dtype))
+    if center:
+        var, mean = torch.var_mean(rows, 0, correction=0)
+        return mean, var
+    return torch.zeros_like(rows[0]), rows.square().mean(0)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    eps: float,
+    threshold: Threshold,
+    p: LIFParams,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(spikes, mean, rstd): statistics per row if none are handed in, else those handed in."""
+    x_ = x.to(_lif.compute_dtype(x.dtype))
+    if mean is None or rstd is None:
+        y, mean, rstd = torch.native_layer_norm(x_, x.shape[-1:], weight, bias, eps)
+        mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
+    else:
+        y = torch.addcmul(bias, (x_ - mean) * rstd, weight)
+    return _lif.forward(y, threshold, None, p)[0].to(x.dtype), mean, rstd
+
+
+def _gradient_of_y(
+    grad_spikes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, threshold: Threshold, p: LIFParams
+) -> tuple[Tensor, Tensor]:
+    grad_y, grad_threshold, _ = _lif.backward(
+        grad_spikes.to(z.dtype), None, torch.addcmul(bias, z, weight), threshold, None, p
+    )
+    return grad_y, grad_threshold
+
+
+def backward_layer(
+    grad_spikes: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    threshold: Threshold,
+    p: LIFParams,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the threshold, for row statistics.
+
+    With g = dL/dy, z = (x - mean) rstd and <.> the mean over channels:
+        dx = rstd (g weight - <g weight> - z <g weight z>),  dweight = sum g z,  dbias = sum g.
+    """
+    x_ = x.to(mean.dtype)
+    z = (x_ - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    g, grad_threshold = _gradient_of_y(grad_spikes, z, weight, bias, threshold, p)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        g, x_, x.shape[-1:], mean.unsqueeze(-1), rstd.unsqueeze(-1), weight, bias, [True, True, True]
+    )
+    return grad_x.to(x.dtype), grad_weight, grad_bias, grad_threshold
+
+
+def backward_reduce(
+    grad_spikes: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    threshold: Threshold,
+    p: LIFParams,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dweight = sum g z, dbias = sum g, dthreshold), for channel statistics."""
+    z = (x.to(mean.dtype) - mean) * rstd
+    g, grad_threshold = _gradient_of_y(grad_spikes, z, weight, bias, threshold, p)
+    rows = tuple(range(x.dim() - 1))
+    return (g * z).sum(rows), g.sum(rows), grad_threshold
+
+
+def backward_apply(
+    grad_spikes: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    threshold: Threshold,
+    p: LIFParams,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+) -> Tensor:
+    """dx = a g + b z + c with coefficients per channel, for channel statistics."""
+    z = (x.to(mean.dtype) - mean) * rstd
+    g, _ = _gradient_of_y(grad_spikes, z, weight, bias, threshold, p)
+    return (a * g + b * z + c).to(x.dtype)

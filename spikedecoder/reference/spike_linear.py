@@ -1,0 +1,24 @@
+"""Linear layer on spikes: y = s W^T + b."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikedecoder.reference.pack_spikes import pack, unpack
+
+
+def linear(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By autograd; keeps s as it is."""
+    return F.linear(s, weight, bias)
+
+
+def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y [..., N], s as bits)."""
+    return F.linear(s.to(weight.dtype), weight, bias), pack(s)
+
+
+def weight_grad(words: Tensor, channels: int, grad: Tensor) -> Tensor:
+    """dW = dy^T s, [N, K], from bits."""
+    s = unpack(words, channels, grad.dtype).reshape(-1, channels)
+    return grad.reshape(-1, grad.shape[-1]).transpose(0, 1) @ s
