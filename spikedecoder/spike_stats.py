@@ -1,0 +1,78 @@
+"""How often each layer of neurons fires."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikedecoder.nn.attention import AttentionLIF
+from spikedecoder.nn.linear import LinearNormLIF
+from spikedecoder.nn.neuron import LIF
+
+SPIKING = (LIF, LinearNormLIF, AttentionLIF)  # modules whose output is spikes
+
+
+def spiking_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the layers that fire; a LIF that a fused layer computes is named as that layer."""
+    inside = ""
+    for name, module in model.named_modules():
+        if isinstance(module, SPIKING) and not (inside and name.startswith(inside)):
+            yield name, module
+            inside = f"{name}."
+
+
+class SpikeCounter:
+    """Counts the spikes of every layer of `model` while it is open.
+
+        with SpikeCounter(model) as counter:
+            counter.mask = targets >= 0     # [B, S], which positions count; None: all
+            model(tokens)
+        counter.rates()                     # spikes per neuron and timestep, 0 to 1, by layer
+
+    Costs one pass over each layer's output. Counts are exact.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.mask: Tensor | None = None
+        self._layers = list(spiking_layers(model))
+        self._totals: dict[str, Tensor] = {}
+        self._slots: dict[str, int] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> SpikeCounter:
+        for name, module in self._layers:
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, name: str) -> Any:
+        def count(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            # [T, B, S, E]: per position at most T * E spikes, exact in float32
+            per_position = output.detach().sum((0, -1), dtype=torch.float32)
+            positions = per_position.numel()
+            if self.mask is not None:
+                per_position = per_position[self.mask]
+                positions = per_position.numel()
+            total = per_position.to(torch.int64).sum()
+            self._totals[name] = self._totals[name] + total if name in self._totals else total
+            self._slots[name] = self._slots.get(name, 0) + positions * output.shape[0] * output.shape[-1]
+
+        return count
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """By layer: spikes, and the neurons * timesteps * positions that could have fired."""
+        return {name: (int(total), self._slots[name]) for name, total in self._totals.items()}
+
+    def rates(self) -> dict[str, float]:
+        """By layer, in the order of the model: spikes per neuron, timestep and position."""
+        return {name: spikes / slots if slots else 0.0 for name, (spikes, slots) in self.counts().items()}

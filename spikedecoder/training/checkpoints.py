@@ -1,0 +1,191 @@
+"""Checkpoints of a run: whole or absent, whatever happens between two system calls.
+
+    OUT/run.json                    what the run is: model, settings, text
+    OUT/metrics.jsonl               a line per `log_every` steps and per evaluation
+    OUT/checkpoints/step-00000400/  config.json, model.safetensors, tokenizer.json,
+                                    optimizer.safetensors, trainer.json
+    OUT/last, OUT/best              links to the folders that stand for them
+
+A checkpoint is written into a hidden folder, forced to disk and renamed; then its link is replaced, which is
+one atomic step; only then are the folders that no link names deleted. Where the file system has no links,
+`last` and `best` are copies, and the folder in checkpoints/ stands until they are whole.
+Nothing in a checkpoint depends on the time, so equal runs write equal bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikedecoder.checkpoint import (
+    WEIGHTS,
+    CheckpointError,
+    load_state,
+    read_json,
+    read_tensors,
+    save_folder,
+    write_json,
+    write_tensors,
+)
+from spikedecoder.model import SpikeDecoder
+
+CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
+OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
+_FORMAT = "spikedecoder-trainer"
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def save_checkpoint(
+    out: Path, step: int, model: SpikeDecoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Path:
+    """Write a checkpoint of `step`; returns its folder, which no link names yet."""
+    parent = out / CHECKPOINTS
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
+    try:
+        temporary.chmod(0o755)
+        save_folder(model, temporary)
+        write_tensors(temporary / OPTIMIZER, optimizer_tensors(model, optimizer), {"step": str(step)})
+        write_json(temporary / TRAINER, {"format": _FORMAT, "version": 1, "step": step, **state})
+        _sync(temporary)
+        folder = _free(parent, f"step-{step:08d}")
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(parent)
+    return folder
+
+
+def publish(out: Path, folder: Path, names: tuple[str, ...]) -> None:
+    """Make `names` (of "last", "best") stand for the checkpoint `folder`, then delete those unnamed."""
+    for name in names:
+        _link(out / name, folder)
+    _sync(out)
+    collect(out)
+
+
+def collect(out: Path) -> None:
+    """Delete checkpoints that neither link names, and what a killed process left half-written."""
+    kept = {(out / name).resolve() for name in (LAST, BEST)}
+    if not (out / LAST).exists():
+        return
+    for folder in (out / CHECKPOINTS).iterdir():
+        if folder.resolve() not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def latest(out: Path) -> Path | None:
+    """The folder of the last checkpoint; None where the run has none yet."""
+    last = out / LAST
+    if last.exists():
+        return last.resolve()
+    whole = sorted((out / CHECKPOINTS).glob("step-*"))  # killed between writing and linking
+    return whole[-1] if whole else None
+
+
+def read_step(folder: Path) -> int:
+    """How many steps the run had done at this checkpoint."""
+    step = _read_state(folder)["step"]
+    assert isinstance(step, int)
+    return step
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state = read_json(folder / TRAINER)
+    if state.get("format") != _FORMAT or state.get("version") != 1 or not isinstance(state.get("step"), int):
+        raise CheckpointError(f"{folder / TRAINER}: not the state of a training run")
+    return state
+
+
+def load_checkpoint(folder: Path, model: SpikeDecoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load weights and optimiser in place; returns what trainer.json holds."""
+    state = _read_state(folder)
+    load_state(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    restore_optimizer(model, optimizer, read_tensors(folder / OPTIMIZER), folder / OPTIMIZER)
+    return state
+
+
+def optimizer_tensors(model: SpikeDecoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state under the parameters' names: "exp_avg/blocks.0. ...", "step/..."."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{kind}/{names[id(p)]}": value.detach().clone()
+        for p, entry in optimizer.state.items()
+        for kind, value in entry.items()
+    }
+
+
+def restore_optimizer(
+    model: SpikeDecoder, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: Path
+) -> None:
+    """The inverse of `optimizer_tensors`; CheckpointError where a tensor is missing or does not fit."""
+    parameters = dict(model.named_parameters())
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if name not in parameters or kind not in ("step", "exp_avg", "exp_avg_sq"):
+            raise CheckpointError(f"{source}: unknown tensor {key}")
+        if kind != "step" and value.shape != parameters[name].shape:
+            raise CheckpointError(
+                f"{source}: {key} has shape {tuple(value.shape)}, takes {tuple(parameters[name].shape)}"
+            )
+        by_name.setdefault(name, {})[kind] = value
+    for name, entry in by_name.items():
+        if len(entry) != 3:
+            raise CheckpointError(f"{source}: incomplete state of {name}: got only {', '.join(entry)}")
+    description = optimizer.state_dict()
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in parameters.items()}
+    description["state"] = {i: by_name[names[id(p)]] for i, p in enumerate(order) if names[id(p)] in by_name}
+    optimizer.load_state_dict(description)
+
+
+def _free(parent: Path, name: str) -> Path:
+    candidate, n = parent / name, 1
+    while candidate.exists():
+        candidate, n = parent / f"{name}.{n}", n + 1
+    return candidate
+
+
+def _link(link: Path, folder: Path) -> None:
+    temporary = link.with_name(f".{link.name}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.symlink(Path(CHECKPOINTS) / folder.name, temporary, target_is_directory=True)
+    except OSError as error:
+        if error.errno not in _NO_LINKS and os.name != "nt":
+            raise
+        _copy(link, folder)
+        return
+    os.replace(temporary, link)
+
+
+def _copy(target: Path, folder: Path) -> None:
+    """For file systems without links. `folder` stays whole meanwhile, and `latest` finds it."""
+    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
+    for stale in (new, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    shutil.copytree(folder, new)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder's entries to disk, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

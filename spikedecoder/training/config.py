@@ -1,0 +1,139 @@
+"""The settings of a training run: validated, serialisable, with presets beside the model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spikedecoder.fields import at_least, check_field, coerce
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a training run besides the model and the text.
+
+    steps: optimiser steps. Each sees batch_size * grad_accum windows of max_len tokens per process.
+    lr, min_lr, warmup: the learning rate rises linearly over `warmup` steps (at most a tenth of `steps`)
+        to `lr` and falls along a cosine to `min_lr` at the last step; None: lr / 10.
+    weight_decay, beta1, beta2: AdamW; decay on Linear weights and learned thresholds only.
+    clip: largest norm of the gradient; 0 is off.
+    eval_every, eval_tokens: steps between held-out evaluations (0: only at the end), and how many tokens
+        from the start of the held-out part each one predicts (None: all).
+    save_every, log_every: steps between checkpoints (0: only at the end), and between lines of
+        metrics.jsonl.
+    seed: of the initial weights, the batches and the dropout.
+    mixed_precision: "no", "bf16" or "fp16" for the matrix products.
+    device: "auto", "cpu", "cuda", "cuda:N" or "mps". threads: CPU threads of torch; None leaves them.
+    compile: whether the training step passes torch.compile.
+    tensorboard: whether to write OUT/tensorboard too.
+    tokenizer, min_count, val_fraction: how the text is encoded and split, see
+        `spikedecoder.data.prepare_corpus`.
+    """
+
+    steps: int = 800
+    batch_size: int = 8
+    grad_accum: int = 1
+    lr: float = 4e-3
+    min_lr: float | None = None
+    warmup: int = 50
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    eval_every: int = 200
+    eval_tokens: int | None = 100_000
+    save_every: int = 100
+    log_every: int = 10
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    device: str = "auto"
+    threads: int | None = None
+    compile: bool = False
+    tensorboard: bool = False
+    tokenizer: Literal["char", "original-char", "word", "original-word"] = "char"
+    min_count: int = 1
+    val_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(
+                self, field.name, coerce(field.name, getattr(self, field.name), _HINTS[field.name])
+            )
+        for name in ("steps", "batch_size", "grad_accum", "min_count", "log_every"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("warmup", "eval_every", "save_every"):
+            at_least(name, getattr(self, name), 0)
+        for name in ("eval_tokens", "threads"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr: got {self.lr}, takes a finite number > 0")
+        if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr: got {self.min_lr}, takes 0 to lr = {self.lr}, or None for lr / 10")
+        for name in ("weight_decay", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}: got {getattr(self, name)}, takes a finite number >= 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, takes a number in [0, 1)")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction: got {self.val_fraction}, takes a number between 0 and 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}, takes 0 to 2**63 - 1")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"device: got {self.device!r}, takes auto, cpu, cuda, cuda:N or mps")
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with some fields changed; unknown names raise ValueError."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, booleans and None: fit for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; missing fields take their defaults, unknown ones raise ValueError."""
+        for name in values:
+            check_field(name, tuple(_HINTS), "training config")
+        return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> TrainConfig:
+        """The values that belong to the model preset of that name, with some fields changed."""
+        return cls.from_dict({**TRAIN_PRESETS.get(name, {}), **changes})
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..., steps - 1: linear warm-up, then half a cosine."""
+        floor = self.lr / 10 if self.min_lr is None else self.min_lr
+        warmup = min(self.warmup, self.steps // 10)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        progress = min((step - warmup) / max(self.steps - 1 - warmup, 1), 1.0)
+        return floor + (self.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+_HINTS: dict[str, Any] = typing.get_type_hints(TrainConfig)
+
+# the original's: 10 epochs of 90 000 windows in batches of 32
+_ORIGINAL: dict[str, Any] = {
+    "steps": 28_125,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "min_lr": 5e-5,
+    "eval_every": 1000,
+}
+
+# under the names of `spikedecoder.config.PRESETS`
+TRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "default-ann": {},
+    "original-char": {**_ORIGINAL, "tokenizer": "original-char"},
+    "original-word": {**_ORIGINAL, "tokenizer": "original-word", "min_count": 6},
+    "original-char-ann": {**_ORIGINAL, "tokenizer": "original-char"},
+}

@@ -1,0 +1,69 @@
+"""Where a run computes, and how much memory it took."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spikedecoder.training.config import TrainConfig
+
+
+def check_device(name: str) -> None:
+    """ValueError where this machine lacks the device (of a name that `TrainConfig` takes)."""
+    kind, _, index = name.partition(":")
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ValueError(f"device: got {name!r}, but torch finds no CUDA GPU here; takes auto or cpu")
+        if index and int(index) >= count:
+            raise ValueError(f"device: got {name!r}, takes cuda:0 to cuda:{count - 1} here")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device: got {name!r}, but torch finds no MPS device here; takes auto or cpu")
+
+
+def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False) -> Any:
+    """Accelerate's Accelerator for these settings, whatever an earlier run in this process used."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    check_device(settings.device)
+    # Accelerate keeps device and precision for the life of the process; each run here has its own
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    chosen = settings.device if settings.device not in ("auto", "cpu") else None
+    previous = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    try:
+        if chosen is not None and "LOCAL_RANK" not in os.environ:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
+        return Accelerator(
+            cpu=settings.device == "cpu",
+            mixed_precision=settings.mixed_precision,
+            gradient_accumulation_steps=settings.grad_accum,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+        )
+    finally:
+        if previous is None:
+            os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+        else:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = previous
+
+
+def peak_rss_mib() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # unlike getrusage, not that of the process which started this one
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:
+        import psutil  # type: ignore[import-untyped,unused-ignore]
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,139 @@
+"""What a model is worth on held-out text, and how much it fires while it reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from spikedecoder.data import held_out_batches
+from spikedecoder.model import IGNORE, SpikeDecoder
+from spikedecoder.spike_stats import SpikeCounter, spiking_layers
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over `tokens` predicted tokens, out of `of_tokens` in the held-out part.
+
+    loss in nats per token, bits = loss / ln 2, accuracy of the most probable token, spike_rates by layer in
+    spikes per neuron and timestep.
+    """
+
+    loss: float
+    bits: float
+    accuracy: float
+    tokens: int
+    of_tokens: int
+    spike_rates: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def covers(self) -> str:
+        """Which part of the held-out text was read, in words."""
+        if self.tokens == self.of_tokens:
+            return f"all {self.tokens:,} held-out tokens"
+        return f"the first {self.tokens:,} of {self.of_tokens:,} held-out tokens"
+
+
+@torch.no_grad()
+def evaluate(
+    model: SpikeDecoder,
+    tokens: np.ndarray,
+    *,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    accelerator: Any = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Loss, accuracy and spike rates of `model` on held-out tokens, window by window.
+
+    Each window of the model's max_len starts without context. Only targets that the loss counts are
+    counted. With an `accelerator`, its processes share the batches and all return the same. `stop` is asked
+    between batches; None is returned where it says so (processes must then agree).
+    """
+    config = model.config
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    pad = config.pad_id
+    loss, correct, count = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with SpikeCounter(model) as counter:
+            batches = held_out_batches(tokens, config.max_len, batch_size, max_tokens, pad_id=pad or 0)
+            for i, (inputs, targets) in enumerate(batches):
+                if stop():
+                    return None
+                if i % world != rank:
+                    continue
+                inputs, targets = inputs.to(model.device), targets.to(model.device)
+                if pad is not None:
+                    targets = targets.masked_fill(targets == pad, IGNORE)
+                counter.mask = targets != IGNORE
+                if accelerator is None:
+                    logits = model(inputs)
+                else:
+                    with accelerator.autocast():
+                        logits = model(inputs)
+                chosen, wanted = logits[counter.mask].float(), targets[counter.mask]
+                loss += float(F.cross_entropy(chosen, wanted, reduction="sum"))
+                correct += int((chosen.argmax(-1) == wanted).sum())
+                count += wanted.numel()
+        counts = counter.counts()
+    finally:
+        model.train(was_training)
+    if world > 1:
+        loss, correct, count, counts = _sum_over_processes(accelerator, model, loss, correct, count, counts)
+    mean = loss / count if count else math.nan
+    return Evaluation(
+        loss=mean,
+        bits=mean / math.log(2),
+        accuracy=correct / count if count else math.nan,
+        tokens=count,
+        of_tokens=len(tokens) - 1,
+        spike_rates={name: spikes / slots if slots else 0.0 for name, (spikes, slots) in counts.items()},
+    )
+
+
+def _sum_over_processes(
+    accelerator: Any,
+    model: SpikeDecoder,
+    loss: float,
+    correct: int,
+    count: int,
+    counts: dict[str, tuple[int, int]],
+) -> tuple[float, int, int, dict[str, tuple[int, int]]]:
+    names = [name for name, _ in spiking_layers(model)]  # a process without a batch counted none
+    flat = [n for name in names for n in counts.get(name, (0, 0))]
+    sums = accelerator.reduce(torch.tensor([correct, count, *flat], device=model.device), "sum").tolist()
+    total = float(accelerator.reduce(torch.tensor(loss, device=model.device, dtype=torch.float32), "sum"))
+    pairs = {name: (sums[2 + 2 * i], sums[3 + 2 * i]) for i, name in enumerate(names)}
+    return total, sums[0], sums[1], pairs
+
+
+def health(evaluation: Evaluation) -> list[str]:
+    """Layers that carry nothing, in words, with what to try."""
+    silent = [name for name, rate in evaluation.spike_rates.items() if rate == 0]
+    full = [name for name, rate in evaluation.spike_rates.items() if rate == 1]
+    found = []
+    if silent:
+        found.append(
+            f"dead: no neuron of {_list(silent)} fires, so nothing passes there. Try --set embedding_gain=2 "
+            "(where the first block is silent), a lower v_threshold, more timesteps, or a lower lr"
+        )
+    if full:
+        found.append(
+            f"saturated: every neuron of {_list(full)} fires at every timestep, so it carries nothing. Try a "
+            "higher v_threshold, a smaller embedding_gain, or a lower lr"
+        )
+    return found
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more layers" if len(names) > 4 else "")

@@ -1,0 +1,353 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.data import Corpus, WindowSampler, check_context, ngram_bits
+from spikedecoder.model import SpikeDecoder
+from spikedecoder.training.checkpoints import (
+    BEST,
+    LAST,
+    latest,
+    load_checkpoint,
+    publish,
+    read_step,
+    save_checkpoint,
+)
+from spikedecoder.training.config import TrainConfig
+from spikedecoder.training.devices import make_accelerator, peak_rss_mib
+from spikedecoder.training.evaluate import Evaluation, evaluate, health
+from spikedecoder.training.report import MetricsFile, Reporter, Several, TensorBoard
+from spikedecoder.training.result import TrainingError, TrainResult
+from spikedecoder.training.run_folder import RunInfo, check_same, check_unused, locked
+from spikedecoder.training.signals import Stop, stop_on_signals
+
+_RECENT = 20  # steps whose mean is the reported training loss
+
+
+def train(
+    config: SpikeDecoderConfig,
+    corpus: Corpus,
+    train_config: TrainConfig | None = None,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    source: dict[str, Any] | None = None,
+) -> TrainResult:
+    """Train a model on a corpus, writing checkpoints and metrics into `out`.
+
+    config: its vocab_size and pad_id are those of corpus.tokenizer. out: a folder that is new or empty; with
+    `resume`, one that holds a run of this config and corpus, which goes on from its last checkpoint and on a
+    CPU with the same number of threads ends bit for bit as if it had never stopped. reporter: told of what
+    happens; None: nobody. source: kept in run.json.
+
+    SIGINT and SIGTERM finish the step, save, and return with `interrupted` set; a second one ends at once.
+    Everything random is a function of (seed, step), so a checkpoint needs no generator state.
+
+    Raises ValueError (settings that contradict each other or the text), FileExistsError (`out` is in use),
+    CheckpointError (nothing to resume, or broken), OSError (disk full: the last checkpoint stays whole),
+    TrainingError (the loss became NaN or infinite; nothing is saved over the last checkpoint).
+    """
+    settings, out = train_config or TrainConfig(), Path(out)
+    _check(config, corpus)
+    info = RunInfo.read(out) if resume else None
+    if info is not None:
+        check_same(out, info, config, settings, corpus.fingerprint)
+        source = info.source if source is None else source
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        accelerator = make_accelerator(settings, find_unused_parameters=not config.learn_positions)
+        threads = settings.threads or (info.threads if info else None)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        outputs: list[Reporter] = []
+        if accelerator.is_main_process:
+            if info is None:
+                check_unused(out)
+            outputs = [reporter or Reporter(), MetricsFile(out)]
+            if settings.tensorboard:
+                outputs.append(TensorBoard(out))
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out))
+        accelerator.wait_for_everyone()
+        cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stop = stack.enter_context(stop_on_signals())
+        report = Several(*outputs)
+        stack.callback(report.close)
+        run = _Run(config, corpus, settings, out, accelerator, report, stop)
+        if info is not None:
+            run.restore()
+        if accelerator.is_main_process:
+            threads, processes = torch.get_num_threads(), accelerator.num_processes
+            RunInfo(config, settings, corpus.fingerprint, threads, processes, source or {}).write(out)
+        return run.train()
+
+
+def _check(config: SpikeDecoderConfig, corpus: Corpus) -> None:
+    for name in ("vocab_size", "pad_id"):
+        got, takes = getattr(config, name), getattr(corpus.tokenizer, name)
+        if got != takes:
+            raise ValueError(f"{name}: got {got}, takes that of the text's tokenizer, {takes}")
+    check_context(corpus, config.max_len)
+
+
+class _Run:
+    def __init__(
+        self,
+        config: SpikeDecoderConfig,
+        corpus: Corpus,
+        settings: TrainConfig,
+        out: Path,
+        accelerator: Any,
+        report: Reporter,
+        stop: Stop,
+    ) -> None:
+        self.c, self.corpus, self.out = settings, corpus, out
+        self.accelerator, self.report, self.stop = accelerator, report, stop
+        torch.manual_seed(settings.seed)
+        self.model = SpikeDecoder(config)
+        self.model.tokenizer = corpus.tokenizer
+        self.model.to(accelerator.device).train()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameter_groups(settings.weight_decay),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        loss: Any = _Loss(self.model)
+        self.loss, self.stepper = accelerator.prepare(
+            torch.compile(loss) if settings.compile else loss, self.optimizer
+        )
+        processes = accelerator.num_processes
+        self.sampler = WindowSampler(
+            corpus.train,
+            config.max_len,
+            settings.batch_size,
+            settings.seed,
+            accelerator.process_index,
+            processes,
+        )
+        self.step_tokens = config.max_len * settings.batch_size * settings.grad_accum * processes
+        self.on_cpu = accelerator.device.type == "cpu"
+
+        self.step = 0
+        self.saved = -1  # step of the last checkpoint that holds everything known now
+        self.recent: deque[float] = deque(maxlen=_RECENT)
+        self.evaluation: Evaluation | None = None
+        self.evaluated = -1  # step of `evaluation`
+        self.best: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm: not yet read
+        self.seconds, self.steps_here = 0.0, 0
+
+    def train(self) -> TrainResult:
+        c = self.c
+        baselines = self._baselines()
+        self.report.start(self.step, c.steps, baselines)
+        interrupted = self._evaluate_if_due()
+        while not interrupted and self.step < c.steps:
+            self._train_step()
+            interrupted = self._agree(self.stop.requested) or self._evaluate_if_due()
+            if self._due(c.log_every):
+                self._read_losses()
+            if self._due(c.save_every):
+                self._save()
+        self._save()
+        return TrainResult(
+            steps=c.steps,
+            step=self.step,
+            train_loss=sum(self.recent) / len(self.recent) if self.recent else math.nan,
+            tokens_per_second=self._speed(),
+            evaluation=self.evaluation,
+            evaluated_step=self.evaluated if self.evaluation else None,
+            best=self.best,
+            baselines=baselines,
+            warnings=self.warnings,
+            peak_rss_mib=peak_rss_mib(),
+            checkpoint=self.out / LAST,
+            out=self.out,
+            model=self.model.eval(),
+            interrupted=(self.stop.requested or "another process's") if interrupted else None,
+        )
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.c.steps or (every > 0 and self.step > 0 and self.step % every == 0)
+
+    def _train_step(self) -> None:
+        c, start = self.c, time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.lr_at(self.step)
+        total = norm = torch.zeros((), device=self.accelerator.device)
+        for index in range(self.step * c.grad_accum, (self.step + 1) * c.grad_accum):
+            inputs, targets = self.sampler.batch(index)
+            torch.manual_seed(_dropout_seed(c.seed, index, self.accelerator.process_index))
+            with self.accelerator.accumulate(self.loss):
+                loss = self.loss(inputs.to(self.model.device), targets.to(self.model.device))
+                self.accelerator.backward(loss)
+                total = total + loss.detach().float() / c.grad_accum
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
+                    if self.on_cpu:
+                        self._check_finite(self.step + 1, float(total), float(norm))
+                self.stepper.step()
+                self.stepper.zero_grad()
+        self.step += 1
+        self.pending.append((self.step, total, norm))
+        self.seconds += time.perf_counter() - start
+        self.steps_here += 1
+        self.report.tick(self.step, float(total) if self.on_cpu else None, self._speed())
+
+    def _read_losses(self) -> None:
+        """Fetch and check the losses since the last time: waits for the device."""
+        if not self.pending:
+            return
+        start = time.perf_counter()
+        losses = self.accelerator.reduce(torch.stack([loss for _, loss, _ in self.pending]), "mean").tolist()
+        norms = torch.stack([norm for _, _, norm in self.pending]).tolist()
+        self.seconds += time.perf_counter() - start
+        for (step, _, _), loss, norm in zip(self.pending, losses, norms, strict=True):
+            self._check_finite(step, loss, norm)
+        self.pending.clear()
+        self.recent.extend(losses)
+        metrics = {
+            "loss": sum(losses) / len(losses),
+            "lr": self.c.lr_at(self.step - 1),
+            "grad_norm": norms[-1],
+        }
+        self.report.step(self.step, {**metrics, "tokens_per_second": self._speed()})
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        # fp16's loss scaling makes infinite gradients now and then, and skips those steps
+        if math.isfinite(loss) and (math.isfinite(norm) or self.c.mixed_precision == "fp16"):
+            return
+        what = f"the gradient's norm became {norm}" if math.isfinite(loss) else f"the loss became {loss}"
+        mixed = self.c.mixed_precision
+        raise TrainingError(
+            f"{what} in step {step}, so the run stops; {self._kept()}. Try a lower --lr (now {self.c.lr:g}), "
+            f"a longer warmup (now {self.c.warmup} steps), a smaller clip (now {self.c.clip:g})"
+            + ("" if mixed == "no" else f", or --set mixed_precision=no (now {mixed})")
+        )
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate if it is time and not done; True if a signal came instead of a result."""
+        if not self._due(self.c.eval_every) or self.evaluated == self.step:
+            return False
+        self._read_losses()
+        alone = self.accelerator.num_processes == 1
+        evaluation = evaluate(
+            self.model,
+            self.corpus.val,
+            batch_size=self.c.batch_size,
+            max_tokens=self.c.eval_tokens,
+            accelerator=self.accelerator,
+            stop=(lambda: self.stop.requested is not None) if alone else lambda: False,
+        )
+        if evaluation is None:
+            return True
+        self.evaluation, self.evaluated, self.saved = evaluation, self.step, -1
+        self.report.evaluated(self.step, evaluation)
+        known, self.warnings = self.warnings, health(evaluation)
+        for warning in self.warnings:
+            if warning not in known:
+                self.report.message(f"warning: {warning}")
+        if evaluation.loss < self.best.get("val_loss", math.inf):
+            self.best = {
+                "step": self.step,
+                "val_loss": evaluation.loss,
+                "val_bits_per_token": evaluation.bits,
+            }
+            self._save(BEST)
+        return False
+
+    def _save(self, *names: str) -> None:
+        """Write a checkpoint of this step, unless there is one, and let "last" and `names` stand for it."""
+        if self.saved == self.step:
+            return
+        self._read_losses()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "recent_losses": list(self.recent),
+                "best": self.best,
+                "evaluated": self.evaluated,
+                "evaluation": self.evaluation.to_dict() if self.evaluation else None,
+                "warnings": self.warnings,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            try:
+                folder = save_checkpoint(self.out, self.step, self.model, self.optimizer, state)
+                publish(self.out, folder, (LAST, *names))
+            except OSError as error:
+                raise OSError(
+                    f"cannot save the checkpoint of step {self.step} ({error}); {self._kept()}. Make room, "
+                    f"then go on with --resume {self.out}"
+                ) from error
+        self.accelerator.wait_for_everyone()
+        self.saved = self.step
+
+    def restore(self) -> None:
+        """Take up the last checkpoint, if there is one yet."""
+        folder = latest(self.out)
+        if folder is None:
+            self.report.message(f"{self.out}: the run has no checkpoint yet; it starts again")
+            return
+        state = load_checkpoint(folder, self.model, self.optimizer)
+        if state["step"] > self.c.steps:
+            raise ValueError(f"steps: got {self.c.steps}, but the run in {self.out} has done {state['step']}")
+        self.step = self.saved = state["step"]
+        self.recent.extend(state["recent_losses"])
+        self.best, self.evaluated, self.warnings = state["best"], state["evaluated"], state["warnings"]
+        self.evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _kept(self) -> str:
+        folder = latest(self.out)
+        if folder is None:
+            return "no checkpoint was written yet"
+        return f"{self.out / LAST} holds step {read_step(folder)}"
+
+    def _baselines(self) -> dict[str, float]:
+        if not self.accelerator.is_main_process:
+            return {}
+        val = self.corpus.val if self.c.eval_tokens is None else self.corpus.val[: self.c.eval_tokens + 1]
+        return ngram_bits(self.corpus.train, val, self.corpus.tokenizer.vocab_size)
+
+    def _speed(self) -> float:
+        return self.step_tokens * self.steps_here / self.seconds if self.seconds else 0.0
+
+    def _agree(self, requested: str | None) -> bool:
+        """Whether any process was asked to stop."""
+        if self.accelerator.num_processes == 1:
+            return requested is not None
+        asked = torch.tensor(float(requested is not None), device=self.accelerator.device)
+        return float(self.accelerator.reduce(asked, "sum")) > 0
+
+
+class _Loss(nn.Module):
+    """Makes the loss the forward pass, which is what data parallelism and autocast wrap."""
+
+    def __init__(self, model: SpikeDecoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.model.loss(tokens, targets)
+
+
+def _dropout_seed(seed: int, index: int, process: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{index}/{process}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,198 @@
+"""Where a run's numbers go: the screen, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from spikedecoder.checkpoint import write_bytes
+from spikedecoder.training.evaluate import Evaluation
+
+METRICS = "metrics.jsonl"
+
+
+class Reporter:
+    """Receives what happens in a run. This one ignores it: override what is of interest."""
+
+    def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
+        """Before the first step; `step` is where a resumed run goes on."""
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Every `log_every` steps: loss, lr, grad_norm, tokens_per_second (means since the last call)."""
+
+    def tick(self, step: int, loss: float | None, tokens_per_second: float) -> None:
+        """After every step; loss where it is known without waiting for the device."""
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """After a held-out evaluation."""
+
+    def message(self, text: str) -> None:
+        """Something that a person should read."""
+
+    def close(self) -> None:
+        """When the run ends, in whatever way."""
+
+
+class Several(Reporter):
+    """Hands everything on to several reporters."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
+        for reporter in self.reporters:
+            reporter.start(step, steps, baselines)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        for reporter in self.reporters:
+            reporter.step(step, metrics)
+
+    def tick(self, step: int, loss: float | None, tokens_per_second: float) -> None:
+        for reporter in self.reporters:
+            reporter.tick(step, loss, tokens_per_second)
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        for reporter in self.reporters:
+            reporter.evaluated(step, evaluation)
+
+    def message(self, text: str) -> None:
+        for reporter in self.reporters:
+            reporter.message(text)
+
+    def close(self) -> None:
+        for reporter in self.reporters:
+            reporter.close()
+
+
+class ScreenReporter(Reporter):
+    """A progress bar on stderr; where that is no terminal, or without `bar`, a line per evaluation."""
+
+    def __init__(self, bar: bool = True) -> None:
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._bar = bar and self.console.is_terminal
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._bits = self._loss = math.nan
+
+    def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
+        if not self._bar:
+            return
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TextColumn("held-out {task.fields[bits]} bits"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=step, loss="-", speed="-", bits="-")
+        self._progress.start()
+
+    def tick(self, step: int, loss: float | None, tokens_per_second: float) -> None:
+        if loss is not None:
+            self._loss = loss if math.isnan(self._loss) else 0.9 * self._loss + 0.1 * loss
+        if self._progress is not None and self._task is not None:
+            self._progress.update(
+                self._task,
+                completed=step,
+                loss=_number(self._loss),
+                speed=f"{tokens_per_second:,.0f}",
+                bits=_number(self._bits),
+            )
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        self._bits = evaluation.bits
+        mean = sum(evaluation.spike_rates.values()) / max(len(evaluation.spike_rates), 1)
+        self.message(
+            f"step {step}: held-out {evaluation.bits:.3f} bits per token (loss {evaluation.loss:.4f}), "
+            f"accuracy {evaluation.accuracy:.1%}, mean spike rate {mean:.1%}; {evaluation.covers}"
+        )
+
+    def message(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class MetricsFile(Reporter):
+    """OUT/metrics.jsonl: a line of JSON per `log_every` steps and per evaluation."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / METRICS
+
+    def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
+        """Drop the lines of steps that a killed run had done after its last checkpoint."""
+        kept = []
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    pass  # a line cut short by the kill
+        write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self._append({"step": step, **metrics})
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        values = {"val_loss": evaluation.loss, "val_bits_per_token": evaluation.bits}
+        values["val_accuracy"] = evaluation.accuracy
+        self._append(
+            {"step": step, **values, "val_tokens": evaluation.tokens, "spike_rates": evaluation.spike_rates}
+        )
+
+    def _append(self, values: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+class TensorBoard(Reporter):
+    """OUT/tensorboard, for ``tensorboard --logdir``."""
+
+    def __init__(self, out: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "tensorboard: not installed; run pip install 'spikedecoder[tensorboard]', or leave it out"
+            ) from None
+        self._open = lambda step: SummaryWriter(str(out / "tensorboard"), purge_step=step or None)
+        self._writer: Any = None
+
+    def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
+        self._writer = self._open(step)
+        for name, bits in baselines.items():
+            self._writer.add_scalar(f"baseline_bits/{name}", bits, step)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        for name, value in (
+            ("loss", evaluation.loss),
+            ("bits", evaluation.bits),
+            ("accuracy", evaluation.accuracy),
+        ):
+            self._writer.add_scalar(f"held_out/{name}", value, step)
+        for layer, rate in evaluation.spike_rates.items():
+            self._writer.add_scalar(f"spike_rate/{layer}", rate, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
