@@ -1,0 +1,76 @@
+"""The command line: ``spikedecoder train | generate | convert | doctor``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from spikedecoder.cli.convert import convert
+from spikedecoder.cli.doctor import doctor
+from spikedecoder.cli.generate import generate
+from spikedecoder.cli.train import train
+
+app = typer.Typer(
+    name="spikedecoder",
+    help="Train and run language models whose every activation is a spike.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+app.command()(generate)
+app.command()(convert)
+app.command()(doctor)
+
+_DEBUG = "SPIKEDECODER_DEBUG"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 the training failed, 2 wrong input, 130 interrupted.
+
+    What the user can mend is one line on stderr; SPIKEDECODER_DEBUG=1 shows where it came from.
+    """
+    from spikedecoder.ops import BackendError
+    from spikedecoder.training import TrainingError
+
+    try:
+        code = app(arguments, standalone_mode=False)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        code = 130
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except TrainingError as error:
+        code = _fail(error, 1)
+    except (ValueError, TypeError, OSError, BackendError, MemoryError) as error:
+        code = _fail(error, 2)
+    except Exception as error:
+        # typer brings its own click or takes the installed one, by version: told by what it can do
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            _say(error.format_message() or "missing command; see --help")
+            code = 2
+        elif hasattr(error, "exit_code"):
+            code = error.exit_code
+        elif type(error).__name__ == "Abort":
+            _say("aborted")
+            code = 130
+        elif "out of memory" in str(error):
+            code = _fail(MemoryError(f"{error}; try a smaller --batch-size"), 2)
+        else:
+            raise
+    sys.exit(code or 0)
+
+
+def _fail(error: BaseException, code: int) -> int:
+    if os.environ.get(_DEBUG):
+        raise error
+    _say(" ".join(str(error).split()) or type(error).__name__)
+    return code
+
+
+def _say(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr)

@@ -1,0 +1,150 @@
+"""``spikedecoder doctor``: what this machine has, and which backend computes each operator here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from typing import Annotated, Any
+
+import typer
+
+# what a missing package costs, and what brings it
+_OPTIONAL = {
+    "triton": ("the Triton kernels", "pip install triton"),
+    "tensorboard": ("train --tensorboard", "pip install 'spikedecoder[tensorboard]'"),
+    "matplotlib": ("plots", "pip install 'spikedecoder[viz]'"),
+    "gradio": ("the web app", "pip install 'spikedecoder[app]'"),
+    "optuna": ("sweeps", "pip install 'spikedecoder[sweep]'"),
+}
+_SHAPES = {"spike_attention": (4, 1, 4, 128, 24), "spike_attention_lif": (4, 1, 4, 128, 24)}
+_SHAPE = (4, 1, 128, 96)
+
+
+def doctor(
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one line: a JSON object with all of it.")
+    ] = False,
+) -> None:
+    """Show what this machine has, and which backend computes each operator here, and why.
+
+    Runs a small training step, so that "works" means tried.
+    """
+    report = examine()
+    if json_output:
+        print(json.dumps(report))
+    else:
+        _show(report)
+    if not report["training_step"]["works"]:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """All that `doctor` prints, as data."""
+    import torch
+
+    import spikedecoder
+    from spikedecoder.ops import _dispatch
+
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    names = {"cpu": platform.processor() or platform.machine()}
+    names.update({d: torch.cuda.get_device_name(d) for d in devices if d != "cpu"})
+    operators: dict[str, dict[str, dict[str, str]]] = {}
+    for device in dict.fromkeys(d.partition(":")[0] for d in devices):
+        operators[device] = {
+            name: dict(
+                _dispatch.explain(
+                    name,
+                    _dispatch.Call(torch.device(device), torch.float32, _SHAPES.get(name, _SHAPE)),
+                )
+            )
+            for name in _dispatch.OPERATORS
+        }
+    return {
+        "spikedecoder": spikedecoder.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.platform(),
+        "devices": names,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "compiler": shutil.which(os.environ.get("CXX", "c++"))
+        or shutil.which("g++")
+        or shutil.which("clang++"),
+        "nvcc": shutil.which("nvcc"),
+        "requested_backend": _dispatch.requested_backend(),
+        "operators": operators,
+        "optional": {name: _version(name) for name in _OPTIONAL},
+        "training_step": _try_step(),
+    }
+
+
+def _try_step() -> dict[str, Any]:
+    """Forward and backward of a very small model on the CPU."""
+    import torch
+
+    from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+
+    config = SpikeDecoderConfig.preset(
+        "default", vocab_size=8, max_len=8, token_dim=12, position_dim=4, blocks=1, timesteps=2
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = SpikeDecoder(config)
+            tokens = torch.randint(0, 8, (2, 8))
+        loss = model.loss(tokens, tokens)
+        loss.backward()
+        weight = model.head.linear.weight
+        assert weight.grad is not None and bool(weight.grad.isfinite().all())
+    except Exception as error:  # a report of what is wrong is what this command is for
+        return {"works": False, "error": f"{type(error).__name__}: {error}"}
+    return {"works": True, "loss": float(loss.detach())}
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(
+        f"spikedecoder {report['spikedecoder']}, Python {report['python']}, torch {report['torch']}, "
+        f"{report['system']}"
+    )
+    for device, name in report["devices"].items():
+        extra = f", {report['threads']} threads, {report['cpu_capability']}" if device == "cpu" else ""
+        console.print(f"{device}: {name}{extra}")
+    console.print(f"backend asked for: {report['requested_backend']} (use_backend, or SPIKEDECODER_BACKEND)")
+    for device, operators in report["operators"].items():
+        table = Table(title=f"operators on {device}", title_justify="left")
+        table.add_column("operator", no_wrap=True)
+        table.add_column("backend", no_wrap=True)
+        table.add_column("others")
+        for name, rows in operators.items():
+            chosen = next((b for b, reason in rows.items() if reason == "chosen"), "none")
+            others = "; ".join(f"{b}: {reason}" for b, reason in rows.items() if b != chosen)
+            table.add_row(name, chosen, others)
+        console.print(table)
+    for tool, use in (("compiler", "building the C++ kernels"), ("nvcc", "building the CUDA kernels")):
+        console.print(f"{tool}: {report[tool] or f'none found; needed for {use} only'}")
+    for package, (use, command) in _OPTIONAL.items():
+        version = report["optional"][package]
+        console.print(f"{package}: {version or f'not installed; needed for {use}: {command}'}", markup=False)
+    step = report["training_step"]
+    console.print(
+        f"a training step of a small model: {'works' if step['works'] else step['error']}", markup=False
+    )

@@ -1,0 +1,266 @@
+"""``spikedecoder train``"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spikedecoder.cli.settings import Overrides, collect, model_config
+from spikedecoder.config import SpikeDecoderConfig
+
+if TYPE_CHECKING:
+    from spikedecoder.data import Corpus
+    from spikedecoder.training import ScreenReporter, TrainConfig, TrainResult
+
+_MODEL, _TRAINING, _TEXT = "Model", "Training", "Text"
+
+
+def train(
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text", help="Text file to learn; repeatable; - is standard input.", rich_help_panel=_TEXT
+        ),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            help="builtin (Python's own documentation), or war-and-peace (downloaded once).",
+            rich_help_panel=_TEXT,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="char, original-char, word or original-word.", rich_help_panel=_TEXT),
+    ] = None,
+    min_count: Annotated[
+        int | None, typer.Option(help="Words seen less often are unknown.", rich_help_panel=_TEXT)
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(SpikeDecoderConfig.presets())}.", rich_help_panel=_MODEL),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with tables [model] and [train] and, if wanted, a key preset."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for checkpoints and metrics; default: runs/PRESET-TEXT-N.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.")
+    ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps in all; the schedule is stretched to them.", rich_help_panel=_TRAINING),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of weights, batches, dropout and the sample.", rich_help_panel=_TRAINING),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_TRAINING)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows per step and process.", rich_help_panel=_TRAINING)
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate.", rich_help_panel=_TRAINING)
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations; 0: at the end.", rich_help_panel=_TRAINING)
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 0: at the end.", rich_help_panel=_TRAINING)
+    ] = None,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="no, bf16 or fp16.", rich_help_panel=_TRAINING)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of torch.", rich_help_panel=_TRAINING)
+    ] = None,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option(
+            "--tensorboard/--no-tensorboard", help="Also write OUT/tensorboard.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    spike_degree: Annotated[
+        int | None, typer.Option(help="0 (no spikes) to 4 (all).", rich_help_panel=_MODEL)
+    ] = None,
+    timesteps: Annotated[int | None, typer.Option(help="SNN timesteps.", rich_help_panel=_MODEL)] = None,
+    blocks: Annotated[int | None, typer.Option(help="Decoder blocks.", rich_help_panel=_MODEL)] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.", rich_help_panel=_MODEL)] = None,
+    max_len: Annotated[int | None, typer.Option(help="Context, in tokens.", rich_help_panel=_MODEL)] = None,
+    norm: Annotated[str | None, typer.Option(help="layer, batch or power.", rich_help_panel=_MODEL)] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any other field of the model or the training; repeatable."
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Result as a JSON object, the last line of standard output.")
+    ] = False,
+) -> None:
+    """Train a spiking decoder on a text, then print some text that it writes.
+
+    Without arguments: the default model on the text that comes with Python, a few minutes on a laptop.
+    Ctrl-C saves and says how to go on.
+
+    Exit code: 0 done, 1 the training failed, 2 wrong input, 130 interrupted.
+    """
+    flags: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "min_count": min_count,
+        "steps": max_steps,
+        "seed": seed,
+        "device": device,
+        "batch_size": batch_size,
+        "lr": lr,
+        "eval_every": eval_every,
+        "save_every": save_every,
+        "mixed_precision": mixed_precision,
+        "threads": threads,
+        "tensorboard": tensorboard,
+        "spike_degree": spike_degree,
+        "timesteps": timesteps,
+        "blocks": blocks,
+        "heads": heads,
+        "max_len": max_len,
+        "norm": norm,
+    }
+    if text and corpus:
+        raise ValueError("--text and --corpus: got both, takes one of them")
+    overrides = collect(config, flags, set_ or [])
+    if resume is not None:
+        for name, given in (("--preset", preset), ("--config", config), ("--out", out), ("--corpus", corpus)):
+            if given is not None:
+                raise ValueError(f"{name}: not together with --resume, which goes on with the run as it is")
+        result = _resume(resume, overrides, text, as_json)
+    else:
+        result = _new(preset or overrides.preset or "default", overrides, text, corpus, out, as_json)
+    _finish(result, as_json)
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def _new(
+    preset: str,
+    overrides: Overrides,
+    text: list[str] | None,
+    corpus: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> TrainResult:
+    from spikedecoder import training
+    from spikedecoder.data import prepare_corpus
+    from spikedecoder.training.devices import check_device
+    from spikedecoder.training.run_folder import check_unused
+
+    # what can be said without reading the text comes first
+    SpikeDecoderConfig.preset(preset)
+    settings = training.TrainConfig.preset(preset, **overrides.train)
+    check_device(settings.device)
+    if out is not None:
+        check_unused(out)
+    data = prepare_corpus(
+        text,
+        corpus=corpus,
+        tokenizer=settings.tokenizer,
+        min_count=settings.min_count,
+        val_fraction=settings.val_fraction,
+    )
+    config = model_config(preset, overrides.model, data.tokenizer)
+    folder = out or training.free_folder(preset, data.name)
+    source = {
+        "preset": preset,
+        "text": [_absolute(path) for path in text] if text else None,
+        "corpus": corpus,
+    }
+    reporter = training.ScreenReporter(bar=not as_json)
+    _introduce(reporter, config, data, settings, folder)
+    return training.train(config, data, settings, out=folder, reporter=reporter, source=source)
+
+
+def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json: bool) -> TrainResult:
+    from spikedecoder import training
+    from spikedecoder.data import prepare_corpus
+
+    info = training.RunInfo.read(folder)
+    config = info.config.replace(**overrides.model)
+    settings = info.train.replace(**overrides.train)
+    texts = text or info.source.get("text")
+    if texts and "-" in texts and not text:
+        raise ValueError(
+            f"--text: the run in {folder} read standard input; pipe the text in again, with --text -"
+        )
+    data = prepare_corpus(
+        texts,
+        corpus=None if texts else info.source.get("corpus"),
+        tokenizer=settings.tokenizer,
+        min_count=settings.min_count,
+        val_fraction=settings.val_fraction,
+    )
+    reporter = training.ScreenReporter(bar=not as_json)
+    reporter.message(f"resuming {folder}")
+    return training.train(config, data, settings, out=folder, resume=True, reporter=reporter)
+
+
+def _introduce(
+    reporter: ScreenReporter, config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, folder: Path
+) -> None:
+    reporter.message(
+        f"text: {data.name}, {data.characters:,} characters, {len(data.train):,} tokens to learn and "
+        f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones"
+    )
+    reporter.message(
+        f"model: {config.blocks} blocks, {config.embed_dim} channels, {config.heads} heads, "
+        f"{config.timesteps} timesteps, spike degree {config.spike_degree}; {settings.steps} steps of "
+        f"{settings.batch_size * settings.grad_accum} x {config.max_len} tokens; output in {folder}"
+    )
+
+
+def _finish(result: TrainResult, as_json: bool) -> None:
+    from spikedecoder.training import ScreenReporter
+
+    report = ScreenReporter(bar=False)
+    values = result.to_dict()
+    if result.interrupted:
+        report.message(
+            f"{result.interrupted}: stopped after step {result.step} of {result.steps} and saved; go on "
+            f"with: spikedecoder train --resume {result.out}"
+        )
+    elif result.evaluation is not None:
+        bits = ", ".join(f"{name} {value:.3f}" for name, value in result.baselines.items())
+        report.message(
+            f"held-out: {result.evaluation.bits:.3f} bits per token, accuracy "
+            f"{result.evaluation.accuracy:.1%} ({result.evaluation.covers}); n-gram models of the same text: {bits}"
+        )
+        report.message(
+            f"{result.tokens_per_second:,.0f} tokens/s, peak memory {result.peak_rss_mib:,.0f} MiB; "
+            f"checkpoint: {result.checkpoint}"
+        )
+        values["sample"] = _sample(result)
+        if not as_json:
+            print(values["sample"])
+    if as_json:
+        print(json.dumps(values))
+    sys.stdout.flush()
+
+
+def _sample(result: TrainResult, length: int = 200) -> str:
+    """What the model writes after "The ", or from nothing where it does not know those letters."""
+    from spikedecoder.generation import generate_text
+
+    prompt = "" if result.model.tokenizer.unknown("The ") else "The "
+    options: dict[str, Any] = {"temperature": 0.8, "seed": 0}
+    return generate_text(result.model, None, [prompt], max_new_tokens=length, **options)[0]
+
+
+def _absolute(path: str) -> str:
+    return path if path == "-" else str(Path(path).resolve())
