@@ -1,8 +1,108 @@
-"""What pyproject.toml cannot say: `kernels/` is installed as the subpackage `spikedecoder.kernels`."""
+"""What pyproject.toml cannot say: where `kernels/` goes, and how the compiled extension is built.
 
-from setuptools import find_packages, setup
+The extension is `spikedecoder._C` (C++, any CPU) and, where nvcc is found, `spikedecoder._C_cuda`; both are
+built from `csrc/` by CMake and ninja, without torch. Environment variables:
 
+    SPIKEDECODER_BUILD       auto (default): what can be built here; cpu: without CUDA; cuda: with CUDA, or
+                             fail; off: pure Python, which runs everything on the reference backend.
+    SPIKEDECODER_CUDA_ARCHS  architectures of the CUDA module, such as "80;90", or "all".
+    CXX, CUDACXX, MAX_JOBS   compiler, nvcc, parallel compile jobs.
+
+With auto and no C++ compiler the install succeeds without the extension, and says so. A compile error is an
+error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
 KERNELS = "spikedecoder.kernels"
+MODES = ("auto", "cpu", "cuda", "off")
+CUDA_ARCHS = "80;90;100"
+ALL_CUDA_ARCHS = "80;86;89;90;100;120"
+
+
+def find_program(variable: str, *names: str) -> str | None:
+    """What the environment variable names, else the first of these programs on the PATH."""
+    asked = os.environ.get(variable)
+    if asked:
+        found = shutil.which(asked.split()[0])
+        if found is None:
+            raise SystemExit(f"{variable}: got {asked!r}, which is not a program here")
+        return found
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return find_program("CUDACXX", "nvcc", f"{home}/bin/nvcc")
+
+
+def chosen_modules() -> list[str]:
+    mode = os.environ.get("SPIKEDECODER_BUILD") or "auto"
+    if mode not in MODES:
+        raise SystemExit(f"SPIKEDECODER_BUILD: got {mode!r}, takes one of {', '.join(MODES)}")
+    if mode == "off":
+        return []
+    # the kernels use attributes of GCC and Clang
+    if os.name == "nt" or find_program("CXX", "c++", "g++", "clang++") is None:
+        if mode != "auto":
+            raise SystemExit(f"SPIKEDECODER_BUILD={mode}: needs GCC or Clang (set CXX, or install g++)")
+        print("spikedecoder: no C++ compiler (GCC or Clang) found: installing without the compiled extension")
+        return []
+    has_cuda_source = (ROOT / "csrc" / "bindings.cu").exists()
+    if mode == "cuda" and find_nvcc() is None:
+        raise SystemExit("SPIKEDECODER_BUILD=cuda: needs nvcc (set CUDACXX or CUDA_HOME)")
+    with_cuda = has_cuda_source and mode in ("auto", "cuda") and find_nvcc() is not None
+    return ["spikedecoder._C", *(["spikedecoder._C_cuda"] if with_cuda else [])]
+
+
+class CMakeBuild(build_ext):
+    """Builds all modules in one CMake project, each into the place that setuptools wants it in."""
+
+    def run(self) -> None:
+        if not self.extensions:
+            return
+        import pybind11
+
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        names = [extension.name for extension in self.extensions]
+        with_cuda = "spikedecoder._C_cuda" in names
+        configure = [
+            *("cmake", "-G", "Ninja", "-S", str(ROOT / "csrc"), "-B", str(build)),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DSPIKEDECODER_CUDA={'ON' if with_cuda else 'OFF'}",
+        ]
+        if with_cuda:
+            archs = os.environ.get("SPIKEDECODER_CUDA_ARCHS") or CUDA_ARCHS
+            configure += [
+                f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+                f"-DSPIKEDECODER_CUDA_ARCHS={ALL_CUDA_ARCHS if archs == 'all' else archs}",
+            ]
+        # a build folder that another Python configured would keep that Python's headers
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run(["cmake", "--build", str(build), *(["--parallel", jobs] if jobs else [])], check=True)
+        for name in names:
+            target = Path(self.get_ext_fullpath(name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            built = build / Path(self.get_ext_filename(name)).name
+            # renamed into place: a process that has the old module loaded keeps its own copy
+            partial = target.with_name(target.name + ".part")
+            shutil.copy2(built, partial)
+            os.replace(partial, target)
+
 
 setup(
     packages=[
@@ -12,5 +112,7 @@ setup(
     ],
     package_dir={KERNELS: "kernels"},
     package_data={"spikedecoder": ["py.typed"]},
+    ext_modules=[Extension(name, sources=[]) for name in chosen_modules()],
+    cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,
 )

@@ -1,0 +1,175 @@
+// The Python module spikedecoder._C. Arrays arrive as addresses (data_ptr()) and sizes, so that nothing here
+// depends on a version of torch. Everything is checked before the GIL is released; kernels check nothing.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "runtime.h"
+
+namespace py = pybind11;
+using namespace spikedecoder;
+
+namespace {
+
+constexpr int64_t kMostElements = int64_t{1} << 46;
+
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+// The product of sizes, each checked to be >= 0 and the whole to fit in memory.
+int64_t elements(std::initializer_list<int64_t> sizes) {
+  int64_t n = 1;
+  for (int64_t size : sizes) {
+    require(size >= 0, "sizes: takes numbers >= 0");
+    require(size == 0 || n <= kMostElements / size, "sizes: too many elements");
+    n *= size;
+  }
+  return n;
+}
+
+// The array at an address: null only where nothing is read or written, aligned for its type.
+template <class T>
+T* array(uintptr_t address, int64_t n, const char* name) {
+  if (n > 0 && !address) throw std::invalid_argument(std::string(name) + ": got a null address");
+  if (address % alignof(T)) throw std::invalid_argument(std::string(name) + ": address is not aligned");
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T* optional_array(uintptr_t address, const char* name) {
+  return address ? array<T>(address, 1, name) : nullptr;
+}
+
+int checked_threads(int threads) {
+  require(threads >= 1 && threads <= 4096, "threads: takes 1 to 4096");
+  return threads;
+}
+
+Neuron make_neuron(double tau, py::object v_reset, bool decay_input, int surrogate, double alpha, bool detach_reset) {
+  require(std::isfinite(tau) && tau >= 1, "tau: takes a finite number >= 1");
+  require(surrogate >= 0 && surrogate <= 4, "surrogate: takes 0 to 4");
+  require(std::isfinite(alpha) && alpha > 0, "alpha: takes a finite number > 0");
+  Neuron n;
+  n.tau = static_cast<float>(tau);
+  n.leak = static_cast<float>(1 - 1 / tau);
+  n.hard_reset = !v_reset.is_none();
+  n.v_reset = n.hard_reset ? v_reset.cast<float>() : 0;
+  n.decay_input = decay_input;
+  n.detach_reset = detach_reset;
+  n.surrogate = static_cast<Surrogate>(surrogate);
+  n.alpha = static_cast<float>(alpha);
+  return n;
+}
+
+Threshold make_threshold(double value, uintptr_t values, int kind) {
+  require(kind >= 0 && kind <= 2, "threshold kind: takes 0 (scalar), 1 (channel) or 2 (element)");
+  Threshold t;
+  t.kind = static_cast<ThresholdKind>(kind);
+  t.value = static_cast<float>(value);
+  t.values = kind ? array<const float>(values, 1, "threshold") : nullptr;
+  return t;
+}
+
+template <class Arguments>
+void run(void (*kernel)(const Arguments&), const Arguments& arguments) {
+  py::gil_scoped_release release;
+  kernel(arguments);
+}
+
+void bind_lif(py::module_& m) {
+  m.def(
+      "lif_forward",
+      [](const Neuron& neuron, const Threshold& threshold, uintptr_t x, uintptr_t v_init, uintptr_t spikes,
+         uintptr_t v, int64_t T, int64_t rows, int64_t C, int threads) {
+        const int64_t step = elements({rows, C}), all = elements({T, rows, C});
+        LifForward a{neuron, threshold, array<const float>(x, all, "x"),
+                     optional_array<const float>(v_init, "v_init"), array<float>(spikes, all, "spikes"),
+                     array<float>(v, step, "v"), T, rows, C, checked_threads(threads)};
+        run(kernels().lif_forward, a);
+      });
+  m.def(
+      "lif_backward",
+      [](const Neuron& neuron, const Threshold& threshold, uintptr_t grad_spikes, uintptr_t grad_v, uintptr_t x,
+         uintptr_t v_init, uintptr_t grad_x, uintptr_t grad_threshold, uintptr_t grad_v_init, int64_t T,
+         int64_t rows, int64_t C, int threads) {
+        const int64_t all = elements({T, rows, C});
+        LifBackward a{neuron, threshold, array<const float>(grad_spikes, all, "grad_spikes"),
+                      optional_array<const float>(grad_v, "grad_v"), array<const float>(x, all, "x"),
+                      optional_array<const float>(v_init, "v_init"), array<float>(grad_x, all, "grad_x"),
+                      optional_array<float>(grad_threshold, "grad_threshold"),
+                      optional_array<float>(grad_v_init, "grad_v_init"), T, rows, C, checked_threads(threads)};
+        run(kernels().lif_backward, a);
+      });
+  m.def("binarize", [](uintptr_t x, uintptr_t grad, uintptr_t out, double alpha, int64_t n, int threads) {
+    elements({n});
+    Binarize a{array<const float>(x, n, "x"), optional_array<const float>(grad, "grad"),
+               array<float>(out, n, "out"), static_cast<float>(alpha), n, checked_threads(threads)};
+    run(kernels().binarize, a);
+  });
+}
+
+void bind_pack(py::module_& m) {
+  m.def(
+      "pack",
+      [](uintptr_t values, bool bytes, uintptr_t words, int64_t rows, int64_t C, int threads) {
+        const int64_t n = elements({rows, C});
+        int64_t count = 0;
+        Pack a{nullptr, bytes, array<uint64_t>(words, n, "words"), &count, rows, C, checked_threads(threads)};
+        a.values = bytes ? static_cast<const void*>(array<const uint8_t>(values, n, "values"))
+                         : static_cast<const void*>(array<const float>(values, n, "values"));
+        run(kernels().pack, a);
+        return count;
+      },
+      "Bits of values; returns how many are set.");
+  m.def("unpack", [](uintptr_t words, uintptr_t values, int64_t rows, int64_t C, int threads) {
+    const int64_t n = elements({rows, C});
+    Unpack a{array<const uint64_t>(words, n, "words"), array<float>(values, n, "values"), rows, C,
+             checked_threads(threads)};
+    run(kernels().unpack, a);
+  });
+}
+
+void bind_runtime(py::module_& m) {
+  py::class_<Neuron>(m, "Neuron").def(py::init(&make_neuron), py::arg("tau"), py::arg("v_reset"),
+                                      py::arg("decay_input"), py::arg("surrogate"), py::arg("alpha"),
+                                      py::arg("detach_reset"));
+  py::class_<Threshold>(m, "Threshold")
+      .def(py::init(&make_threshold), py::arg("value"), py::arg("values"), py::arg("kind"));
+  m.def("variants", [] {
+    std::vector<std::string> names;
+    for (const char* name : variant_names) {
+      if (variant_available(name)) names.emplace_back(name);
+    }
+    return names;
+  });
+  m.def("variant", [] { return std::string(kernels().name); });
+  m.def("use_variant", [](const std::string& name) {
+    if (!use_variant(name.c_str())) throw std::invalid_argument("this CPU or build has no variant " + name);
+  });
+  m.def("keep_freed_memory", &keep_freed_memory);
+  m.def("build", [] {
+    py::dict d;
+    d["compiler"] = SPIKEDECODER_COMPILER;
+#ifdef _OPENMP
+    d["openmp"] = _OPENMP;
+#else
+    d["openmp"] = py::none();
+#endif
+    return d;
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled operators of spikedecoder; called through spikedecoder.ext.cpu.";
+  bind_runtime(m);
+  bind_lif(m);
+  bind_pack(m);
+}

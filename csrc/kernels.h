@@ -1,0 +1,105 @@
+// What the compiled operators take, and the table of them that each variant fills.
+//
+// Arrays are contiguous float32 unless said, sizes are in elements. Arguments have been checked by the time
+// they arrive here (bindings.cpp); kernels throw nothing.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace spikedecoder {
+
+static constexpr int64_t words_for(int64_t channels) { return (channels + 63) / 64; }
+
+// The threshold of a neuron: one number, one per channel [C], or one per element of a timestep.
+enum class ThresholdKind : int { scalar = 0, channel = 1, element = 2 };
+
+// Numbered as in spikedecoder/surrogate.py.
+enum class Surrogate : int { sigmoid = 0, atan = 1, rectangular = 2, triangle = 3, fast_sigmoid = 4 };
+
+// A LIF neuron; equations in spikedecoder/params.py.
+struct Neuron {
+  float tau = 2, v_reset = 0, alpha = 4;
+  float leak = 0.5f;  // 1 - 1 / tau, rounded once from double
+  Surrogate surrogate = Surrogate::sigmoid;
+  bool hard_reset = true, decay_input = true, detach_reset = true;
+};
+
+struct Threshold {
+  ThresholdKind kind = ThresholdKind::scalar;
+  float value = 1;                // scalar
+  const float* values = nullptr;  // channel, element
+};
+
+// x, spikes [T, rows, C]; v, v_init (or null: zeros) [rows, C]. One timestep is [rows, C].
+struct LifForward {
+  Neuron neuron;
+  Threshold threshold;
+  const float *x, *v_init;
+  float *spikes, *v;
+  int64_t T, rows, C;
+  int threads;
+};
+
+// grad_v and grad_v_init may be null. grad_threshold: null, or [1], [C] or [rows, C] by the threshold's kind.
+struct LifBackward {
+  Neuron neuron;
+  Threshold threshold;
+  const float *grad_spikes, *grad_v, *x, *v_init;
+  float *grad_x, *grad_threshold, *grad_v_init;
+  int64_t T, rows, C;
+  int threads;
+};
+
+struct Binarize {
+  const float *x, *grad;  // grad null: spikes are written, else the gradient of x
+  float* out;
+  float alpha;
+  int64_t n;
+  int threads;
+};
+
+// values [rows, C], float32 or bytes -> words [rows, words_for(C)]; `count` gets the number of set bits.
+struct Pack {
+  const void* values;
+  bool bytes;
+  uint64_t* words;
+  int64_t* count;
+  int64_t rows, C;
+  int threads;
+};
+
+struct Unpack {
+  const uint64_t* words;
+  float* values;
+  int64_t rows, C;
+  int threads;
+};
+
+#define SPIKEDECODER_KERNELS(X) \
+  X(lif_forward, LifForward)    \
+  X(lif_backward, LifBackward)  \
+  X(binarize, Binarize)         \
+  X(pack, Pack)                 \
+  X(unpack, Unpack)
+
+struct Kernels {
+  const char* name;
+#define X(function, Arguments) void (*function)(const Arguments&);
+  SPIKEDECODER_KERNELS(X)
+#undef X
+};
+
+#define SPIKEDECODER_DECLARE(variant)                                   \
+  namespace variant {                                                   \
+  extern const Kernels kernels;                                         \
+  SPIKEDECODER_KERNELS(SPIKEDECODER_DECLARE_KERNEL)                     \
+  }
+#define SPIKEDECODER_DECLARE_KERNEL(function, Arguments) void function(const Arguments&);
+SPIKEDECODER_DECLARE(baseline)
+SPIKEDECODER_DECLARE(avx2)
+SPIKEDECODER_DECLARE(avx512)
+#undef SPIKEDECODER_DECLARE
+#undef SPIKEDECODER_DECLARE_KERNEL
+
+}  // namespace spikedecoder

@@ -1,0 +1,61 @@
+// Spikes as bits: word w of a row holds channels 64 w .. 64 w + 63, bit i for channel 64 w + i.
+// Bytes moved per spike: 4 read + 1/8 written (pack from float32), the other way round to unpack.
+#include "bits.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+
+SPIKEDECODER_INLINE uint64_t word_of_bytes(const uint8_t* p, int n) {
+  uint64_t word = 0;
+  for (int i = 0; i < n; i++) word |= static_cast<uint64_t>(p[i] != 0) << i;
+  return word;
+}
+
+void pack(const Pack& a) {
+  const int64_t words = words_for(a.C);
+  const int threads = threads_for(0.2 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
+  Scratch counts(sizeof(int64_t) * 8 * static_cast<size_t>(threads));
+  int64_t* count = static_cast<int64_t*>(counts.get());
+  for (int i = 0; i < threads; i++) count[8 * i] = 0;
+  parallel(threads, [&](int thread, int all) {
+    const Range rows = share(a.rows, thread, all);
+    int64_t set = 0;
+    for (int64_t r = rows.begin; r < rows.end; r++) {
+      for (int64_t w = 0; w < words; w++) {
+        const int64_t at = r * a.C + 64 * w, left = a.C - 64 * w;
+        const int n = left < 64 ? static_cast<int>(left) : 64;
+        const uint64_t word = a.bytes ? word_of_bytes(static_cast<const uint8_t*>(a.values) + at, n)
+                                      : word_of_floats(static_cast<const float*>(a.values) + at, n);
+        a.words[r * words + w] = word;
+        set += __builtin_popcountll(word);
+      }
+    }
+    count[8 * thread] = set;
+  });
+  if (a.count) {
+    *a.count = 0;
+    for (int i = 0; i < threads; i++) *a.count += count[8 * i];
+  }
+}
+
+void unpack(const Unpack& a) {
+  const int64_t words = words_for(a.C);
+  const int threads = threads_for(0.2 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
+  const F one = set1(1);
+  parallel(threads, [&](int thread, int all) {
+    const Range rows = share(a.rows, thread, all);
+    for (int64_t r = rows.begin; r < rows.end; r++) {
+      for (int64_t c = 0; c < a.C; c += W) {
+        const uint64_t word = a.words[r * words + c / 64];
+        const F spikes = keep(mask_of(static_cast<uint32_t>(word >> (c % 64)) & ((1u << W) - 1)), one);
+        store_up_to(a.values + r * a.C + c, spikes, static_cast<int>(a.C - c < W ? a.C - c : W));
+      }
+    }
+  });
+}
+
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder

@@ -1,0 +1,58 @@
+// Threads inside a kernel. Everything has internal linkage: see simd.h.
+#pragma once
+
+#include <stdint.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+#include "runtime.h"
+
+namespace spikedecoder {
+namespace {
+
+// body(thread, threads) on each of `threads` threads.
+template <class Body>
+inline void parallel(int threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  body(0, 1);
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// The part of 0..n that is this thread's own, cut at multiples of `unit`.
+inline Range share(int64_t n, int thread, int threads, int64_t unit = 1) {
+  const int64_t units = (n + unit - 1) / unit;
+  const int64_t begin = units * thread / threads * unit, end = units * (thread + 1) / threads * unit;
+  return {begin < n ? begin : n, end < n ? end : n};
+}
+
+// Results too small for a normal float become 0 while this lives: denormals make gradients several times
+// slower to compute. For gradients only; spikes are computed without it.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  FlushDenormals() {}
+  ~FlushDenormals() {}
+#endif
+};
+
+}  // namespace
+}  // namespace spikedecoder

@@ -1,0 +1,38 @@
+// The CPU's variant, threads, scratch memory: what kernels share, compiled once for any CPU.
+#pragma once
+
+#include "kernels.h"
+
+namespace spikedecoder {
+
+// The table in force: the best that the CPU has, unless `use_variant` named another.
+const Kernels& kernels();
+// False if the CPU lacks it, or this build does; throws nothing.
+bool variant_available(const char* name);
+bool use_variant(const char* name);
+extern const char* const variant_names[3];  // best first
+
+// Threads worth waking for `nanoseconds` of work on one: at least about 3 us for each, never more than
+// `most`, and one in a forked child, where the parent's OpenMP threads do not exist any more.
+int threads_for(double nanoseconds, int most);
+
+// Memory of one call: 64-byte aligned, uninitialised, freed with the object. Throws std::bad_alloc.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* floats() const { return static_cast<float*>(memory_); }
+  void* get() const { return memory_; }
+
+ private:
+  void* memory_;
+};
+
+static constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Returns unused memory to the system less eagerly; false where the C library has no such setting.
+bool keep_freed_memory();
+
+}  // namespace spikedecoder

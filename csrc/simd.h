@@ -1,0 +1,190 @@
+// One vector of floats, in three widths.
+//
+// Every kernel source is compiled once per variant, with SPIKEDECODER_VARIANT naming the namespace and the
+// compiler's target flags set for that file alone (see CMakeLists.txt). So that code for a newer CPU can
+// never be linked into an older path, kernel sources include nothing with external inline functions (no
+// C++ standard library), and all they define is in the variant's namespace or has internal linkage. A test
+// reads the object files to hold this.
+//
+// `F` holds W floats, `Mask` one truth value per lane. load_n/store_n touch only the first n lanes (n <= W;
+// lanes that are not loaded are 0). Nothing here contracts a * b + c: fma() is called where it is meant.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(SPIKEDECODER_AVX512) || defined(SPIKEDECODER_AVX2)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define SPIKEDECODER_INLINE static inline __attribute__((always_inline))
+#define SPIKEDECODER_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+
+#if defined(SPIKEDECODER_AVX512)
+
+constexpr int W = 16;
+using F = __m512;
+using Mask = __mmask16;
+
+SPIKEDECODER_INLINE Mask first_n(int n) { return static_cast<Mask>((1u << n) - 1); }
+SPIKEDECODER_INLINE F zero() { return _mm512_setzero_ps(); }
+SPIKEDECODER_INLINE F set1(float a) { return _mm512_set1_ps(a); }
+SPIKEDECODER_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+SPIKEDECODER_INLINE F load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first_n(n), p); }
+SPIKEDECODER_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+SPIKEDECODER_INLINE void store_n(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first_n(n), a); }
+SPIKEDECODER_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+SPIKEDECODER_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+SPIKEDECODER_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+SPIKEDECODER_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+SPIKEDECODER_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+SPIKEDECODER_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+SPIKEDECODER_INLINE F abs(F a) { return _mm512_abs_ps(a); }
+SPIKEDECODER_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+SPIKEDECODER_INLINE F exp2_of_integer(F a) { return _mm512_scalef_ps(_mm512_set1_ps(1.f), a); }
+SPIKEDECODER_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
+SPIKEDECODER_INLINE Mask ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+SPIKEDECODER_INLINE Mask not_zero(F a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
+SPIKEDECODER_INLINE F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+SPIKEDECODER_INLINE F keep(Mask m, F a) { return _mm512_maskz_mov_ps(m, a); }
+SPIKEDECODER_INLINE F drop(Mask m, F a) { return _mm512_maskz_mov_ps(_knot_mask16(m), a); }
+SPIKEDECODER_INLINE uint32_t bits(Mask m) { return m; }
+SPIKEDECODER_INLINE Mask mask_of(uint32_t bits) { return static_cast<Mask>(bits); }
+
+#elif defined(SPIKEDECODER_AVX2)
+
+constexpr int W = 8;
+using F = __m256;
+using Mask = __m256;
+
+SPIKEDECODER_INLINE __m256i first_n(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+SPIKEDECODER_INLINE F zero() { return _mm256_setzero_ps(); }
+SPIKEDECODER_INLINE F set1(float a) { return _mm256_set1_ps(a); }
+SPIKEDECODER_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+SPIKEDECODER_INLINE F load_n(const float* p, int n) { return _mm256_maskload_ps(p, first_n(n)); }
+SPIKEDECODER_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+SPIKEDECODER_INLINE void store_n(float* p, F a, int n) { _mm256_maskstore_ps(p, first_n(n), a); }
+SPIKEDECODER_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+SPIKEDECODER_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+SPIKEDECODER_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+SPIKEDECODER_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+SPIKEDECODER_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+SPIKEDECODER_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+SPIKEDECODER_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
+SPIKEDECODER_INLINE F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SPIKEDECODER_INLINE F exp2_of_integer(F a) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+}
+SPIKEDECODER_INLINE float sum(F a) {
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+SPIKEDECODER_INLINE Mask ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+SPIKEDECODER_INLINE Mask not_zero(F a) { return _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NEQ_UQ); }
+SPIKEDECODER_INLINE F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+SPIKEDECODER_INLINE F keep(Mask m, F a) { return _mm256_and_ps(m, a); }
+SPIKEDECODER_INLINE F drop(Mask m, F a) { return _mm256_andnot_ps(m, a); }
+SPIKEDECODER_INLINE uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+SPIKEDECODER_INLINE Mask mask_of(uint32_t bits) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+  return _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane));
+}
+
+#else  // any CPU: the compiler's own vectors of four floats (SSE2, NEON, or scalar code)
+
+constexpr int W = 4;
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t Mask __attribute__((vector_size(16)));
+
+SPIKEDECODER_INLINE F zero() { return F{0, 0, 0, 0}; }
+SPIKEDECODER_INLINE F set1(float a) { return F{a, a, a, a}; }
+SPIKEDECODER_INLINE F load(const float* p) {
+  F a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+SPIKEDECODER_INLINE F load_n(const float* p, int n) {
+  F a = zero();
+  for (int i = 0; i < n; i++) a[i] = p[i];
+  return a;
+}
+SPIKEDECODER_INLINE void store(float* p, F a) { memcpy(p, &a, sizeof a); }
+SPIKEDECODER_INLINE void store_n(float* p, F a, int n) {
+  for (int i = 0; i < n; i++) p[i] = a[i];
+}
+SPIKEDECODER_INLINE F add(F a, F b) { return a + b; }
+SPIKEDECODER_INLINE F sub(F a, F b) { return a - b; }
+SPIKEDECODER_INLINE F mul(F a, F b) { return a * b; }
+SPIKEDECODER_INLINE F div(F a, F b) { return a / b; }
+SPIKEDECODER_INLINE F fma(F a, F b, F c) { return a * b + c; }
+SPIKEDECODER_INLINE F bitwise_and(Mask m, F a) { return reinterpret_cast<F>(m & reinterpret_cast<Mask>(a)); }
+SPIKEDECODER_INLINE F select(Mask m, F a, F b) {
+  return reinterpret_cast<F>((m & reinterpret_cast<Mask>(a)) | (~m & reinterpret_cast<Mask>(b)));
+}
+SPIKEDECODER_INLINE F max(F a, F b) { return select(a > b, a, b); }
+SPIKEDECODER_INLINE F abs(F a) { return bitwise_and(Mask{} + 0x7fffffff, a); }
+// Exact for |a| < 2^22, to the nearest, ties to even: adding 1.5 * 2^23 leaves no fraction bits.
+SPIKEDECODER_INLINE F round(F a) { return (a + set1(12582912.f)) - set1(12582912.f); }
+SPIKEDECODER_INLINE F exp2_of_integer(F a) {
+  Mask exponent;
+  for (int i = 0; i < W; i++) exponent[i] = (static_cast<int32_t>(a[i]) + 127) << 23;
+  return reinterpret_cast<F>(exponent);
+}
+SPIKEDECODER_INLINE float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+SPIKEDECODER_INLINE Mask ge(F a, F b) { return a >= b; }
+SPIKEDECODER_INLINE Mask not_zero(F a) { return a != zero(); }
+SPIKEDECODER_INLINE F keep(Mask m, F a) { return bitwise_and(m, a); }
+SPIKEDECODER_INLINE F drop(Mask m, F a) { return bitwise_and(~m, a); }
+SPIKEDECODER_INLINE uint32_t bits(Mask m) {
+#if defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(m)));
+#else
+  return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+#endif
+}
+SPIKEDECODER_INLINE Mask mask_of(uint32_t bits) {
+  const Mask lane = {1, 2, 4, 8};
+  return ((Mask{} + static_cast<int32_t>(bits)) & lane) == lane;
+}
+
+#endif
+
+// The first n lanes where that is fewer than all. `whole` is a constant in hot loops.
+SPIKEDECODER_INLINE F load_up_to(const float* p, int n) { return n >= W ? load(p) : load_n(p, n); }
+SPIKEDECODER_INLINE void store_up_to(float* p, F a, int n) {
+  if (n >= W) {
+    store(p, a);
+  } else {
+    store_n(p, a, n);
+  }
+}
+
+// e^a for a <= 0, to 2 units in the last place; 0 is never reached: below -80 it stays e^-80, which keeps
+// denormal numbers (slow) out of what is multiplied with it.
+SPIKEDECODER_INLINE F exp_of_negative(F a) {
+  a = max(a, set1(-80.f));
+  const F n = round(mul(a, set1(1.44269504088896341f)));
+  F r = sub(a, mul(n, set1(0.693359375f)));  // ln 2 in two parts, the first exact in the product
+  r = sub(r, mul(n, set1(-2.12194440e-4f)));
+  F p = set1(1.9875691500e-4f);
+  p = add(mul(p, r), set1(1.3981999507e-3f));
+  p = add(mul(p, r), set1(8.3334519073e-3f));
+  p = add(mul(p, r), set1(4.1665795894e-2f));
+  p = add(mul(p, r), set1(1.6666665459e-1f));
+  p = add(mul(p, r), set1(5.0000001201e-1f));
+  p = add(add(mul(mul(r, r), p), r), set1(1.f));
+  return mul(p, exp2_of_integer(n));
+}
+
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder

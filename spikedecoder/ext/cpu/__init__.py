@@ -1,0 +1,58 @@
+"""Backend "cpu": the operators in C++, for float32 tensors on the CPU.
+
+The best variant that the CPU has (AVX-512, AVX2 or plain code) is chosen when this package is imported;
+SPIKEDECODER_CPU=avx512, avx2 or baseline asks for one, and one that the CPU lacks is an error. Threads are
+those of `torch.set_num_threads`.
+
+Memory: with glibc's default settings each large tensor is mapped afresh and faulted in page by page, which
+makes a training step on the CPU two to three times slower. Importing this package therefore tells malloc to
+serve large blocks from the heap and to keep freed memory for reuse (`mallopt`: M_MMAP_MAX = 0,
+M_TRIM_THRESHOLD = -1, M_TOP_PAD = 64 MiB), so a process keeps the memory of its peak until it ends.
+SPIKEDECODER_TUNE_MALLOC=0 leaves malloc alone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+# before the extension: torch brings the OpenMP runtime that both then share
+import torch  # noqa: F401
+
+from spikedecoder.ext import NOT_BUILT, is_built
+
+_VARIANT = "SPIKEDECODER_CPU"
+_TUNE_MALLOC = "SPIKEDECODER_TUNE_MALLOC"
+
+# built and not loadable is an error of its own, not the same as not built
+if is_built():
+    from spikedecoder import _C
+else:
+    _C = None  # type: ignore[assignment]
+
+
+def native() -> Any:
+    """The compiled module; ModuleNotFoundError with what to run where it is not built."""
+    if _C is None:
+        raise ModuleNotFoundError(NOT_BUILT, name="spikedecoder._C")
+    return _C
+
+
+def _choose_variant() -> None:
+    asked = os.environ.get(_VARIANT)
+    if _C is None or not asked:
+        return
+    if asked not in _C.variants():
+        raise ValueError(f"{_VARIANT}: got {asked!r}, takes what this CPU has: {', '.join(_C.variants())}")
+    _C.use_variant(asked)
+
+
+def _tune_malloc() -> bool:
+    asked = os.environ.get(_TUNE_MALLOC, "1")
+    if asked not in ("0", "1"):
+        raise ValueError(f"{_TUNE_MALLOC}: got {asked!r}, takes 0 or 1")
+    return _C is not None and asked == "1" and _C.keep_freed_memory()
+
+
+_choose_variant()
+KEEPS_FREED_MEMORY = _tune_malloc()

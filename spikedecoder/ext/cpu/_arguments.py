@@ -1,0 +1,86 @@
+"""What the modules of this backend share: what can run here, and tensors as the C++ functions take them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ext import NOT_BUILT
+from spikedecoder.ext.cpu import _C as native
+from spikedecoder.ops._dispatch import Call
+from spikedecoder.params import LIFParams
+from spikedecoder.surrogate import SURROGATES
+
+
+def float32_on_cpu(call: Call) -> str | None:
+    """Why this backend cannot run the call; None if it can."""
+    if native is None:
+        return NOT_BUILT
+    if call.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {call.device}"
+    if call.dtype != torch.float32:
+        return f"it takes float32, got {call.dtype}"
+    return None
+
+
+def dense(x: Tensor) -> Tensor:
+    """x as contiguous float32; x itself where it is that already."""
+    return x.detach().to(torch.float32).contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    """0 for None. The caller holds x until the call has returned."""
+    return 0 if x is None else x.data_ptr()
+
+
+@functools.lru_cache(maxsize=64)
+def neuron(p: LIFParams) -> Any:
+    return native.Neuron(
+        p.tau, p.v_reset, p.decay_input, SURROGATES[p.surrogate].kernel_id, p.alpha, p.detach_reset
+    )
+
+
+class Threshold(NamedTuple):
+    """A threshold as the kernels take it, and how they see one timestep: [rows, channels]."""
+
+    native: Any
+    values: Tensor | None  # what `native` points into
+    rows: int
+    channels: int
+
+
+_SCALAR, _CHANNEL, _ELEMENT = 0, 1, 2
+
+
+def threshold_of(threshold: Tensor | float, timestep: torch.Size) -> Threshold:
+    """One number, one per channel (the last dimension), or one per element of the timestep."""
+    n = timestep.numel()
+    if not isinstance(threshold, Tensor):
+        return Threshold(_scalar(float(threshold)), None, 1, n)
+    if threshold.numel() == 1:
+        return Threshold(_scalar(threshold.item()), None, 1, n)
+    values = dense(threshold)
+    channels = timestep[-1]
+    if threshold.numel() == channels == threshold.shape[-1]:
+        kind = _CHANNEL
+    else:
+        kind, values = _ELEMENT, values.expand(timestep).contiguous()
+    rows = n // channels if channels else 0
+    return Threshold(native.Threshold(0.0, values.data_ptr(), kind), values, rows, channels)
+
+
+@functools.lru_cache(maxsize=64)
+def _scalar(value: float) -> Any:
+    return native.Threshold(value, 0, _SCALAR)
+
+
+def grad_threshold_like(threshold: Tensor | float, t: Threshold, timestep: torch.Size) -> Tensor | None:
+    """Where the kernel writes dL/dthreshold, of a shape that sums to the threshold's; None for a number."""
+    if not isinstance(threshold, Tensor):
+        return None
+    if t.values is None:
+        return torch.zeros(threshold.shape, dtype=torch.float32)
+    return torch.zeros_like(t.values)

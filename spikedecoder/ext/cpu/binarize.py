@@ -1,0 +1,25 @@
+"""Binarisation in C++ (csrc/binarize.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ext.cpu._arguments import address, dense, float32_on_cpu, native
+
+why_not = float32_on_cpu
+
+
+def forward(x: Tensor, alpha: float) -> Tensor:
+    x = dense(x)
+    spikes = torch.empty_like(x)
+    native.binarize(address(x), 0, address(spikes), alpha, x.numel(), torch.get_num_threads())
+    return spikes
+
+
+def backward(grad: Tensor, x: Tensor, alpha: float) -> Tensor:
+    x, grad = dense(x), dense(grad)
+    grad_x = torch.empty_like(x)
+    if x.numel():
+        native.binarize(address(x), address(grad), address(grad_x), alpha, x.numel(), torch.get_num_threads())
+    return grad_x

@@ -1,0 +1,63 @@
+"""LIF in C++ (csrc/lif.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ext.cpu._arguments import (
+    address,
+    dense,
+    float32_on_cpu,
+    grad_threshold_like,
+    native,
+    neuron,
+    threshold_of,
+)
+from spikedecoder.params import LIFParams
+
+why_not = float32_on_cpu
+
+
+def forward(
+    x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams
+) -> tuple[Tensor, Tensor]:
+    """Spikes [T, ...] and the final membrane potential [...]."""
+    x = dense(x)
+    v_init = None if v_init is None else dense(v_init)
+    spikes = torch.empty_like(x)
+    v = torch.empty(x.shape[1:], dtype=torch.float32)
+    t = threshold_of(threshold, v.shape)
+    native.lif_forward(
+        *(neuron(p), t.native, address(x), address(v_init), address(spikes), address(v)),
+        *(x.shape[0], t.rows, t.channels, torch.get_num_threads()),
+    )
+    return spikes, v
+
+
+def backward(
+    grad_spikes: Tensor,
+    grad_v: Tensor | None,
+    x: Tensor,
+    threshold: Tensor | float,
+    v_init: Tensor | None,
+    p: LIFParams,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, of the threshold and of v_init. Those of a threshold that is a number, and of a v_init
+    that is None, are not computed: the tensors in their places are uninitialised."""
+    x, grad_spikes = dense(x), dense(grad_spikes)
+    v_init = None if v_init is None else dense(v_init)
+    grad_v = None if grad_v is None else dense(grad_v)
+    timestep = x.shape[1:]
+    t = threshold_of(threshold, timestep)
+    grad_x = torch.empty_like(x)
+    grad_threshold = grad_threshold_like(threshold, t, timestep)
+    grad_v_init = None if v_init is None else torch.empty_like(v_init)
+    native.lif_backward(
+        *(neuron(p), t.native, address(grad_spikes), address(grad_v), address(x), address(v_init)),
+        *(address(grad_x), address(grad_threshold), address(grad_v_init)),
+        *(x.shape[0], t.rows, t.channels, torch.get_num_threads()),
+    )
+    if grad_threshold is None:
+        grad_threshold = torch.empty(timestep)
+    return grad_x, grad_threshold, torch.empty(timestep) if grad_v_init is None else grad_v_init

@@ -1,0 +1,85 @@
+"""Every operator and variant of the compiled CPU backend against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spikedecoder import ext, ops
+from spikedecoder.testing import Case, cases, flipped, make_inputs, run
+
+if not ext.is_built():
+    pytest.skip(ext.NOT_BUILT, allow_module_level=True)
+
+from spikedecoder.ext.cpu import native
+
+pytestmark = pytest.mark.poison_empty
+VARIANTS = ("avx512", "avx2", "baseline")
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    before = native().variant()
+    if request.param not in native().variants():
+        pytest.skip(f"this CPU has no {request.param}")
+    native().use_variant(request.param)
+    yield request.param
+    native().use_variant(before)
+
+
+def both(case: Case, seed: int = 0) -> tuple[dict, dict]:
+    with ops.use_backend("cpu"):
+        actual = run(case, make_inputs(case, seed=seed))
+    with ops.use_backend("reference"):
+        expected = run(case, make_inputs(case, seed=seed))
+    assert actual.keys() == expected.keys()
+    return actual, expected
+
+
+def assert_gradients(actual, expected):
+    for name in actual:
+        if name != "out":
+            torch.testing.assert_close(
+                actual[name], expected[name], rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("case", cases("lif", "binarize", "pack_spikes"), ids=str)
+def test_elementwise(case, variant):
+    actual, expected = both(case)
+    assert torch.equal(actual["out"], expected["out"])
+    assert_gradients(actual, expected)
+
+
+@pytest.mark.parametrize("tau", [1.0, 1.7, 2.0, 3.0])
+@pytest.mark.parametrize("v_reset", [None, 0.0, -0.3])
+@pytest.mark.parametrize("decay_input", [True, False])
+def test_lif_is_bit_equal_on_any_input(variant, tau, v_reset, decay_input):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 31, 37, generator=generator) * 2
+    options = {"tau": tau, "v_reset": v_reset, "decay_input": decay_input, "return_state": True}
+    options["v_init"] = torch.randn(31, 37, generator=generator)
+    for threshold in (0.77, torch.rand(37, generator=generator), torch.rand(31, 37, generator=generator)):
+        with ops.use_backend("cpu"):
+            actual = ops.lif(x, v_threshold=threshold, **options)
+        with ops.use_backend("reference"):
+            expected = ops.lif(x, v_threshold=threshold, **options)
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+
+
+def test_lif_takes_strided_and_expanded_input(variant):
+    x = torch.randn(5, 1, 12, 9).transpose(2, 3).expand(5, 3, 9, 12)
+    with ops.use_backend("cpu"):
+        actual = ops.lif(x, v_threshold=torch.full((9, 1), 0.5))
+    with ops.use_backend("reference"):
+        assert torch.equal(actual, ops.lif(x, v_threshold=torch.full((9, 1), 0.5)))
+
+
+def test_lif_gradients_of_many_neurons(variant):
+    """Enough for several threads and for the blocks that sum the scalar threshold's gradient."""
+    case = Case("lif", "large", (4, 40, 1000), {"threshold": (), "surrogate": "atan"})
+    actual, expected = both(case)
+    assert torch.equal(actual["out"], expected["out"])
+    torch.testing.assert_close(actual["grad.x"], expected["grad.x"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual["grad.v_threshold"], expected["grad.v_threshold"], rtol=1e-4, atol=1e-3)
