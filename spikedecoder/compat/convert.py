@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ def _spiking(
     """The original's SDconfig as fields of ours."""
     learned = encodingType == "learned"
     # only ever reached learned positions beside tokens that are not learned
-    floats = float_embedding and encodingType in ("two-hot", "binary") and position_encoding_strategy == "learned"
+    floats = (
+        float_embedding and encodingType in ("two-hot", "binary") and position_encoding_strategy == "learned"
+    )
     return {
         "vocab_size": vocab_size,
         "max_len": max_len,
@@ -129,7 +131,11 @@ def _nonspiking(
     }
 
 
-_CONFIGS = {"spiking": _spiking, "partial": _partial, "nonspiking": _nonspiking}
+_CONFIGS: dict[str, Callable[..., dict[str, Any]]] = {
+    "spiking": _spiking,
+    "partial": _partial,
+    "nonspiking": _nonspiking,
+}
 _IRRELEVANT = ("device", "track_frequency")
 
 
@@ -153,8 +159,12 @@ def original_config(kind: str, options: Mapping[str, Any], dim_hid: int | None =
     for name in ("vocab_size", "max_len"):
         if name not in options:
             raise ValueError(f"{name}: missing, the original has no default for it")
-    fields = _CONFIGS[kind](**options)  # type: ignore[operator]
-    original = {"binary_code": "left-aligned", "learn_positions": kind == "nonspiking", "mlp_ratio": dim_hid or 4}
+    fields = _CONFIGS[kind](**options)
+    original = {
+        "binary_code": "left-aligned",
+        "learn_positions": kind == "nonspiking",
+        "mlp_ratio": dim_hid or 4,
+    }
     return SpikeDecoderConfig.from_dict({**fields, **original})
 
 
@@ -196,7 +206,9 @@ _UNUSED = re.compile(r"(^|\.)(mask|proj_LIF\.v_threshold)$")
 
 def rename(name: str, config: SpikeDecoderConfig) -> str | None:
     """Our name of the original's parameter or buffer `name`; None for one that no pass uses."""
-    if _UNUSED.search(name) or (name.startswith("embedder.pos_table.") and config.token_encoding == "one-hot"):
+    if _UNUSED.search(name) or (
+        name.startswith("embedder.pos_table.") and config.token_encoding == "one-hot"
+    ):
         return None
     for old, new in _PREFIXES:
         if name.startswith(old):
@@ -276,7 +288,11 @@ def convert_original(
     model = SpikeDecoder(config)
     renamed = rename_tensors(tensors, config)
     floats = [t.dtype for t in renamed.values() if t.is_floating_point()]
-    load_state(model.to(floats[0]) if floats else model, renamed, source if isinstance(source, (str, Path)) else "state")
+    load_state(
+        model.to(floats[0]) if floats else model,
+        renamed,
+        source if isinstance(source, (str, Path)) else "state",
+    )
     return model.eval()
 
 
@@ -286,7 +302,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(
+            f"{path}: not a PyTorch checkpoint, or truncated ({str(error).splitlines()[0]})"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()) or not state:
         raise CheckpointError(f"{path}: got no state dict of tensors")
     return state
@@ -340,7 +358,9 @@ def _read_log(checkpoint: Path) -> tuple[str, dict[str, Any]]:
     """Kind and options from the text that the original writes beside a checkpoint."""
     path = checkpoint.with_name(re.sub(r"(_?state_dict)?\.pt$", "_log.txt", checkpoint.name))
     if not path.is_file():
-        raise ValueError(f"options: missing, and there is no {path.name} beside the checkpoint to read them from")
+        raise ValueError(
+            f"options: missing, and there is no {path.name} beside the checkpoint to read them from"
+        )
     text = path.read_text(encoding="utf-8", errors="replace")
     kind = re.match(r"\s*(\w+) config", text)
     if kind is None or kind[1] not in _LOG_KINDS:
