@@ -46,7 +46,7 @@ def train(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="TOML file with tables [model] and [train] and, if wanted, a key preset."),
+        typer.Option(help="TOML file with tables model and train, and perhaps a key preset."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="New folder for checkpoints and metrics; default: runs/PRESET-TEXT-N.")
@@ -60,7 +60,7 @@ def train(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Of weights, batches, dropout and the sample.", rich_help_panel=_TRAINING),
+        typer.Option(help="Of weights, batches and dropout.", rich_help_panel=_TRAINING),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_TRAINING)
@@ -239,7 +239,8 @@ def _finish(result: TrainResult, as_json: bool) -> None:
         bits = ", ".join(f"{name} {value:.3f}" for name, value in result.baselines.items())
         report.message(
             f"held-out: {result.evaluation.bits:.3f} bits per token, accuracy "
-            f"{result.evaluation.accuracy:.1%} ({result.evaluation.covers}); n-gram models of the same text: {bits}"
+            f"{result.evaluation.accuracy:.1%} ({result.evaluation.covers}); "
+            f"n-gram models of the same text: {bits}"
         )
         report.message(
             f"{result.tokens_per_second:,.0f} tokens/s, peak memory {result.peak_rss_mib:,.0f} MiB; "

@@ -32,6 +32,7 @@ def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False
     from accelerate.utils import DistributedDataParallelKwargs
 
     check_device(settings.device)
+    accelerator: Any = None
     # Accelerate keeps device and precision for the life of the process; each run here has its own
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     chosen = settings.device if settings.device not in ("auto", "cpu") else None
@@ -39,7 +40,7 @@ def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False
     try:
         if chosen is not None and "LOCAL_RANK" not in os.environ:
             os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=settings.device == "cpu",
             mixed_precision=settings.mixed_precision,
             gradient_accumulation_steps=settings.grad_accum,
@@ -50,6 +51,10 @@ def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False
             os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
         else:
             os.environ["ACCELERATE_TORCH_DEVICE"] = previous
+    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate would leave it out without a word
+        raise ValueError("mixed_precision: got 'fp16' on the CPU, takes 'no' or 'bf16' there")
+    return accelerator
 
 
 def peak_rss_mib() -> float:

@@ -125,7 +125,8 @@ def health(evaluation: Evaluation) -> list[str]:
     if silent:
         found.append(
             f"dead: no neuron of {_list(silent)} fires, so nothing passes there. Try --set embedding_gain=2 "
-            "(where the first block is silent), a lower v_threshold, more timesteps, or a lower lr"
+            "(where the first block is silent), a larger attention_scale (where an attention_lif is), a "
+            "lower v_threshold, more timesteps, or a lower lr"
         )
     if full:
         found.append(

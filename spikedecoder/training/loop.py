@@ -145,7 +145,8 @@ class _Run:
 
         self.step = 0
         self.saved = -1  # step of the last checkpoint that holds everything known now
-        self.recent: deque[float] = deque(maxlen=_RECENT)
+        self.recent: deque[float] = deque(maxlen=max(_RECENT, settings.log_every))
+        self.norm = math.nan  # of the last gradient
         self.evaluation: Evaluation | None = None
         self.evaluated = -1  # step of `evaluation`
         self.best: dict[str, float] = {}
@@ -162,14 +163,14 @@ class _Run:
             self._train_step()
             interrupted = self._agree(self.stop.requested) or self._evaluate_if_due()
             if self._due(c.log_every):
-                self._read_losses()
+                self._log()
             if self._due(c.save_every):
                 self._save()
         self._save()
         return TrainResult(
             steps=c.steps,
             step=self.step,
-            train_loss=sum(self.recent) / len(self.recent) if self.recent else math.nan,
+            train_loss=self._mean_loss(_RECENT),
             tokens_per_second=self._speed(),
             evaluation=self.evaluation,
             evaluated_step=self.evaluated if self.evaluation else None,
@@ -222,12 +223,19 @@ class _Run:
             self._check_finite(step, loss, norm)
         self.pending.clear()
         self.recent.extend(losses)
-        metrics = {
-            "loss": sum(losses) / len(losses),
-            "lr": self.c.lr_at(self.step - 1),
-            "grad_norm": norms[-1],
-        }
-        self.report.step(self.step, {**metrics, "tokens_per_second": self._speed()})
+        self.norm = norms[-1]
+
+    def _log(self) -> None:
+        self._read_losses()
+        self.report.step(
+            self.step,
+            {
+                "loss": self._mean_loss(self.c.log_every),
+                "lr": self.c.lr_at(self.step - 1),
+                "grad_norm": self.norm,
+                "tokens_per_second": self._speed(),
+            },
+        )
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         # fp16's loss scaling makes infinite gradients now and then, and skips those steps
@@ -325,6 +333,10 @@ class _Run:
             return {}
         val = self.corpus.val if self.c.eval_tokens is None else self.corpus.val[: self.c.eval_tokens + 1]
         return ngram_bits(self.corpus.train, val, self.corpus.tokenizer.vocab_size)
+
+    def _mean_loss(self, steps: int) -> float:
+        last = list(self.recent)[-steps:]
+        return sum(last) / len(last) if last else math.nan
 
     def _speed(self) -> float:
         return self.step_tokens * self.steps_here / self.seconds if self.seconds else 0.0

@@ -1,0 +1,583 @@
+"""Training: settings, evaluation, checkpoints that survive a kill, runs that go on as if never stopped."""
+
+import dataclasses
+import errno
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.config import PRESETS
+from spikedecoder.data import Corpus, prepare_corpus
+from spikedecoder.spike_stats import SpikeCounter
+from spikedecoder.training import (
+    TRAIN_PRESETS,
+    Reporter,
+    TrainConfig,
+    TrainingError,
+    TrainResult,
+    evaluate,
+    health,
+    train,
+)
+from spikedecoder.training.checkpoints import latest, publish, read_step, save_checkpoint
+
+STORY = "the cat sat on the mat. the dog ate the hat. a rat ran to the cat and sat. " * 40
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "story.txt").write_text(STORY)
+    return prepare_corpus([folder / "story.txt"], cache_dir=folder)
+
+
+def tiny(corpus: Corpus, **changes: object) -> SpikeDecoderConfig:
+    t = corpus.tokenizer
+    small = {"max_len": 16, "token_dim": 12, "position_dim": 4, "heads": 2, "blocks": 1, "timesteps": 2}
+    vocabulary = {"vocab_size": t.vocab_size, "pad_id": t.pad_id}
+    return SpikeDecoderConfig.preset("default", **{**small, **vocabulary, **changes})
+
+
+def settings(**changes: object) -> TrainConfig:
+    base = {"steps": 12, "batch_size": 2, "eval_every": 5, "save_every": 2, "log_every": 3, "threads": 1}
+    return TrainConfig.from_dict({**base, **changes})
+
+
+class StopAt(Reporter):
+    """Sends this process a signal after a step."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
+        self.at, self.number = step, number
+
+    def tick(self, step: int, loss: float | None, tokens_per_second: float) -> None:
+        if step == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+class Messages(Reporter):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("steps", 1.5),
+        ("batch_size", 0),
+        ("grad_accum", 0),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr", "fast"),
+        ("min_lr", 1.0),
+        ("warmup", -1),
+        ("weight_decay", -0.1),
+        ("beta2", 1.0),
+        ("clip", -1.0),
+        ("eval_tokens", 0),
+        ("save_every", -1),
+        ("seed", -1),
+        ("mixed_precision", "fp8"),
+        ("device", "tpu"),
+        ("threads", 0),
+        ("compile", 1),
+        ("tokenizer", "bpe"),
+        ("val_fraction", 1.0),
+    ],
+)
+def test_bad_settings_are_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{field}: got "):
+        TrainConfig.from_dict({field: value})
+
+
+def test_unknown_setting_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean batch_size"):
+        TrainConfig.from_dict({"batchsize": 3})
+
+
+def test_settings_survive_json() -> None:
+    config = settings(lr=1, min_lr=None, eval_tokens=None)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.lr == 1.0 and isinstance(config.lr, float)
+
+
+def test_presets_have_the_names_of_the_models() -> None:
+    assert set(TRAIN_PRESETS) == set(PRESETS)
+    for name in TRAIN_PRESETS:
+        TrainConfig.preset(name)
+
+
+def test_model_and_training_share_no_field_name() -> None:
+    model = {f.name for f in dataclasses.fields(SpikeDecoderConfig)}
+    assert not model & {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
+    c = TrainConfig(steps=101, warmup=10, lr=1.0, min_lr=0.1)
+    rates = [c.lr_at(step) for step in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.55)  # half way down
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert TrainConfig(steps=1, warmup=50).lr_at(0) == TrainConfig().lr  # warm-up never fills a short run
+
+
+# --- evaluation ---
+
+
+def test_evaluation_is_the_mean_over_every_held_out_target(corpus: Corpus) -> None:
+    torch.manual_seed(0)
+    model = SpikeDecoder(tiny(corpus)).double()
+    val = corpus.val[:40]  # two windows of 16 and one of 7 targets
+    got = evaluate(model, val, batch_size=2)
+    assert got is not None
+    losses, hits = [], 0
+    with torch.no_grad():
+        for start in range(0, 39, 16):
+            window = torch.from_numpy(val[start : start + 17].astype("int64"))
+            logits = model.eval()(window[None, :-1])[0]
+            losses += torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").tolist()
+            hits += int((logits.argmax(-1) == window[1:]).sum())
+    assert (got.tokens, got.of_tokens, len(losses)) == (39, 39, 39)
+    assert got.loss == pytest.approx(sum(losses) / 39, abs=1e-6)
+    assert got.bits == pytest.approx(got.loss / math.log(2))
+    assert got.accuracy == hits / 39
+
+
+def test_evaluation_of_a_part_says_so(corpus: Corpus) -> None:
+    model = SpikeDecoder(tiny(corpus))
+    model.train()
+    part, whole = evaluate(model, corpus.val, max_tokens=20), evaluate(model, corpus.val)
+    assert part is not None and whole is not None
+    assert model.training
+    assert part.tokens == 20 and part.covers.startswith("the first 20 of ")
+    assert whole.tokens == len(corpus.val) - 1 and whole.covers.startswith("all ")
+
+
+def test_evaluation_leaves_out_padding(corpus: Corpus) -> None:
+    model = SpikeDecoder(tiny(corpus))
+    val = corpus.val[:17].copy()
+    val[5] = model.config.pad_id
+    got = evaluate(model, val)
+    assert got is not None and got.tokens == 15
+
+
+def test_spike_rates_count_spikes_where_targets_count(corpus: Corpus) -> None:
+    torch.manual_seed(1)
+    model = SpikeDecoder(tiny(corpus)).eval()
+    tokens = torch.randint(2, model.config.vocab_size, (3, 16))
+    mask = torch.rand(3, 16) < 0.5
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
+    with torch.no_grad(), SpikeCounter(model) as counter:
+        counter.mask = mask
+        model(tokens)
+        model(tokens)
+    rates = counter.rates()
+    fused = ["blocks.0.attention.q", "blocks.0.attention.k", "blocks.0.attention.v", "blocks.0.mlp.fc1"]
+    alone = ["blocks.0.attention.input_lif", "blocks.0.attention.attention_lif", "blocks.0.mlp.input_lif"]
+    assert set(rates) == {*fused, *alone, "head.lif"}
+    for name, rate in rates.items():
+        assert rate == pytest.approx(float(outputs[name].transpose(1, 0)[:, :].movedim(0, 1)[:, mask].mean()))
+    assert 0 < rates["blocks.0.attention.input_lif"] < 1
+    with torch.no_grad():
+        model(tokens)
+    assert counter.rates() == rates  # closed: counts no more
+
+
+def test_dead_and_saturated_layers_are_reported_in_words(corpus: Corpus) -> None:
+    silent = SpikeDecoder(tiny(corpus, embedding_gain=1.0, timesteps=4))
+    report = health(evaluate(silent, corpus.val, max_tokens=64))  # type: ignore[arg-type]
+    assert any(text.startswith("dead") and "blocks.0.attention.input_lif" in text for text in report)
+    assert any("embedding_gain" in text for text in report)
+    full = SpikeDecoder(tiny(corpus, v_threshold=-50.0))
+    report = health(evaluate(full, corpus.val, max_tokens=64))  # type: ignore[arg-type]
+    assert len(report) == 1 and report[0].startswith("saturated") and "v_threshold" in report[0]
+    torch.manual_seed(0)
+    fine = SpikeDecoder(tiny(corpus, attention_scale=2.0))
+    assert health(evaluate(fine, corpus.val)) == []  # type: ignore[arg-type]
+
+
+# --- checkpoints ---
+
+
+class Killed(BaseException):
+    pass
+
+
+class Dying:
+    """Lets `calls` file-system calls through, then none: the process is gone, and cleans up nothing."""
+
+    NAMES = ("rename", "replace", "symlink", "fsync", "mkdir", "unlink", "rmdir", "chmod", "open", "write")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+        self.left = calls
+        for name in self.NAMES:
+            monkeypatch.setattr(os, name, self._wrapped(getattr(os, name)))
+
+    def _wrapped(self, call):  # type: ignore[no-untyped-def]
+        def wrapper(*args, **kwargs):  # type: ignore[no-untyped-def]
+            if self.left <= 0:
+                raise Killed
+            self.left -= 1
+            return call(*args, **kwargs)
+
+        return wrapper
+
+
+def test_a_kill_between_any_two_system_calls_leaves_a_whole_checkpoint(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = SpikeDecoder(tiny(corpus))
+    model.tokenizer = corpus.tokenizer
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1))
+    model.loss(torch.ones(1, 4, dtype=torch.int64), torch.full((1, 4), 2)).backward()
+    optimizer.step()
+    folder = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    publish(tmp_path, folder, ("last", "best"))
+    step, died = 1, 0
+    for calls in range(200):
+        with monkeypatch.context() as patch:
+            Dying(patch, calls)
+            try:
+                publish(tmp_path, save_checkpoint(tmp_path, step + 1, model, optimizer, {}), ("last", "best"))
+                finished = True
+            except Killed:
+                finished = False
+                died += 1
+        found = latest(tmp_path)
+        assert found is not None and read_step(found) in (step, step + 1)
+        for name in ("last", "best"):
+            assert {p.name for p in (tmp_path / name).iterdir()} == {
+                "config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors", "trainer.json"
+            }  # fmt: skip
+            SpikeDecoder.from_pretrained(tmp_path / name)
+        step = read_step(found)
+        if finished:
+            break
+    assert died > 20, "the loop did not meet the calls it is about"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1, "leftovers of the killed ones are deleted"
+
+
+def test_without_links_last_and_best_are_folders(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    result = train(tiny(corpus), corpus, settings(), out=tmp_path / "run", reporter=StopAt(7))
+    assert not (tmp_path / "run" / "last").is_symlink() and (tmp_path / "run" / "last").is_dir()
+    result = train(tiny(corpus), corpus, settings(), out=tmp_path / "run", resume=True)
+    assert read_step(tmp_path / "run" / "last") == result.step == 12
+    assert read_step(tmp_path / "run" / "best") == result.best["step"]
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """12 steps with dropout and accumulation, never stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return train(dropping(corpus), corpus, settings(grad_accum=2), out=out)
+
+
+def dropping(corpus: Corpus) -> SpikeDecoderConfig:
+    return tiny(corpus, attention_dropout=0.2, mlp_dropout=0.2, learn_threshold=True, norm="batch")
+
+
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGINT), (5, signal.SIGTERM), (11, signal.SIGINT)])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    corpus: Corpus, tmp_path: Path, whole_run: TrainResult, step: int, number: int
+) -> None:
+    out = tmp_path / "run"
+    before = signal.getsignal(signal.SIGINT)
+    stopped = train(dropping(corpus), corpus, settings(grad_accum=2), out=out, reporter=StopAt(step, number))
+    assert (stopped.interrupted, stopped.step) == (signal.Signals(number).name, step)
+    assert signal.getsignal(signal.SIGINT) is before
+    torch.rand(100)  # whatever the process does with the generator in between
+    resumed = train(dropping(corpus), corpus, settings(grad_accum=2), out=out, resume=True)
+    assert resumed.interrupted is None and resumed.step == 12
+    assert files(out / "last") == files(whole_run.out / "last")
+    assert files(out / "best") == files(whole_run.out / "best")
+    assert resumed.train_loss == whole_run.train_loss
+    assert resumed.evaluation == whole_run.evaluation
+
+
+def test_a_run_leaves_the_callers_generator_and_threads_alone(corpus: Corpus, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+def test_a_seed_makes_a_run_repeatable(corpus: Corpus, tmp_path: Path) -> None:
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(dropping(corpus), corpus, settings(steps=3, seed=seed), out=tmp_path / name)
+        runs[name] = (tmp_path / name / "last" / "model.safetensors").read_bytes()
+    assert runs["a"] == runs["b"] != runs["c"]
+
+
+def test_the_reported_figures_are_the_checkpoints(corpus: Corpus, whole_run: TrainResult) -> None:
+    for name, loss in (("last", whole_run.evaluation.loss), ("best", whole_run.best["val_loss"])):  # type: ignore[union-attr]
+        model = SpikeDecoder.from_pretrained(whole_run.out / name)
+        got = evaluate(model, corpus.val, batch_size=2)
+        assert got is not None and got.loss == pytest.approx(loss, rel=1e-6)
+        assert model.tokenizer == corpus.tokenizer
+    values = json.loads(json.dumps(whole_run.to_dict()))
+    assert values["steps"] == 12 and values["checkpoint"] == str(whole_run.out / "last")
+    assert values["tokens_per_second"] > 0 and values["peak_rss_mib"] > 50
+    assert set(values["baselines"]) == {"unigram", "bigram", "trigram"}
+
+
+def test_accumulation_equals_one_larger_batch(corpus: Corpus, tmp_path: Path) -> None:
+    """Its micro-batches are those of steps 2n and 2n + 1, so compare with a step made by hand."""
+    from spikedecoder.data import WindowSampler
+
+    c = settings(steps=1, grad_accum=2, clip=0.0, seed=3)
+    config = tiny(corpus)
+    train(config, corpus, c, out=tmp_path / "run")
+    torch.manual_seed(3)
+    model = SpikeDecoder(config)
+    sampler = WindowSampler(corpus.train, 16, 2, 3)
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=c.lr_at(0), betas=(0.9, 0.95))
+    inputs, targets = (torch.cat(pair) for pair in zip(sampler.batch(0), sampler.batch(1), strict=True))
+    model.loss(inputs, targets).backward()
+    optimizer.step()
+    trained = SpikeDecoder.from_pretrained(tmp_path / "run" / "last")
+    for ours, theirs in zip(trained.parameters(), model.parameters(), strict=True):
+        # Adam's first step is lr * sign(gradient) where the gradient is not tiny
+        assert torch.isclose(ours, theirs, atol=1e-5).float().mean() > 0.99
+
+
+def test_it_learns(corpus: Corpus, tmp_path: Path) -> None:
+    c = settings(steps=150, batch_size=8, eval_every=0, save_every=0)
+    result = train(tiny(corpus, token_dim=28, heads=4), corpus, c, out=tmp_path / "run")
+    assert result.evaluation is not None
+    assert result.evaluation.bits < result.baselines["bigram"] < result.baselines["unigram"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert list(losses) == list(range(3, 151, 3))
+    assert losses[3] > 1.5 * losses[150]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_goes_on(
+    corpus: Corpus, tmp_path: Path, precision: str, device: str
+) -> None:
+    c = settings(mixed_precision=precision, lr=1e-2, device=device)
+    if (precision, device) == ("fp16", "cpu"):
+        with pytest.raises(ValueError, match="mixed_precision: got 'fp16' on the CPU"):
+            train(tiny(corpus), corpus, c, out=tmp_path / "no")
+        return
+    whole = train(tiny(corpus), corpus, c, out=tmp_path / "whole")
+    train(tiny(corpus), corpus, c, out=tmp_path / "run", reporter=StopAt(7))
+    train(tiny(corpus), corpus, c, out=tmp_path / "run", resume=True)
+    assert files(tmp_path / "run" / "last") == files(tmp_path / "whole" / "last")
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+    exact = train(tiny(corpus), corpus, c.replace(mixed_precision="no"), out=tmp_path / "exact")
+    assert whole.train_loss != exact.train_loss
+    assert whole.train_loss == pytest.approx(exact.train_loss, rel=0.05)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny(corpus), corpus, settings(), out=out, reporter=StopAt(4))
+    weights = (out / "last" / "model.safetensors").read_bytes()
+
+    class Poison(Reporter):
+        def __init__(self) -> None:
+            self.restore = torch.nn.Embedding.forward
+
+        def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
+            torch.nn.Embedding.forward = lambda m, x: self.restore(m, x) * math.nan  # type: ignore[method-assign]
+
+        def close(self) -> None:
+            torch.nn.Embedding.forward = self.restore  # type: ignore[method-assign]
+
+    with pytest.raises(TrainingError, match=r"became nan in step 5.*last holds step 4.*--lr"):
+        train(tiny(corpus), corpus, settings(), out=out, resume=True, reporter=Poison())
+    assert (out / "last" / "model.safetensors").read_bytes() == weights
+
+
+def test_too_high_a_learning_rate_is_caught(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no checkpoint was written yet"):
+        train(
+            tiny(corpus), corpus, settings(lr=1e38, steps=9, save_every=0, eval_every=0), out=tmp_path / "run"
+        )
+    assert latest(tmp_path / "run") is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes on Windows")
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    corpus: Corpus, tmp_path: Path, whole_run: TrainResult
+) -> None:
+    import resource
+
+    out, c = tmp_path / "run", settings(grad_accum=2)
+    train(dropping(corpus), corpus, c, out=out, reporter=StopAt(4))
+    before = files(out / "last")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["model.safetensors"]) - 100, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot save the checkpoint of step 5 .*last holds step 4.*--resume"
+        ):
+            train(dropping(corpus), corpus, c, out=out, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(out / "last") == before
+    assert not list((out / "checkpoints").glob(".*"))  # what was written of it makes room again
+    train(dropping(corpus), corpus, c, out=out, resume=True)
+    assert files(out / "last") == files(whole_run.out / "last")
+
+
+def test_an_output_folder_is_never_overwritten(
+    corpus: Corpus, tmp_path: Path, whole_run: TrainResult
+) -> None:
+    before = files(whole_run.out / "last")
+    with pytest.raises(FileExistsError, match=r"holds a run already.*--resume"):
+        train(dropping(corpus), corpus, settings(), out=whole_run.out)
+    assert files(whole_run.out / "last") == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        train(tiny(corpus), corpus, settings(), out=tmp_path)
+    with pytest.raises(FileExistsError, match="is a file"):
+        train(tiny(corpus), corpus, settings(), out=tmp_path / "notes.txt")
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks on Windows")
+def test_two_processes_cannot_train_into_one_folder(corpus: Corpus, tmp_path: Path) -> None:
+    from spikedecoder.training.run_folder import locked
+
+    train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run")
+    with locked(tmp_path / "run"), pytest.raises(FileExistsError, match="another process"):
+        train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run", resume=True)
+
+
+def test_resuming_something_else_is_an_error(corpus: Corpus, tmp_path: Path, whole_run: TrainResult) -> None:
+    out, same = whole_run.out, settings(grad_accum=2)
+    for config, changed, message in (
+        (dropping(corpus).replace(blocks=2), same, "blocks: got 2"),
+        (dropping(corpus), same.replace(lr=0.1), "lr: got 0.1"),
+        (dropping(corpus), same.replace(steps=5), r"steps: got 5, but .* has done 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config, corpus, changed, out=out, resume=True)
+    (tmp_path / "other.txt").write_text(STORY.replace("cat", "tac"))
+    other = prepare_corpus([tmp_path / "other.txt"], cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="text: not the one"):
+        train(dropping(corpus), other, same, out=out, resume=True)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        train(dropping(corpus), corpus, same, out=tmp_path / "absent", resume=True)
+    with pytest.raises(CheckpointError, match="holds no run"):
+        train(dropping(corpus), corpus, same, out=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
+def test_a_damaged_checkpoint_is_named(
+    corpus: Corpus, tmp_path: Path, whole_run: TrainResult, file: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole_run.out, out, symlinks=True)
+    path = (out / "last").resolve() / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=rf"{file}: not a .*truncated"):
+        train(dropping(corpus), corpus, settings(grad_accum=2), out=out, resume=True)
+
+
+def test_the_vocabulary_must_be_the_texts(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vocab_size: got 99, takes that of the text's tokenizer"):
+        train(tiny(corpus, vocab_size=99), corpus, settings(), out=tmp_path / "run")
+    with pytest.raises(ValueError, match="shorter than the context"):
+        train(tiny(corpus, max_len=4000), corpus, settings(), out=tmp_path / "run")
+
+
+def test_metrics_of_lost_steps_are_dropped(corpus: Corpus, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny(corpus), corpus, settings(), out=out, reporter=StopAt(6))
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "loss": 1.0}\n{"step": 6, "lo')
+    train(tiny(corpus), corpus, settings(), out=out, resume=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines if "val_loss" in line] == [5, 10, 12]
+
+
+def test_a_dead_layer_is_reported_during_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    messages, silent = Messages(), tiny(corpus, embedding_gain=1.0)
+    result = train(silent, corpus, settings(steps=2), out=tmp_path / "run", reporter=messages)
+    assert any("dead" in text for text in messages.texts) and result.warnings
+
+
+def test_tensorboard(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(corpus), corpus, settings(steps=6, tensorboard=True), out=tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [3, 6]
+    assert [e.step for e in events.Scalars("held_out/bits")] == [5, 6]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"tensorboard: not installed.*pip install"):
+        train(tiny(corpus), corpus, settings(steps=1, tensorboard=True), out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+_TWO = """
+import sys
+from spikedecoder.data import prepare_corpus
+from spikedecoder import SpikeDecoderConfig
+from spikedecoder.training import TrainConfig, train
+text, out = sys.argv[1:]
+corpus = prepare_corpus([text])
+t = corpus.tokenizer
+config = SpikeDecoderConfig.preset("default", vocab_size=t.vocab_size, pad_id=t.pad_id, max_len=16, token_dim=12,
+                                   position_dim=4, heads=2, blocks=1, timesteps=2)
+train(config, corpus, TrainConfig(steps=4, batch_size=2, device="cpu", threads=1, warmup=0), out=out)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_batch(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    (tmp_path / "two.py").write_text(_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "two.py", "story.txt", "two"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    train(tiny(corpus), corpus, settings(steps=4, batch_size=4, warmup=0), out=tmp_path / "one")
+    two = json.loads((tmp_path / "two" / "last" / "trainer.json").read_text())
+    # sums in another order, and then a spike here and there
+    ours = json.loads((tmp_path / "one" / "last" / "trainer.json").read_text())
+    assert two["recent_losses"][0] == pytest.approx(ours["recent_losses"][0], rel=1e-5)
+    assert two["evaluation"]["loss"] == pytest.approx(ours["evaluation"]["loss"], rel=0.02)
+    assert two["evaluation"]["tokens"] == ours["evaluation"]["tokens"]
