@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.data.tokenizers import tokenizer_from_dict
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
@@ -113,7 +114,7 @@ def read_config(path: Path) -> SpikeDecoderConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-class FolderMixin(ModelHubMixin):  # type: ignore[misc]
+class FolderMixin(ModelHubMixin):
     """`from_pretrained`, `save_pretrained` and `push_to_hub` over the files above.
 
     `from_pretrained` takes a folder, which needs no network, or a name on the Hugging Face hub.
@@ -123,18 +124,20 @@ class FolderMixin(ModelHubMixin):  # type: ignore[misc]
         save_folder(cast("SpikeDecoder", self), Path(save_directory))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu", **hub: Any) -> SpikeDecoder:
+    def from_pretrained(  # type: ignore[override]
+        cls, name: str | Path, *, device: str | torch.device = "cpu", **hub: Any
+    ) -> SpikeDecoder:
         """The model in folder `name`, or of that name on the hub (`hub`: revision, token, cache_dir, ...)."""
         get = _local(Path(name)) if Path(name).is_dir() else _remote(str(name), hub)
         config = read_config(get(CONFIG))
-        model = cast("SpikeDecoder", cls(config))  # type: ignore[call-arg]
+        model = cast("SpikeDecoder", cls(config))
         weights = get(WEIGHTS)
         tensors = read_tensors(weights)
-        load_state(model.to(tensors["head.linear.weight"].dtype) if "head.linear.weight" in tensors else model, tensors, weights)
+        if "head.linear.weight" in tensors:
+            model.to(tensors["head.linear.weight"].dtype)
+        load_state(model, tensors, weights)
         tokenizer = get(TOKENIZER, optional=True)
         if tokenizer.is_file():
-            from spikedecoder.data.tokenizers import tokenizer_from_dict
-
             model.tokenizer = tokenizer_from_dict(read_json(tokenizer))
         return model.to(device).eval()
 

@@ -121,7 +121,9 @@ class SpikeDecoderConfig:
             raise ValueError(f"surrogate: got {self.surrogate!r}, takes one of {', '.join(SURROGATES)}")
         _ = self.lif  # its own checks
         if self.pad_id is not None and not 0 <= self.pad_id < self.vocab_size:
-            raise ValueError(f"pad_id: got {self.pad_id}, takes None or a token in 0 to {self.vocab_size - 1}")
+            raise ValueError(
+                f"pad_id: got {self.pad_id}, takes None or a token in 0 to {self.vocab_size - 1}"
+            )
         self._check_embedding()
         for name in ("token_shift", "mlp_token_shift"):
             at_least(name, getattr(self, name), 1)
@@ -134,7 +136,9 @@ class SpikeDecoderConfig:
         if self.embed_dim % self.heads:
             raise ValueError(f"heads: got {self.heads}, takes a divisor of the {self.embed_dim} channels")
         if self.float_reunite and not self.head_spikes:
-            raise ValueError("float_reunite: got True without a spiking head, takes False, or spiking_head=True")
+            raise ValueError(
+                "float_reunite: got True without a spiking head, takes False, or spiking_head=True"
+            )
 
     def _check_embedding(self) -> None:
         if self.ann_embedding and self.position_encoding not in ("static", "learned"):

@@ -37,7 +37,9 @@ class Block(nn.Module):
 
         self.input_lif = neuron(residuals == 2)
         self.attention = SpikingAttention(c, residuals == 2) if c.spiking_attention else SoftmaxAttention(c)
-        self.residual_lif = neuron(first and c.first_block_residual_lif and c.spike_degree >= 2 and not c.attention_only)
+        self.residual_lif = neuron(
+            first and c.first_block_residual_lif and c.spike_degree >= 2 and not c.attention_only
+        )
         self.sum_lif = neuron(residuals > 0 and c.spiking_mlp)
         self.mlp = SpikingMLP(c, residuals > 0) if c.spiking_mlp else MLP(c)
 
@@ -129,7 +131,9 @@ class SpikeDecoder(nn.Module, FolderMixin):
         bounded = c.position_encoding != "static" or (c.token_encoding == "one-hot" and not c.ann_embedding)
         if bounded and tokens.shape[1] > c.max_len:
             what = "one-hot tokens" if c.token_encoding == "one-hot" else f"{c.position_encoding} positions"
-            raise ValueError(f"tokens: got {tokens.shape[1]} positions, takes at most max_len = {c.max_len} with {what}")
+            raise ValueError(
+                f"tokens: got {tokens.shape[1]} positions, takes at most max_len = {c.max_len} with {what}"
+            )
         # reading values would stall a GPU; there the embedding's own device assertion guards
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(tokens.min()), int(tokens.max())
@@ -138,9 +142,9 @@ class SpikeDecoder(nn.Module, FolderMixin):
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """For the optimiser: decay on Linear weights and thresholds, none on biases, norms, embeddings."""
-        decay = {
-            id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)
-        } | {id(m.v_threshold) for m in self.modules() if isinstance(m, LIF) and m.v_threshold is not None}
+        decay = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)} | {
+            id(m.v_threshold) for m in self.modules() if isinstance(m, LIF) and m.v_threshold is not None
+        }
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for parameter in self.parameters():
             groups[id(parameter) in decay].append(parameter)

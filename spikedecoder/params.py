@@ -42,7 +42,9 @@ class LIFParams:
         if not math.isfinite(self.v_threshold):
             raise ValueError(f"v_threshold: got {self.v_threshold!r}, takes a finite number")
         if self.v_reset is not None and not math.isfinite(self.v_reset):
-            raise ValueError(f"v_reset: got {self.v_reset!r}, takes a finite number, or None for a soft reset")
+            raise ValueError(
+                f"v_reset: got {self.v_reset!r}, takes a finite number, or None for a soft reset"
+            )
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha: got {self.alpha!r}, takes a finite number > 0")
         get_surrogate(self.surrogate)

@@ -66,7 +66,9 @@ def _rows() -> Iterator[Case]:
         yield Case("norm", norm, (2, 3, 5, 36), {"norm": norm}, exact=False)
         for training in (True, False):
             mode = "train" if training else "eval"
-            yield Case("norm_lif", f"{norm}-{mode}", (4, 2, 5, 36), {"norm": norm, "training": training}, exact=False)
+            yield Case(
+                "norm_lif", f"{norm}-{mode}", (4, 2, 5, 36), {"norm": norm, "training": training}, exact=False
+            )
     yield Case("norm_lif", "wide", (4, 2, 3, 200), {"norm": "layer"}, exact=False)
     yield Case("norm_lif", "threshold", (4, 2, 3, 36), {"norm": "layer", "threshold": ()}, exact=False)
 
@@ -76,7 +78,13 @@ def _rows() -> Iterator[Case]:
         yield Case(op, "decay", (2, 2, 3, 100, 16), {"decay": True}, exact=False)
         yield Case(op, "scale", (3, 1, 2, 40, 16), {"scale": 0.5})
     yield Case("spike_attention", "state", (2, 2, 3, 70, 16), {"state": True, "return_state": True})
-    yield Case("spike_attention", "state-decay", (2, 2, 3, 70, 16), {"state": True, "return_state": True, "decay": True}, exact=False)
+    yield Case(
+        "spike_attention",
+        "state-decay",
+        (2, 2, 3, 70, 16),
+        {"state": True, "return_state": True, "decay": True},
+        exact=False,
+    )
 
     for m, k, n in ((1, 80, 80), (40, 80, 160), (33, 130, 24), (0, 80, 80), (64, 512, 80)):
         yield Case("spike_linear", f"{m}x{k}x{n}", (m, k, n), exact=False)
@@ -158,9 +166,7 @@ def _norm_inputs(case: Case, generator: torch.Generator) -> Inputs:
 def _attention_inputs(case: Case, generator: torch.Generator) -> Inputs:
     t, b, h, s, d = case.shape
     # as a model makes them: [T, B, S, H, d] in memory
-    q, k, v = (
-        spikes((t, b, s, h, d), generator, 0.3).transpose(2, 3).requires_grad_() for _ in range(3)
-    )
+    q, k, v = (spikes((t, b, s, h, d), generator, 0.3).transpose(2, 3).requires_grad_() for _ in range(3))
     inputs: Inputs = {"q": q, "k": k, "v": v, "scale": case.options.get("scale", 0.125)}
     if case.options.get("decay"):
         inputs["decay"] = 1 - 2.0 ** -torch.arange(2, 2 + h).float()

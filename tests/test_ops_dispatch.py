@@ -34,7 +34,11 @@ def fresh_cache():
     _dispatch._load.cache_clear()
 
 
-ZEROS = "import torch\ndef forward(x, threshold, v_init, p):\n    return torch.zeros_like(x), torch.zeros_like(x[0])\n"
+ZEROS = """
+import torch
+def forward(x, threshold, v_init, p):
+    return torch.zeros_like(x), torch.zeros_like(x[0])
+"""
 
 
 def test_auto_prefers_the_first_backend_that_can(monkeypatch, tmp_path):
@@ -51,14 +55,20 @@ def test_forced_backend_runs_or_says_why(monkeypatch, tmp_path):
     _fake_backend(monkeypatch, tmp_path, "fast", ZEROS + "def why_not(call):\n    return 'it is Tuesday'\n")
     with use_backend("fast"), pytest.raises(BackendError, match=r"lif: backend 'fast' .* it is Tuesday"):
         ops.lif(X)
-    with use_backend("fast"), pytest.raises(BackendError, match=r"binarize: backend 'fast' .* it has no binarize"):
+    with (
+        use_backend("fast"),
+        pytest.raises(BackendError, match=r"binarize: backend 'fast' .* it has no binarize"),
+    ):
         ops.binarize(X)
 
 
 def test_missing_dependency_is_a_reason_and_a_fault_is_not_hidden(monkeypatch, tmp_path):
     _fake_backend(monkeypatch, tmp_path, "needy", "import a_module_that_is_not_there\n")
     assert ops.lif(X).shape == X.shape
-    with use_backend("needy"), pytest.raises(BackendError, match="a_module_that_is_not_there is not installed"):
+    with (
+        use_backend("needy"),
+        pytest.raises(BackendError, match="a_module_that_is_not_there is not installed"),
+    ):
         ops.lif(X)
     _fake_backend(monkeypatch, tmp_path, "broken", "1 / 0\n")
     with pytest.raises(ZeroDivisionError):
@@ -89,7 +99,9 @@ def test_use_backend_holds_in_other_threads():
 
 
 def test_backward_uses_the_backend_of_its_forward(monkeypatch, tmp_path):
-    _fake_backend(monkeypatch, tmp_path, "fast", ZEROS + "def backward(g, gv, x, th, v, p):\n    raise AssertionError\n")
+    _fake_backend(
+        monkeypatch, tmp_path, "fast", ZEROS + "def backward(g, gv, x, th, v, p):\n    raise AssertionError\n"
+    )
     x = X.clone().requires_grad_()
     with use_backend("reference"):
         spikes = ops.lif(x)
@@ -98,12 +110,15 @@ def test_backward_uses_the_backend_of_its_forward(monkeypatch, tmp_path):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"use_backend: got 'gpu', takes auto or one of reference, triton, cpu, cuda"):
+    with pytest.raises(
+        ValueError, match=r"use_backend: got 'gpu', takes auto or one of reference, triton, cpu, cuda"
+    ):
         use_backend("gpu")
 
 
 @pytest.mark.parametrize(
-    ("value", "expect"), [("reference", "ok"), ("nonsense", "SPIKEDECODER_BACKEND: got 'nonsense'"), ("", "ok")]
+    ("value", "expect"),
+    [("reference", "ok"), ("nonsense", "SPIKEDECODER_BACKEND: got 'nonsense'"), ("", "ok")],
 )
 def test_environment_variable(value, expect):
     code = "import torch, spikedecoder as s; s.ops.lif(torch.ones(2, 3)); print('ok')"
@@ -112,7 +127,9 @@ def test_environment_variable(value, expect):
     assert expect in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.operator in ("lif", "binarize", "spike_attention", "pack_spikes")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.operator in ("lif", "binarize", "spike_attention", "pack_spikes")], ids=str
+)
 def test_opcheck(case):
     if case.name in ("T16", "S130-d20", "wide"):
         pytest.skip("covered by its smaller siblings")

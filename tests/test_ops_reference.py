@@ -40,7 +40,9 @@ def _lif(x, v_threshold=1.0, v_init=None, return_state=False, **params):
 
 def _attention(q, k, v, scale, decay=None, state=None, return_state=False):
     out = attention_spec.quadratic(q, k, v, scale, decay, state)
-    return (out, attention_spec.recurrent(q, k, v, scale, decay, state)[1].detach()) if return_state else (out,)
+    return (
+        (out, attention_spec.recurrent(q, k, v, scale, decay, state)[1].detach()) if return_state else (out,)
+    )
 
 
 @pytest.mark.parametrize("case", cases("lif"), ids=str)
@@ -74,7 +76,9 @@ def test_attention_is_its_specification(case):
     expected = _by_autograd(_attention, make_inputs(case, torch.float64))
     assert actual.keys() == expected.keys()
     for name in actual:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("case", [c for c in cases("spike_attention") if c.exact], ids=str)
@@ -93,7 +97,9 @@ def test_attention_is_causal_and_carries_its_state():
     decay = torch.tensor([0.9, 1.0])
     whole, end = ops.spike_attention(q, k, v, decay=decay, return_state=True)
     for split in (1, 63, 64, 65, 149):
-        left, state = ops.spike_attention(*(x[..., :split, :] for x in (q, k, v)), decay=decay, return_state=True)
+        left, state = ops.spike_attention(
+            *(x[..., :split, :] for x in (q, k, v)), decay=decay, return_state=True
+        )
         right, last = ops.spike_attention(
             *(x[..., split:, :] for x in (q, k, v)), decay=decay, state=state, return_state=True
         )
@@ -108,9 +114,7 @@ def test_attention_result_merges_heads_for_free():
 
 @pytest.mark.parametrize("case", cases("spike_attention_lif"), ids=str)
 def test_attention_lif_is_attention_then_lif(case):
-    inputs = make_inputs(case)
-    actual = run(case, inputs)
-    p = inputs["p"]
+    actual = run(case, make_inputs(case))
 
     def composed(p, **attention):
         return (lif_spec.lif(_attention(**attention)[0], 1.0, None, p)[0],)
@@ -159,7 +163,12 @@ def test_power_norm_after_its_warm_up_uses_the_running_moment():
     from spikedecoder.params import NormParams
 
     x = torch.randn(6, 4, 3, dtype=torch.float64)
-    phi, ema, weight, bias = torch.full((3,), 4.0).double(), torch.zeros(3).double(), torch.ones(3).double(), torch.zeros(3).double()
+    phi, ema, weight, bias = (
+        torch.full((3,), 4.0).double(),
+        torch.zeros(3).double(),
+        torch.ones(3).double(),
+        torch.zeros(3).double(),
+    )
     n = NormParams("power", weight, bias, running=(phi, ema, torch.tensor(10_000)))
     torch.testing.assert_close(ops.norm(x, n), x / (4 + 1e-5) ** 0.5)
     torch.testing.assert_close(phi, 0.9 * 4 + 0.1 * x.square().mean((0, 1)))

@@ -62,7 +62,7 @@ class AttentionLIF(nn.Module):
 class SoftmaxAttention(nn.Module):
     """The baseline's, x [B, S, E] -> [B, S, E]:
 
-        q, k, v = Norm(Linear(x));  out = Norm(Linear(softmax(q k^T / sqrt(d), causal) v)).
+    q, k, v = Norm(Linear(x));  out = Norm(Linear(softmax(q k^T / sqrt(d), causal) v)).
     """
 
     def __init__(self, c: SpikeDecoderConfig) -> None:

@@ -30,7 +30,9 @@ def binary_code(numbers: Tensor, width: int, code: str) -> Tensor:
     zeros behind the digits instead, so that 1, 2, 4, ... share one code.
     """
     if code == "left-aligned":
-        digits = 1 + (numbers.clamp(min=1).unsqueeze(-1) >> torch.arange(1, 63, device=numbers.device)).gt(0).sum(-1)
+        digits = 1 + (numbers.clamp(min=1).unsqueeze(-1) >> torch.arange(1, 63, device=numbers.device)).gt(
+            0
+        ).sum(-1)
         numbers = numbers << (width - digits)
     shifts = torch.arange(width - 1, -1, -1, device=numbers.device)
     return (numbers.unsqueeze(-1) >> shifts) & 1

@@ -13,7 +13,6 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -26,7 +25,15 @@ BACKENDS: dict[str, str] = {
     "cpu": "spikedecoder.ext.cpu",
     "cuda": "spikedecoder.ext.cuda",
 }
-OPERATORS = ("lif", "norm_lif", "spike_attention", "spike_attention_lif", "spike_linear", "binarize", "pack_spikes")
+OPERATORS = (
+    "lif",
+    "norm_lif",
+    "spike_attention",
+    "spike_attention_lif",
+    "spike_linear",
+    "binarize",
+    "pack_spikes",
+)
 _PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _ENV = "SPIKEDECODER_BACKEND"
 

@@ -15,7 +15,7 @@ def _binarize(x: Tensor, alpha: float, backend: str) -> Tensor:
 
 
 @_binarize.register_fake
-def _(x, alpha, backend):  # type: ignore[no-untyped-def]
+def _(x, alpha, backend):
     return torch.empty_like(x)
 
 
@@ -25,16 +25,16 @@ def _binarize_backward(grad: Tensor, x: Tensor, alpha: float, backend: str) -> T
 
 
 @_binarize_backward.register_fake
-def _(grad, x, alpha, backend):  # type: ignore[no-untyped-def]
+def _(grad, x, alpha, backend):
     return torch.empty_like(x)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     x, ctx.alpha, ctx.backend = inputs
     ctx.save_for_backward(x)
 
 
-def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad):
     (x,) = ctx.saved_tensors
     return _binarize_backward(grad, x, ctx.alpha, ctx.backend), None, None
 

@@ -38,7 +38,7 @@ def _lif(
 
 
 @_lif.register_fake
-def _(x, threshold, v_init, *_):  # type: ignore[no-untyped-def]
+def _(x, threshold, v_init, *_):
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
     return spikes, x.new_empty(x.shape[1:], dtype=compute_dtype(x.dtype))
 
@@ -70,21 +70,21 @@ def _lif_backward(
 
 
 @_lif_backward.register_fake
-def _(grad_spikes, grad_v, x, threshold, v_init, *_):  # type: ignore[no-untyped-def]
+def _(grad_spikes, grad_v, x, threshold, v_init, *_):
     dtype = compute_dtype(x.dtype)
     state = x.new_empty(x.shape[1:], dtype=dtype)
     grad_threshold = torch.empty_like(state) if threshold is None else torch.empty_like(threshold)
     return torch.empty_like(x, memory_format=torch.contiguous_format), grad_threshold, torch.empty_like(state)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     x, threshold, v_init, *rest = inputs
     ctx.save_for_backward(x, threshold, v_init)
     ctx.rest = tuple(rest)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad_spikes, grad_v):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad_spikes, grad_v):
     x, threshold, v_init = ctx.saved_tensors
     nothing = (None,) * (3 + len(ctx.rest))
     if grad_spikes is None and grad_v is None:
@@ -139,7 +139,7 @@ def lif(
     _check.floating("x", x)
     _check.timesteps("x", x)
     threshold = v_threshold if isinstance(v_threshold, Tensor) else None
-    fixed = 1.0 if threshold is not None else float(v_threshold)  # type: ignore[arg-type]
+    fixed = 1.0 if threshold is not None else float(v_threshold)
     p = LIFParams(tau, fixed, v_reset, decay_input, surrogate, alpha, detach_reset)
     return lif_params(x, p, threshold=threshold, v_init=v_init, return_state=return_state)
 
@@ -159,6 +159,8 @@ def lif_params(
     if threshold is not None:
         _check.broadcasts("v_threshold", threshold, x.shape[1:])
     if v_init is not None and v_init.shape != x.shape[1:]:
-        raise ValueError(f"v_init: got shape {tuple(v_init.shape)}, takes that of a timestep, {tuple(x.shape[1:])}")
+        raise ValueError(
+            f"v_init: got shape {tuple(v_init.shape)}, takes that of a timestep, {tuple(x.shape[1:])}"
+        )
     spikes, v = _lif(x, threshold, v_init, *_flat(p), requested_backend())
     return (spikes, v) if return_state else spikes

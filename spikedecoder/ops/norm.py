@@ -14,11 +14,13 @@ from spikedecoder.reference.norm import norm as _reference
 
 @torch.library.custom_op("spikedecoder::moments", mutates_args=())
 def _moments(x: Tensor, center: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return select("norm_lif", Call(x.device, x.dtype, tuple(x.shape), {"rows": False}), backend).moments(x, center)
+    return select("norm_lif", Call(x.device, x.dtype, tuple(x.shape), {"rows": False}), backend).moments(
+        x, center
+    )
 
 
 @_moments.register_fake
-def _(x, center, backend):  # type: ignore[no-untyped-def]
+def _(x, center, backend):
     mean = x.new_empty(x.shape[-1], dtype=compute_dtype(x.dtype))
     return mean, torch.empty_like(mean)
 
@@ -59,7 +61,9 @@ def check_norm(x: Tensor, n: NormParams) -> None:
     if n.weight.shape != x.shape[-1:]:
         raise ValueError(f"x: got {x.shape[-1]} channels (shape {tuple(x.shape)}), takes {n.weight.shape[0]}")
     if n.kind == "batch" and n.training and x.numel() < 2 * x.shape[-1]:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, takes at least two rows for batch statistics in training")
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, takes at least two rows for batch statistics in training"
+        )
 
 
 def norm(x: Tensor, n: NormParams) -> Tensor:

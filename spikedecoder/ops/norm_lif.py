@@ -48,7 +48,7 @@ def _call(x: Tensor, mean: Tensor | None) -> Call:
 
 
 @_norm_lif.register_fake
-def _(x, weight, bias, mean, *_):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, mean, *_):
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
     if mean is not None:
         return spikes, x.new_empty(0), x.new_empty(0)
@@ -99,13 +99,13 @@ def _norm_lif_backward(
 
 
 @_norm_lif_backward.register_fake
-def _(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):  # type: ignore[no-untyped-def]
+def _(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):
     grad_threshold = mean.new_empty(()) if threshold is None else mean.new_empty(threshold.shape)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     return grad_x, torch.empty_like(weight), torch.empty_like(bias), grad_threshold
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, eps, *rest = inputs
     _, row_mean, row_rstd = output
     ctx.channel = mean is not None
@@ -118,7 +118,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(row_mean, row_rstd)
 
 
-def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
     x, weight, bias, mean, rstd, threshold, rstd_batch = ctx.saved_tensors
     grad_x, grad_weight, grad_bias, grad_threshold = _norm_lif_backward(
         grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ctx.ema_gz, ctx.channel, *ctx.rest
@@ -129,7 +129,18 @@ def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):  # type: ignore[no-unty
         second = rstd.square() * (rstd_batch**-2 - ctx.eps)
         ctx.ema_gz += weight * grad_weight / rows - (1 - ALPHA_BACKWARD) * ctx.ema_gz * second
     threshold_grad = None if threshold is None else grad_threshold.to(threshold.dtype)
-    return (grad_x, grad_weight, grad_bias, None, None, threshold_grad, None, None, None, *(None,) * len(ctx.rest))
+    return (
+        grad_x,
+        grad_weight,
+        grad_bias,
+        None,
+        None,
+        threshold_grad,
+        None,
+        None,
+        None,
+        *(None,) * len(ctx.rest),
+    )
 
 
 _norm_lif.register_autograd(_autograd, setup_context=_setup_context)
@@ -168,6 +179,17 @@ def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None
         ema_gz = n.running[1] if n.training else None
     flat = (p.tau, p.v_threshold, p.v_reset, p.decay_input, p.surrogate, p.alpha, p.detach_reset)
     spikes, _, _ = _norm_lif(
-        x, n.weight, n.bias, mean, rstd, threshold, rstd_batch, ema_gz, n.eps, n.training, *flat, requested_backend()
+        x,
+        n.weight,
+        n.bias,
+        mean,
+        rstd,
+        threshold,
+        rstd_batch,
+        ema_gz,
+        n.eps,
+        n.training,
+        *flat,
+        requested_backend(),
     )
     return spikes

@@ -17,7 +17,7 @@ def _pack(spikes: Tensor, backend: str) -> Tensor:
 
 
 @_pack.register_fake
-def _(spikes, backend):  # type: ignore[no-untyped-def]
+def _(spikes, backend):
     return spikes.new_empty(*spikes.shape[:-1], -(-spikes.shape[-1] // WORD), dtype=torch.int64)
 
 
@@ -28,7 +28,7 @@ def _unpack(words: Tensor, channels: int, dtype: torch.dtype, backend: str) -> T
 
 
 @_unpack.register_fake
-def _(words, channels, dtype, backend):  # type: ignore[no-untyped-def]
+def _(words, channels, dtype, backend):
     return words.new_empty(*words.shape[:-1], channels, dtype=dtype)
 
 
@@ -50,6 +50,6 @@ def unpack_spikes(words: Tensor, channels: int, dtype: torch.dtype = torch.float
         raise TypeError(f"dtype: got {dtype}, takes a floating dtype")
     if words.shape[-1] != -(-channels // WORD):
         raise ValueError(
-            f"channels: got {channels} for {words.shape[-1]} words, takes a number with ceil(C / {WORD}) words"
+            f"channels: got {channels} for {words.shape[-1]} words, takes C with ceil(C / {WORD}) words"
         )
     return _unpack(words, int(channels), dtype, requested_backend())

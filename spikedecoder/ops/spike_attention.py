@@ -34,13 +34,15 @@ def _spike_attention(
     return_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    impl = select("spike_attention", Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None}), backend)
+    impl = select(
+        "spike_attention", Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None}), backend
+    )
     out, final = impl.forward(q, k, v, scale, decay, state, return_state)
     return laid_out(out), q.new_empty(0) if final is None else final
 
 
 @_spike_attention.register_fake
-def _(q, k, v, scale, decay, state, return_state, backend):  # type: ignore[no-untyped-def]
+def _(q, k, v, scale, decay, state, return_state, backend):
     t, b, h, _, d = q.shape
     dtype = compute_dtype(q.dtype)
     return heads_last(q), q.new_empty(t, b, h, d, d, dtype=dtype) if return_state else q.new_empty(0)
@@ -57,24 +59,26 @@ def _spike_attention_backward(
     state: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    impl = select("spike_attention", Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None}), backend)
+    impl = select(
+        "spike_attention", Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None}), backend
+    )
     dq, dk, dv = impl.backward(grad, q, k, v, scale, decay, state)
     return laid_out(dq), laid_out(dk), laid_out(dv)
 
 
 @_spike_attention_backward.register_fake
-def _(grad, q, k, v, *_):  # type: ignore[no-untyped-def]
+def _(grad, q, k, v, *_):
     return heads_last(q), heads_last(q), heads_last(q)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, scale, decay, state, return_state, backend = inputs
+def _setup_context(ctx, inputs, output):
+    q, k, v, scale, decay, state, _return_state, backend = inputs
     ctx.save_for_backward(q, k, v, decay, state)
     ctx.scale, ctx.backend = scale, backend
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _grad_state):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad, _grad_state):
     q, k, v, decay, state = ctx.saved_tensors
     dq, dk, dv = _spike_attention_backward(grad, q, k, v, ctx.scale, decay, state, ctx.backend)
     return dq, dk, dv, None, None, None, None, None
@@ -98,7 +102,9 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> No
         raise ValueError(f"decay: got shape {tuple(decay.shape)}, takes one value a head, ({heads},)")
 
 
-def _with_dropout(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, dropout: float) -> Tensor:
+def _with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, dropout: float
+) -> Tensor:
     scores = q @ k.transpose(-1, -2)
     scores = scores.tril() if decay is None else scores * decay_matrix(decay.to(scores.dtype), q.shape[-2])
     return laid_out(F.dropout(scores, dropout) @ v * scale)

@@ -34,13 +34,13 @@ def _spike_attention_lif(
     return laid_out(_impl(q, decay, backend).forward(q, k, v, scale, decay, limit, p))
 
 
-def _impl(q: Tensor, decay: Tensor | None, backend: str):  # type: ignore[no-untyped-def]
+def _impl(q: Tensor, decay: Tensor | None, backend: str):
     call = Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None})
     return select("spike_attention_lif", call, backend)
 
 
 @_spike_attention_lif.register_fake
-def _(q, *_):  # type: ignore[no-untyped-def]
+def _(q, *_):
     return heads_last(q)
 
 
@@ -64,24 +64,26 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     limit = p.v_threshold if threshold is None else threshold
-    dq, dk, dv, grad_threshold = _impl(q, decay, backend).backward(grad_spikes, q, k, v, scale, decay, limit, p)
+    dq, dk, dv, grad_threshold = _impl(q, decay, backend).backward(
+        grad_spikes, q, k, v, scale, decay, limit, p
+    )
     grad_threshold = grad_threshold.sum_to_size(() if threshold is None else threshold.shape)
     return laid_out(dq), laid_out(dk), laid_out(dv), grad_threshold.float()
 
 
 @_backward.register_fake
-def _(grad_spikes, q, k, v, scale, decay, threshold, *_):  # type: ignore[no-untyped-def]
+def _(grad_spikes, q, k, v, scale, decay, threshold, *_):
     grad_threshold = q.new_empty(() if threshold is None else threshold.shape, dtype=torch.float32)
     return heads_last(q), heads_last(q), heads_last(q), grad_threshold
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     q, k, v, ctx.scale, decay, threshold, *rest = inputs
     ctx.rest = tuple(rest)
     ctx.save_for_backward(q, k, v, decay, threshold)
 
 
-def _autograd(ctx, grad_spikes):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad_spikes):
     q, k, v, decay, threshold = ctx.saved_tensors
     dq, dk, dv, grad_threshold = _backward(grad_spikes, q, k, v, ctx.scale, decay, threshold, *ctx.rest)
     threshold_grad = None if threshold is None else grad_threshold.to(threshold.dtype)

@@ -11,7 +11,7 @@ from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.pack_spikes import WORD
 
 
-def _impl(x: Tensor, shape: tuple[int, ...], backend: str):  # type: ignore[no-untyped-def]
+def _impl(x: Tensor, shape: tuple[int, ...], backend: str):
     return select("spike_linear", Call(x.device, x.dtype, shape), backend)
 
 
@@ -21,7 +21,7 @@ def _spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None, backend: str) 
 
 
 @_spike_linear.register_fake
-def _(s, weight, bias, backend):  # type: ignore[no-untyped-def]
+def _(s, weight, bias, backend):
     y = weight.new_empty(*s.shape[:-1], weight.shape[0])
     return y, s.new_empty(*s.shape[:-1], -(-s.shape[-1] // WORD), dtype=torch.int64)
 
@@ -32,18 +32,18 @@ def _weight_grad(words: Tensor, channels: int, grad: Tensor, backend: str) -> Te
 
 
 @_weight_grad.register_fake
-def _(words, channels, grad, backend):  # type: ignore[no-untyped-def]
+def _(words, channels, grad, backend):
     return grad.new_empty(grad.shape[-1], channels)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):
     s, weight, bias, ctx.backend = inputs
     ctx.channels, ctx.has_bias, ctx.dtype = s.shape[-1], bias is not None, s.dtype
     ctx.save_for_backward(output[1], weight)
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _grad_words):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad, _grad_words):
     words, weight = ctx.saved_tensors
     grad_s = (grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
     grad_weight = _weight_grad(words, ctx.channels, grad, ctx.backend) if ctx.needs_input_grad[1] else None

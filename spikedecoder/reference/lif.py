@@ -11,13 +11,13 @@ from spikedecoder.surrogate import SURROGATES, Surrogate, heaviside
 
 class _Spike(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u: Tensor, surrogate: Surrogate, alpha: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx, u: Tensor, surrogate: Surrogate, alpha: float) -> Tensor:
         ctx.save_for_backward(u)
         ctx.surrogate, ctx.alpha = surrogate, alpha
         return heaviside(u)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         (u,) = ctx.saved_tensors
         return grad * ctx.surrogate.derivative(u, ctx.alpha), None, None
 
@@ -38,9 +38,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def lif(
-    x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams
-) -> tuple[Tensor, Tensor]:
+def lif(x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams) -> tuple[Tensor, Tensor]:
     """Spikes [T, ...] and the final membrane potential [...] for input x [T, ...], by autograd.
 
     `threshold` broadcasts against one timestep, v_init starts the membrane (zeros if None).

@@ -1,4 +1,4 @@
-"""Normalisation over channels: LayerNorm, BatchNorm, PowerNorm. Equations: `spikedecoder.params.NormParams`."""
+"""LayerNorm, BatchNorm and PowerNorm over channels. Equations: `spikedecoder.params.NormParams`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class _PowerNorm(torch.autograd.Function):
     Pass i over rows x [N, C]:   var = mean(x^2);  z = x / sqrt(var + eps) while i <= warmup, then
     z = x / sqrt(running_phi + eps);  y = weight z + bias.  Before pass `warmup` running_phi is the mean
     of all var so far, and in every pass it moves to alpha running_phi + (1 - alpha) var.
-    Backward: g = dy weight;  ga = g - (1 - alpha) ema_gz z;  ema_gz += mean(ga z);  dx = ga / sqrt(var + eps).
+    Backward: g = dy weight;  ga = g - (1 - alpha) ema_gz z;  ema_gz += mean(ga z);
+    dx = ga / sqrt(var + eps).
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_phi, ema_gz, iters, eps, alpha, warmup):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, running_phi, ema_gz, iters, eps, alpha, warmup):
         rows = x.reshape(-1, x.shape[-1])
         iters += 1
         var = rows.square().mean(0)
@@ -34,7 +35,7 @@ class _PowerNorm(torch.autograd.Function):
         return x * (z_scale * weight) + bias
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad):
         x, weight, z_scale, rstd = ctx.saved_tensors
         rows = tuple(range(x.dim() - 1))
         z = x * z_scale
@@ -53,5 +54,7 @@ def norm(x: Tensor, p: NormParams) -> Tensor:
         return y.view_as(x)
     running_phi, ema_gz, iters = p.running
     if p.training:
-        return _PowerNorm.apply(x, p.weight, p.bias, running_phi, ema_gz, iters, p.eps, 1 - p.momentum, p.warmup)
+        return _PowerNorm.apply(
+            x, p.weight, p.bias, running_phi, ema_gz, iters, p.eps, 1 - p.momentum, p.warmup
+        )
     return x * (running_phi + p.eps).rsqrt() * p.weight + p.bias

@@ -27,10 +27,14 @@ def decay_matrix(decay: Tensor, s: int) -> Tensor:
 
 def _decay_powers(decay: Tensor, first: int, s: int) -> Tensor:
     """[H, s, 1]: decay^first, decay^(first+1), ..."""
-    return (decay[:, None] ** torch.arange(first, first + s, device=decay.device, dtype=decay.dtype))[..., None]
+    return (decay[:, None] ** torch.arange(first, first + s, device=decay.device, dtype=decay.dtype))[
+        ..., None
+    ]
 
 
-def quadratic(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None) -> Tensor:
+def quadratic(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None
+) -> Tensor:
     """The definition: scores, causal mask, weighted sum. Differentiable; cost S^2."""
     scores = q @ k.transpose(-1, -2)
     scores = scores.tril() if decay is None else scores * decay_matrix(decay, q.shape[-2])
@@ -66,7 +70,9 @@ def advance_state(k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | No
     return new if state is None else state + new
 
 
-def chunked(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None) -> Tensor:
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None
+) -> Tensor:
     """Quadratic inside chunks, the state carried between them: cost linear in S."""
     outs = []
     for start in range(0, q.shape[-2], CHUNK):
@@ -79,7 +85,13 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None,
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None, return_state: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    decay: Tensor | None,
+    state: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(o, final state if asked for), accumulated in float32 or wider."""
     dtype = q.dtype
@@ -96,9 +108,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v: each is itself a causal attention, for k and v backwards in time.
 
-        dq[i] = scale ( sum_{j<=i} decay^(i-j) (g[i] . v[j]) k[j] + decay^(i+1) g[i] state^T )
-        dk[j] = scale   sum_{i>=j} decay^(i-j) (v[j] . g[i]) q[i]
-        dv[j] = scale   sum_{i>=j} decay^(i-j) (k[j] . q[i]) g[i]
+    dq[i] = scale ( sum_{j<=i} decay^(i-j) (g[i] . v[j]) k[j] + decay^(i+1) g[i] state^T )
+    dk[j] = scale   sum_{i>=j} decay^(i-j) (v[j] . g[i]) q[i]
+    dv[j] = scale   sum_{i>=j} decay^(i-j) (k[j] . q[i]) g[i]
     """
     state_t = None if state is None else state.transpose(-1, -2)
     dq, _ = forward(grad, v, k, scale, decay, state_t, False)

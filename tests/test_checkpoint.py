@@ -1,0 +1,165 @@
+"""A model as a folder: round trips, atomic writes, and clear errors for what cannot be read."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+
+import pytest
+import torch
+
+from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
+from spikedecoder import checkpoint as ck
+from spikedecoder.data import CharTokenizer
+
+
+def _model():
+    return SpikeDecoder(
+        SpikeDecoderConfig(vocab_size=7, max_len=8, token_dim=6, position_dim=2, heads=2, blocks=1)
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = _model()
+    model.tokenizer = CharTokenizer.from_text(["hello"])
+    model.save_pretrained(tmp_path / "m")
+    return model, tmp_path / "m"
+
+
+def test_round_trip(saved):
+    model, folder = saved
+    loaded = SpikeDecoder.from_pretrained(folder)
+    assert loaded.config == model.config and not loaded.training
+    assert loaded.tokenizer.tokens == model.tokenizer.tokens
+    tokens = torch.randint(0, 7, (2, 8))
+    assert torch.equal(loaded(tokens), model.eval()(tokens))
+
+
+def test_round_trip_keeps_dtype_and_buffers(tmp_path):
+    config = SpikeDecoderConfig(
+        vocab_size=7, max_len=8, token_dim=6, position_dim=2, heads=2, blocks=1, norm="power"
+    )
+    model = SpikeDecoder(config).double()
+    model(torch.randint(0, 7, (2, 8)))
+    model.save_pretrained(tmp_path)
+    loaded = SpikeDecoder.from_pretrained(str(tmp_path))
+    assert loaded.dtype == torch.float64
+    assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_works_offline_by_folder_and_says_why_a_hub_name_fails():
+    assert os.environ.get("HF_HUB_OFFLINE") == "1"
+    with pytest.raises(CheckpointError, match=r"nobody/nothing: no such folder here, and config\.json could"):
+        SpikeDecoder.from_pretrained("nobody/nothing")
+
+
+def _truncate(folder):
+    path = folder / ck.WEIGHTS
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def _foreign(folder):
+    (folder / ck.WEIGHTS).write_bytes(b"PK\x03\x04 not safetensors at all")
+
+
+def _drop_tensor(folder):
+    tensors = ck.read_tensors(folder / ck.WEIGHTS)
+    del tensors["head.linear.bias"]
+    ck.write_tensors(folder / ck.WEIGHTS, tensors)
+
+
+def _add_tensor(folder):
+    tensors = ck.read_tensors(folder / ck.WEIGHTS)
+    ck.write_tensors(folder / ck.WEIGHTS, {**tensors, "surplus": torch.ones(1)})
+
+
+def _reshape(folder):
+    tensors = ck.read_tensors(folder / ck.WEIGHTS)
+    tensors["head.linear.bias"] = torch.ones(3)
+    ck.write_tensors(folder / ck.WEIGHTS, tensors)
+
+
+def _config(**changes):
+    def change(folder):
+        values = json.loads((folder / ck.CONFIG).read_text())
+        (folder / ck.CONFIG).write_text(json.dumps({**values, **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, r"model.safetensors: not a safetensors file, or truncated"),
+        (_foreign, r"model.safetensors: not a safetensors file"),
+        (_drop_tensor, "missing head.linear.bias"),
+        (_add_tensor, "unknown surplus"),
+        (_reshape, r"head.linear.bias of shape \(3,\) for \(7,\)"),
+        (lambda f: (f / ck.WEIGHTS).unlink(), "model.safetensors: no such file"),
+        (lambda f: (f / ck.CONFIG).unlink(), "config.json: no such file"),
+        (lambda f: (f / ck.CONFIG).write_text("{"), "config.json: not a JSON file, or truncated"),
+        (lambda f: (f / ck.CONFIG).write_text("[1]"), "config.json: got a JSON list"),
+        (lambda f: (f / ck.CONFIG).write_bytes(b"\xff\xfe\x00"), "config.json: not a JSON file"),
+        (_config(format=99), "config.json: got format 99"),
+        (_config(heads=5), "config.json: heads: got 5"),
+        (_config(shiny=1), "config.json: config: unknown field 'shiny'"),
+        (_config(blocks=2), "missing blocks.1"),
+    ],
+)
+def test_damaged_checkpoints(saved, damage, message):
+    _, folder = saved
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        SpikeDecoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_litter(saved, monkeypatch, fails):
+    model, folder = saved
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    if fails == "write":
+        real = os.fdopen
+        monkeypatch.setattr(os, "fdopen", lambda *a: _Full(real(*a)))
+    else:
+        monkeypatch.setattr(os, fails, full)
+    with torch.no_grad():
+        model.head.linear.weight.add_(1)
+    with pytest.raises(OSError, match="No space left"):
+        ck.save_folder(model, folder)
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    SpikeDecoder.from_pretrained(folder)
+
+
+class _Full:
+    def __init__(self, file):
+        self._file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._file.close()
+
+    def write(self, data):
+        self._file.write(data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+
+def test_reading_never_unpickles(saved, monkeypatch):
+    _, folder = saved
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
+    real = builtins.__import__
+
+    def guarded(name, *args, **kwargs):
+        assert name != "pickle" or "spikedecoder" not in (args[0] or {}).get("__name__", "")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", guarded)
+    SpikeDecoder.from_pretrained(folder)

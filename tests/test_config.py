@@ -1,0 +1,105 @@
+"""The configuration: validated, serialisable, with presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+
+
+def test_round_trip_through_json():
+    config = SpikeDecoderConfig.preset("original-char", v_reset=None, spiking_head=True)
+    assert SpikeDecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", SpikeDecoderConfig.presets())
+def test_presets_are_valid(name):
+    config = SpikeDecoderConfig.preset(name)
+    assert config.embed_dim % config.heads == 0
+
+
+def test_original_presets_are_the_models_of_the_original():
+    char = SpikeDecoderConfig.preset("original-char")
+    assert (char.vocab_size, char.max_len, char.embed_dim, char.heads, char.blocks) == (30, 256, 80, 5, 12)
+    assert (char.timesteps, char.hidden_dim, char.token_encoding, char.position_encoding) == (
+        4,
+        1280,
+        "learned",
+        "static",
+    )
+    assert (char.token_shift, char.mlp_token_shift, char.embedding_gain) == (1, 1, 1.0)
+    word = SpikeDecoderConfig.preset("original-word")
+    assert (word.max_len, word.embed_dim, word.blocks, word.heads) == (128, 120, 20, 5)
+
+
+def test_the_default_preset_shifts_tokens_and_is_small():
+    config = SpikeDecoderConfig.preset("default")
+    assert config.token_shift > 1 and config.mlp_token_shift > 1 and config.spike_degree == 4
+    assert sum(p.numel() for p in SpikeDecoder(config).parameters()) < 1_000_000
+
+
+def test_every_field_is_described():
+    doc = SpikeDecoderConfig.__doc__
+    missing = [f.name for f in dataclasses.fields(SpikeDecoderConfig) if f.name not in doc]
+    assert missing == []
+
+
+def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
+    assert SpikeDecoderConfig(tau=2).tau == 2.0
+    assert isinstance(SpikeDecoderConfig(tau=2).tau, float)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timesteps": 0}, "timesteps: got 0, takes an integer >= 1"),
+        ({"heads": 5}, "heads: got 5, takes a divisor of the 96 channels"),
+        ({"heads": 0}, "heads: got 0"),
+        ({"vocab_size": -1}, "vocab_size: got -1"),
+        ({"vocab_size": 2.5}, r"vocab_size: got 2.5 \(float\), takes int"),
+        ({"vocab_size": True}, "vocab_size: got True"),
+        ({"spike_degree": 5}, "spike_degree: got 5, takes 0 to 4"),
+        ({"spiking_residuals": 3}, "spiking_residuals: got 3, takes 0 to 2"),
+        (
+            {"token_encoding": "three-hot"},
+            "token_encoding: got 'three-hot', takes one of learned, one-hot, two-hot",
+        ),
+        ({"position_encoding": "rotary"}, "position_encoding: got 'rotary'"),
+        ({"norm": "rms"}, "norm: got 'rms'"),
+        ({"surrogate": "step"}, "surrogate: got 'step', takes one of sigmoid"),
+        ({"reunite": "max"}, "reunite: got 'max'"),
+        ({"tau": 0.5}, "tau: got 0.5"),
+        ({"tau": "2"}, "tau: got '2'"),
+        ({"v_threshold": float("inf")}, "v_threshold: got inf"),
+        ({"attention_dropout": 1.0}, "attention_dropout: got 1.0"),
+        ({"mlp_dropout": -0.1}, "mlp_dropout: got -0.1"),
+        ({"attention_scale": 0.0}, "attention_scale: got 0.0"),
+        ({"embedding_gain": float("nan")}, "embedding_gain: got nan"),
+        ({"token_shift": 0}, "token_shift: got 0"),
+        ({"token_shift": 97}, "token_shift: got 97, takes 1 to 96"),
+        ({"mlp_token_shift": 300}, "mlp_token_shift: got 300"),
+        ({"pad_id": 30}, "pad_id: got 30"),
+        (
+            {"spike_degree": 0, "position_encoding": "binary"},
+            "position_encoding: got 'binary', takes static or learned",
+        ),
+        (
+            {"combine_position": True, "token_encoding": "two-hot"},
+            "combine_position: got True with two-hot tokens",
+        ),
+        ({"float_reunite": True, "spiking_head": False}, "float_reunite: got True without a spiking head"),
+        ({"hedas": 2}, "unknown field 'hedas'; did you mean heads"),
+        ({"zzz": 2}, "unknown field 'zzz'; known: vocab_size"),
+    ],
+)
+def test_bad_values_name_the_field_what_it_got_and_what_it_takes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SpikeDecoderConfig.from_dict(changes)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="preset: got 'huge', takes one of default"):
+        SpikeDecoderConfig.preset("huge")
