@@ -13,7 +13,7 @@ template <Surrogate S>
 SPIKEDECODER_INLINE F surrogate_derivative(F u, F alpha) {
   const F one = set1(1);
   if constexpr (S == Surrogate::sigmoid) {
-    const F e = exp_of_negative(sub(zero(), mul(alpha, abs(u))));  // symmetric in u
+    const F e = exp2_of_negative(mul(mul(alpha, set1(-1.44269504088896341f)), abs(u)));  // symmetric in u
     const F d = add(one, e);
     return div(mul(alpha, e), mul(d, d));
   } else if constexpr (S == Surrogate::atan) {

@@ -46,7 +46,8 @@ SPIKEDECODER_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 SPIKEDECODER_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 SPIKEDECODER_INLINE F abs(F a) { return _mm512_abs_ps(a); }
 SPIKEDECODER_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
-SPIKEDECODER_INLINE F exp2_of_integer(F a) { return _mm512_scalef_ps(_mm512_set1_ps(1.f), a); }
+// a 2^n for whole n, where neither a nor the result is 0 or denormal
+SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) { return _mm512_scalef_ps(a, n); }
 SPIKEDECODER_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
 SPIKEDECODER_INLINE Mask ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 SPIKEDECODER_INLINE Mask not_zero(F a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
@@ -79,9 +80,9 @@ SPIKEDECODER_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 SPIKEDECODER_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 SPIKEDECODER_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
 SPIKEDECODER_INLINE F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-SPIKEDECODER_INLINE F exp2_of_integer(F a) {
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
 }
 SPIKEDECODER_INLINE float sum(F a) {
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -135,10 +136,10 @@ SPIKEDECODER_INLINE F max(F a, F b) { return select(a > b, a, b); }
 SPIKEDECODER_INLINE F abs(F a) { return bitwise_and(Mask{} + 0x7fffffff, a); }
 // Exact for |a| < 2^22, to the nearest, ties to even: adding 1.5 * 2^23 leaves no fraction bits.
 SPIKEDECODER_INLINE F round(F a) { return (a + set1(12582912.f)) - set1(12582912.f); }
-SPIKEDECODER_INLINE F exp2_of_integer(F a) {
+SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) {
   Mask exponent;
-  for (int i = 0; i < W; i++) exponent[i] = (static_cast<int32_t>(a[i]) + 127) << 23;
-  return reinterpret_cast<F>(exponent);
+  for (int i = 0; i < W; i++) exponent[i] = static_cast<int32_t>(n[i]) * (1 << 23);
+  return reinterpret_cast<F>(reinterpret_cast<Mask>(a) + exponent);
 }
 SPIKEDECODER_INLINE float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 SPIKEDECODER_INLINE Mask ge(F a, F b) { return a >= b; }
@@ -169,21 +170,19 @@ SPIKEDECODER_INLINE void store_up_to(float* p, F a, int n) {
   }
 }
 
-// e^a for a <= 0, to 2 units in the last place; 0 is never reached: below -80 it stays e^-80, which keeps
-// denormal numbers (slow) out of what is multiplied with it.
-SPIKEDECODER_INLINE F exp_of_negative(F a) {
-  a = max(a, set1(-80.f));
-  const F n = round(mul(a, set1(1.44269504088896341f)));
-  F r = sub(a, mul(n, set1(0.693359375f)));  // ln 2 in two parts, the first exact in the product
-  r = sub(r, mul(n, set1(-2.12194440e-4f)));
-  F p = set1(1.9875691500e-4f);
-  p = add(mul(p, r), set1(1.3981999507e-3f));
-  p = add(mul(p, r), set1(8.3334519073e-3f));
-  p = add(mul(p, r), set1(4.1665795894e-2f));
-  p = add(mul(p, r), set1(1.6666665459e-1f));
-  p = add(mul(p, r), set1(5.0000001201e-1f));
-  p = add(add(mul(mul(r, r), p), r), set1(1.f));
-  return mul(p, exp2_of_integer(n));
+// 2^a for a <= 0. It stops falling at 2^-110, which keeps denormal numbers (slow) out of
+// what is multiplied with it. For gradients: it contracts.
+SPIKEDECODER_INLINE F exp2_of_negative(F a) {
+  a = max(a, set1(-110.f));
+  const F n = round(a);
+  const F r = sub(a, n);  // in [-1/2, 1/2]; polynomial with relative error 1.3e-7
+  F p = set1(1.3400432165e-3f);
+  p = fma(p, r, set1(9.6721717360e-3f));
+  p = fma(p, r, set1(5.5503272142e-2f));
+  p = fma(p, r, set1(2.4022228148e-1f));
+  p = fma(p, r, set1(6.9314720671e-1f));
+  p = fma(p, r, set1(1.f));
+  return scale_by_exp2(p, n);
 }
 
 }  // namespace SPIKEDECODER_VARIANT

@@ -19,11 +19,11 @@ FUZZ = settings(max_examples=60, deadline=None)
 
 
 def on_each_variant():
-    before = native().variant()
-    for name in native().variants():
-        native().use_variant(name)
+    before = native.variant()
+    for name in native.variants():
+        native.use_variant(name)
         yield name
-    native().use_variant(before)
+    native.use_variant(before)
 
 
 def random_spikes(seed: int, shape: tuple[int, ...], rate: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spikedecoder import ext, ops
-from spikedecoder.testing import Case, cases, flipped, make_inputs, run
+from spikedecoder.testing import Case, cases, make_inputs, run
 
 if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
@@ -19,12 +19,12 @@ VARIANTS = ("avx512", "avx2", "baseline")
 
 @pytest.fixture(params=VARIANTS)
 def variant(request):
-    before = native().variant()
-    if request.param not in native().variants():
+    before = native.variant()
+    if request.param not in native.variants():
         pytest.skip(f"this CPU has no {request.param}")
-    native().use_variant(request.param)
+    native.use_variant(request.param)
     yield request.param
-    native().use_variant(before)
+    native.use_variant(before)
 
 
 def both(case: Case, seed: int = 0) -> tuple[dict, dict]:

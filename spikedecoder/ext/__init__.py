@@ -29,7 +29,7 @@ def info() -> dict[str, Any]:
 
         from spikedecoder.ext import cpu as backend
 
-        native = backend.native()
+        native = backend.native
         cpu |= native.build()
         cpu |= {
             "variants": native.variants(),
@@ -38,9 +38,7 @@ def info() -> dict[str, Any]:
             "keeps_freed_memory": backend.KEEPS_FREED_MEMORY,
         }
         if cpu["openmp"] is None:
-            cpu["mend"] = (
-                "built without OpenMP, so it runs on one thread: install libomp (or GCC), then pip install ."
-            )
+            cpu["mend"] = "built without OpenMP: one thread only. Install libomp or GCC, then pip install ."
     else:
         cpu["mend"] = NOT_BUILT
     return {"cpu": cpu, "cuda": {"built": False, "mend": "the CUDA module is not built"}}

@@ -13,45 +13,38 @@ SPIKEDECODER_TUNE_MALLOC=0 leaves malloc alone.
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
 # before the extension: torch brings the OpenMP runtime that both then share
 import torch  # noqa: F401
 
-from spikedecoder.ext import NOT_BUILT, is_built
+from spikedecoder.ext import is_built
 
 _VARIANT = "SPIKEDECODER_CPU"
 _TUNE_MALLOC = "SPIKEDECODER_TUNE_MALLOC"
 
-# built and not loadable is an error of its own, not the same as not built
-if is_built():
-    from spikedecoder import _C
-else:
-    _C = None  # type: ignore[assignment]
-
-
-def native() -> Any:
-    """The compiled module; ModuleNotFoundError with what to run where it is not built."""
-    if _C is None:
-        raise ModuleNotFoundError(NOT_BUILT, name="spikedecoder._C")
-    return _C
+# The compiled module, or None. Built and not loadable is an error of its own, not the same as not built.
+native: Any = importlib.import_module("spikedecoder._C") if is_built() else None
 
 
 def _choose_variant() -> None:
     asked = os.environ.get(_VARIANT)
-    if _C is None or not asked:
+    if native is None or not asked:
         return
-    if asked not in _C.variants():
-        raise ValueError(f"{_VARIANT}: got {asked!r}, takes what this CPU has: {', '.join(_C.variants())}")
-    _C.use_variant(asked)
+    if asked not in native.variants():
+        raise ValueError(
+            f"{_VARIANT}: got {asked!r}, takes what this CPU has: {', '.join(native.variants())}"
+        )
+    native.use_variant(asked)
 
 
 def _tune_malloc() -> bool:
     asked = os.environ.get(_TUNE_MALLOC, "1")
     if asked not in ("0", "1"):
         raise ValueError(f"{_TUNE_MALLOC}: got {asked!r}, takes 0 or 1")
-    return _C is not None and asked == "1" and _C.keep_freed_memory()
+    return native is not None and asked == "1" and native.keep_freed_memory()
 
 
 _choose_variant()

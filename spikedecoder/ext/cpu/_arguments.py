@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ext import NOT_BUILT
-from spikedecoder.ext.cpu import _C as native
+from spikedecoder.ext.cpu import native
 from spikedecoder.ops._dispatch import Call
 from spikedecoder.params import LIFParams
 from spikedecoder.surrogate import SURROGATES

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikedecoder.ext.cpu._arguments import address, dense, float32_on_cpu, native
+from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu._arguments import address, dense, float32_on_cpu
 
 why_not = float32_on_cpu
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import (
     address,
     dense,
     float32_on_cpu,
     grad_threshold_like,
-    native,
     neuron,
     threshold_of,
 )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ext import NOT_BUILT
-from spikedecoder.ext.cpu._arguments import address, native
+from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu._arguments import address
 from spikedecoder.ops._dispatch import Call
 
 _PACKED = (torch.float32, torch.bool, torch.uint8)
