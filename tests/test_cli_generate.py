@@ -28,6 +28,15 @@ def run(*arguments, stdin=None, code=0):
     return result
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other cost more than these small tensors do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=["char", "word"])
 def saved(request, tmp_path_factory):
     tokenizer = (CharTokenizer if request.param == "char" else WordTokenizer).from_text(TEXT)

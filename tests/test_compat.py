@@ -3,6 +3,7 @@
 import inspect
 import re
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from spikedecoder.generation import generate_text
 
 SENTENCES = (
     "Well, Prince, so Genoa and Lucca are now just family estates! Who said so? The prince -- he alone; "
-    "it isn't war.  It was in July, 1805, and the speaker was the well-known Anna.\nShe said it. . . He said: "
+    "it isn't war.  It was in July, 1805, and the speaker was the well-known Anna.\nShe said it. . . He: "
     "'No.' And so it was, as it was before; the war was not a war (he said)."
 )
 SMALL = {
@@ -28,6 +29,15 @@ SMALL = {
     "tok_embed_dim": 10,
     "pos_embed_dim": 6,
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other cost more than these small tensors do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -58,11 +68,11 @@ def test_character_script(book, tmp_path, monkeypatch, capsys):
         from spikedecoder.compat.trainer import Trainer
         torch.manual_seed(0)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config = model.SDconfig(30, 24, encodingType='learned', position_encoding_strategy='static', tok_embed_dim=50, heads=5, blocks=2, timesteps=4, device=device)
+        config = model.SDconfig(30, 16, encodingType='learned', position_encoding_strategy='static', tok_embed_dim=50, heads=5, blocks=2, timesteps=4, device=device)
         decoder = model.SpikingDecoderModel(config, dim_hid=2)
-        train_dataset = charDataset(PATH, 'train', inputLength=24, fullLength=600, seed=7070)
-        test_dataset = charDataset(PATH, 'test', inputLength=24, fullLength=600, seed=7070)
-        trainer = Trainer(config, decoder, lr=0.003, train_dataset=train_dataset, test_dataset=test_dataset, batch_size=32, checkPointRate=3, epochs=4, save_model=True, num_workers=8)
+        train_dataset = charDataset(PATH, 'train', inputLength=16, fullLength=350, seed=7070)
+        test_dataset = charDataset(PATH, 'test', inputLength=16, fullLength=350, seed=7070)
+        trainer = Trainer(config, decoder, lr=0.01, train_dataset=train_dataset, test_dataset=test_dataset, batch_size=32, checkPointRate=3, epochs=4, save_model=True, num_workers=8)
         trainer.train()
         """,  # noqa: E501
         book,
@@ -75,7 +85,7 @@ def test_character_script(book, tmp_path, monkeypatch, capsys):
     ]
     losses = [(int(m[1]), float(m[2]), float(m[3])) for m in losses if m]
     assert [epoch for epoch, _, _ in losses] == [0, 1, 2, 3, 4]
-    assert losses[0][1] > 3 and losses[-1][1] < 2.5  # ln 30 = 3.4 nats; it learns
+    assert losses[0][1] > 3 and losses[-1][1] < 2.9  # ln 30 = 3.4 nats; it learns
     assert scope.decoder.training
 
     # saved after epoch 3 and at the end, readable by the rest of the package
@@ -83,8 +93,8 @@ def test_character_script(book, tmp_path, monkeypatch, capsys):
     assert [f.name.split("_DS")[0] for f in folders] == ["checkpoint_epoch-3B32", "checkpoint_epoch-4B32"]
     loaded = SpikeDecoder.from_pretrained(folders[-1])
     text = scope.decoder.generate("the prince")
-    assert text == generate_text(loaded, None, ["the prince"], max_new_tokens=15, temperature=0, keep=24)[0]
-    assert text.startswith("the prince") and len(text) == 25
+    assert text == generate_text(loaded, None, ["the prince"], max_new_tokens=7, temperature=0, keep=16)[0]
+    assert text.startswith("the prince") and len(text) == 17
     again = utils.load_model_from_checkpoint(
         model.SpikingDecoderModel, path_to_checkpoint=str(folders[-1]), config=scope.config, dim_hid=2
     )
@@ -237,11 +247,18 @@ def test_optimizer_groups():
 
 def test_generate_follows_the_original():
     """Greedy from the last max_len tokens, window sliding by one; see the docstring for what comes back."""
-    torch.manual_seed(0)
-    shim = model.SpikingDecoderModel(model.SDconfig(30, 8, **SMALL, heads=2), dim_hid=2).eval()
+    torch.manual_seed(3)
+    config = model.SDconfig(30, 8, **SMALL, heads=2, timesteps=4, learning_MSLIF=True)
+    shim = model.SpikingDecoderModel(config, dim_hid=2).eval()
     with torch.no_grad():
-        for parameter in shim.decoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.5)
+        for name, parameter in shim.decoder.named_parameters():
+            if name.startswith("embedding."):
+                parameter.normal_()
+            elif name.endswith("v_threshold"):  # an input of 1 never reaches 1, and the embedding is 0 or 1
+                parameter.fill_(0.4)
+            elif name.endswith(("proj.norm.weight", "fc2.norm.weight")):
+                parameter.fill_(3.0)
+        shim.decoder.head.linear.weight.normal_()
 
     def by_hand(text, n):
         for _ in range(n):
@@ -253,7 +270,7 @@ def test_generate_follows_the_original():
     assert shim.generate("the", iterations=3) == by_hand("the", 6 + 16)
     long = "the cat sat"
     assert shim.generate(long) == by_hand(long, 8)[len(long) :]
-    assert len(set(by_hand("the", 22))) > 4
+    assert len(set(by_hand("the", 22)[3:])) > 2  # else the test would see nothing
     for bad, why in ((3, "takes a string"), (["a"], "takes a string")):
         with pytest.raises(TypeError, match=why):
             shim.generate(bad)
@@ -339,7 +356,7 @@ def plain_split(items, length, limit, split):
 @pytest.mark.parametrize("length, limit", [(1, 0), (6, 130), (17, 0), (17, 10**6)])
 def test_character_windows(book, split, length, limit):
     dataset = charDataset(book, split, inputLength=length, fullLength=limit, seed=7070)
-    expected = plain_split(plain_characters(open(book).read()), length, limit, split)
+    expected = plain_split(plain_characters(Path(book).read_text()), length, limit, split)
     assert len(dataset) == len(expected) > 0
     assert [dataset[i] for i in range(len(dataset))] == expected
     assert list(dataset.fdata) == [x for x, _ in expected] and list(dataset.ftargets) == [
@@ -354,12 +371,12 @@ def test_character_windows(book, split, length, limit):
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("length, limit, prune", [(6, 0, 7), (3, 90, None)])
 def test_word_windows(book, split, length, limit, prune):
-    words = plain_words(open(book).read())
+    words = plain_words(Path(book).read_text())
     reader = Reader()
     if prune is not None:
         # letters and apostrophes only make a word here; a full stop parts two
         plain = "".join(
-            c if c.isascii() and (c.isalpha() or c in "' ") else " " for c in open(book).read().lower()
+            c if c.isascii() and (c.isalpha() or c in "' ") else " " for c in Path(book).read_text().lower()
         ).split()
         expected = sorted({w for w in plain if plain.count(w) >= prune} | {".", "P"})
         assert reader.createDictionary(book, prune_level=prune) == reader.dictionary == expected
@@ -457,7 +474,7 @@ def test_checkpoints_round_trip(tmp_path):
     with pytest.raises(CheckpointError, match=r"timesteps is 2 there, 3 in the given config"):
         other = model.SDconfig(30, 8, **SMALL, timesteps=3)
         utils.load_model_from_checkpoint(model.SpikingDecoderModel, first, config=other, dim_hid=2)
-    with pytest.raises(CheckpointError, match="neither a folder with config.json nor"):
+    with pytest.raises(CheckpointError, match="neither a folder with config"):
         utils.load_model_from_checkpoint(model.SpikingDecoderModel, tmp_path / "no", config=config)
 
 

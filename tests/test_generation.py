@@ -50,6 +50,15 @@ def make(**changes):
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other cost more than these small tensors do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def model():
     return make()

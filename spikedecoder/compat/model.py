@@ -219,7 +219,7 @@ class _Shim(nn.Module):
     ) -> None:
         """Without a config, the config's own arguments by name (vocab_size and max_len are needed then).
 
-        dim_hid: the MLP's hidden width in multiples of embed_dim; None is 4. mlp_dropout: overrides the config's.
+        dim_hid: the MLP's width in multiples of embed_dim; None is 4. mlp_dropout: in place of the config's.
         """
         super().__init__()
         if config is None:

@@ -198,6 +198,7 @@ class charDataset(_WindowDataset):
         randomTest: bool = False,
         fullwords: bool = False,
     ) -> None:
+        _check_limit(fullLength)
         self.src, self.inputLength, self.fullLength, self.reader = src, inputLength, fullLength, Reader()
         self.alphabet = "abcdefghijklmnopqrstuvwxyz.'P "
         if src == "alphabet":
@@ -234,6 +235,7 @@ class wordDataset(_WindowDataset):
         randomTest: bool = False,
         reader: Reader | None = None,
     ) -> None:
+        _check_limit(fullLength)
         self.src, self.inputLength, self.fullLength = src, inputLength, fullLength
         self.reader = Reader() if reader is None else reader
         dictionary = self.reader.dictionary
@@ -253,9 +255,12 @@ def _windows(text: Text, length: int, name: str, unit: str) -> tuple[Windows, Wi
     return Windows(text, length, starts), Windows(text, length, starts, shift=1)
 
 
-def _limited(windows: tuple[Windows, Windows], limit: int) -> tuple[Windows, Windows]:
+def _check_limit(limit: int) -> None:
     if not isinstance(limit, int) or limit < 0:
         raise ValueError(f"fullLength: got {limit!r}, takes an integer >= 0 (0 is all windows)")
+
+
+def _limited(windows: tuple[Windows, Windows], limit: int) -> tuple[Windows, Windows]:
     data, targets = windows
     return (data[:limit], targets[:limit]) if limit else (data, targets)
 
@@ -299,10 +304,10 @@ def load_model_from_checkpoint(
         saved, own = read_config(path / CONFIG), shim.decoder.config
         different = [k for k, v in saved.to_dict().items() if v != own.to_dict()[k]]
         if different:
-            name = different[0]
+            name, more = different[0], len(different) - 1
             raise CheckpointError(
-                f"{path}: {name} is {getattr(saved, name)!r} there, {getattr(own, name)!r} in the given config"
-                + (f" (and {len(different) - 1} more differ)" if len(different) > 1 else "")
+                f"{path}: {name} is {getattr(saved, name)!r} there, {getattr(own, name)!r} in the given "
+                f"config{f' (and {more} fields more differ)' if more else ''}"
             )
         tensors = SpikeDecoder.from_pretrained(path).state_dict()
     else:
