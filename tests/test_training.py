@@ -552,28 +552,30 @@ def test_tensorboard(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "no").exists()
 
 
-_TWO = """
-import sys
-from spikedecoder.data import prepare_corpus
-from spikedecoder import SpikeDecoderConfig
-from spikedecoder.training import TrainConfig, train
-text, out = sys.argv[1:]
-corpus = prepare_corpus([text])
-t = corpus.tokenizer
-config = SpikeDecoderConfig.preset("default", vocab_size=t.vocab_size, pad_id=t.pad_id, max_len=16, token_dim=12,
-                                   position_dim=4, heads=2, blocks=1, timesteps=2)
-train(config, corpus, TrainConfig(steps=4, batch_size=2, device="cpu", threads=1, warmup=0), out=out)
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_share_a_batch(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(STORY)
-    (tmp_path / "two.py").write_text(_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "two.py", "story.txt", "two"]
+    (tmp_path / "two.py").write_text("from spikedecoder.cli import main; main()")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "two.py", "train", "--json"]
+    command += [
+        "--text",
+        "story.txt",
+        "--out",
+        "two",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--max-steps",
+        "4",
+    ]
+    command += ["--batch-size", "2", "--max-len", "16", "--heads", "2", "--blocks", "1", "--timesteps", "2"]
+    for assignment in ("token_dim=12", "position_dim=4", "warmup=0"):
+        command += ["--set", assignment]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["steps"] == 4  # one process speaks
     train(tiny(corpus), corpus, settings(steps=4, batch_size=4, warmup=0), out=tmp_path / "one")
     two = json.loads((tmp_path / "two" / "last" / "trainer.json").read_text())
     # sums in another order, and then a spike here and there

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +16,7 @@ from spikedecoder.config import SpikeDecoderConfig
 
 if TYPE_CHECKING:
     from spikedecoder.data import Corpus
-    from spikedecoder.training import ScreenReporter, TrainConfig, TrainResult
+    from spikedecoder.training import TrainConfig, TrainResult
 
 _MODEL, _TRAINING, _TEXT = "Model", "Training", "Text"
 
@@ -144,7 +146,8 @@ def train(
         result = _resume(resume, overrides, text, as_json)
     else:
         result = _new(preset or overrides.preset or "default", overrides, text, corpus, out, as_json)
-    _finish(result, as_json)
+    if _first_process():
+        _finish(result, as_json)
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -166,7 +169,7 @@ def _new(
     SpikeDecoderConfig.preset(preset)
     settings = training.TrainConfig.preset(preset, **overrides.train)
     check_device(settings.device)
-    if out is not None:
+    if out is not None and _first_process():
         check_unused(out)
     data = prepare_corpus(
         text,
@@ -176,14 +179,14 @@ def _new(
         val_fraction=settings.val_fraction,
     )
     config = model_config(preset, overrides.model, data.tokenizer)
+    _use_threads(settings.threads)
     folder = out or training.free_folder(preset, data.name)
     source = {
         "preset": preset,
         "text": [_absolute(path) for path in text] if text else None,
         "corpus": corpus,
     }
-    reporter = training.ScreenReporter(bar=not as_json)
-    _introduce(reporter, config, data, settings, folder)
+    reporter = training.ScreenReporter(not as_json, _heading(config, data, settings, folder))
     return training.train(config, data, settings, out=folder, reporter=reporter, source=source)
 
 
@@ -206,23 +209,31 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
         min_count=settings.min_count,
         val_fraction=settings.val_fraction,
     )
-    reporter = training.ScreenReporter(bar=not as_json)
-    reporter.message(f"resuming {folder}")
+    _use_threads(settings.threads or info.threads)
+    reporter = training.ScreenReporter(not as_json, [f"going on with the run in {folder}"])
     return training.train(config, data, settings, out=folder, resume=True, reporter=reporter)
 
 
-def _introduce(
-    reporter: ScreenReporter, config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, folder: Path
-) -> None:
-    reporter.message(
+def _first_process() -> bool:
+    """Whether this is the process that speaks, where a launcher has started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, folder: Path) -> list[str]:
+    return [
         f"text: {data.name}, {data.characters:,} characters, {len(data.train):,} tokens to learn and "
-        f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones"
-    )
-    reporter.message(
+        f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones",
         f"model: {config.blocks} blocks, {config.embed_dim} channels, {config.heads} heads, "
         f"{config.timesteps} timesteps, spike degree {config.spike_degree}; {settings.steps} steps of "
-        f"{settings.batch_size * settings.grad_accum} x {config.max_len} tokens; output in {folder}"
-    )
+        f"{settings.batch_size * settings.grad_accum} x {config.max_len} tokens; output in {folder}",
+    ]
 
 
 def _finish(result: TrainResult, as_json: bool) -> None:
@@ -233,7 +244,7 @@ def _finish(result: TrainResult, as_json: bool) -> None:
     if result.interrupted:
         report.message(
             f"{result.interrupted}: stopped after step {result.step} of {result.steps} and saved; go on "
-            f"with: spikedecoder train --resume {result.out}"
+            f"with: spikedecoder train --resume {shlex.quote(str(result.out))}"
         )
     elif result.evaluation is not None:
         bits = ", ".join(f"{name} {value:.3f}" for name, value in result.baselines.items())

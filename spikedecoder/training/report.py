@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,13 @@ class Several(Reporter):
 
 
 class ScreenReporter(Reporter):
-    """A progress bar on stderr; where that is no terminal, or without `bar`, a line per evaluation."""
+    """A progress bar on stderr; where that is no terminal, or without `bar`, a line per evaluation.
 
-    def __init__(self, bar: bool = True) -> None:
+    heading: lines to begin with, once it is clear that the run can begin.
+    """
+
+    def __init__(self, bar: bool = True, heading: Sequence[str] = ()) -> None:
+        self.heading = heading
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._bar = bar and self.console.is_terminal
         self._progress: Progress | None = None
@@ -81,6 +86,8 @@ class ScreenReporter(Reporter):
         self._bits = self._loss = math.nan
 
     def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
+        for line in self.heading:
+            self.message(line)
         if not self._bar:
             return
         self._progress = Progress(
