@@ -114,6 +114,55 @@ void bind_lif(py::module_& m) {
   });
 }
 
+NormKind make_kind(int kind) {
+  require(kind == 0 || kind == 1, "kind: takes 0 (row) or 1 (channel)");
+  return static_cast<NormKind>(kind);
+}
+
+void bind_norm_lif(py::module_& m) {
+  m.def("moments", [](uintptr_t x, bool center, uintptr_t mean, uintptr_t var, int64_t rows, int64_t C, int threads) {
+    const int64_t all = elements({rows, C});
+    require(rows > 0, "rows: takes at least 1");
+    Moments a{array<const float>(x, all, "x"), center, array<float>(mean, C, "mean"), array<float>(var, C, "var"),
+              rows, C, checked_threads(threads)};
+    run(kernels().moments, a);
+  });
+  m.def("norm_lif_forward",
+        [](const Neuron& neuron, const Threshold& threshold, int kind, uintptr_t x, uintptr_t weight, uintptr_t bias,
+           double eps, uintptr_t mean, uintptr_t rstd, uintptr_t spikes, int64_t T, int64_t rows, int64_t C,
+           int threads) {
+          const int64_t all = elements({T, rows, C}), statistics = kind ? C : elements({T, rows});
+          require(eps >= 0, "eps: takes a number >= 0");
+          NormLifForward a{neuron, threshold, make_kind(kind), array<const float>(x, all, "x"),
+                           array<const float>(weight, C, "weight"), array<const float>(bias, C, "bias"),
+                           static_cast<float>(eps), array<float>(mean, statistics, "mean"),
+                           array<float>(rstd, statistics, "rstd"), array<float>(spikes, all, "spikes"), T, rows, C,
+                           checked_threads(threads)};
+          run(kernels().norm_lif_forward, a);
+        });
+  m.def("norm_lif_backward",
+        [](const Neuron& neuron, const Threshold& threshold, int kind, int part, uintptr_t grad_spikes, uintptr_t x,
+           uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t rstd, uintptr_t a_, uintptr_t b, uintptr_t c,
+           uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t grad_threshold, int64_t T,
+           int64_t rows, int64_t C, int threads) {
+          const int64_t all = elements({T, rows, C}), statistics = kind ? C : elements({T, rows});
+          require(part >= 0 && part <= 2, "part: takes 0 (whole), 1 (reduce) or 2 (apply)");
+          require(part != 0 || kind == 0, "part: whole is for row statistics");
+          const int64_t sums = part == 2 ? 0 : C, coefficients = part == 2 ? C : 0;
+          NormLifBackward a{neuron, threshold, make_kind(kind), static_cast<NormLifPart>(part),
+                            array<const float>(grad_spikes, all, "grad_spikes"), array<const float>(x, all, "x"),
+                            array<const float>(weight, C, "weight"), array<const float>(bias, C, "bias"),
+                            array<const float>(mean, statistics, "mean"), array<const float>(rstd, statistics, "rstd"),
+                            array<const float>(a_, coefficients, "a"), array<const float>(b, coefficients, "b"),
+                            array<const float>(c, coefficients, "c"),
+                            array<float>(grad_x, part == 1 ? 0 : all, "grad_x"),
+                            array<float>(grad_weight, sums, "grad_weight"), array<float>(grad_bias, sums, "grad_bias"),
+                            optional_array<float>(grad_threshold, "grad_threshold"), T, rows, C,
+                            checked_threads(threads)};
+          run(kernels().norm_lif_backward, a);
+        });
+}
+
 void bind_pack(py::module_& m) {
   m.def(
       "pack",
@@ -171,5 +220,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled operators of spikedecoder; called through spikedecoder.ext.cpu.";
   bind_runtime(m);
   bind_lif(m);
+  bind_norm_lif(m);
   bind_pack(m);
 }

@@ -76,9 +76,54 @@ struct Unpack {
   int threads;
 };
 
-#define SPIKEDECODER_KERNELS(X) \
-  X(lif_forward, LifForward)    \
-  X(lif_backward, LifBackward)  \
+// x [rows, C] -> mean, variance (biased) of each channel; without centring mean = 0, var = mean of x^2.
+struct Moments {
+  const float* x;
+  bool center;
+  float *mean, *var;
+  int64_t rows, C;
+  int threads;
+};
+
+// Which statistics normalise an element: those of its row [T, rows], or those of its channel [C].
+enum class NormKind : int { row = 0, channel = 1 };
+
+// spikes = LIF(y), y = z weight + bias, z = (x - mean) rstd. x, spikes [T, rows, C].
+// Row statistics are computed and written here, channel statistics are read.
+struct NormLifForward {
+  Neuron neuron;
+  Threshold threshold;
+  NormKind kind;
+  const float *x, *weight, *bias;
+  float eps;
+  float *mean, *rstd, *spikes;
+  int64_t T, rows, C;
+  int threads;
+};
+
+// With g = dL/dy, recomputed in each of the three:
+//   whole   row statistics: grad_x, grad_weight, grad_bias, grad_threshold
+//   reduce  grad_weight = sum g z, grad_bias = sum g, grad_threshold
+//   apply   grad_x = a g + b z + c, with a, b, c per channel
+enum class NormLifPart : int { whole = 0, reduce = 1, apply = 2 };
+
+struct NormLifBackward {
+  Neuron neuron;
+  Threshold threshold;
+  NormKind kind;
+  NormLifPart part;
+  const float *grad_spikes, *x, *weight, *bias, *mean, *rstd, *a, *b, *c;
+  float *grad_x, *grad_weight, *grad_bias, *grad_threshold;
+  int64_t T, rows, C;
+  int threads;
+};
+
+#define SPIKEDECODER_KERNELS(X)           \
+  X(lif_forward, LifForward)              \
+  X(lif_backward, LifBackward)            \
+  X(moments, Moments)                     \
+  X(norm_lif_forward, NormLifForward)     \
+  X(norm_lif_backward, NormLifBackward)   \
   X(binarize, Binarize)         \
   X(pack, Pack)                 \
   X(unpack, Unpack)

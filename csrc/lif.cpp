@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "neuron.h"
 #include "parallel.h"
+#include "threshold_sum.h"
 
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
@@ -30,11 +31,6 @@ SPIKEDECODER_INLINE void for_vectors(int64_t rows, int64_t C, int thread, int th
 
 double work(int64_t T, int64_t elements, double per_element) {
   return per_element * static_cast<double>(T) * static_cast<double>(elements);
-}
-
-// Where the parts of dL/dthreshold are summed: per thread for the shared thresholds, in place for the rest.
-size_t threshold_sums(const Threshold& t, int64_t C) {
-  return t.kind == ThresholdKind::channel ? static_cast<size_t>(round_up(C, W)) : 2 * W;
 }
 
 }  // namespace
@@ -64,22 +60,15 @@ void lif_forward(const LifForward& a) {
 void lif_backward(const LifBackward& a) {
   const int64_t step = a.rows * a.C;
   const int most = threads_for(work(a.T, step, 0.6), a.threads);
-  const size_t sums = threshold_sums(a.threshold, a.C);
   // per thread: the membrane potentials h of one vector of neurons, then its share of dL/dthreshold
-  const size_t own = static_cast<size_t>(round_up(a.T * W + static_cast<int64_t>(sums), 16));
-  Scratch scratch(sizeof(float) * own * static_cast<size_t>(most));
-  const bool shared = a.grad_threshold && a.threshold.kind != ThresholdKind::element;
+  const int64_t potentials = round_up(a.T * W, 16), own = potentials + ThresholdSum::size(a.threshold, a.C);
+  Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
 
   with_cell_and_surrogate(a.neuron, [&](const auto& cell, auto surrogate) {
     parallel(most, [&](int thread, int threads) {
       const FlushDenormals flush;
-      float* hs = scratch.floats() + own * static_cast<size_t>(thread);
-      float* sum_of_thread = hs + a.T * W;
-      for (size_t i = 0; i < sums; i++) sum_of_thread[i] = 0;
-      // a scalar's sum runs over millions: add up runs of 256 vectors before they go into the total
-      F run = zero();
-      int run_length = 0;
-
+      float* hs = scratch.floats() + own * thread;
+      ThresholdSum sum(a.threshold, a.C, a.grad_threshold, hs + potentials);
       for_vectors(a.rows, a.C, thread, threads, [&](int64_t row, int64_t c, int n) {
         const F threshold = thresholds_at(a.threshold, row, c, n);
         const int64_t at = row + c;
@@ -98,42 +87,12 @@ void lif_backward(const LifBackward& a) {
           store_up_to(a.grad_x + t * step + at, grad_x, n);
         }
         if (a.grad_v_init) store_up_to(a.grad_v_init + at, carry, n);
-        if (!a.grad_threshold) return;
-        switch (a.threshold.kind) {
-          case ThresholdKind::element: store_up_to(a.grad_threshold + at, grad_threshold, n); break;
-          case ThresholdKind::channel:
-            store(sum_of_thread + c, add(load(sum_of_thread + c), grad_threshold));
-            break;
-          case ThresholdKind::scalar:
-            run = add(run, grad_threshold);  // lanes past n got no gradient and add 0
-            if (++run_length == 256) {
-              store(sum_of_thread, add(load(sum_of_thread), run));
-              run = zero();
-              run_length = 0;
-            }
-            break;
-        }
+        sum.add_up(row, c, n, grad_threshold);
       });
-      if (a.threshold.kind == ThresholdKind::scalar) {
-        store(sum_of_thread, add(load(sum_of_thread), run));
-      }
+      sum.end_run();
     });
   });
-
-  if (!shared) return;
-  const bool scalar = a.threshold.kind == ThresholdKind::scalar;
-  for (int64_t c = 0; c < (scalar ? 1 : a.C); c++) {
-    double total = 0;
-    for (int thread = 0; thread < most; thread++) {
-      const float* sum_of_thread = scratch.floats() + own * static_cast<size_t>(thread) + a.T * W;
-      if (scalar) {
-        for (int i = 0; i < W; i++) total += static_cast<double>(sum_of_thread[i]);
-      } else {
-        total += static_cast<double>(sum_of_thread[c]);
-      }
-    }
-    a.grad_threshold[c] = static_cast<float>(total);
-  }
+  ThresholdSum::combine(a.threshold, a.C, a.grad_threshold, scratch.floats() + potentials, own, most);
 }
 
 }  // namespace SPIKEDECODER_VARIANT

@@ -1,0 +1,77 @@
+// Mean and variance of each channel over all rows, read once: blocks of rows that stay in the cache have
+// their own mean and squared deviation, which are then combined (Chan, Golub & LeVeque, 1983).
+// Bytes moved per element: 4 read.
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+namespace {
+
+constexpr int64_t BLOCK = 64;  // rows
+
+// Adds a block of n_b values with this mean and squared deviation to one of n_a values.
+SPIKEDECODER_INLINE void combine(double n_a, F& mean, F& squares, double n_b, F mean_b, F squares_b) {
+  const double n = n_a + n_b;
+  const F delta = sub(mean_b, mean);
+  mean = add(mean, mul(delta, set1(static_cast<float>(n_b / n))));
+  squares = add(add(squares, squares_b), mul(mul(delta, delta), set1(static_cast<float>(n_a * n_b / n))));
+}
+
+// One block's part of the W channels at x (rows `stride` apart, the first n lanes).
+SPIKEDECODER_INLINE void block_moments(const float* x, int64_t rows, int64_t stride, int n, bool center, F& mean,
+                                       F& squares) {
+  mean = zero();
+  squares = zero();
+  if (center) {
+    for (int64_t r = 0; r < rows; r++) mean = add(mean, load_up_to(x + r * stride, n));
+    mean = div(mean, set1(static_cast<float>(rows)));
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    const F d = sub(load_up_to(x + r * stride, n), mean);
+    squares = fma(d, d, squares);
+  }
+}
+
+}  // namespace
+
+void moments(const Moments& a) {
+  const int threads = threads_for(0.3 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
+  const int64_t padded = round_up(a.C, 16);
+  Scratch scratch(sizeof(float) * static_cast<size_t>(2 * padded * threads));
+  parallel(threads, [&](int thread, int all) {
+    float *means = scratch.floats() + 2 * padded * thread, *squares = means + padded;
+    for (int64_t c = 0; c < 2 * padded; c++) means[c] = 0;
+    const Range rows = share(a.rows, thread, all, BLOCK);
+    for (int64_t r = rows.begin; r < rows.end; r += BLOCK) {
+      const int64_t length = rows.end - r < BLOCK ? rows.end - r : BLOCK;
+      for (int64_t c = 0; c < a.C; c += W) {
+        const int n = static_cast<int>(a.C - c < W ? a.C - c : W);
+        F mean_b, squares_b, mean = load(means + c), square = load(squares + c);
+        block_moments(a.x + r * a.C + c, length, a.C, n, a.center, mean_b, squares_b);
+        combine(static_cast<double>(r - rows.begin), mean, square, static_cast<double>(length), mean_b, squares_b);
+        store(means + c, mean);
+        store(squares + c, square);
+      }
+    }
+  });
+  for (int64_t c = 0; c < a.C; c += W) {
+    F mean = zero(), square = zero();
+    int64_t before = 0;
+    for (int thread = 0; thread < threads; thread++) {
+      const Range rows = share(a.rows, thread, threads, BLOCK);
+      if (rows.end == rows.begin) continue;
+      const float* means = scratch.floats() + 2 * padded * thread;
+      combine(static_cast<double>(before), mean, square, static_cast<double>(rows.end - rows.begin), load(means + c),
+              load(means + padded + c));
+      before += rows.end - rows.begin;
+    }
+    const int n = static_cast<int>(a.C - c < W ? a.C - c : W);
+    store_up_to(a.mean + c, mean, n);
+    store_up_to(a.var + c, div(square, set1(static_cast<float>(a.rows))), n);
+  }
+}
+
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder

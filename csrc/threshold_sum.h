@@ -1,0 +1,66 @@
+// Sums dL/dthreshold: per thread where neurons share a threshold, in place where each has its own.
+#pragma once
+
+#include "kernels.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+
+class ThresholdSum {
+ public:
+  // Floats of scratch that each thread needs.
+  static int64_t size(const Threshold& t, int64_t C) {
+    return t.kind == ThresholdKind::channel ? round_up(C, 16) : 16;
+  }
+
+  // `out` is null where no gradient is wanted; `scratch` is this thread's own.
+  ThresholdSum(const Threshold& t, int64_t C, float* out, float* scratch)
+      : kind_(t.kind), out_(out), sums_(scratch), run_(zero()), run_length_(0) {
+    for (int64_t i = 0; i < size(t, C); i++) sums_[i] = 0;
+  }
+
+  // The gradients of n <= W neurons from channel c on, in a row that starts at element `row`; lanes past n
+  // hold 0.
+  SPIKEDECODER_INLINE_MEMBER void add_up(int64_t row, int64_t c, int n, F gradient) {
+    if (!out_) return;
+    if (kind_ == ThresholdKind::element) {
+      store_up_to(out_ + row + c, gradient, n);
+    } else if (kind_ == ThresholdKind::channel) {
+      store_up_to(sums_ + c, add(load_up_to(sums_ + c, n), gradient), n);
+    } else {
+      // a scalar's sum runs over millions: runs of 256 vectors first
+      run_ = add(run_, gradient);
+      if (++run_length_ == 256) end_run();
+    }
+  }
+
+  SPIKEDECODER_INLINE_MEMBER void end_run() {
+    if (kind_ == ThresholdKind::scalar) store(sums_, add(load(sums_), run_));
+    run_ = zero();
+    run_length_ = 0;
+  }
+
+  // After the threads have ended: their sums, which lie `stride` apart from `scratch` on, into `out`.
+  static void combine(const Threshold& t, int64_t C, float* out, const float* scratch, int64_t stride, int threads) {
+    if (!out || t.kind == ThresholdKind::element) return;
+    const bool scalar = t.kind == ThresholdKind::scalar;
+    for (int64_t c = 0; c < (scalar ? 1 : C); c++) {
+      double total = 0;
+      for (int thread = 0; thread < threads; thread++) {
+        for (int i = 0; i < (scalar ? W : 1); i++) total += static_cast<double>(scratch[thread * stride + c + i]);
+      }
+      out[c] = static_cast<float>(total);
+    }
+  }
+
+ private:
+  ThresholdKind kind_;
+  float *out_, *sums_;
+  F run_;
+  int run_length_;
+};
+
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder
