@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ from spikedecoder.training import (
     health,
     train,
 )
-from spikedecoder.training.checkpoints import latest, publish, read_step, save_checkpoint
+from spikedecoder.training.checkpoints import STATE, latest, publish, read_step, save_checkpoint
 
 STORY = "the cat sat on the mat. the dog ate the hat. a rat ran to the cat and sat. " * 40
 
@@ -255,14 +256,16 @@ def test_a_kill_between_any_two_system_calls_leaves_a_whole_checkpoint(
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1))
     model.loss(torch.ones(1, 4, dtype=torch.int64), torch.full((1, 4), 2)).backward()
     optimizer.step()
-    folder = save_checkpoint(tmp_path, 1, model, optimizer, {})
+    state = dict.fromkeys(STATE)
+    folder = save_checkpoint(tmp_path, 1, model, optimizer, state)
     publish(tmp_path, folder, ("last", "best"))
     step, died = 1, 0
     for calls in range(200):
         with monkeypatch.context() as patch:
             Dying(patch, calls)
             try:
-                publish(tmp_path, save_checkpoint(tmp_path, step + 1, model, optimizer, {}), ("last", "best"))
+                folder = save_checkpoint(tmp_path, step + 1, model, optimizer, state)
+                publish(tmp_path, folder, ("last", "best"))
                 finished = True
             except Killed:
                 finished = False
@@ -583,3 +586,12 @@ def test_two_processes_share_a_batch(corpus: Corpus, tmp_path: Path) -> None:
     assert two["recent_losses"][0] == pytest.approx(ours["recent_losses"][0], rel=1e-5)
     assert two["evaluation"]["loss"] == pytest.approx(ours["evaluation"]["loss"], rel=0.02)
     assert two["evaluation"]["tokens"] == ours["evaluation"]["tokens"]
+
+
+def test_a_compiled_step_trains(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # traced and differentiated ahead of time as always, but run without building C++, which takes minutes
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    plain = train(tiny(corpus), corpus, settings(steps=3), out=tmp_path / "plain")
+    compiled = train(tiny(corpus), corpus, settings(steps=3, compile=True), out=tmp_path / "compiled")
+    assert compiled.train_loss == pytest.approx(plain.train_loss, rel=1e-3)
+    SpikeDecoder.from_pretrained(tmp_path / "compiled" / "last")

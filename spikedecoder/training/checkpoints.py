@@ -38,6 +38,7 @@ from spikedecoder.model import SpikeDecoder
 
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
+STATE = ("recent_losses", "best", "evaluated", "evaluation", "warnings", "scaler")  # besides the step
 _FORMAT = "spikedecoder-trainer"
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -102,6 +103,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
     state = read_json(folder / TRAINER)
     if state.get("format") != _FORMAT or state.get("version") != 1 or not isinstance(state.get("step"), int):
         raise CheckpointError(f"{folder / TRAINER}: not the state of a training run")
+    for name in STATE:
+        if name not in state:
+            raise CheckpointError(f"{folder / TRAINER}: {name} is missing")
     return state
 
 

@@ -181,7 +181,7 @@ class _Run:
             checkpoint=self.out / LAST,
             out=self.out,
             model=self.model.eval(),
-            interrupted=(self.stop.requested or "another process's") if interrupted else None,
+            interrupted=(self.stop.requested or "SIGINT") if interrupted else None,
         )
 
     def _due(self, every: int) -> bool:
@@ -242,9 +242,12 @@ class _Run:
         if math.isfinite(loss) and (math.isfinite(norm) or self.c.mixed_precision == "fp16"):
             return
         what = f"the gradient's norm became {norm}" if math.isfinite(loss) else f"the loss became {loss}"
+        raise self._failed(f"{what} in step {step}")
+
+    def _failed(self, what: str) -> TrainingError:
         mixed = self.c.mixed_precision
-        raise TrainingError(
-            f"{what} in step {step}, so the run stops; {self._kept()}. Try a lower --lr (now {self.c.lr:g}), "
+        return TrainingError(
+            f"{what}, so the run stops; {self._kept()}. Try a lower --lr (now {self.c.lr:g}), "
             f"a longer warmup (now {self.c.warmup} steps), a smaller clip (now {self.c.clip:g})"
             + ("" if mixed == "no" else f", or --set mixed_precision=no (now {mixed})")
         )
@@ -265,6 +268,8 @@ class _Run:
         )
         if evaluation is None:
             return True
+        if not math.isfinite(evaluation.loss):
+            raise self._failed(f"the held-out loss became {evaluation.loss} after step {self.step}")
         self.evaluation, self.evaluated, self.saved = evaluation, self.step, -1
         self.report.evaluated(self.step, evaluation)
         known, self.warnings = self.warnings, health(evaluation)
@@ -285,6 +290,8 @@ class _Run:
         if self.saved == self.step:
             return
         self._read_losses()
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise self._failed(f"weights became infinite or NaN in step {self.step}")
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {

@@ -159,8 +159,14 @@ class MetricsFile(Reporter):
         )
 
     def _append(self, values: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.path} ({error}); the last checkpoint is whole: make room, then go on with "
+                f"--resume {self.path.parent}"
+            ) from error
 
 
 class TensorBoard(Reporter):
