@@ -184,6 +184,51 @@ void bind_pack(py::module_& m) {
   });
 }
 
+SumRows make_sum_rows(uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows, int64_t bits,
+                      int64_t columns, int threads) {
+  return {array<const uint64_t>(words, elements({rows, words_for(bits)}), "words"),
+          array<const float>(source, elements({bits, columns}), "source"),
+          optional_array<const float>(bias, "bias"), array<float>(out, elements({rows, columns}), "out"), rows, bits,
+          columns, checked_threads(threads)};
+}
+
+WeightGrad make_weight_grad(uintptr_t words, uintptr_t grad, uintptr_t grad_weight, int64_t M, int64_t K, int64_t N,
+                            int threads) {
+  return {array<const uint64_t>(words, elements({M, words_for(K)}), "words"),
+          array<const float>(grad, elements({M, N}), "grad"),
+          array<float>(grad_weight, elements({N, K}), "grad_weight"), M, K, N, checked_threads(threads)};
+}
+
+void bind_spike_linear(py::module_& m) {
+  m.def("gather", [](uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows, int64_t bits,
+                     int64_t columns, int threads) {
+    run(kernels().gather, make_sum_rows(words, source, bias, out, rows, bits, columns, threads));
+  });
+  m.def("subset_sums", [](uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows, int64_t bits,
+                          int64_t columns, int threads) {
+    run(kernels().subset_sums, make_sum_rows(words, source, bias, out, rows, bits, columns, threads));
+  });
+  m.def("gather_weight_grad", [](uintptr_t words, uintptr_t grad, uintptr_t grad_weight, int64_t M, int64_t K,
+                                 int64_t N, int threads) {
+    run(kernels().gather_weight_grad, make_weight_grad(words, grad, grad_weight, M, K, N, threads));
+  });
+  m.def("subset_sums_weight_grad", [](uintptr_t words, uintptr_t grad, uintptr_t grad_weight, int64_t M, int64_t K,
+                                      int64_t N, int threads) {
+    run(kernels().subset_sums_weight_grad, make_weight_grad(words, grad, grad_weight, M, K, N, threads));
+  });
+  m.def("transpose", [](uintptr_t x, uintptr_t out, int64_t rows, int64_t columns, int threads) {
+    const int64_t n = elements({rows, columns});
+    Transpose a{array<const float>(x, n, "x"), array<float>(out, n, "out"), rows, columns, checked_threads(threads)};
+    run(kernels().transpose, a);
+  });
+  m.def("count", [](uintptr_t words, int64_t n) {
+    const uint64_t* w = array<const uint64_t>(words, elements({n}), "words");
+    int64_t set = 0;
+    for (int64_t i = 0; i < n; i++) set += __builtin_popcountll(w[i]);
+    return set;
+  });
+}
+
 void bind_runtime(py::module_& m) {
   py::class_<Neuron>(m, "Neuron").def(py::init(&make_neuron), py::arg("tau"), py::arg("v_reset"),
                                       py::arg("decay_input"), py::arg("surrogate"), py::arg("alpha"),
@@ -222,4 +267,5 @@ PYBIND11_MODULE(_C, m) {
   bind_lif(m);
   bind_norm_lif(m);
   bind_pack(m);
+  bind_spike_linear(m);
 }

@@ -118,12 +118,45 @@ struct NormLifBackward {
   int threads;
 };
 
+// out[r, :] = bias + sum of source[q, :] over the bits q that are set in row r of words.
+// words [rows, words_for(bits)], source [bits, columns], out [rows, columns]; bias [columns] or null.
+struct SumRows {
+  const uint64_t* words;
+  const float *source, *bias;
+  float* out;
+  int64_t rows, bits, columns;
+  int threads;
+};
+
+// grad_weight[n, k] = sum of grad[m, n] over the rows m in which bit k is set.
+// words [M, words_for(K)], grad [M, N], grad_weight [N, K].
+struct WeightGrad {
+  const uint64_t* words;
+  const float* grad;
+  float* grad_weight;
+  int64_t M, K, N;
+  int threads;
+};
+
+// x [rows, columns] -> out [columns, rows].
+struct Transpose {
+  const float* x;
+  float* out;
+  int64_t rows, columns;
+  int threads;
+};
+
 #define SPIKEDECODER_KERNELS(X)           \
   X(lif_forward, LifForward)              \
   X(lif_backward, LifBackward)            \
   X(moments, Moments)                     \
   X(norm_lif_forward, NormLifForward)     \
   X(norm_lif_backward, NormLifBackward)   \
+  X(gather, SumRows)                      \
+  X(gather_weight_grad, WeightGrad)       \
+  X(subset_sums, SumRows)                 \
+  X(subset_sums_weight_grad, WeightGrad)  \
+  X(transpose, Transpose)                 \
   X(binarize, Binarize)         \
   X(pack, Pack)                 \
   X(unpack, Unpack)

@@ -27,6 +27,27 @@ inline void parallel(int threads, const Body& body) {
   body(0, 1);
 }
 
+// All threads of the team have come here. Only inside `parallel`.
+inline void barrier() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+// Numbers 0..n handed out to whichever thread asks next.
+class Tasks {
+ public:
+  explicit Tasks(int64_t n) : n_(n) {}
+  // False when there are no more.
+  bool next(int64_t& task) {
+    task = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
+    return task < n_;
+  }
+
+ private:
+  int64_t n_, next_ = 0;
+};
+
 struct Range {
   int64_t begin, end;
 };

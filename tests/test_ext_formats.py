@@ -13,7 +13,7 @@ from spikedecoder.reference import pack_spikes as reference
 if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
 
-from spikedecoder.ext.cpu import native, pack_spikes
+from spikedecoder.ext.cpu import _cost, native, pack_spikes, spike_linear
 
 FUZZ = settings(max_examples=60, deadline=None)
 
@@ -46,3 +46,71 @@ def test_pack_and_unpack(shape, channels, rate, seed):
         assert count == spikes.sum()
         assert torch.equal(pack_spikes.pack(spikes.bool()), expected), name
         assert torch.equal(pack_spikes.unpack(words, channels, torch.float32), spikes), name
+
+
+@FUZZ
+@given(
+    rows=st.integers(0, 150),
+    channels=st.integers(1, 300),
+    out_channels=st.integers(1, 150),
+    rate=st.floats(0, 1),
+    with_bias=st.booleans(),
+    by_columns=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_spike_linear(rows, channels, out_channels, rate, with_bias, by_columns, seed):
+    """Small whole numbers as weights: every order of summation gives the same floats."""
+    generator = torch.Generator().manual_seed(seed)
+    s = random_spikes(seed, (rows, channels), rate)
+    weight = torch.randint(-8, 9, (out_channels, channels), generator=generator).float()
+    bias = torch.randint(-8, 9, (out_channels,), generator=generator).float() if with_bias else None
+    grad = torch.randint(-8, 9, (rows, out_channels), generator=generator).float()
+    expected = torch.nn.functional.linear(s, weight, bias)
+    expected_grad = grad.t() @ s
+    if by_columns:
+        weight = weight.t().contiguous().t()
+    for name in on_each_variant():
+        for method in (None, *_cost.METHODS):
+            y, words = spike_linear.forward(s, weight, bias, method)
+            assert torch.equal(y, expected), (name, method)
+            assert torch.equal(words, reference.pack(s)), (name, method)
+            found = spike_linear.weight_grad(words, channels, grad, method)
+            assert torch.equal(found, expected_grad), (name, method)
+
+
+@pytest.mark.parametrize("method", ["gather", "subset_sums"])
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(700, 40_000, 3), (5000, 70, 40), (3, 33_000, 20), (2100, 2100, 17)]
+)
+def test_spike_linear_beyond_one_block(method, m, k, n):
+    """More bits than a 16-bit number counts, more rows than one block holds, several threads."""
+    generator = torch.Generator().manual_seed(0)
+    s = random_spikes(1, (m, k), 0.02)
+    weight = torch.randint(-8, 9, (n, k), generator=generator).float()
+    grad = torch.randint(-8, 9, (m, n), generator=generator).float()
+    expected, expected_grad = s @ weight.t(), grad.t() @ s
+    for name in on_each_variant():
+        y, words = spike_linear.forward(s, weight, None, method)
+        assert torch.equal(y, expected), name
+        assert torch.equal(spike_linear.weight_grad(words, k, grad, method), expected_grad), name
+
+
+def test_the_cost_model_chooses_by_rate():
+    native.use_variant(native.variants()[0])
+    shape = (8192, 1280, 80)
+    sparse, full = (_cost.fastest(*shape, int(rate * 8192 * 1280)) for rate in (0.01, 1.0))
+    assert sparse == "gather"
+    assert full != "gather"
+
+
+def test_a_broken_cost_file_is_named(monkeypatch, tmp_path):
+    path = tmp_path / "costs.json"
+    path.write_text("{}")
+    monkeypatch.setenv("SPIKEDECODER_SPIKE_LINEAR_COST", str(path))
+    _cost.costs.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"SPIKEDECODER_SPIKE_LINEAR_COST.*costs\.json"):
+            _cost.costs(native.variant())
+    finally:
+        monkeypatch.undo()
+        _cost.costs.cache_clear()

@@ -97,3 +97,10 @@ def test_sums_then_lif(case, variant):
             compared = True
             assert_gradients(actual, expected)
     assert compared
+
+
+@pytest.mark.parametrize("case", cases("spike_linear"), ids=str)
+def test_spike_linear(case, variant):
+    actual, expected = both(case)
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)

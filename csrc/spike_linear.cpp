@@ -1,0 +1,210 @@
+// Sums of rows picked by bits: a linear layer on spikes, and (with the bits transposed) its weight gradient.
+//
+// Bits become lists of row numbers once; then, for a panel of up to 8 vectors of columns, the sum of each
+// output row is held in registers while its list is walked. One addition per set bit and column, no
+// multiplication. Memory: the source is read `rate * rows` times, from the cache where a panel of it fits
+// (bits * panel * 4 bytes); the output is written once per 32768 bits.
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+#include "transpose.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+namespace {
+
+constexpr int64_t SEGMENT_WORDS = 512;          // row numbers are 16 bits wide
+constexpr int64_t BITS_AT_A_TIME = 8 << 20;     // bounds the lists: 2 bytes each
+constexpr int64_t LIST_ROWS = 64, CHUNK = 256;  // rows listed, and rows summed, in one task
+constexpr int64_t GRAD_ROWS = 2048;             // rows of dL/dy whose sums are built up at a time
+#if defined(SPIKEDECODER_AVX2)
+constexpr int MOST_VECTORS = 10;  // of 16 registers
+#else
+constexpr int MOST_VECTORS = 8;
+#endif
+
+struct Panel {
+  const float* source;
+  int64_t stride;
+  int lanes;  // of the last vector
+  const float* bias;
+  bool accumulate;
+};
+
+// out[0 .. V vectors] = sum of the rows of the panel in list.
+template <int V, bool Whole>
+void sum_list(const uint16_t* list, int64_t n, const Panel& p, float* out) {
+  const int last = Whole ? W : p.lanes;
+  F sums[V];
+  const float* start = p.accumulate ? out : p.bias;
+  for (int j = 0; j < V; j++) {
+    sums[j] = !start ? zero() : (Whole || j < V - 1) ? load(start + j * W) : load_n(start + j * W, last);
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const float* row = p.source + list[i] * p.stride;
+#pragma GCC unroll 16
+    for (int j = 0; j < V; j++) {
+      sums[j] = add(sums[j], (Whole || j < V - 1) ? load(row + j * W) : load_n(row + j * W, last));
+    }
+  }
+  for (int j = 0; j < V; j++) {
+    if (Whole || j < V - 1) {
+      store(out + j * W, sums[j]);
+    } else {
+      store_n(out + j * W, sums[j], last);
+    }
+  }
+}
+
+using SumList = void (*)(const uint16_t*, int64_t, const Panel&, float*);
+
+template <int V>
+SumList sum_list_of(int vectors, bool whole) {
+  if constexpr (V == 0) {
+    return nullptr;
+  } else {
+    if (vectors == V) return whole ? sum_list<V, true> : sum_list<V, false>;
+    return sum_list_of<V - 1>(vectors, whole);
+  }
+}
+
+// Lists of the set bits of rows, LIST_ROWS of them packed behind each other.
+struct Lists {
+  uint16_t* entries;
+  int64_t* offsets;  // [rows + 1 per LIST_ROWS]
+  int64_t bits;
+
+  int64_t room() const { return LIST_ROWS * bits + 64; }
+  static int64_t entries_for(int64_t rows, int64_t bits) {
+    return (rows + LIST_ROWS - 1) / LIST_ROWS * (LIST_ROWS * bits + 64);
+  }
+  static int64_t offsets_for(int64_t rows) { return (rows + LIST_ROWS - 1) / LIST_ROWS * (LIST_ROWS + 1); }
+
+  void fill(const uint64_t* words, int64_t word_stride, int64_t segment_words, Range rows) const {
+    uint16_t* group = entries + rows.begin / LIST_ROWS * room();
+    int64_t* at = offsets + rows.begin / LIST_ROWS * (LIST_ROWS + 1);
+    int64_t n = 0;
+    for (int64_t r = rows.begin; r < rows.end; r++) {
+      at[r - rows.begin] = n;
+      const uint64_t* row = words + r * word_stride;
+      for (int64_t w = 0; w < segment_words; w++) {
+        if (row[w]) n += indices_of(row[w], static_cast<uint16_t>(64 * w), group + n);
+      }
+    }
+    at[rows.end - rows.begin] = n;
+  }
+
+  const uint16_t* list(int64_t row, int64_t& n) const {
+    const int64_t* at = offsets + row / LIST_ROWS * (LIST_ROWS + 1) + row % LIST_ROWS;
+    n = at[1] - at[0];
+    return entries + row / LIST_ROWS * room() + at[0];
+  }
+};
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Sum {
+  const uint64_t* words;
+  int64_t word_stride, rows, bits;
+  const float* source;
+  int64_t columns;
+  const float* bias;
+  float* out;
+  bool accumulate;
+};
+
+// Rows begin..end of `s`, all of whose bits fit in one segment: the two phases, on this thread's share.
+void sum_rows(const Sum& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_tasks, int vectors) {
+  const int64_t segment_words = words_for(s.bits), chunks = (s.rows + CHUNK - 1) / CHUNK;
+  for (int64_t task; list_tasks.next(task);) {
+    lists.fill(s.words, s.word_stride, segment_words, {task * LIST_ROWS, smaller((task + 1) * LIST_ROWS, s.rows)});
+  }
+  barrier();
+  for (int64_t task; sum_tasks.next(task);) {
+    const int64_t chunk = task % chunks, first = task / chunks * vectors * W;
+    const int64_t width = smaller(vectors * W, s.columns - first);
+    const int used = static_cast<int>((width + W - 1) / W);
+    const Panel panel{s.source + first, s.columns, static_cast<int>(width - (used - 1) * W),
+                      s.bias ? s.bias + first : nullptr, s.accumulate};
+    const SumList sum = sum_list_of<MOST_VECTORS>(used, panel.lanes == W);
+    for (int64_t r = chunk * CHUNK; r < smaller((chunk + 1) * CHUNK, s.rows); r++) {
+      int64_t n;
+      const uint16_t* list = lists.list(r, n);
+      sum(list, n, panel, s.out + r * s.columns + first);
+    }
+  }
+}
+
+void gather_sum(const Sum& whole, double rate, int most) {
+  const int64_t vectors_in_all = (whole.columns + W - 1) / W;
+  const int64_t panels = (vectors_in_all + MOST_VECTORS - 1) / MOST_VECTORS;
+  const int vectors = static_cast<int>((vectors_in_all + panels - 1) / panels);
+  const int64_t segment = smaller(whole.bits, 64 * SEGMENT_WORDS);
+  int64_t rows_at_a_time = round_up(BITS_AT_A_TIME / segment + 1, CHUNK);
+  rows_at_a_time = smaller(rows_at_a_time, whole.rows);
+  const double additions = rate * static_cast<double>(whole.rows) * static_cast<double>(whole.bits);
+  const int threads = threads_for(0.4 * (additions + static_cast<double>(whole.rows)) *
+                                      static_cast<double>(vectors_in_all), most);
+  Scratch entries(sizeof(uint16_t) * static_cast<size_t>(Lists::entries_for(rows_at_a_time, segment)));
+  Scratch offsets(sizeof(int64_t) * static_cast<size_t>(Lists::offsets_for(rows_at_a_time)));
+
+  for (int64_t r = 0; r < whole.rows; r += rows_at_a_time) {
+    for (int64_t bit = 0; bit < whole.bits; bit += segment) {
+      Sum part = whole;
+      part.rows = smaller(rows_at_a_time, whole.rows - r);
+      part.bits = smaller(segment, whole.bits - bit);
+      part.words += r * whole.word_stride + bit / 64;
+      part.source += bit * whole.columns;
+      part.out += r * whole.columns;
+      part.accumulate = whole.accumulate || bit > 0;
+      const Lists lists{static_cast<uint16_t*>(entries.get()), static_cast<int64_t*>(offsets.get()), part.bits};
+      Tasks list_tasks((part.rows + LIST_ROWS - 1) / LIST_ROWS);
+      Tasks sum_tasks((part.rows + CHUNK - 1) / CHUNK * panels);
+      parallel(threads, [&](int, int) { sum_rows(part, lists, list_tasks, sum_tasks, vectors); });
+    }
+  }
+}
+
+double rate_of(const uint64_t* words, int64_t rows, int64_t bits) {
+  int64_t set = 0;
+  const int64_t n = rows * words_for(bits);
+  // a sample is enough to decide on threads
+  const int64_t step = n > 4096 ? n / 4096 : 1;
+  int64_t seen = 0;
+  for (int64_t i = 0; i < n; i += step, seen++) set += __builtin_popcountll(words[i]);
+  return seen ? static_cast<double>(set) / static_cast<double>(64 * seen) : 0;
+}
+
+}  // namespace
+
+void gather(const SumRows& a) {
+  if (!a.rows || !a.columns) return;
+  if (!a.bits) {
+    for (int64_t i = 0; i < a.rows * a.columns; i++) a.out[i] = a.bias ? a.bias[i % a.columns] : 0;
+    return;
+  }
+  const Sum sum{a.words, words_for(a.bits), a.rows, a.bits, a.source, a.columns, a.bias, a.out, false};
+  gather_sum(sum, rate_of(a.words, a.rows, a.bits), a.threads);
+}
+
+void gather_weight_grad(const WeightGrad& a) {
+  if (!a.K || !a.N) return;
+  Scratch by_channel(sizeof(float) * static_cast<size_t>(a.K * a.N));  // [K, N]
+  Scratch bits(sizeof(uint64_t) * static_cast<size_t>(a.K * words_for(smaller(a.M, GRAD_ROWS)) + 1));
+  uint64_t* const transposed = static_cast<uint64_t*>(bits.get());
+  const double rate = rate_of(a.words, a.M, a.K);
+  if (!a.M) memset(by_channel.get(), 0, sizeof(float) * static_cast<size_t>(a.K * a.N));
+  for (int64_t m = 0; m < a.M; m += GRAD_ROWS) {
+    const int64_t rows = smaller(GRAD_ROWS, a.M - m);
+    const uint64_t* words = a.words + m * words_for(a.K);
+    const double work = 0.3 * static_cast<double>(rows) * static_cast<double>(a.K);
+    parallel(threads_for(work, a.threads),
+             [&](int thread, int threads) { transpose_bits(words, rows, a.K, transposed, thread, threads); });
+    const Sum sum{transposed, words_for(rows), a.K, rows, a.grad + m * a.N, a.N, nullptr, by_channel.floats(), m > 0};
+    gather_sum(sum, rate, a.threads);
+  }
+  transpose({by_channel.floats(), a.grad_weight, a.K, a.N, a.threads});
+}
+
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder

@@ -1,0 +1,211 @@
+// Sums of rows picked by bits, by tables of subset sums: for four rows of the source and one column, the 16
+// sums of their subsets fill one AVX-512 register, and four bits of each of 16 output rows look theirs up in
+// one instruction. Cost does not depend on how many bits are set: one look-up and one addition for every 4
+// bits, 16 rows and column. Only the AVX-512 variant has it; the others
+// gather instead.
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+#include "transpose.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+
+#if defined(SPIKEDECODER_AVX512)
+
+namespace {
+
+constexpr int COLUMNS = 16;            // of a table
+constexpr int HALF = 8;                // columns summed at a time: 8 x 3 sums in registers
+constexpr int64_t BITS = 2048;         // of a table: 512 KiB, which stays in the second-level cache
+constexpr int64_t ROWS_AT_LEAST = 512;  // for one build of a table
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Words of bits [rows, words_for(bits)] -> [rows / 16][32-bit words][16 rows]; rows past the last hold 0.
+void interleave(const uint64_t* words, int64_t rows, int64_t bits, uint32_t* out, Range groups) {
+  const int64_t stride = words_for(bits);
+  for (int64_t g = groups.begin; g < groups.end; g++) {
+    for (int64_t w = 0; w < stride; w++) {
+      uint32_t* low = out + (g * stride + w) * 32;
+      for (int i = 0; i < 16; i++) {
+        const uint64_t word = g * 16 + i < rows ? words[(g * 16 + i) * stride + w] : 0;
+        low[i] = static_cast<uint32_t>(word);
+        low[16 + i] = static_cast<uint32_t>(word >> 32);
+      }
+    }
+  }
+}
+
+// tables[group of 4 rows][column][subset] for `bits` rows of the source from `source` on, padded with zeros
+// to a multiple of 64 bits.
+void build_tables(const float* source, int64_t stride, int64_t bits, int columns, float* tables) {
+  for (int64_t g = 0; g < words_for(bits) * 16; g++) {
+    alignas(64) float rows[4][16];
+    for (int i = 0; i < 4; i++) {
+      const bool there = 4 * g + i < bits;
+      store(rows[i], there ? load_n(source + (4 * g + i) * stride, columns) : zero());
+    }
+    for (int c = 0; c < COLUMNS; c++) {
+      __m512 t = _mm512_maskz_mov_ps(0xaaaa, set1(rows[0][c]));
+      t = _mm512_mask_add_ps(t, 0xcccc, t, set1(rows[1][c]));
+      t = _mm512_mask_add_ps(t, 0xf0f0, t, set1(rows[2][c]));
+      t = _mm512_mask_add_ps(t, 0xff00, t, set1(rows[3][c]));
+      store(tables + (g * COLUMNS + c) * 16, t);
+    }
+  }
+}
+
+// sums[column][V x 16 rows] of HALF columns.
+template <int V>
+void look_up(const uint32_t* bits, int64_t stride, int64_t words, const float* tables, float* sums) {
+  __m512 total[HALF][V];
+  for (int j = 0; j < HALF; j++) {
+    for (int v = 0; v < V; v++) total[j][v] = zero();
+  }
+  for (int64_t w = 0; w < words; w++) {
+    __m512i four_bits[V];
+    for (int v = 0; v < V; v++) four_bits[v] = _mm512_loadu_si512(bits + v * stride + w * 16);
+    for (int g = 0; g < 8; g++) {
+      const float* table = tables + (w * 8 + g) * COLUMNS * 16;
+#pragma GCC unroll 8
+      for (int j = 0; j < HALF; j++) {
+        const __m512 t = load(table + j * 16);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+          total[j][v] = add(total[j][v], _mm512_permutexvar_ps(four_bits[v], t));
+        }
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) four_bits[v] = _mm512_srli_epi32(four_bits[v], 4);
+    }
+  }
+  for (int j = 0; j < HALF; j++) {
+    for (int v = 0; v < V; v++) store(sums + (j * V + v) * 16, total[j][v]);
+  }
+}
+
+// Where the sums go: out [rows, columns], or transposed [columns, rows].
+struct Output {
+  float* out;
+  int64_t rows, columns;
+  bool transposed, accumulate;
+  const float* bias;
+
+  // The sums of 16 rows from `row` on (those that exist) and `n` columns from `column` on.
+  void write(const float* sums, int stride, int64_t row, int64_t column, int n) const {
+    const int there = static_cast<int>(smaller(16, rows - row));
+    if (transposed) {
+      for (int j = 0; j < n; j++) {
+        float* to = out + (column + j) * rows + row;
+        F value = load(sums + j * stride);
+        if (accumulate) value = add(value, load_n(to, there));
+        store_n(to, value, there);
+      }
+      return;
+    }
+    __m512 r[16];
+    for (int j = 0; j < 16; j++) r[j] = load(sums + j * stride);
+    transpose_16(r);
+    const F start = bias && !accumulate ? load_n(bias + column, n) : zero();
+    for (int i = 0; i < 16; i++) {
+      if (i >= there) break;
+      float* to = out + (row + i) * columns + column;
+      store_n(to, add(r[i], accumulate ? load_n(to, n) : start), n);
+    }
+  }
+};
+
+struct Job {
+  const uint32_t* interleaved;
+  int64_t rows, bits;
+  const float* source;
+  int64_t columns;
+};
+
+// Rows groups.begin .. groups.end (of 16) of COLUMNS columns from `column` on.
+void sum_block(const Job& job, const Output& output, int64_t column, Range groups, float* tables) {
+  const int n = static_cast<int>(smaller(COLUMNS, job.columns - column));
+  const int64_t stride = words_for(job.bits) * 32;
+  alignas(64) float sums[COLUMNS * 3 * 16];
+  for (int64_t bit = 0; bit < job.bits; bit += BITS) {
+    const int64_t bits = smaller(BITS, job.bits - bit), words = words_for(bits) * 2;
+    build_tables(job.source + bit * job.columns + column, job.columns, bits, n, tables);
+    Output to = output;
+    to.accumulate = output.accumulate || bit > 0;
+    for (int64_t g = groups.begin; g < groups.end;) {
+      const uint32_t* at = job.interleaved + g * stride + bit / 32 * 16;
+      const int v = groups.end - g >= 3 ? 3 : 1;
+      const auto half = v == 3 ? look_up<3> : look_up<1>;
+      half(at, stride, words, tables, sums);
+      half(at, stride, words, tables + HALF * 16, sums + HALF * v * 16);
+      for (int i = 0; i < v; i++) to.write(sums + 16 * i, v * 16, (g + i) * 16, column, n);
+      g += v;
+    }
+  }
+}
+
+void sum_all(const Job& job, const Output& output, int most) {
+  const int64_t groups = (job.rows + 15) / 16, blocks = (job.columns + COLUMNS - 1) / COLUMNS;
+  const double work = 0.03 * static_cast<double>(job.rows * job.bits) * static_cast<double>(job.columns) / 4;
+  const int threads = threads_for(work, most);
+  int64_t parts = 1;  // of the rows, so that each thread has some tasks to choose from
+  while (blocks * parts < 3 * threads && groups * 16 / (parts + 1) >= ROWS_AT_LEAST) parts++;
+  const int64_t table_floats = words_for(smaller(BITS, job.bits)) * 16 * COLUMNS * 16;
+  Scratch tables(sizeof(float) * static_cast<size_t>(table_floats * threads));
+  Tasks tasks(blocks * parts);
+  parallel(threads, [&](int thread, int) {
+    for (int64_t task; tasks.next(task);) {
+      const Range part = share(groups, static_cast<int>(task % parts), static_cast<int>(parts), 3);
+      sum_block(job, output, task / parts * COLUMNS, part, tables.floats() + table_floats * thread);
+    }
+  });
+}
+
+size_t interleaved_size(int64_t rows, int64_t bits) {
+  return sizeof(uint32_t) * static_cast<size_t>((rows + 15) / 16 * words_for(bits) * 32);
+}
+
+}  // namespace
+
+void subset_sums(const SumRows& a) {
+  if (!a.rows || !a.columns) return;
+  if (!a.bits) return gather(a);
+  Scratch interleaved(interleaved_size(a.rows, a.bits));
+  uint32_t* const bits = static_cast<uint32_t*>(interleaved.get());
+  parallel(threads_for(0.1 * static_cast<double>(a.rows * a.bits) / 8, a.threads), [&](int thread, int threads) {
+    interleave(a.words, a.rows, a.bits, bits, share((a.rows + 15) / 16, thread, threads));
+  });
+  sum_all({bits, a.rows, a.bits, a.source, a.columns}, {a.out, a.rows, a.columns, false, false, a.bias}, a.threads);
+}
+
+void subset_sums_weight_grad(const WeightGrad& a) {
+  if (!a.K || !a.N) return;
+  if (!a.M) return gather_weight_grad(a);
+  const int64_t most_rows = smaller(a.M, BITS);
+  Scratch bits(sizeof(uint64_t) * static_cast<size_t>(a.K * words_for(most_rows)));
+  Scratch interleaved(interleaved_size(a.K, most_rows));
+  uint64_t* const transposed = static_cast<uint64_t*>(bits.get());
+  uint32_t* const groups = static_cast<uint32_t*>(interleaved.get());
+  for (int64_t m = 0; m < a.M; m += BITS) {
+    const int64_t rows = smaller(BITS, a.M - m);
+    const uint64_t* words = a.words + m * words_for(a.K);
+    const double work = 0.3 * static_cast<double>(rows) * static_cast<double>(a.K);
+    parallel(threads_for(work, a.threads), [&](int thread, int threads) {
+      transpose_bits(words, rows, a.K, transposed, thread, threads);
+      barrier();
+      interleave(transposed, a.K, rows, groups, share((a.K + 15) / 16, thread, threads));
+    });
+    sum_all({groups, a.K, rows, a.grad + m * a.N, a.N}, {a.grad_weight, a.K, a.N, true, m > 0, nullptr}, a.threads);
+  }
+}
+
+#else
+
+void subset_sums(const SumRows& a) { gather(a); }
+void subset_sums_weight_grad(const WeightGrad& a) { gather_weight_grad(a); }
+
+#endif
+
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder

@@ -1,0 +1,92 @@
+"""Which way of multiplying spikes by a matrix is the fastest, by a small model of what each costs.
+
+For M rows of K channels, of which `count` values in all are 1, and N output channels:
+
+    gather       count * (N * add + entry) + M * K * word + M * N * row
+    subset_sums  M * K * N * look_up + K * N * table
+    dense        M * K * N * multiply_add + M * N * row
+
+in nanoseconds of one thread; the ways share threads alike, so that their number does not matter. A weight
+gradient has M and K exchanged in the roles of rows and sum, and pays `bits` per value to transpose them (or
+to unpack them, if dense).
+
+The constants are those of the machine named beside them. ``python -m spikedecoder.ext.cpu.calibrate``
+measures them anew and says how far from the fastest choice the model is; SPIKEDECODER_SPIKE_LINEAR_COST
+names a JSON file that it wrote, to be used instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from spikedecoder.ext.cpu import native
+
+METHODS = ("gather", "subset_sums", "dense")
+_ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Nanoseconds per unit, as in the module's equations."""
+
+    add: float
+    entry: float
+    word: float
+    row: float
+    look_up: float
+    table: float
+    multiply_add: float
+    bits: float
+
+    def of(self, method: str, m: int, k: int, n: int, count: int, weight_grad: bool) -> float:
+        extra = self.bits * m * k if weight_grad else 0.0
+        rows, summed = (k, m) if weight_grad else (m, k)
+        if method == "gather":
+            sums = count * (n * self.add + self.entry) + rows * summed * self.word + rows * n * self.row
+            return sums + extra
+        if method == "subset_sums":
+            return rows * summed * n * self.look_up + summed * n * self.table + extra
+        return rows * summed * n * self.multiply_add + rows * n * self.row + extra
+
+
+# AMD EPYC (Zen 4), two threads, torch 2.13 with its own BLAS.
+COSTS = {
+    "avx512": Costs(0.0957, 0.0, 0.179, 0.471, 0.0227, 1.18, 0.0604, 0.0631),
+    "avx2": Costs(0.0957, 0.0, 0.273, 0.654, 0.0, 0.0, 0.0604, 0.295),
+    "baseline": Costs(0.164, 0.0, 0.349, 0.852, 0.0, 0.0, 0.0604, 0.272),
+}
+
+
+@functools.cache
+def costs(variant: str) -> Costs:
+    path = os.environ.get(_ENV)
+    if not path:
+        return COSTS[variant]
+    known = {field.name for field in fields(Costs)}
+    try:
+        values = json.loads(Path(path).read_text("utf-8"))[variant]
+        if set(values) != known:
+            raise KeyError(", ".join(sorted(set(values) ^ known)))
+        return Costs(**{name: float(value) for name, value in values.items()})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{_ENV}: cannot use {path!r} for {variant} ({error!r}); write it anew with "
+            "python -m spikedecoder.ext.cpu.calibrate"
+        ) from error
+
+
+@functools.cache
+def _methods(variant: str) -> tuple[str, ...]:
+    # without AVX-512 there is no instruction that looks up sixteen floats
+    return METHODS if variant == "avx512" else ("gather", "dense")
+
+
+def fastest(m: int, k: int, n: int, count: int, weight_grad: bool = False) -> str:
+    """One of METHODS, for s [m, k] with `count` ones and weight [n, k]."""
+    variant = native.variant()
+    table = costs(variant)
+    return min(_methods(variant), key=lambda method: table.of(method, m, k, n, count, weight_grad))

@@ -1,0 +1,152 @@
+"""Measure the constants of the spike matmul's cost model on this machine.
+
+    python -m spikedecoder.ext.cpu.calibrate costs.json
+    SPIKEDECODER_SPIKE_LINEAR_COST=costs.json python train.py
+
+Times the three ways for a set of shapes and spike rates, fits the constants (least squares of relative
+errors), and prints for each point how much slower the model's choice is than the best one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spikedecoder.ext import NOT_BUILT
+from spikedecoder.ext.cpu import _cost, native
+
+SHAPES = (
+    (64, 512, 512),
+    (2048, 80, 80),
+    (4096, 80, 640),
+    (4096, 640, 80),
+    (2048, 512, 1024),
+    (1024, 1024, 512),
+)
+RATES = (0.02, 0.08, 0.2, 0.5)
+NAMES = ("add", "entry", "word", "row", "look_up", "table", "multiply_add", "bits")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: nanoseconds of all threads together."""
+
+    method: str
+    m: int
+    k: int
+    n: int
+    count: int
+    weight_grad: bool
+    nanoseconds: float
+
+    @property
+    def case(self) -> tuple[Any, ...]:
+        return (self.m, self.k, self.n, self.count, self.weight_grad)
+
+    def units(self) -> list[float]:
+        """How often each constant is paid."""
+        zero = dict.fromkeys(NAMES, 0.0)
+        return [
+            _cost.Costs(**{**zero, name: 1.0}).of(
+                self.method, self.m, self.k, self.n, self.count, self.weight_grad
+            )
+            for name in NAMES
+        ]
+
+
+def _seconds(call: Callable[[], Any], budget: float) -> float:
+    call()
+    best, end = float("inf"), time.perf_counter() + budget
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def measure(budget: float = 0.05) -> list[Point]:
+    """All points; `budget` is seconds for each."""
+    from spikedecoder.ext.cpu import spike_linear
+
+    points = []
+    generator = torch.Generator().manual_seed(0)
+    for m, k, n in SHAPES:
+        weight = torch.randn(k, n, generator=generator).t()
+        grad = torch.randn(m, n, generator=generator)
+        for rate in RATES:
+            s = (torch.rand(m, k, generator=generator) < rate).float()
+            count = int(s.sum())
+            words = spike_linear.forward(s, weight, None)[1]
+            for method in _cost._methods(native.variant()):
+                calls: tuple[Callable[[], Any], ...] = (
+                    lambda s=s, weight=weight, method=method: spike_linear.forward(s, weight, None, method),
+                    lambda words=words, k=k, grad=grad, method=method: spike_linear.weight_grad(
+                        words, k, grad, method
+                    ),
+                )
+                for weight_grad, call in enumerate(calls):
+                    spent = _seconds(call, budget) * 1e9 * torch.get_num_threads()
+                    points.append(Point(method, m, k, n, count, bool(weight_grad), spent))
+    return points
+
+
+def fit(points: list[Point]) -> _cost.Costs:
+    """Constants >= 0 that minimise the squared relative errors, by coordinate descent."""
+    units = np.array([p.units() for p in points])
+    relative = units / np.array([p.nanoseconds for p in points])[:, None]
+    x = np.zeros(len(NAMES))
+    for _ in range(2000):
+        for j in range(len(NAMES)):
+            column = relative[:, j]
+            weight = column @ column
+            if weight > 0:
+                x[j] = max(0.0, column @ (1 - relative @ x + column * x[j]) / weight)
+    return _cost.Costs(**{name: float(f"{value:.3g}") for name, value in zip(NAMES, x, strict=True)})
+
+
+def regrets(points: list[Point], table: _cost.Costs) -> dict[tuple[Any, ...], tuple[str, str, float]]:
+    """Case -> (chosen, best, time of the chosen over that of the best)."""
+    cases: dict[tuple[Any, ...], dict[str, float]] = {}
+    for p in points:
+        cases.setdefault(p.case, {})[p.method] = p.nanoseconds
+    result = {}
+    for case, times in cases.items():
+        chosen = min(times, key=lambda method: table.of(method, *case))
+        best = min(times, key=times.__getitem__)
+        result[case] = (chosen, best, times[chosen] / times[best])
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    if native is None:
+        print(NOT_BUILT, file=sys.stderr)
+        return 2
+    if len(arguments) > 1:
+        print("usage: python -m spikedecoder.ext.cpu.calibrate [costs.json]", file=sys.stderr)
+        return 2
+    variant = native.variant()
+    points = measure()
+    table = fit(points)
+    for (m, k, n, count, weight_grad), (chosen, best, ratio) in regrets(points, table).items():
+        what = "weight gradient" if weight_grad else "forward"
+        print(
+            f"{m} x {k} x {n} rate {count / m / k:.2f} {what}: {chosen}, best {best}, {ratio:.2f}x its time"
+        )
+    print(f"{variant}: {table}")
+    if arguments:
+        partial = Path(arguments[0] + ".part")
+        partial.write_text(json.dumps({variant: asdict(table)}, indent=2) + "\n", "utf-8")
+        partial.replace(arguments[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
