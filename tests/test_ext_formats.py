@@ -79,11 +79,10 @@ def test_spike_linear(rows, channels, out_channels, rate, with_bias, by_columns,
 
 
 @pytest.mark.parametrize("method", ["gather", "subset_sums"])
-@pytest.mark.parametrize(
-    ("m", "k", "n"), [(700, 40_000, 3), (5000, 70, 40), (3, 33_000, 20), (2100, 2100, 17)]
-)
-def test_spike_linear_beyond_one_block(method, m, k, n):
+@pytest.mark.parametrize("shape", [(700, 40_000, 3), (5000, 70, 40), (3, 33_000, 20), (2100, 2100, 17)])
+def test_spike_linear_beyond_one_block(method, shape):
     """More bits than a 16-bit number counts, more rows than one block holds, several threads."""
+    m, k, n = shape
     generator = torch.Generator().manual_seed(0)
     s = random_spikes(1, (m, k), 0.02)
     weight = torch.randint(-8, 9, (n, k), generator=generator).float()

@@ -85,9 +85,9 @@ def test_lif_gradients_of_many_neurons(variant):
     torch.testing.assert_close(actual["grad.v_threshold"], expected["grad.v_threshold"], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", cases("norm_lif", "spike_attention_lif"), ids=str)
+@pytest.mark.parametrize("case", cases("norm_lif"), ids=str)
 def test_sums_then_lif(case, variant):
-    """Sums in another order may move a spike: few, and on one of the seeds none, where gradients are compared."""
+    """Sums in another order may move a spike: few, and for some seed none, where gradients are compared."""
     compared = False
     for seed in range(4):
         actual, expected = both(case, seed)

@@ -9,6 +9,7 @@ errors), and prints for each point how much slower the model's choice is than th
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -86,15 +87,11 @@ def measure(budget: float = 0.05) -> list[Point]:
             count = int(s.sum())
             words = spike_linear.forward(s, weight, None)[1]
             for method in _cost._methods(native.variant()):
-                calls: tuple[Callable[[], Any], ...] = (
-                    lambda s=s, weight=weight, method=method: spike_linear.forward(s, weight, None, method),
-                    lambda words=words, k=k, grad=grad, method=method: spike_linear.weight_grad(
-                        words, k, grad, method
-                    ),
-                )
-                for weight_grad, call in enumerate(calls):
+                forward = functools.partial(spike_linear.forward, s, weight, None, method)
+                backward = functools.partial(spike_linear.weight_grad, words, k, grad, method)
+                for call in (forward, backward):
                     spent = _seconds(call, budget) * 1e9 * torch.get_num_threads()
-                    points.append(Point(method, m, k, n, count, bool(weight_grad), spent))
+                    points.append(Point(method, m, k, n, count, call is backward, spent))
     return points
 
 

@@ -29,7 +29,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] over all rows of x [..., C]; without `center`, zeros and the mean of x^2."""
+    """Mean and biased variance [C] over all rows of x [..., C]; without `center`, 0 and E[x^2]."""
     x = dense(x)
     channels = x.shape[-1]
     mean, var = torch.empty(channels), torch.empty(channels)
