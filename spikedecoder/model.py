@@ -15,6 +15,7 @@ from spikedecoder.nn.embedding import Embedding, FloatEmbedding
 from spikedecoder.nn.head import Head
 from spikedecoder.nn.mlp import MLP, SpikingMLP
 from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.state import DecoderState, LayerState
 
 IGNORE = -100  # target that the loss does not count
 
@@ -43,16 +44,18 @@ class Block(nn.Module):
         self.sum_lif = neuron(residuals > 0 and c.spiking_mlp)
         self.mlp = SpikingMLP(c, residuals > 0) if c.spiking_mlp else MLP(c)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: LayerState | None = None, position: Tensor | None = None) -> Tensor:
+        """With `layer`, go on from that past (and softmax attention from `position` [B]), and move it on."""
         if self.input_lif is not None:
             x = self.input_lif(x)
-        attended = self.attention(x)
+        past = (layer,) if isinstance(self.attention, SpikingAttention) else (layer, position)
+        attended = self.attention(x, *past)
         if self.residual_lif is not None:
             attended = self.residual_lif(attended)
         x = x + attended
         if self.sum_lif is not None:
             x = self.sum_lif(x)
-        return x + self.mlp(x)
+        return x + self.mlp(x, layer)
 
 
 class SpikeDecoder(nn.Module, FolderMixin):
@@ -85,12 +88,59 @@ class SpikeDecoder(nn.Module, FolderMixin):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] for tokens [B, S]; position i sees tokens 0 to i."""
         self._check(tokens)
-        x = self.embedding(tokens, 0, self.dtype)
-        if self.config.spiking_attention:
-            x = x.expand(self.config.timesteps, *x.shape)  # the same input at every timestep
+        x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(tokens, positions, self.dtype)
+        # the same input at every timestep
+        return x.expand(self.config.timesteps, *x.shape) if self.config.spiking_attention else x
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+        """Read tokens [B, S], from the beginning or from `state` on: logits [B, S, V] and the state behind.
+
+        The same logits as the parallel forward over all tokens read so far, in memory that does not grow
+        with them (spiking attention). Consumes `state`: see `DecoderState`. In evaluation mode only.
+        """
+        if self.training:
+            raise ValueError("prefill: the model is in training mode; call model.eval() first")
+        if state is None:
+            self._check(tokens)
+            state = DecoderState.empty(self.config, tokens.shape[0], tokens.device)
+        elif not isinstance(state, DecoderState) or state.config != self.config:
+            raise ValueError("state: got one of another model, takes a DecoderState of this one's")
+        else:
+            self._check(tokens, state.longest)
+            if state.batch_size != tokens.shape[0]:
+                raise ValueError(
+                    f"state: got {state.batch_size} sequences, takes {tokens.shape[0]} as tokens have"
+                )
+        s = tokens.shape[1]
+        self._keep_exact(state, s)
+        x = self._embed(tokens, state.position[:, None] + torch.arange(s, device=tokens.device))
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x = block(x, layer, state.position)
+        state.position = state.position + s
+        state.longest += s
+        return self.head(x), state
+
+    def step(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """One more token for each sequence: token [B], logits [B, V] and the state behind it."""
+        if not isinstance(token, Tensor) or token.dim() != 1:
+            raise ValueError("token: takes an int64 tensor [B]")
+        logits, state = self.prefill(token[:, None], state)
+        return logits[:, 0], state
+
+    def _keep_exact(self, state: DecoderState, more: int) -> None:
+        """Sums of spikes reach d times the tokens read; past 2^24 the state goes on in float64."""
+        head_size = self.config.embed_dim // self.config.heads
+        if (state.longest + more) * head_size > 2**24:
+            for layer in state.layers:
+                if "attention.state" in layer:
+                    layer["attention.state"] = layer["attention.state"].double()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats over targets [B, S], those of -100 and of `pad_id` left out."""
@@ -121,7 +171,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
         sampling = SamplingParams(temperature, top_k, top_p, seed)
         return generate_tensor(self, tokens, max_new_tokens, sampling, **options)
 
-    def _check(self, tokens: Tensor) -> None:
+    def _check(self, tokens: Tensor, start: int = 0) -> None:
         c = self.config
         if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
             got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
@@ -129,10 +179,11 @@ class SpikeDecoder(nn.Module, FolderMixin):
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes [B, S] with B, S >= 1")
         bounded = c.position_encoding != "static" or (c.token_encoding == "one-hot" and not c.ann_embedding)
-        if bounded and tokens.shape[1] > c.max_len:
+        length = start + tokens.shape[1]
+        if bounded and length > c.max_len:
             what = "one-hot tokens" if c.token_encoding == "one-hot" else f"{c.position_encoding} positions"
             raise ValueError(
-                f"tokens: got {tokens.shape[1]} positions, takes at most max_len = {c.max_len} with {what}"
+                f"tokens: got {length} positions, takes at most max_len = {c.max_len} with {what}"
             )
         # reading values would stall a GPU; there the embedding's own device assertion guards
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -22,6 +22,7 @@ from spikedecoder.generation import (
     suppressed_ids,
     top_predictions,
 )
+from spikedecoder.generation.recurrent import Recurrent
 from spikedecoder.generation.sampling import generators
 
 TEXT = "the cat sat on the mat. it was a fat cat, and that was that."
@@ -264,11 +265,11 @@ def test_stop_ends_each_sequence_by_itself(model):
 
 def test_stream_is_generate_as_it_comes(model):
     calls = []
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    handle = model.head.register_forward_hook(lambda *_: calls.append(1))
     events = stream(model, [[1], [2, 3]], 5, SamplingParams(seed=1), top=1)
     assert not calls
     next(events)
-    assert len(calls) == 1  # the first token is there before the second is computed
+    assert len(calls) == 2  # the two prompts are read; the second token is not computed yet
     events.close()
     handle.remove()
 
@@ -321,6 +322,24 @@ def test_mode_is_kept_and_dropout_is_off():
     assert generate(model, [[1, 2]], 10, SamplingParams(temperature=0)).tokens == expected
     assert model.training and model.blocks[1].training and not model.blocks[0].training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"spike_degree": 0}, {"token_shift": 3, "position_encoding": "learned"}], ids=str
+)
+def test_recurrent_source_equals_the_window(options):
+    model = make(**options).double()
+    generator = torch.Generator().manual_seed(0)
+    window, recurrent = Window(model, keep=3), Recurrent(model, keep=3)
+    prompts = [[1, 2], [3], [4] * (model.config.max_len + 2), [5] * (model.config.max_len - 1)]
+    torch.testing.assert_close(recurrent.start(prompts), window.start(prompts))
+    for i in range(model.config.max_len + 4):
+        tokens = torch.randint(0, 30, (len(recurrent.windows),), generator=generator).tolist()
+        torch.testing.assert_close(recurrent.step(tokens), window.step(tokens))
+        assert recurrent.windows == window.windows
+        if i == 5:
+            for source in (window, recurrent):
+                source.select([3, 0])
 
 
 def test_window_as_logit_source(model):

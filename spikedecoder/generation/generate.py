@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from spikedecoder.generation.recurrent import Recurrent
 from spikedecoder.generation.sampling import (
     Prediction,
     SamplingParams,
@@ -17,7 +18,7 @@ from spikedecoder.generation.sampling import (
     sample,
     top_predictions,
 )
-from spikedecoder.generation.window import LogitSource, Window
+from spikedecoder.generation.window import LogitSource
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
@@ -218,7 +219,7 @@ def _request(
         stop=frozenset(stop),
         top=top,
         suppress=torch.tensor(suppressed, dtype=torch.int64, device=model.device),
-        source=Window(model, keep),
+        source=Recurrent(model, keep),
         seed=fresh_seed() if sampling.seed is None else sampling.seed,
     )
 

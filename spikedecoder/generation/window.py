@@ -36,11 +36,7 @@ class Window:
     """
 
     def __init__(self, model: SpikeDecoder, keep: int | None = None) -> None:
-        longest = model.config.max_len
-        keep = max(1, longest // 2) if keep is None else keep
-        if not isinstance(keep, int) or not 1 <= keep <= longest:
-            raise ValueError(f"keep: got {keep!r}, takes an integer from 1 to max_len = {longest}")
-        self.model, self.keep = model, keep
+        self.model, self.keep = model, kept(model, keep)
         self.windows: list[list[int]] = []
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -55,7 +51,7 @@ class Window:
         self.windows = [self.windows[i] for i in rows]
 
     def _cut(self, window: list[int]) -> list[int]:
-        return window if len(window) <= self.model.config.max_len else window[-self.keep :]
+        return cut(window, self.model.config.max_len, self.keep)
 
     @torch.no_grad()
     def _logits(self) -> Tensor:
@@ -65,6 +61,20 @@ class Window:
         with evaluating(self.model):
             logits = self.model(tokens)
         return logits[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
+
+
+def kept(model: SpikeDecoder, keep: int | None) -> int:
+    """How many tokens stay of a sequence that has outgrown the context; half of it if None."""
+    longest = model.config.max_len
+    keep = max(1, longest // 2) if keep is None else keep
+    if not isinstance(keep, int) or not 1 <= keep <= longest:
+        raise ValueError(f"keep: got {keep!r}, takes an integer from 1 to max_len = {longest}")
+    return keep
+
+
+def cut(window: list[int], longest: int, keep: int) -> list[int]:
+    """The last `keep` tokens of a window that is longer than `longest`, else all of it."""
+    return window if len(window) <= longest else window[-keep:]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.linear import LinearNorm, LinearNormLIF
 from spikedecoder.nn.neuron import LIF
 from spikedecoder.nn.shift import token_shift
+from spikedecoder.nn.state import LayerState, grow
 
 
 class SpikingAttention(nn.Module):
@@ -33,10 +35,10 @@ class SpikingAttention(nn.Module):
         self.proj = LinearNorm(e, e, c.norm, spikes=True)
         self.output_lif = LIF(c.lif, c.learn_threshold) if residual_spikes else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: LayerState | None = None) -> Tensor:
         s = x if self.input_lif is None else self.input_lif(x)
-        s = token_shift(s, self.shift)
-        a = self.attention_lif(self.q(s), self.k(s), self.v(s))
+        s = token_shift(s, self.shift, layer, "attention.shift")
+        a = self.attention_lif(self.q(s), self.k(s), self.v(s), layer)
         out = self.proj(a)
         return out if self.output_lif is None else self.output_lif(out)
 
@@ -49,14 +51,26 @@ class AttentionLIF(nn.Module):
         self.heads, self.scale, self.dropout = c.heads, c.attention_scale, c.attention_dropout
         self.lif = LIF(c.lif, c.learn_threshold)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState | None = None) -> Tensor:
         # [T, B, S, E] -> [T, B, H, S, d]
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3) for x in (q, k, v))
+        if layer is not None:
+            return self._go_on(q, k, v, layer).flatten(-2)
         dropout = self.dropout if self.training else 0.0
         a = ops.spike_attention_lif(
             q, k, v, self.lif.params, self.scale, threshold=self.lif.v_threshold, dropout=dropout
         )
         return a.transpose(2, 3).flatten(-2)
+
+    def _go_on(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState) -> Tensor:
+        """With the past's sum of k^T v, in the dtype that keeps it exact; [T, B, S, H, d]."""
+        state, dtype = layer.get("attention.state"), q.dtype
+        if state is not None and state.dtype == torch.float64:
+            q, k, v = q.double(), k.double(), v.double()
+        current, layer["attention.state"] = ops.spike_attention(
+            q, k, v, self.scale, state=state, return_state=True
+        )
+        return self.lif(current.transpose(2, 3).to(dtype))
 
 
 class SoftmaxAttention(nn.Module):
@@ -69,15 +83,38 @@ class SoftmaxAttention(nn.Module):
         super().__init__()
         e = c.embed_dim
         self.heads, self.shift, self.dropout = c.heads, c.token_shift, c.attention_dropout
+        self.capacity = c.max_len
         self.q = LinearNorm(e, e, c.norm, spikes=False)
         self.k = LinearNorm(e, e, c.norm, spikes=False)
         self.v = LinearNorm(e, e, c.norm, spikes=False)
         self.proj = LinearNorm(e, e, c.norm, spikes=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = token_shift(x, self.shift)
+    def forward(self, x: Tensor, layer: LayerState | None = None, position: Tensor | None = None) -> Tensor:
+        x = token_shift(x, self.shift, layer, "attention.shift")
         # [B, S, E] -> [B, H, S, d]
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        dropout = self.dropout if self.training else 0.0
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        if layer is not None and position is not None:
+            a = self._go_on(q, k, v, layer, position)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         return self.proj(a.transpose(1, 2).flatten(-2))
+
+    def _go_on(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState, position: Tensor) -> Tensor:
+        """With the past's keys and values, [B, H, capacity, d], written from `position` [B] on."""
+        b, s = q.shape[0], q.shape[2]
+        places = position[:, None] + torch.arange(s, device=q.device)  # [B, S]
+        needed = int(places.max()) + 1
+        caches = []
+        for name, new in (("attention.k", k), ("attention.v", v)):
+            cache = layer.get(name)
+            if cache is None:
+                cache = new.new_zeros(*new.shape[:2], max(self.capacity, needed), new.shape[-1])
+            elif needed > cache.shape[-2]:
+                cache = grow(cache, max(needed, 2 * cache.shape[-2]))
+            cache[torch.arange(b, device=q.device)[:, None], :, places] = new.transpose(1, 2)
+            layer[name] = cache
+            caches.append(cache)
+        seen = torch.arange(caches[0].shape[-2], device=q.device) <= places[..., None]  # [B, S, capacity]
+        keys, values = caches
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None])

@@ -14,12 +14,12 @@ _INIT_STD = 1e-5  # learned embeddings start at the threshold of their binarisat
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
-    """[S, dim] float32: entry i of position p is sin (even i) or cos (odd i) of p / 10000^(i / dim).
+    """[..., dim] float32: entry i of position p is sin (even i) or cos (odd i) of p / 10000^(i / dim).
 
     In float32 whatever the model's dtype: a binarised sinusoid must not depend on it.
     """
     i = torch.arange(dim, device=positions.device)
-    phase = positions.to(torch.float32)[:, None] / 1e4 ** (i.to(torch.float32) / dim)
+    phase = positions.to(torch.float32).unsqueeze(-1) / 1e4 ** (i.to(torch.float32) / dim)
     return torch.where(i % 2 == 0, phase.sin(), phase.cos())
 
 
@@ -52,10 +52,9 @@ class Embedding(nn.Module):
             if table is not None:
                 nn.init.normal_(table.weight, std=_INIT_STD)
 
-    def forward(self, tokens: Tensor, start: int, dtype: torch.dtype) -> Tensor:
-        """`start` is the position of the first token."""
+    def forward(self, tokens: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """`positions` [S], or [B, S] where the sequences stand at different places."""
         c = self.config
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         if c.token_encoding == "one-hot":
             out = F.one_hot(positions * c.vocab_size + tokens, c.token_width).to(dtype)
         elif c.combine_position:
@@ -82,7 +81,7 @@ class Embedding(nn.Module):
         return binary_code(tokens, bits(c.vocab_size), c.binary_code).to(dtype)
 
     def _positions(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """[S, width], not yet binarised."""
+        """[..., width], not yet binarised."""
         c = self.config
         if c.position_encoding == "linear":
             return F.one_hot(positions, c.max_len).to(dtype)
@@ -105,9 +104,8 @@ class FloatEmbedding(nn.Module):
         self.token = nn.Embedding(c.vocab_size, c.embed_dim)
         self.position = nn.Embedding(c.max_len, c.embed_dim) if c.position_encoding == "learned" else None
 
-    def forward(self, tokens: Tensor, start: int, dtype: torch.dtype) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
         c = self.config
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         if self.position is None:
             place = sinusoid(positions, c.embed_dim).to(dtype)
         else:

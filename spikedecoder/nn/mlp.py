@@ -9,6 +9,7 @@ from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.linear import LinearNorm, LinearNormLIF
 from spikedecoder.nn.neuron import LIF
 from spikedecoder.nn.shift import token_shift
+from spikedecoder.nn.state import LayerState
 
 
 class SpikingMLP(nn.Module):
@@ -26,9 +27,9 @@ class SpikingMLP(nn.Module):
         self.dropout = nn.Dropout(c.mlp_dropout)
         self.output_lif = LIF(c.lif, c.learn_threshold) if residual_spikes else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: LayerState | None = None) -> Tensor:
         s = x if self.input_lif is None else self.input_lif(x)
-        out = self.dropout(self.fc2(self.fc1(token_shift(s, self.shift))))
+        out = self.dropout(self.fc2(self.fc1(token_shift(s, self.shift, layer, "mlp.shift"))))
         return out if self.output_lif is None else self.output_lif(out)
 
 
@@ -42,6 +43,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(c.hidden_dim, c.embed_dim)
         self.dropout = nn.Dropout(c.mlp_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.fc1(token_shift(x, self.shift)), approximate="tanh")
+    def forward(self, x: Tensor, layer: LayerState | None = None) -> Tensor:
+        shifted = token_shift(x, self.shift, layer, "mlp.shift")
+        hidden = F.gelu(self.fc1(shifted), approximate="tanh")
         return self.dropout(self.fc2(hidden))

@@ -5,19 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikedecoder.nn.state import LayerState
 
-def token_shift(x: Tensor, n: int) -> Tensor:
+
+def token_shift(x: Tensor, n: int, layer: LayerState | None = None, key: str = "") -> Tensor:
     """Channel group i of n takes its values from the token i places back (zeros before the first).
 
     x [..., S, E] -> [..., S, E]. Groups are as equal as possible, the first ones wider. Spikes stay
-    spikes. Source: the token shift of RWKV (Peng et al., 2023), made binary and longer.
+    spikes. With `layer`, its entry `key` holds the last n - 1 tokens [..., n - 1, E] and is moved on.
+    Source: the token shift of RWKV (Peng et al., 2023), made binary and longer.
     """
     if n == 1:
         return x
-    groups = x.tensor_split(n, dim=-1)
-    shifted = [groups[0]]
-    for i, group in enumerate(groups[1:], start=1):
-        i = min(i, x.shape[-2])
-        past = group[..., : group.shape[-2] - i, :]
-        shifted.append(torch.cat([group.new_zeros(*group.shape[:-2], i, group.shape[-1]), past], dim=-2))
-    return torch.cat(shifted, dim=-1)
+    past = None if layer is None else layer.get(key)
+    if past is None:
+        past = x.new_zeros(*x.shape[:-2], n - 1, x.shape[-1])
+    extended = torch.cat([past, x], dim=-2)
+    if layer is not None:
+        layer[key] = extended[..., -(n - 1) :, :].clone()
+    s = x.shape[-2]
+    groups = extended.tensor_split(n, dim=-1)
+    return torch.cat([group[..., n - 1 - i : n - 1 - i + s, :] for i, group in enumerate(groups)], dim=-1)

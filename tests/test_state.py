@@ -1,0 +1,159 @@
+"""The recurrent form: prefill and steps equal the parallel forward, for every variant and split."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import SMALL, VARIANTS, _model
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.nn.state import DecoderState
+
+TOKENS = torch.randint(0, 11, (3, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prefill_and_steps_equal_the_parallel_forward(variant):
+    model = _model(variant).double()
+    model(TOKENS)  # running statistics that are not the initial ones
+    model.eval()
+    with torch.no_grad():
+        whole = model(TOKENS)
+    for split in (1, 5, 11):
+        logits, state = model.prefill(TOKENS[:, :split])
+        parts = [logits]
+        middle = (split + 12) // 2
+        if middle > split:
+            logits, state = model.prefill(TOKENS[:, split:middle], state)
+            parts.append(logits)
+        for i in range(middle, 12):
+            logits, state = model.step(TOKENS[:, i], state)
+            parts.append(logits[:, None])
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+        assert state.longest == 12 and state.position.tolist() == [12, 12, 12]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    degree=st.integers(0, 4),
+    timesteps=st.integers(1, 5),
+    heads=st.sampled_from([1, 2, 4]),
+    shifts=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    position=st.sampled_from(["static", "learned"]),
+    residuals=st.integers(0, 2),
+    splits=st.lists(st.integers(1, 11), max_size=4),
+    seed=st.integers(0, 100),
+)
+def test_random_configs_and_splits(degree, timesteps, heads, shifts, position, residuals, splits, seed):
+    variant = {
+        "spike_degree": degree,
+        "timesteps": timesteps,
+        "heads": heads,
+        "token_shift": shifts[0],
+        "mlp_token_shift": shifts[1],
+        "position_encoding": position,
+        "spiking_residuals": residuals,
+    }
+    model = _model(variant, seed).double().eval()
+    with torch.no_grad():
+        whole = model(TOKENS)
+    cuts = sorted({0, 12, *splits})
+    state, parts = None, []
+    for a, b in itertools.pairwise(cuts):
+        logits, state = model.prefill(TOKENS[:, a:b], state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_sequences_of_unequal_length_in_one_batch():
+    for degree in (0, 4):
+        model = _model({"spike_degree": degree, "token_shift": 3}).double().eval()
+        states = [model.prefill(TOKENS[i : i + 1, : 3 + 2 * i])[1] for i in range(3)]
+        logits, state = model.step(torch.tensor([1, 2, 3]), DecoderState.stack(states))
+        for i in range(3):
+            alone = model(torch.cat([TOKENS[i, : 3 + 2 * i], torch.tensor([i + 1])])[None])[0, -1]
+            torch.testing.assert_close(logits[i], alone, rtol=1e-9, atol=1e-9)
+        one = state.select([1])
+        assert one.longest == 6 and one.batch_size == 1
+
+
+def test_fork_and_select():
+    model = _model({"spike_degree": 0}).double().eval()
+    _, state = model.prefill(TOKENS[:1, :6])
+    saved = state.clone()
+    first, _ = model.step(torch.tensor([3]), state)
+    model.step(torch.tensor([4]), saved.clone())
+    again, _ = model.step(torch.tensor([3]), saved)
+    assert torch.equal(first, again)
+    _, state = model.prefill(TOKENS[:1, :6])
+    logits, _ = model.step(torch.tensor([3, 4, 3]), state.select([0, 0, 0]))
+    assert torch.equal(logits[0], logits[2]) and not torch.equal(logits[0], logits[1])
+
+
+def test_state_of_spiking_attention_has_a_bounded_size():
+    model = _model({"token_shift": 2}).eval()
+    _, state = model.prefill(TOKENS[:1, :4])
+    size = state.nbytes
+    for _ in range(30):
+        _, state = model.step(torch.tensor([1]), state)
+    assert state.nbytes == size and state.longest == 34
+
+
+def test_softmax_cache_grows_past_the_context():
+    model = _model({"spike_degree": 0}).double().eval()
+    tokens = torch.randint(0, 11, (1, 30))
+    _, state = model.prefill(tokens[:, :10])
+    for i in range(10, 30):
+        logits, state = model.step(tokens[:, i], state)
+    torch.testing.assert_close(logits, model(tokens)[:, -1], rtol=1e-9, atol=1e-9)
+
+
+def test_counts_stay_exact_past_float32(monkeypatch):
+    model = _model({}).eval()
+    _, state = model.prefill(TOKENS[:1, :4])
+    for layer in state.layers:
+        layer["attention.state"] += 2**24  # as if millions of tokens had been read
+    state.longest = 2**24
+    before = [layer["attention.state"].double() for layer in state.layers]
+    _, state = model.step(torch.tensor([1]), state)
+    for layer, old in zip(state.layers, before, strict=True):
+        assert layer["attention.state"].dtype == torch.float64
+        added = layer["attention.state"] - old
+        assert ((added == 0) | (added == 1)).all() and torch.equal(added, added.round())
+
+
+def test_saved_and_loaded(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = _model({"token_shift": 2}).eval()
+    _, state = model.prefill(TOKENS[:, :5])
+    save_file(state.tensors(), tmp_path / "state.safetensors")
+    loaded = DecoderState.from_tensors(model.config, load_file(tmp_path / "state.safetensors"))
+    expected, _ = model.step(TOKENS[:, 5], state)
+    actual, _ = model.step(TOKENS[:, 5], loaded)
+    assert torch.equal(actual, expected)
+    with pytest.raises(ValueError, match="takes those of a saved state"):
+        DecoderState.from_tensors(model.config, {"weights": torch.ones(1)})
+
+
+def test_bad_input():
+    model = _model({"position_encoding": "learned"})
+    with pytest.raises(ValueError, match=r"prefill: the model is in training mode; call model.eval\(\)"):
+        model.prefill(TOKENS)
+    model.eval()
+    _, state = model.prefill(TOKENS[:, :10])
+    with pytest.raises(ValueError, match="state: got 3 sequences, takes 1"):
+        model.step(torch.tensor([1]), state)
+    with pytest.raises(ValueError, match="tokens: got ids from 0 to 11"):
+        model.step(torch.tensor([11, 0, 0]), state)
+    with pytest.raises(ValueError, match=r"token: takes an int64 tensor \[B\]"):
+        model.step(TOKENS, state)
+    with pytest.raises(ValueError, match="tokens: got 13 positions, takes at most max_len = 12"):
+        model.prefill(TOKENS[:, :3], state)
+    other = SpikeDecoder(SpikeDecoderConfig.from_dict({**SMALL, "blocks": 1})).eval()
+    with pytest.raises(ValueError, match="state: got one of another model"):
+        other.step(torch.tensor([1, 2, 3]), state)
