@@ -118,6 +118,44 @@ struct NormLifBackward {
   int threads;
 };
 
+// q, k, v, out [T, B, S, H, d] in memory; decay [H] or null (1); states [T, B, H, d, d] or null.
+struct AttentionForward {
+  const float *q, *k, *v, *decay, *state;
+  float scale;
+  float *out, *final_state;
+  int64_t T, B, S, H, d;
+  int threads;
+};
+
+struct AttentionBackward {
+  const float *grad, *q, *k, *v, *decay, *state;
+  float scale;
+  float *grad_q, *grad_k, *grad_v;
+  int64_t T, B, S, H, d;
+  int threads;
+};
+
+// The threshold's channels are those of a head [d], its elements those of a timestep [B, S, H, d].
+struct AttentionLifForward {
+  Neuron neuron;
+  Threshold threshold;
+  const float *q, *k, *v, *decay;
+  float scale;
+  float* spikes;
+  int64_t T, B, S, H, d;
+  int threads;
+};
+
+struct AttentionLifBackward {
+  Neuron neuron;
+  Threshold threshold;
+  const float *grad_spikes, *q, *k, *v, *decay;
+  float scale;
+  float *grad_q, *grad_k, *grad_v, *grad_threshold;
+  int64_t T, B, S, H, d;
+  int threads;
+};
+
 // out[r, :] = bias + sum of source[q, :] over the bits q that are set in row r of words.
 // words [rows, words_for(bits)], source [bits, columns], out [rows, columns]; bias [columns] or null.
 struct SumRows {
@@ -146,19 +184,23 @@ struct Transpose {
   int threads;
 };
 
-#define SPIKEDECODER_KERNELS(X)           \
-  X(lif_forward, LifForward)              \
-  X(lif_backward, LifBackward)            \
-  X(moments, Moments)                     \
-  X(norm_lif_forward, NormLifForward)     \
-  X(norm_lif_backward, NormLifBackward)   \
-  X(gather, SumRows)                      \
-  X(gather_weight_grad, WeightGrad)       \
-  X(subset_sums, SumRows)                 \
-  X(subset_sums_weight_grad, WeightGrad)  \
-  X(transpose, Transpose)                 \
-  X(binarize, Binarize)         \
-  X(pack, Pack)                 \
+#define SPIKEDECODER_KERNELS(X)                   \
+  X(lif_forward, LifForward)                      \
+  X(lif_backward, LifBackward)                    \
+  X(moments, Moments)                             \
+  X(norm_lif_forward, NormLifForward)             \
+  X(norm_lif_backward, NormLifBackward)           \
+  X(attention_forward, AttentionForward)          \
+  X(attention_backward, AttentionBackward)        \
+  X(attention_lif_forward, AttentionLifForward)   \
+  X(attention_lif_backward, AttentionLifBackward) \
+  X(gather, SumRows)                              \
+  X(gather_weight_grad, WeightGrad)               \
+  X(subset_sums, SumRows)                         \
+  X(subset_sums_weight_grad, WeightGrad)          \
+  X(transpose, Transpose)                         \
+  X(binarize, Binarize)                           \
+  X(pack, Pack)                                   \
   X(unpack, Unpack)
 
 struct Kernels {

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from spikedecoder import ext, ops
-from spikedecoder.testing import Case, cases, flipped, make_inputs, run
+from spikedecoder.params import LIFParams
+from spikedecoder.testing import Case, cases, flipped, make_inputs, run, spikes
 
 if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
@@ -36,11 +37,11 @@ def both(case: Case, seed: int = 0) -> tuple[dict, dict]:
     return actual, expected
 
 
-def assert_gradients(actual, expected):
+def assert_gradients(actual, expected, atol=2e-6):
     for name in actual:
         if name != "out":
             torch.testing.assert_close(
-                actual[name], expected[name], rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+                actual[name], expected[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
@@ -85,7 +86,7 @@ def test_lif_gradients_of_many_neurons(variant):
     torch.testing.assert_close(actual["grad.v_threshold"], expected["grad.v_threshold"], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", cases("norm_lif"), ids=str)
+@pytest.mark.parametrize("case", cases("norm_lif", "spike_attention_lif"), ids=str)
 def test_sums_then_lif(case, variant):
     """Sums in another order may move a spike: few, and for some seed none, where gradients are compared."""
     compared = False
@@ -95,7 +96,8 @@ def test_sums_then_lif(case, variant):
         assert not case.exact or torch.equal(actual["out"], expected["out"])
         if torch.equal(actual["out"], expected["out"]):
             compared = True
-            assert_gradients(actual, expected)
+            # gradients of attention are sums over all tokens before or after
+            assert_gradients(actual, expected, atol=2e-6 if case.operator == "norm_lif" else 2e-5)
     assert compared
 
 
@@ -104,3 +106,38 @@ def test_spike_linear(case, variant):
     actual, expected = both(case)
     for name in actual:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", cases("spike_attention"), ids=str)
+def test_attention(case, variant):
+    actual, expected = both(case)
+    for name in actual:
+        # integers times the scale, but for decays and gradients
+        exact = case.exact and not name.startswith("grad")
+        close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5, "atol": 1e-4}
+        torch.testing.assert_close(actual[name], expected[name], **close, msg=lambda m, n=name: f"{n}: {m}")
+    assert actual["out"].transpose(2, 3).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"v_reset": None, "detach_reset": False}, {"surrogate": "atan", "tau": 3.0}], ids=str
+)
+def test_attention_lif_of_other_neurons(variant, options):
+    generator = torch.Generator().manual_seed(0)
+    p = LIFParams(**options)
+
+    def run_on(backend):
+        q, k, v = (
+            spikes((3, 2, 20, 3, 18), torch.Generator().manual_seed(i), 0.3).transpose(2, 3).requires_grad_()
+            for i in range(3)
+        )
+        threshold = torch.tensor(0.75).requires_grad_()
+        with ops.use_backend(backend):
+            out = ops.spike_attention_lif(q, k, v, p, 0.25, threshold=threshold)
+            return out, *torch.autograd.grad(out, (q, k, v, threshold), upstream)
+
+    upstream = torch.randn(3, 2, 3, 20, 18, generator=generator)
+    actual, expected = run_on("cpu"), run_on("reference")
+    assert torch.equal(actual[0], expected[0])
+    for a, e in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-4)

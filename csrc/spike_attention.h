@@ -1,0 +1,119 @@
+// Causal attention without softmax as a scan over tokens with a state of d x d:
+//
+//     state = decay state + u[i]^T x[i];   out[i] = scale r[i] state
+//
+// Forward u, x, r are k, v, q. The gradients are scans too (spikedecoder/reference/spike_attention.py):
+// dq: v, k, g forward in time; dv: q, g, k and dk: g, q, v backward in time. Where u or r are spikes, only
+// the rows of the state at which they are 1 are touched.
+#pragma once
+
+#include "bits.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+
+SPIKEDECODER_INLINE int64_t state_columns(int64_t d) { return (d + W - 1) / W * W; }
+SPIKEDECODER_INLINE int64_t state_size(int64_t d) { return (d * state_columns(d) + 15) / 16 * 16; }
+
+// The tokens of one head: where token `first` starts, and how many floats lie between one and the next.
+template <class T>
+struct Tokens {
+  T* start;
+  int64_t stride, first = 0;
+
+  SPIKEDECODER_INLINE_MEMBER T* operator[](int64_t i) const { return start + (i - first) * stride; }
+};
+
+struct Scan {
+  Tokens<const float> u, x, r;
+  Tokens<float> out;
+  float* state;  // [d, state_columns(d)]
+  int64_t d;
+  float decay, scale;
+  bool reverse;
+};
+
+// body(row) for each row where the spikes are 1.
+template <class Body>
+SPIKEDECODER_INLINE void for_spikes(const float* spikes, int64_t d, const Body& body) {
+  for (int64_t first = 0; first < d; first += 64) {
+    uint64_t word = word_of_floats(spikes + first, static_cast<int>(d - first < 64 ? d - first : 64));
+    for (; word; word &= word - 1) body(first + __builtin_ctzll(word));
+  }
+}
+
+// Tokens begin..end, V vectors of columns from `column` on, of which the last has `last` lanes.
+template <int V, bool DenseU, bool DenseR>
+static void scan_columns(const Scan& s, int64_t begin, int64_t end, int64_t column, int last) {
+  const int64_t columns = state_columns(s.d);
+  float* const state = s.state + column;
+  const F decay = set1(s.decay), scale = set1(s.scale);
+  for (int64_t n = 0; n < end - begin; n++) {
+    const int64_t i = s.reverse ? end - 1 - n : begin + n;
+    const float *u = s.u[i], *r = s.r[i], *from = s.x[i] + column;
+    F x[V], sum[V];
+    for (int j = 0; j < V; j++) {
+      x[j] = load_up_to(from + j * W, j < V - 1 ? W : last);
+      sum[j] = zero();
+    }
+    if (s.decay != 1) {
+      for (int64_t row = 0; row < s.d; row++) {
+        for (int j = 0; j < V; j++) {
+          float* at = state + row * columns + j * W;
+          store(at, mul(load(at), decay));
+        }
+      }
+    }
+    const auto update = [&](int64_t row, auto product) {
+      for (int j = 0; j < V; j++) {
+        float* at = state + row * columns + j * W;
+        store(at, product(x[j], load(at)));
+      }
+    };
+    if (DenseU) {
+      for (int64_t row = 0; row < s.d; row++) {
+        const F weight = set1(u[row]);
+        update(row, [weight](F a, F b) { return fma(weight, a, b); });
+      }
+    } else {
+      for_spikes(u, s.d, [&](int64_t row) { update(row, [](F a, F b) { return add(a, b); }); });
+    }
+    if (DenseR) {
+      for (int64_t row = 0; row < s.d; row++) {
+        const F weight = set1(r[row]);
+        for (int j = 0; j < V; j++) sum[j] = fma(weight, load(state + row * columns + j * W), sum[j]);
+      }
+    } else {
+      for_spikes(r, s.d, [&](int64_t row) {
+        for (int j = 0; j < V; j++) sum[j] = add(sum[j], load(state + row * columns + j * W));
+      });
+    }
+    float* out = s.out[i] + column;
+    for (int j = 0; j < V; j++) store_up_to(out + j * W, mul(sum[j], scale), j < V - 1 ? W : last);
+  }
+}
+
+// Tokens begin..end of one head; the state carries over from call to call.
+template <bool DenseU = false, bool DenseR = false>
+static void scan(const Scan& s, int64_t begin, int64_t end) {
+  for (int64_t column = 0; column < s.d; column += 4 * W) {
+    const int64_t left = s.d - column;
+    const int vectors = left >= 4 * W ? 4 : static_cast<int>((left + W - 1) / W);
+    const int last = left >= 4 * W ? W : static_cast<int>(left - (vectors - 1) * W);
+    switch (vectors) {
+      case 1: scan_columns<1, DenseU, DenseR>(s, begin, end, column, last); break;
+      case 2: scan_columns<2, DenseU, DenseR>(s, begin, end, column, last); break;
+      case 3: scan_columns<3, DenseU, DenseR>(s, begin, end, column, last); break;
+      default: scan_columns<4, DenseU, DenseR>(s, begin, end, column, last);
+    }
+  }
+}
+
+SPIKEDECODER_INLINE void clear(float* p, int64_t n) {
+  for (int64_t i = 0; i < n; i++) p[i] = 0;
+}
+
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder
