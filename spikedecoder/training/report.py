@@ -164,8 +164,8 @@ class MetricsFile(Reporter):
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise OSError(
-                f"cannot write {self.path} ({error}); the last checkpoint is whole: make room, then go on with "
-                f"--resume {self.path.parent}"
+                f"cannot write {self.path} ({error}); the last checkpoint is whole: make room, then go on "
+                f"with --resume {self.path.parent}"
             ) from error
 
 

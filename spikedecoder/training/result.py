@@ -48,7 +48,7 @@ class TrainResult:
             "max_steps": self.steps,
             "interrupted": self.interrupted,
             "tokens_per_second": self.tokens_per_second,
-            "train_loss": self.train_loss,
+            "train_loss": self.train_loss if self.train_loss == self.train_loss else None,  # NaN is no JSON
             "val_loss": e.loss if e else None,
             "val_bits_per_token": e.bits if e else None,
             "val_accuracy": e.accuracy if e else None,
