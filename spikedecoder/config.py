@@ -46,6 +46,11 @@ class SpikeDecoderConfig:
     spiking_residuals: 0 real-valued residual stream; 1 LIF after the attention's sum; 2 also before it.
     first_block_residual_lif: in the first block the attention's output passes a LIF before it is added.
     attention_scale, attention_dropout, mlp_dropout.
+    decay_fastest, decay_slowest: spiking attention forgets: what a token adds counts decay^n after n more
+        tokens, each head with a decay of its own from the one to the other, 1 - decay in equal ratios.
+        1 and 1: no decay, exact integers.
+    attention_norm: the attention's result passes the norm before its LIF, so that its size does not grow
+        with the context.
     token_shift, mlp_token_shift: channel group i of n comes from the token i places back, at the input
         of the attention's and the MLP's first Linear; 1 is off.
     reunite: how the head joins timesteps. float_reunite: join first, then one LIF step.
@@ -79,6 +84,9 @@ class SpikeDecoderConfig:
     spiking_residuals: int = 0
     first_block_residual_lif: bool = False
     attention_scale: float = 0.125
+    decay_fastest: float = 1.0
+    decay_slowest: float = 1.0
+    attention_norm: bool = False
     attention_dropout: float = 0.0
     mlp_dropout: float = 0.0
     token_shift: int = 1
@@ -115,6 +123,14 @@ class SpikeDecoderConfig:
         for name in ("embedding_gain", "attention_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a finite number > 0")
+        for name in ("decay_fastest", "decay_slowest"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, takes a number in (0, 1]")
+        if self.decay_fastest > self.decay_slowest or (self.decay_fastest < 1) != (self.decay_slowest < 1):
+            raise ValueError(
+                f"decay_fastest: got {self.decay_fastest}, takes at most decay_slowest = "
+                f"{self.decay_slowest}, and both below 1 or both 1"
+            )
         if self.norm not in NORMS:
             raise ValueError(f"norm: got {self.norm!r}, takes one of {', '.join(NORMS)}")
         if self.surrogate not in SURROGATES:
@@ -201,6 +217,16 @@ class SpikeDecoderConfig:
     def hidden_dim(self) -> int:
         """Channels inside the MLP."""
         return self.embed_dim * self.mlp_ratio
+
+    @property
+    def decays(self) -> list[float] | None:
+        """One decay a head, fastest first; None without decay."""
+        if self.decay_fastest == 1:
+            return None
+        fast, slow = 1 - self.decay_fastest, 1 - self.decay_slowest
+        if self.heads == 1:
+            return [self.decay_slowest]
+        return [1 - fast * (slow / fast) ** (h / (self.heads - 1)) for h in range(self.heads)]
 
     @property
     def lif(self) -> LIFParams:

@@ -55,6 +55,15 @@ def _variants():
     yield {"first_block_residual_lif": True, "learn_threshold": True}
     yield {"token_shift": 4, "mlp_token_shift": 3, "embedding_gain": 2.0}
     yield {"token_shift": 12, "spike_degree": 0}
+    yield {"decay_fastest": 0.7, "decay_slowest": 0.98}
+    yield {"attention_norm": True}
+    yield {
+        "attention_norm": True,
+        "norm": "power",
+        "decay_fastest": 0.7,
+        "decay_slowest": 0.98,
+        "learn_threshold": True,
+    }
     yield {"v_reset": None, "tau": 1.5, "v_threshold": 0.5, "surrogate": "atan", "surrogate_alpha": 2.0}
     yield {"decay_input": False, "detach_reset": False}
 

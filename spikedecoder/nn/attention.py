@@ -10,6 +10,7 @@ from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.linear import LinearNorm, LinearNormLIF
 from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.norm import Norm
 from spikedecoder.nn.shift import token_shift
 from spikedecoder.nn.state import LayerState, grow
 
@@ -50,27 +51,42 @@ class AttentionLIF(nn.Module):
         super().__init__()
         self.heads, self.scale, self.dropout = c.heads, c.attention_scale, c.attention_dropout
         self.lif = LIF(c.lif, c.learn_threshold)
+        self.norm = Norm(c.norm, c.embed_dim) if c.attention_norm else None
+        # a constant of the config: in no checkpoint
+        self.decay: Tensor | None
+        decays = None if c.decays is None else torch.tensor(c.decays)
+        self.register_buffer("decay", decays, persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState | None = None) -> Tensor:
         # [T, B, S, E] -> [T, B, H, S, d]
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3) for x in (q, k, v))
-        if layer is not None:
-            return self._go_on(q, k, v, layer).flatten(-2)
         dropout = self.dropout if self.training else 0.0
-        a = ops.spike_attention_lif(
-            q, k, v, self.lif.params, self.scale, threshold=self.lif.v_threshold, dropout=dropout
-        )
-        return a.transpose(2, 3).flatten(-2)
+        if layer is None and self.norm is None:
+            p, threshold = self.lif.params, self.lif.v_threshold
+            a = ops.spike_attention_lif(
+                q, k, v, p, self.scale, self.decay, threshold=threshold, dropout=dropout
+            )
+            return a.transpose(2, 3).flatten(-2)
+        if layer is None:
+            result = ops.spike_attention(q, k, v, self.scale, self.decay, dropout=dropout)
+            assert isinstance(result, Tensor)
+            current = result
+        else:
+            current = self._go_on(q, k, v, layer)
+        current = current.transpose(2, 3).flatten(-2)
+        if self.norm is None:
+            return self.lif(current)
+        return ops.norm_lif(current, self.norm.params(), self.lif.params, threshold=self.lif.v_threshold)
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState) -> Tensor:
-        """With the past's sum of k^T v, in the dtype that keeps it exact; [T, B, S, H, d]."""
+        """The attention with the past's sum of k^T v, in the dtype that keeps it exact; [T, B, H, S, d]."""
         state, dtype = layer.get("attention.state"), q.dtype
         if state is not None and state.dtype == torch.float64:
             q, k, v = q.double(), k.double(), v.double()
         current, layer["attention.state"] = ops.spike_attention(
-            q, k, v, self.scale, state=state, return_state=True
+            q, k, v, self.scale, self.decay, state, return_state=True
         )
-        return self.lif(current.transpose(2, 3).to(dtype))
+        return current.to(dtype)
 
 
 class SoftmaxAttention(nn.Module):
