@@ -1,0 +1,376 @@
+"""Compile every kernel for GPUs that need not be here, and read what the compiler made of it.
+
+    python bench/aot.py                          # all kernels, all architectures; writes docs/kernels.md
+    python bench/aot.py --only lif --target 90   # prints the table, writes nothing
+
+The operators are called on tensors without memory while their launches are recorded, so what is compiled is
+what a GPU would be asked to run: same block sizes, same constants, same alignment. Registers, shared memory
+and spills come from the compiled code, access widths and tensor-core instructions from its disassembly.
+
+Bytes: each tensor that a launch touches counted once, over what the operator must move at the least. The
+floor is the bytes over the memory's rate in its data sheet, so no measurement is behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spikedecoder.kernels import _launch
+from spikedecoder.kernels._launch import Launch
+from spikedecoder.params import LIFParams
+
+TARGETS = (80, 90, 100)
+RATES = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second, data sheets of the SXM boards
+DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.int8: "i8",
+}  # fmt: skip
+_OPCODES = re.compile(r"\b((?:LDG\.E|LDGSTS|STG\.E|LDL|STL)[.\w]*|(?:[HIQ]G?|UTC\w*)MMA\b(?:\.\w+)*)")
+MEGA = 1 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operator's call. `minimum`: bytes that it must move; `needs`: what its code must have."""
+
+    operator: str
+    call: str
+    dtype: str
+    size: str
+    minimum: float
+    needs: tuple[str, ...]
+    run: Callable[[], object]
+
+
+@dataclass
+class Compiled:
+    """One kernel of a row on one target."""
+
+    operator: str
+    call: str
+    dtype: str
+    size: str
+    needs: tuple[str, ...]
+    kernel: str
+    target: int
+    registers: int
+    shared: int
+    local: int
+    opcodes: dict[str, int]
+    moved: float
+
+    def widths(self, *names: str) -> list[int]:
+        """Widths in bits of the global accesses whose opcode starts with one of `names`."""
+        found = set()
+        for opcode in self.opcodes:
+            if opcode.startswith(names):
+                widths = [int(w) for w in re.findall(r"\.[US]?(16|32|64|128|256)\b", opcode)]
+                found.add(max(widths, default=8 if re.search(r"\.[US]8\b", opcode) else 32))
+        return sorted(found)
+
+    @property
+    def tensor_core(self) -> list[str]:
+        return sorted({re.sub(r"\..*", "", o) for o in self.opcodes if "MMA" in o})
+
+    @property
+    def spills(self) -> int:
+        return self.local + sum(n for o, n in self.opcodes.items() if o.startswith(("LDL", "STL")))
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+STREAM = ("128-bit loads", "128-bit stores", "no spill")
+LOADS = ("128-bit loads", "no spill")
+DOT = ("tensor core", "no spill")
+
+
+def lif_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import lif
+
+    def forward(T: int, dtype: torch.dtype, threshold: Tensor | float) -> Callable[[], object]:
+        x = meta((T, 64 * MEGA // T // 1024, 1024), dtype)
+        return lambda: lif.forward(x, threshold, None, LIFParams(), want_v=False)
+
+    def backward(T: int, dtype: torch.dtype, threshold: Tensor | float) -> Callable[[], object]:
+        x = meta((T, 64 * MEGA // T // 1024, 1024), dtype)
+        return lambda: lif.backward(x, None, x, threshold, None, LIFParams(), want_grad_v_init=False)
+
+    scalar, channel = meta((), torch.float32), meta((1024,), torch.float32)
+    for T, dtype in ((4, torch.bfloat16), (8, torch.bfloat16), (16, torch.bfloat16), (4, torch.float32)):
+        size = dtype.itemsize
+        name = f"64 Mi, T = {T}"
+        yield Row("lif", "forward", _TYPES[dtype], name, 2 * size * 64 * MEGA, STREAM, forward(T, dtype, 1.0))
+        yield Row(
+            "lif", "backward", _TYPES[dtype], name, 3 * size * 64 * MEGA, STREAM, backward(T, dtype, 1.0)
+        )
+    for label, threshold in (("scalar threshold", scalar), ("threshold per channel", channel)):
+        run = backward(4, torch.bfloat16, threshold)
+        yield Row("lif", f"backward, {label}", "bf16", "64 Mi, T = 4", 6 * 64 * MEGA, STREAM, run)
+    x = meta((4, 16 * MEGA // 1024, 1024))
+    packed = lambda: lif.forward_packed(x, 1.0, None, LIFParams())  # noqa: E731
+    yield Row("lif", "forward to bits", "bf16", "64 Mi, T = 4", (2 + 1 / 8) * 64 * MEGA, LOADS, packed)
+
+
+def small_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import binarize, pack_spikes
+
+    x, words = meta((64 * MEGA // 1024, 1024)), meta((64 * MEGA // 1024, 16), torch.int64)
+    bits = 2 + 1 / 8
+    unpack = lambda: pack_spikes.unpack(words, 1024, torch.bfloat16)  # noqa: E731
+    yield Row("binarize", "forward", "bf16", "64 Mi", 4 * 64 * MEGA, STREAM, lambda: binarize.forward(x, 2.0))
+    backward = lambda: binarize.backward(meta(x.shape), x, 2.0)  # noqa: E731
+    yield Row("binarize", "backward", "bf16", "64 Mi", 6 * 64 * MEGA, STREAM, backward)
+    yield Row("pack_spikes", "pack", "bf16", "64 Mi", bits * 64 * MEGA, LOADS, lambda: pack_spikes.pack(x))
+    yield Row(
+        "pack_spikes", "unpack", "bf16", "64 Mi", bits * 64 * MEGA, ("128-bit stores", "no spill"), unpack
+    )
+
+
+def norm_lif_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import norm_lif
+
+    for T, C in ((4, 512), (8, 512), (16, 512), (4, 80)):
+        x, grad = (meta((T, 64 * MEGA // T // C, C)) for _ in range(2))
+        weight, channel = meta((C,), torch.float32), meta((C,), torch.float32)
+        rows = meta(x.shape[:-1], torch.float32)
+        p, mega = LIFParams(), x.numel()
+        size = f"64 Mi, T = {T}, C = {C}"
+        extra = 8 * mega / C  # row statistics
+        wide = STREAM if T <= 4 else ("no spill",)  # see norm_lif._tile
+        norm = functools.partial(norm_lif.forward, x, weight, weight)
+        back = functools.partial(norm_lif.backward_layer, grad, x, weight, weight, rows, rows, 1.0, p)
+        yield Row(
+            "norm_lif",
+            "layer forward",
+            "bf16",
+            size,
+            4 * mega + extra,
+            STREAM,
+            functools.partial(norm, None, None, 1e-5, 1.0, p),
+        )
+        yield Row("norm_lif", "layer backward", "bf16", size, 6 * mega + extra, wide, back)
+        if C != 512 or T == 16:
+            continue
+        args = (grad, x, weight, weight, channel, channel, 1.0, p)
+        reduce = functools.partial(norm_lif.backward_reduce, *args)
+        apply = functools.partial(norm_lif.backward_apply, *args, channel, channel, channel)
+        moments = functools.partial(norm_lif.moments, x, True)
+        yield Row("norm_lif", "moments", "bf16", size, 2 * mega, ("no spill",), moments)
+        yield Row(
+            "norm_lif",
+            "channel forward",
+            "bf16",
+            size,
+            4 * mega,
+            STREAM,
+            functools.partial(norm, channel, channel, 1e-5, 1.0, p),
+        )
+        yield Row("norm_lif", "channel backward, sums", "bf16", size, 4 * mega, LOADS, reduce)
+        yield Row("norm_lif", "channel backward, x", "bf16", size, 6 * mega, STREAM, apply)
+
+
+def rows() -> Iterator[Row]:
+    yield from lif_rows()
+    yield from norm_lif_rows()
+    yield from small_rows()
+
+
+def _argument(name: str, value: Any) -> str:
+    if value is None or name.isupper():
+        return "constexpr"
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, dict[str, int]]:
+    """(registers, shared bytes, local bytes, opcode counts) of a launch compiled for sm_`target`."""
+    names = launch.kernel.arg_names
+    arguments = {name: launch.arguments[name] for name in names}
+    signature = {name: _argument(name, value) for name, value in arguments.items()}
+    constants = {name: arguments[name] for name, kind in signature.items() if kind == "constexpr"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
+    }
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing about {launch.kernel.__name__}: {usage!r}")
+    registers, stack, _, local = map(int, found.groups())
+    return (
+        registers,
+        int(compiled.metadata.shared),
+        stack + local,
+        dict(collections.Counter(_OPCODES.findall(code))),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _touched(launch: Launch) -> float:
+    """Bytes of every tensor of a launch, each counted once; repeats by `expand` not at all."""
+    total = 0.0
+    for tensor in {id(v): v for v in launch.arguments.values() if isinstance(v, Tensor)}.values():
+        distinct = 1
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            distinct *= size if stride else 1
+        total += distinct * tensor.element_size()
+    return total
+
+
+def compile_row(index: int, target: int) -> list[Compiled]:
+    """Compile what row number `index` launches."""
+    row = list(rows())[index]
+    with _launch.record(target // 10) as launches:
+        row.run()
+    done: dict[tuple[object, ...], Compiled] = {}
+    for launch in launches:
+        moved = _touched(launch)
+        if launch.key in done:
+            done[launch.key].moved += moved
+            continue
+        registers, shared, local, opcodes = compile_launch(launch, target)
+        done[launch.key] = Compiled(
+            row.operator, row.call, row.dtype, row.size, row.needs, launch.kernel.__name__, target, registers,
+            shared, local, opcodes, moved,
+        )  # fmt: skip
+    return list(done.values())
+
+
+def compile_all(
+    only: str | None, first: int | None, targets: tuple[int, ...], processes: int
+) -> list[Compiled]:
+    numbers = [i for i, row in enumerate(rows()) if only in (None, row.operator)][:first]
+    wanted = [(i, t) for i in numbers for t in targets]
+    with ProcessPoolExecutor(processes) as pool:
+        parts = list(pool.map(compile_row, *zip(*wanted, strict=True)))
+    return [compiled for part in parts for compiled in part]
+
+
+def faults(c: Compiled) -> list[str]:
+    """Where the compiled code is not what its row needs; empty if it is."""
+    wrong = []
+    if "no spill" in c.needs and c.spills:
+        wrong.append(f"spills: {c.local} bytes of local memory")
+    if "128-bit loads" in c.needs and 128 not in c.widths("LDG", "LDGSTS"):
+        wrong.append(f"widest load is {max(c.widths('LDG', 'LDGSTS'), default=0)} bits")
+    if "128-bit stores" in c.needs and 128 not in c.widths("STG"):
+        wrong.append(f"widest store is {max(c.widths('STG'), default=0)} bits")
+    if "tensor core" in c.needs and not c.tensor_core:
+        wrong.append("no tensor-core instruction")
+    return wrong
+
+
+def table(results: list[Compiled]) -> str:
+    """One line a kernel and architecture."""
+    lines = [
+        "| kernel | call | dtype | size | sm | registers | shared | spills | loads | stores | tensor core |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for c in results:
+        loads, stores = ("/".join(map(str, w)) for w in (c.widths("LDG", "LDGSTS"), c.widths("STG")))
+        lines.append(
+            f"| {c.kernel} | {c.operator} {c.call} | {c.dtype} | {c.size} | {c.target} | {c.registers} "
+            f"| {c.shared} | {c.spills} | {loads} | {stores} | {', '.join(c.tensor_core) or '-'} |"
+        )
+    return "\n".join(lines)
+
+
+def floors(results: list[Compiled], target: int) -> str:
+    """One line a call: bytes against the minimum, and the time that memory alone would take."""
+    moved: dict[tuple[str, str, str, str], float] = collections.defaultdict(float)
+    for c in results:
+        if c.target == target:
+            moved[c.operator, c.call, c.dtype, c.size] += c.moved
+    lines = [
+        "| call | dtype | size | MiB moved | MiB minimum | ratio | floor on H100 | floor on H200 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows():
+        total = moved.get((row.operator, row.call, row.dtype, row.size))
+        if total is None:
+            continue
+        times = " | ".join(f"{row.minimum / rate * 1e3:.3f} ms" for rate in RATES.values())
+        lines.append(
+            f"| {row.operator} {row.call} | {row.dtype} | {row.size} | {total / MEGA:.1f} "
+            f"| {row.minimum / MEGA:.1f} | {total / row.minimum:.2f} | {times} |"
+        )
+    return "\n".join(lines)
+
+
+def page(results: list[Compiled]) -> str:
+    return f"""# The kernels as compiled
+
+Written by `python bench/aot.py` with Triton {triton.__version__}; nothing on this page was measured on a GPU.
+
+## Code
+
+Access widths in bits; "spills" counts bytes of local memory and instructions that use it. `HMMA`, `HGMMA` and
+`UTC*MMA` are the tensor cores of Ampere, Hopper and Blackwell.
+
+{table(results)}
+
+## Bytes
+
+What a call's launches touch, each tensor once, against what the operator must move at the least: inputs read
+once, outputs written once. The floors are the minimum over the memory's rate (H100 3.35 TB/s, H200 4.8 TB/s).
+
+{floors(results, 90)}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="an operator")
+    parser.add_argument("--first", type=int, help="only so many calls")
+    parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="compute capability")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    if _launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: kernels can't be compiled under the interpreter")
+    results = compile_all(options.only, options.first, tuple(options.target or TARGETS), options.processes)
+    print(table(results), floors(results, (options.target or [90])[0]), sep="\n\n")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(c) | {"faults": faults(c)} for c in results], indent=1))
+    elif options.only is None and options.first is None and options.target is None:
+        DOCS.write_text(page(results))
+    wrong = [f"{c.kernel} ({c.call}, {c.dtype}, sm_{c.target}): {f}" for c in results for f in faults(c)]
+    print(*wrong, sep="\n", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""How kernels are declared and launched, and the block sizes they run with.
+
+Sizes and strides are ordinary arguments that Triton does not specialise on, so a new batch or sequence
+length compiles nothing. What is specialised are the constexprs (T, head size, flags, block sizes), dtypes,
+and ``ALIGN``: sizes are passed divided by it and multiplied again inside, which tells the compiler that
+128-bit accesses are aligned without telling it the size.
+
+Block sizes come from the functions below by device and operator; nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from spikedecoder.ops._dispatch import Call
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of A100, H100/H200, B200: used where no device is asked
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel, its grid, arguments by name, and Triton's options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What decides whether Triton compiles anew: everything but sizes and values of floats."""
+        parts: list[object] = [self.kernel.__name__, tuple(sorted(self.options.items()))]
+        for name, value in self.arguments.items():
+            if isinstance(value, Tensor):
+                parts.append((name, value.dtype))
+            elif value is None or name.isupper():
+                parts.append((name, value))
+            elif isinstance(value, int):
+                parts.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            else:
+                parts.append((name, "fp32"))
+        return tuple(parts)
+
+
+@dataclass
+class _Recorder:
+    major: int
+    launches: list[Launch]
+
+
+_recorder: _Recorder | None = None
+
+
+@contextlib.contextmanager
+def record(major: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, with the blocks of compute capability `major`.x.
+
+    Tensors may be on any device, "meta" too. Outputs stay unwritten.
+    """
+    global _recorder
+    before, _recorder = _recorder, _Recorder(major, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = before
+
+
+def kernel(fn: Callable[..., None]) -> Any:
+    """`triton.jit` for a kernel whose pointers end in _ptr and whose constexprs are upper case.
+
+    Everything else is a size, stride or number, and is not specialised on.
+    """
+    plain = [
+        name for name in inspect.signature(fn).parameters if not name.isupper() and not name.endswith("_ptr")
+    ]
+    return triton.jit(fn, do_not_specialize=plain)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **arguments: Any
+) -> None:
+    """Run `kernel` on its tensors' device, without fused multiply-adds: spikes must not depend on them."""
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    if _recorder is not None:
+        _recorder.launches.append(Launch(kernel, grid, arguments, options))
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[grid](**arguments, **options)
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _device_multiprocessors(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(torch.device("cuda", index or 0)).multi_processor_count)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side: what grids are sized by. Same device, same grid, same sums."""
+    if _recorder is not None:
+        return _MULTIPROCESSORS[_recorder.major]
+    return _device_multiprocessors(device.index) if device.type == "cuda" else 2
+
+
+def major(device: torch.device) -> int:
+    """Compute capability's first number; 0 under the interpreter."""
+    if _recorder is not None:
+        return _recorder.major
+    return _capability(device.index)[0] if device.type == "cuda" else 0
+
+
+def why_not(call: Call) -> str | None:
+    """Why no Triton kernel can run this call, or None."""
+    if call.dtype not in DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, got {str(call.dtype).removeprefix('torch.')}"
+    if call.device.type == "cuda":
+        if INTERPRETED:
+            return None
+        if (found := _capability(call.device.index)) < (8, 0):
+            return f"needs compute capability 8.0 or newer, this GPU has {found[0]}.{found[1]}"
+        return None
+    if call.device.type != "cpu":
+        return f"needs a CUDA device, got {call.device}"
+    if not INTERPRETED:
+        return "no CUDA device: the input is on the CPU, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def alignment(*sizes: int, limit: int = 16) -> int:
+    """The largest power of two <= limit that divides all sizes (in elements)."""
+    common = math.gcd(limit, *sizes)
+    return common & -common

@@ -1,0 +1,183 @@
+"""One timestep of the LIF neuron, forward and backward, as device functions. Equations: `LIFParams`."""
+
+# mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spikedecoder.kernels._surrogate import derivative
+from spikedecoder.params import LIFParams
+from spikedecoder.surrogate import SURROGATES
+
+MAX_T = 16  # timesteps whose potentials a kernel keeps in registers
+
+
+def neuron(p: LIFParams) -> dict[str, Any]:
+    """The kernel arguments of the neuron. `tau` is passed as 1 / tau where that is exact."""
+    exact = math.frexp(p.tau)[0] == 0.5
+    return {
+        "tau": 1 / p.tau if exact else p.tau,
+        "keep": 1 - 1 / p.tau,
+        "v_reset": float(p.v_reset or 0.0),
+        "alpha": p.alpha,
+        "RECIPROCAL": exact,
+        "HARD": p.v_reset is not None,
+        "DECAY_INPUT": p.decay_input,
+        "DETACH": p.detach_reset,
+        "SURROGATE": SURROGATES[p.surrogate].kernel_id,
+    }
+
+
+FORWARD_ONLY = ("keep", "alpha", "DETACH", "SURROGATE")
+
+
+def neuron_forward(p: LIFParams) -> dict[str, Any]:
+    """`neuron` without what only the backward pass needs."""
+    return {name: value for name, value in neuron(p).items() if name not in FORWARD_ONLY}
+
+
+NUMBER, SCALAR, PER_CHANNEL, FULL = range(4)  # what a threshold may be
+
+
+def threshold_argument(threshold: Tensor | float, timestep: torch.Size) -> tuple[int, Tensor | None, float]:
+    """(kind, float32 values to point at, number): a number, one value, one a channel, or one an element."""
+    if not isinstance(threshold, Tensor):
+        return NUMBER, None, float(threshold)
+    threshold = threshold.detach().to(torch.float32)
+    if threshold.numel() == 1:
+        return SCALAR, threshold, 0.0
+    if threshold.numel() == threshold.shape[-1] == timestep[-1]:
+        return PER_CHANNEL, threshold.contiguous(), 0.0
+    return FULL, threshold.expand(timestep).contiguous(), 0.0
+
+
+def threshold_partial(
+    kind: int, like: Tensor, timestep: torch.Size, programs: int, row_blocks: int
+) -> Tensor | None:
+    """Where a backward kernel writes the threshold's gradient: parts to be added over dim 0 unless FULL."""
+    if kind == NUMBER:
+        return None
+    shape = {SCALAR: (programs,), PER_CHANNEL: (row_blocks, timestep[-1]), FULL: timestep}[kind]
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def threshold_gradient(kind: int, partial: Tensor | None, threshold: Tensor | float) -> Tensor | None:
+    """The gradient from what `threshold_partial` made."""
+    if partial is None or not isinstance(threshold, Tensor):
+        return None
+    return partial if kind == FULL else partial.sum(0).view(threshold.shape)
+
+
+@triton.jit
+def over_tau(x, tau, RECIPROCAL: tl.constexpr):
+    """x / tau, rounded once. `tau` holds 1 / tau where RECIPROCAL."""
+    if RECIPROCAL:
+        return x * tau
+    else:
+        return tl.div_rn(x, tau)
+
+
+@triton.jit
+def charge(x, v, tau, v_reset, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr):
+    """Membrane potential h after the input x, before firing."""
+    leak = v
+    if HARD:
+        leak = v - v_reset
+    if DECAY_INPUT:
+        return v + over_tau(x - leak, tau, RECIPROCAL)
+    else:
+        return v + x - over_tau(leak, tau, RECIPROCAL)
+
+
+@triton.jit
+def reset(h, fired, threshold, v_reset, HARD: tl.constexpr):
+    """Membrane potential after firing."""
+    if HARD:
+        return tl.where(fired, v_reset, h)
+    else:
+        return tl.where(fired, h - threshold, h)
+
+
+@triton.jit
+def fire_backward(
+    grad_s,
+    carry,
+    h,
+    threshold,
+    v_reset,
+    alpha,
+    HARD: tl.constexpr,
+    DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr,
+):
+    """(dL/dh, what this timestep adds to dL/dthreshold), carry being dL/dv after the timestep."""
+    u = h - threshold
+    fired = u >= 0
+    slope = derivative(u, alpha, SURROGATE)
+    if HARD:
+        through = tl.where(fired, 0.0, carry)
+        if not DETACH:
+            grad_s = grad_s + carry * (v_reset - h)
+        grad_u = grad_s * slope
+        grad_threshold = -grad_u
+    else:
+        through = carry
+        if not DETACH:
+            grad_s = grad_s - carry * threshold
+        grad_u = grad_s * slope
+        grad_threshold = -grad_u - tl.where(fired, carry, 0.0)
+    return grad_u + through, grad_threshold
+
+
+@triton.jit
+def load_threshold(threshold_ptr, number, c, c_inside, at, inside, THRESHOLD: tl.constexpr):
+    """The threshold of a tile: channels c, elements `at` of a timestep; THRESHOLD: its kind."""
+    if THRESHOLD == 0:
+        return number
+    elif THRESHOLD == 1:
+        return tl.load(threshold_ptr)
+    elif THRESHOLD == 2:
+        return tl.load(threshold_ptr + c, mask=c_inside, other=0.0)
+    else:
+        return tl.load(threshold_ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def as_spikes(fired, dtype: tl.constexpr):
+    """0 and 1 in `dtype`. By way of float32: the interpreter can't convert from bool to bfloat16."""
+    return tl.where(fired, 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def load_steps(at_first, stride_t, inside, COUNT: tl.constexpr):
+    """Tiles of COUNT timesteps as a tuple: all loads before the first use.
+
+    Addresses are stepped from one timestep to the next: products t * stride, hoisted out of a loop over rows,
+    would take two registers each.
+    """
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(at_first, mask=inside, other=0.0),)
+        at_first += stride_t
+    return tiles
+
+
+@triton.jit
+def potentials(
+    xs, v, threshold, tau, v_reset, COUNT: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr,
+    DECAY_INPUT: tl.constexpr,
+):  # fmt: skip
+    """(h of COUNT timesteps, v after them) for inputs xs."""
+    hs = ()
+    for i in tl.static_range(COUNT):
+        h = charge(xs[i].to(tl.float32), v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
+        hs = hs + (h,)
+        v = reset(h, h - threshold >= 0, threshold, v_reset, HARD)
+    return hs, v

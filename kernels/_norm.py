@@ -1,0 +1,110 @@
+"""Mean and variance of channels over all rows, in one pass over memory.
+
+Each program takes a band of rows: per tile the mean and the sum of squared distances from it, merged into
+what it has by Chan, Golub and LeVeque's formula (1979), so no large sums are subtracted. A second, small
+kernel merges the bands. x [M, C], b bytes an element: b read, the minimum. Bound by memory bandwidth.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from spikedecoder.kernels._launch import cdiv, kernel, launch, multiprocessors, power_of_2
+
+
+@kernel
+def moments_of_bands(
+    x_ptr, mean_ptr, square_ptr, rows, channels, band,
+    CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Of each band of rows: mean (CENTER) and sum of squared distances from it (else from 0), [bands, C]."""
+    channels = channels.to(tl.int64) * ALIGN
+    start = tl.program_id(0).to(tl.int64) * band
+    stop = tl.minimum(start + band, rows)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    square = tl.zeros((BLOCK_C,), tl.float32)
+    done = 0.0
+    for first in range(start, stop, BLOCK_R):
+        r = tl.arange(0, BLOCK_R)[:, None].to(tl.int64) + first
+        inside = (r < stop) & (c < channels)[None, :]
+        x = tl.load(x_ptr + r * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        if CENTER:
+            new = tl.minimum(BLOCK_R, stop - first).to(tl.float32)
+            tile_mean = tl.sum(x, 0) / new
+            distance = tl.where(inside, x - tile_mean[None, :], 0.0)
+            delta = tile_mean - mean
+            share = new / (done + new)
+            square += tl.sum(distance * distance, 0) + delta * delta * (done * share)
+            mean += delta * share
+            done += new
+        else:
+            square += tl.sum(x * x, 0)
+    at = tl.program_id(0) * channels + c
+    tl.store(square_ptr + at, square, mask=c < channels)
+    if CENTER:
+        tl.store(mean_ptr + at, mean, mask=c < channels)
+
+
+@kernel
+def merge_bands(
+    means_ptr, squares_ptr, mean_ptr, var_ptr, bands, band, rows, channels,
+    CENTER: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """mean = sum n_i mean_i / M;  var = sum (square_i + n_i (mean_i - mean)^2) / M."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    total = rows.to(tl.float32)
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    square = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    if CENTER:
+        sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for first in range(0, bands, BLOCK_P):
+            i = tl.arange(0, BLOCK_P)[:, None].to(tl.int64) + first
+            inside = (i < bands) & (c < channels)
+            n = tl.minimum(band, rows - i * band).to(tl.float32)
+            part = tl.load(means_ptr + i * channels + c, mask=inside, other=0.0)
+            sums += tl.where(inside, part * (n / total), 0.0)
+        mean = tl.sum(sums, 0)
+    for first in range(0, bands, BLOCK_P):
+        i = tl.arange(0, BLOCK_P)[:, None].to(tl.int64) + first
+        inside = (i < bands) & (c < channels)
+        at = i * channels + c
+        square += tl.load(squares_ptr + at, mask=inside, other=0.0)
+        if CENTER:
+            n = tl.minimum(band, rows - i * band).to(tl.float32)
+            delta = tl.load(means_ptr + at, mask=inside, other=0.0) - mean[None, :]
+            square += tl.where(inside, n * delta * delta, 0.0)
+    c1 = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tl.store(mean_ptr + c1, mean, mask=c1 < channels)
+    tl.store(var_ptr + c1, tl.sum(square, 0) / total, mask=c1 < channels)
+
+
+def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C], float32, over all rows of x [..., C]; without `center` 0 and E[x^2]."""
+    x = x.contiguous()
+    channels = x.shape[-1]
+    mean = x.new_empty(channels, dtype=torch.float32)
+    var = torch.empty_like(mean)
+    if x.numel() == 0:
+        return mean.fill_(float("nan") if center else 0.0), var.fill_(float("nan"))
+    rows = x.numel() // channels
+    block_c = min(256, max(16, power_of_2(channels)))
+    block_r = 256 * (16 // x.element_size()) // block_c
+    across = cdiv(channels, block_c)
+    bands = max(1, min(cdiv(rows, 4 * block_r), 4 * multiprocessors(x.device) // across))
+    band = cdiv(cdiv(rows, bands), block_r) * block_r
+    bands = cdiv(rows, band)
+    parts = x.new_empty((2, bands, channels), dtype=torch.float32)
+    align = 16 if channels % 16 == 0 else 1
+    launch(
+        moments_of_bands, (bands, across), x_ptr=x, mean_ptr=parts[0], square_ptr=parts[1], rows=rows,
+        channels=channels // align, band=band, CENTER=center, BLOCK_R=block_r, BLOCK_C=block_c, ALIGN=align,
+    )  # fmt: skip
+    launch(
+        merge_bands, (cdiv(channels, 16),), means_ptr=parts[0], squares_ptr=parts[1], mean_ptr=mean,
+        var_ptr=var,
+        bands=bands, band=band, rows=rows, channels=channels, CENTER=center, BLOCK_P=32, BLOCK_C=16,
+    )  # fmt: skip
+    return mean, var

@@ -1,0 +1,321 @@
+"""Multi-timestep LIF neuron over dim 0, forward and backward. Equations: `spikedecoder.params.LIFParams`.
+
+x [T, R, C], one timestep seen as R rows of C channels. Where the threshold is one number, R = 1 and C is the
+whole timestep. A program owns a tile of neurons and walks T with the membrane potential in float32
+registers; all T loads are issued before the first is used.
+
+Bytes per element of x (b = bytes of its dtype), each the minimum possible:
+    forward   2 b            x read once, spikes written once (with packed spikes b + 1/8)
+    backward  3 b            x and the gradient read once, the gradient of x written once
+and 4 / T each for an initial or final potential and their gradients, where there are any. Bound by memory
+bandwidth: some 10 float32 operations an element forward, 30 backward, against 4 to 12 bytes.
+
+More than 16 timesteps are walked 16 at a time: forward hands the potential on; backward first runs forward
+to find the potential every 16 timesteps (4/16 bytes an element), which reads x once more.
+"""
+
+# mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spikedecoder.kernels._launch import cdiv, kernel, launch, power_of_2, why_not
+from spikedecoder.kernels._neuron import (
+    MAX_T,
+    PER_CHANNEL,
+    as_spikes,
+    charge,
+    fire_backward,
+    load_steps,
+    load_threshold,
+    neuron,
+    neuron_forward,
+    over_tau,
+    potentials,
+    reset,
+    threshold_argument,
+    threshold_gradient,
+    threshold_partial,
+)
+from spikedecoder.kernels.pack_spikes import pack_tile
+from spikedecoder.params import LIFParams
+
+CHUNK = 8  # timesteps whose potentials the backward kernel keeps in registers
+
+__all__ = ["backward", "forward", "forward_packed", "why_not"]
+
+
+@kernel
+def lif_forward(
+    x_ptr, threshold_ptr, v_init_ptr, spikes_ptr, words_ptr, v_ptr,
+    rows, channels, stride_t, words, threshold, tau, v_reset,
+    T: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
+    THRESHOLD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """spikes (as floats, or as words of 32 bits) and, if asked for, the last potential."""
+    channels = channels.to(tl.int64) * ALIGN
+    stride_t = stride_t.to(tl.int64) * ALIGN
+    pid = tl.program_id(0)
+    across = tl.cdiv(channels, BLOCK_C).to(tl.int32)
+    first = (pid % across).to(tl.int64) * BLOCK_C
+    r = (pid // across).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = first + tl.arange(0, BLOCK_C)[None, :]
+    keep = (r < rows) & (c < channels)
+    at = r * channels + c
+    timestep = rows * channels
+
+    xs = load_steps(x_ptr + at, stride_t, keep, T)
+    threshold = load_threshold(threshold_ptr, threshold, c, c < channels, at, keep, THRESHOLD)
+    v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if v_init_ptr is not None:
+        v = tl.load(v_init_ptr + at, mask=keep, other=0.0)
+    for t in tl.static_range(T):
+        h = charge(xs[t].to(tl.float32), v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
+        fired = h - threshold >= 0
+        if spikes_ptr is not None:
+            tl.store(spikes_ptr + t * timestep + at, as_spikes(fired, spikes_ptr.dtype.element_ty), mask=keep)
+        if words_ptr is not None:
+            packed = pack_tile(fired & keep, BLOCK_R, BLOCK_C)
+            w = first // 32 + tl.arange(0, BLOCK_C // 32)[None, :]
+            inside = (r < rows) & (w < words)
+            tl.store(words_ptr + (t * rows + r) * words + w, packed, mask=inside)
+        v = reset(h, fired, threshold, v_reset, HARD)
+    if v_ptr is not None:
+        tl.store(v_ptr + at, v, mask=keep)
+
+
+@triton.jit
+def _backward_chunk(
+    grad_spikes_ptr, x_ptr, grad_x_ptr, v, carry, total, at, inside, timestep, stride_t, grad_stride_t,
+    threshold, tau, keep, v_reset, alpha, FIRST: tl.constexpr, COUNT: tl.constexpr, RECIPROCAL: tl.constexpr,
+    HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
+):  # fmt: skip
+    """(carry, total) after COUNT timesteps from FIRST on, backwards; v before them, carry = dL/dv after."""
+    xs = load_steps(x_ptr + FIRST * stride_t + at, stride_t, inside, COUNT)
+    gs = load_steps(grad_spikes_ptr + FIRST * grad_stride_t + at, grad_stride_t, inside, COUNT)
+    hs, v = potentials(xs, v, threshold, tau, v_reset, COUNT, RECIPROCAL, HARD, DECAY_INPUT)
+    to = grad_x_ptr + (FIRST + COUNT - 1) * timestep + at
+    for back in tl.static_range(COUNT):
+        grad_h, grad_threshold = fire_backward(
+            gs[COUNT - 1 - back].to(tl.float32), carry, hs[COUNT - 1 - back], threshold, v_reset, alpha,
+            HARD, DETACH, SURROGATE,
+        )  # fmt: skip
+        grad_x = grad_h
+        if DECAY_INPUT:
+            grad_x = over_tau(grad_h, tau, RECIPROCAL)
+        tl.store(to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        to -= timestep
+        carry = grad_h * keep
+        total += grad_threshold
+    return carry, total
+
+
+@kernel
+def lif_backward(
+    grad_spikes_ptr, grad_v_ptr, x_ptr, threshold_ptr, v_init_ptr, grad_x_ptr, grad_threshold_ptr,
+    grad_v_init_ptr, rows, channels, stride_t, grad_stride_t, threshold, tau, keep, v_reset, alpha,
+    T: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
+    DETACH: tl.constexpr, SURROGATE: tl.constexpr, THRESHOLD: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Gradient of x; the threshold's as `threshold_partial` says; gradient of v_init.
+
+    h is computed again from x and stays in registers while t runs backwards, CHUNK timesteps at a time: a
+    sweep before finds the potential at each chunk's start, and the walk then finds x in cache.
+    """
+    channels = channels.to(tl.int64) * ALIGN
+    stride_t = stride_t.to(tl.int64) * ALIGN
+    grad_stride_t = grad_stride_t.to(tl.int64) * ALIGN
+    pid = tl.program_id(0)
+    across = tl.cdiv(channels, BLOCK_C).to(tl.int32)
+    row_block = (pid // across).to(tl.int64)
+    first = (pid % across).to(tl.int64) * BLOCK_C
+    r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = first + tl.arange(0, BLOCK_C)[None, :]
+    inside = (r < rows) & (c < channels)
+    at = r * channels + c
+    timestep = rows * channels
+
+    threshold = load_threshold(threshold_ptr, threshold, c, c < channels, at, inside, THRESHOLD)
+    v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if v_init_ptr is not None:
+        v = tl.load(v_init_ptr + at, mask=inside, other=0.0)
+    carry = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    if grad_v_ptr is not None:
+        carry = tl.load(grad_v_ptr + at, mask=inside, other=0.0)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+
+    starts = (v,)  # the potential before each chunk of timesteps
+    for chunk in tl.static_range((T - 1) // CHUNK):
+        xs = load_steps(x_ptr + chunk * CHUNK * stride_t + at, stride_t, inside, CHUNK)
+        _, v = potentials(xs, v, threshold, tau, v_reset, CHUNK, RECIPROCAL, HARD, DECAY_INPUT)
+        starts = starts + (v,)
+    for back in tl.static_range((T + CHUNK - 1) // CHUNK):
+        carry, total = _backward_chunk(
+            grad_spikes_ptr, x_ptr, grad_x_ptr, starts[(T - 1) // CHUNK - back], carry, total, at, inside,
+            timestep,
+            stride_t, grad_stride_t, threshold, tau, keep, v_reset, alpha,
+            (T - 1) // CHUNK * CHUNK - back * CHUNK, T - (T - 1) // CHUNK * CHUNK if back == 0 else CHUNK,
+            RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE,
+        )  # fmt: skip
+    if grad_v_init_ptr is not None:
+        tl.store(grad_v_init_ptr + at, carry, mask=inside)
+    if grad_threshold_ptr is not None:
+        total = tl.where(inside, total, 0.0)
+        if THRESHOLD == 3:
+            tl.store(grad_threshold_ptr + at, total, mask=inside)
+        elif THRESHOLD == 2:
+            c1 = first + tl.arange(0, BLOCK_C)
+            tl.store(grad_threshold_ptr + row_block * channels + c1, tl.sum(total, 0), mask=c1 < channels)
+        else:
+            tl.store(grad_threshold_ptr + pid, tl.sum(tl.sum(total, 1), 0))
+
+
+def view(x: Tensor, by_channel: bool) -> tuple[int, int]:
+    """A timestep of x [T, ...] as (rows, channels); one row where channels mean nothing."""
+    numel = x[0].numel()
+    return (numel // x.shape[-1], x.shape[-1]) if by_channel else (1, numel)
+
+
+def steps_contiguous(x: Tensor) -> Tensor:
+    """x with each timestep contiguous; a timestep repeated by `expand` stays one in memory."""
+    return x if x[0].is_contiguous() else x.contiguous()
+
+
+def tile(by_channel: bool, channels: int, element_size: int, T: int) -> dict[str, int]:
+    """Rows and channels of a tile: 128 bits a thread and timestep, twice that where T is short.
+
+    Narrow tiles by channel: a threshold's gradient is written once a tile and channel.
+    """
+    elements = 128 * (16 // element_size) * (2 if T <= 2 else 1)
+    block_c = min(128, max(16, power_of_2(channels))) if by_channel else elements
+    return {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": 4}
+
+
+def sizes(rows: int, channels: int, **strides: int) -> dict[str, int]:
+    """ALIGN (16 or 1: one variant for aligned sizes, one for the others), and sizes divided by it."""
+    align = 16 if all(n % 16 == 0 for n in (channels, *strides.values())) else 1
+    divided = {name: n // align for name, n in strides.items()}
+    return {"rows": rows, "channels": channels // align, "ALIGN": align, **divided}
+
+
+def programs(rows: int, channels: int, blocks: dict[str, int]) -> int:
+    return cdiv(rows, blocks["BLOCK_R"]) * cdiv(channels, blocks["BLOCK_C"])
+
+
+def _walk(
+    x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, *,
+    spikes: Tensor | None = None, words: Tensor | None = None, v: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch on at most MAX_T timesteps; writes what is given of `spikes`, `words` (int32) and `v`."""
+    T = x.shape[0]
+    kind, pointer, number = threshold_argument(threshold, x.shape[1:])
+    by_channel = kind == PER_CHANNEL or words is not None
+    rows, channels = view(x, by_channel)
+    blocks = tile(by_channel, channels, x.element_size(), T)
+    if words is not None:
+        blocks["BLOCK_C"] = max(64, blocks["BLOCK_C"])
+    launch(
+        lif_forward, (programs(rows, channels, blocks),), x_ptr=x, threshold_ptr=pointer, v_init_ptr=v_init,
+        spikes_ptr=spikes, words_ptr=words, v_ptr=v, words=0 if words is None else words.shape[-1],
+        threshold=number, T=T, THRESHOLD=kind, **sizes(rows, channels, stride_t=x.stride(0) if T > 1 else 0),
+        **neuron_forward(p), **blocks,
+    )  # fmt: skip
+
+
+def _pieces(T: int) -> list[slice]:
+    return [slice(t, min(t + MAX_T, T)) for t in range(0, T, MAX_T)]
+
+
+def _state(v_init: Tensor | None) -> Tensor | None:
+    return None if v_init is None else v_init.to(torch.float32).contiguous()
+
+
+def forward(
+    x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(spikes [T, ...] in x's dtype, potential [...] in float32; an empty tensor without `want_v`)."""
+    x, state = steps_contiguous(x), _state(v_init)
+    spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
+    last = x.new_empty(x.shape[1:] if want_v else (0,), dtype=torch.float32)
+    if spikes.numel() == 0:
+        return spikes, last
+    pieces = _pieces(x.shape[0])
+    for piece in pieces:
+        end = piece is pieces[-1]
+        v = last if end and want_v else None if end else torch.empty_like(x[0], dtype=torch.float32)
+        _walk(x[piece], threshold, state, p, spikes=spikes[piece], v=v)
+        state = v
+    return spikes, last
+
+
+def forward_packed(x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams) -> Tensor:
+    """Spikes as bits only: int64 [T, ..., ceil(C / 64)], as `pack_spikes` lays them out."""
+    x, state = steps_contiguous(x), _state(v_init)
+    words = x.new_empty(*x.shape[:-1], cdiv(x.shape[-1], 64), dtype=torch.int64)
+    if words.numel() == 0:
+        return words
+    pieces = _pieces(x.shape[0])
+    for piece in pieces:
+        v = None if piece is pieces[-1] else torch.empty_like(x[0], dtype=torch.float32)
+        _walk(x[piece], threshold, state, p, words=words.view(torch.int32)[piece], v=v)
+        state = v
+    return words
+
+
+def _walk_back(
+    grad_spikes: Tensor, grad_v: Tensor | None, x: Tensor, threshold: Tensor | float, v_init: Tensor | None,
+    p: LIFParams, grad_x: Tensor, grad_v_init: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """Launch on at most MAX_T timesteps; returns the threshold's gradient if it is a tensor."""
+    T = x.shape[0]
+    kind, pointer, number = threshold_argument(threshold, x.shape[1:])
+    rows, channels = view(x, kind == PER_CHANNEL)
+    blocks = tile(kind == PER_CHANNEL, channels, x.element_size(), T)
+    grid = programs(rows, channels, blocks)
+    partial = threshold_partial(kind, x, x.shape[1:], grid, cdiv(rows, blocks["BLOCK_R"]))
+    strides = (x.stride(0), grad_spikes.stride(0)) if T > 1 else (0, 0)
+    launch(
+        lif_backward, (grid,), grad_spikes_ptr=grad_spikes, grad_v_ptr=grad_v, x_ptr=x, threshold_ptr=pointer,
+        v_init_ptr=v_init, grad_x_ptr=grad_x, grad_threshold_ptr=partial, grad_v_init_ptr=grad_v_init,
+        threshold=number, T=T, THRESHOLD=kind, CHUNK=min(T, CHUNK),
+        **sizes(rows, channels, stride_t=strides[0], grad_stride_t=strides[1]), **neuron(p), **blocks,
+    )  # fmt: skip
+    return threshold_gradient(kind, partial, threshold)
+
+
+def backward(
+    grad_spikes: Tensor,
+    grad_v: Tensor | None,
+    x: Tensor,
+    threshold: Tensor | float,
+    v_init: Tensor | None,
+    p: LIFParams,
+    want_grad_v_init: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, the threshold and v_init, the last two in float32 (empty where there is none)."""
+    x, grad_spikes = steps_contiguous(x), steps_contiguous(grad_spikes)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    nothing = x.new_empty(0, dtype=torch.float32)
+    if x.numel() == 0:
+        shape = threshold.shape if isinstance(threshold, Tensor) else (0,)
+        return grad_x, torch.zeros(shape, device=x.device), torch.zeros_like(x[0], dtype=torch.float32)
+    pieces = _pieces(x.shape[0])
+    starts = [_state(v_init)]
+    for piece in pieces[:-1]:
+        starts.append(torch.empty_like(x[0], dtype=torch.float32))
+        _walk(x[piece], threshold, starts[-2], p, v=starts[-1])
+    carry, grad_threshold = _state(grad_v), None
+    for piece in reversed(pieces):
+        wanted = piece is not pieces[0] or want_grad_v_init
+        before = torch.empty_like(x[0], dtype=torch.float32) if wanted else None
+        part = _walk_back(
+            grad_spikes[piece], carry, x[piece], threshold, starts.pop(), p, grad_x[piece], before
+        )
+        grad_threshold = part if grad_threshold is None or part is None else grad_threshold + part
+        carry = before
+    return grad_x, nothing if grad_threshold is None else grad_threshold, nothing if carry is None else carry

@@ -1,0 +1,96 @@
+"""Every kernel compiled for sm_80, sm_90 and sm_100 without a GPU: no spills, wide accesses, tensor cores.
+
+`bench/aot.py` compiles in a process of its own, since the tests themselves run kernels under the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parent.parent / "bench" / "aot.py"
+
+
+def load_script() -> Any:
+    spec = importlib.util.spec_from_file_location("aot", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["aot"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+aot = load_script()
+OPERATORS = sorted({row.operator for row in aot.rows()})
+
+
+def compile_for(targets: tuple[int, ...], folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = folder / "aot.json"
+    flags = [flag for target in targets for flag in ("--target", str(target))]
+    command = [sys.executable, str(SCRIPT), "--json", str(result), *flags, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.exists(), done.stderr
+    return json.loads(result.read_text())
+
+
+def check(compiled: list[dict[str, Any]], targets: tuple[int, ...]) -> None:
+    assert {c["target"] for c in compiled} == set(targets)
+    wrong = [
+        f"{c['kernel']} ({c['call']}, {c['dtype']}, {c['size']}, sm_{c['target']}): {c['faults']}"
+        for c in compiled
+        if c["faults"]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels_compile_well_for_hopper(operator: str, tmp_path: Path) -> None:
+    compiled = compile_for((90,), tmp_path, "--only", operator, "--first", "4")
+    assert {c["operator"] for c in compiled} == {operator}
+    check(compiled, (90,))
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_well_for_all_targets(tmp_path: Path) -> None:
+    compiled = compile_for(aot.TARGETS, tmp_path)
+    assert sorted({c["operator"] for c in compiled}) == OPERATORS
+    check(compiled, aot.TARGETS)
+
+
+def example(**changes: Any) -> Any:
+    values = {
+        "operator": "lif", "call": "forward", "dtype": "bf16", "size": "", "kernel": "k", "target": 90,
+        "needs": (*aot.STREAM, *aot.DOT), "registers": 40, "shared": 0, "local": 0, "moved": 0.0,
+        "opcodes": {"LDG.E.128": 4, "LDG.E.LTC128B.128": 1, "STG.E.128": 4, "HGMMA.64x64x16.F32.BF16": 2},
+    }  # fmt: skip
+    return aot.Compiled(**{**values, **changes})
+
+
+def test_the_reader_sees_what_is_wrong() -> None:
+    good = example()
+    assert aot.faults(good) == [] and good.widths("LDG") == [128] and good.tensor_core == ["HGMMA"]
+    narrow = example(
+        opcodes={"LDG.E.64": 1, "LDG.E.LTC128B": 1, "LDG.E.U16": 1, "STG.E": 1, "HMMA.16816.F32": 1}
+    )
+    assert narrow.widths("LDG") == [16, 32, 64]
+    assert aot.faults(narrow) == ["widest load is 64 bits", "widest store is 32 bits"]
+    assert any("spills" in fault for fault in aot.faults(example(local=8)))
+    assert any("spills" in fault for fault in aot.faults(example(opcodes={**good.opcodes, "LDL.LU": 2})))
+    assert any(
+        "tensor-core" in fault
+        for fault in aot.faults(example(opcodes={"LDG.E.128": 1, "STG.E.128": 1, "FFMA": 9}))
+    )
+
+
+def test_every_operator_of_the_backend_is_compiled() -> None:
+    modules = {path.stem for path in (SCRIPT.parent.parent / "kernels").glob("[!_]*.py")}
+    assert modules == set(OPERATORS)

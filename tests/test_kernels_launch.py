@@ -1,0 +1,128 @@
+"""What a launch asks Triton for does not change with batch size or sequence length: nothing compiles anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from spikedecoder.params import LIFParams
+
+pytest.importorskip("triton")
+from spikedecoder.kernels import _launch
+
+Make = Callable[..., Tensor]
+SHAPES = [(1, 1), (1, 7), (1, 256), (2, 33), (3, 100), (8, 64), (16, 129), (32, 256), (5, 1000), (64, 2048)]
+P = LIFParams()
+
+
+def lif(batch: int, tokens: int, make: Make) -> None:
+    from spikedecoder.kernels import lif as k
+
+    x, threshold = make(4, batch, tokens, 80), make(80).float()
+    for limit in (1.0, threshold):
+        k.forward(x, limit, None, P)
+        k.backward(x, None, x, limit, None, P)
+    k.forward_packed(x, 1.0, None, P)
+
+
+def norm_lif(batch: int, tokens: int, make: Make) -> None:
+    from spikedecoder.kernels import norm_lif as k
+
+    x, weight = make(4, batch, tokens, 80), make(80).float()
+    _, mean, rstd = k.forward(x, weight, weight, None, None, 1e-5, 1.0, P)
+    k.backward_layer(x, x, weight, weight, mean, rstd, 1.0, P)
+    k.moments(x, True)
+    k.forward(x, weight, weight, weight, weight, 1e-5, 1.0, P)
+    k.backward_reduce(x, x, weight, weight, weight, weight, 1.0, P)
+    k.backward_apply(x, x, weight, weight, weight, weight, 1.0, P, weight, weight, weight)
+
+
+def small(batch: int, tokens: int, make: Make) -> None:
+    from spikedecoder.kernels import binarize, pack_spikes
+
+    x = make(batch, tokens, 80)
+    binarize.backward(binarize.forward(x, 2.0), x, 2.0)
+    pack_spikes.unpack(pack_spikes.pack(x), 80, x.dtype)
+
+
+USES = [lif, norm_lif, small]
+
+
+def meta(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+@pytest.mark.parametrize("major", [8, 9, 10])
+def test_no_shape_asks_for_another_kernel(use: Callable[..., None], major: int) -> None:
+    keys = []
+    for batch, tokens in SHAPES:
+        with _launch.record(major) as launches:
+            use(batch, tokens, meta)
+        keys.append({launch.key for launch in launches})
+    assert keys[0] and all(found == keys[0] for found in keys)
+
+
+def test_the_key_does_change_with_what_is_compiled_in() -> None:
+    def keys(T: int, dtype: torch.dtype, channels: int = 80) -> set[object]:
+        from spikedecoder.kernels import lif as k
+
+        with _launch.record(9) as launches:
+            k.forward(torch.empty(T, 3, channels, dtype=dtype, device="meta"), 1.0, None, P)
+        return {launch.key for launch in launches}
+
+    assert (
+        len(
+            keys(4, torch.float32)
+            | keys(4, torch.bfloat16)
+            | keys(5, torch.float32)
+            | keys(4, torch.float32, 9)
+        )
+        == 4
+    )
+
+
+def test_tensors_beyond_2_31_elements_get_offsets_of_64_bits() -> None:
+    from spikedecoder.kernels import lif as k
+
+    with _launch.record(9) as launches:
+        k.forward(torch.empty(4, 1 << 22, 1024, dtype=torch.bfloat16, device="meta"), 1.0, None, P)
+    (launch,) = launches
+    channels = launch.arguments["channels"] * launch.arguments["ALIGN"]
+    assert channels == 1 << 32 and launch.grid[0] * launch.arguments["BLOCK_C"] == channels
+
+
+def compiled(kernels: set[object]) -> int:
+    return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+def test_nothing_is_compiled_after_the_first_shape(use: Callable[..., None]) -> None:
+    def make(*shape: int) -> Tensor:
+        return (torch.rand(shape, device="cuda") < 0.3).to(torch.bfloat16)
+
+    with _launch.record(torch.cuda.get_device_capability()[0]) as launches:
+        use(2, 33, meta)
+    kernels = {launch.kernel for launch in launches}
+    use(*SHAPES[-1], make)
+    before = compiled(kernels)
+    assert before > 0
+    for batch, tokens in SHAPES:
+        use(batch, tokens, make)
+    assert compiled(kernels) == before
+
+
+@pytest.mark.gpu
+def test_lif_beyond_2_31_elements() -> None:
+    from spikedecoder.kernels import lif as k
+
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    x = torch.zeros(1, (1 << 31) + 1024, dtype=torch.bfloat16, device="cuda")
+    x[0, -1000:] = 4
+    spikes, _ = k.forward(x, 1.0, None, P, want_v=False)
+    assert spikes[0, -1000:].all() and spikes.sum(dtype=torch.float64) == 1000

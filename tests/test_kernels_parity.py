@@ -1,0 +1,235 @@
+"""Every Triton kernel against the reference, over the table of cases: forward and all gradients.
+
+Without a GPU the kernels run under Triton's interpreter, where bfloat16 is cut off instead of rounded: one
+unit in the last place is allowed for there. With one, the tests marked `gpu` run larger shapes too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from spikedecoder import ops
+from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.reference import lif as lif_reference
+from spikedecoder.reference import norm_lif as norm_reference
+from spikedecoder.testing import Case, Inputs, cases, flipped, make_inputs, run
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPERATORS = ("lif", "binarize", "pack_spikes", "norm_lif")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
+
+pytestmark = [] if DEVICE == "cuda" else [pytest.mark.triton_interpreter]
+
+
+def inputs_of(case: Case, dtype: torch.dtype, device: str) -> Inputs:
+    """The case's inputs; norms keep float32 parameters, as under autocast."""
+    inputs = make_inputs(case, dtype, device)
+    if isinstance(inputs.get("n"), NormParams):
+        inputs["n"] = make_inputs(case, torch.float32, device)["n"]
+    return inputs
+
+
+def compare(case: Case, dtype: torch.dtype, device: str = DEVICE) -> None:
+    with ops.use_backend("reference"):
+        expected = run(case, inputs_of(case, dtype, device))
+    with ops.use_backend("triton"):
+        actual = run(case, inputs_of(case, dtype, device))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name
+    spikes = case.operator in ("lif", "binarize", "norm_lif", "spike_attention_lif")
+    flips = flipped(actual["out"], expected["out"]) if spikes else 0.0
+    if case.exact:
+        assert torch.equal(actual["out"], expected["out"])
+    assert flips <= 2e-3, f"{flips:.2%} of the spikes differ"
+    for name, value in expected.items():
+        if name == "out" and spikes:
+            continue
+        error = (actual[name].double() - value.double()).abs()
+        if value.dtype == torch.int64:
+            assert torch.equal(actual[name], value), name
+        # a sum grows with its terms, so its error does
+        limit = TOLERANCE[dtype] * (value.double().abs() + value.double().abs().mean().clamp(min=1))
+        wrong = (error > limit).double().mean().item() if error.numel() else 0.0
+        assert wrong <= 20 * flips, f"{name}: {wrong:.2%} of the elements are off by up to {error.max():.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", cases(*OPERATORS), ids=str)
+def test_triton_is_the_reference(case: Case, dtype: torch.dtype) -> None:
+    compare(case, dtype)
+
+
+def larger(case: Case) -> Case:
+    """The same case, as many rows or tokens as fill a GPU a little."""
+    shape = list(case.shape)
+    grow = {
+        "spike_attention": 3,
+        "spike_attention_lif": 3,
+        "spike_linear": 0,
+        "pack_spikes": 0,
+        "binarize": 0,
+    }
+    axis = grow.get(case.operator, -2)
+    shape[axis] = shape[axis] * 37 + (5 if shape[axis] else 0)
+    return dataclasses.replace(case, shape=tuple(shape), name=f"{case.name}-large")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", [larger(c) for c in cases(*OPERATORS) if len(c.shape) > 2], ids=str)
+def test_triton_is_the_reference_on_larger_shapes(case: Case, dtype: torch.dtype) -> None:
+    compare(case, dtype, "cuda")
+
+
+def random(*shape: int, seed: int = 0, scale: float = 2.0, shift: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale + shift).to(DEVICE)
+
+
+@pytest.mark.parametrize("T", [17, 37])
+def test_lif_walks_many_timesteps_in_pieces(T: int) -> None:
+    from spikedecoder.kernels import lif
+
+    p = LIFParams()
+    x, v_init, threshold = random(T, 3, 33), random(3, 33, seed=1), random(33, seed=2, scale=0.1)
+    grad, grad_v = random(T, 3, 33, seed=3), random(3, 33, seed=4)
+    for got, want in zip(
+        lif.forward(x, threshold, v_init, p), lif_reference.forward(x, threshold, v_init, p), strict=True
+    ):
+        assert torch.equal(got, want)
+    expected = lif_reference.backward(grad, grad_v, x, threshold, v_init, p)
+    for got, want in zip(lif.backward(grad, grad_v, x, threshold, v_init, p), expected, strict=True):
+        torch.testing.assert_close(got, want.sum_to_size(got.shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [(1, 5, 1), (3, 5, 33), (5, 33)], ids=str)
+def test_lif_takes_any_threshold_that_broadcasts(threshold: tuple[int, ...]) -> None:
+    results = {}
+    for backend in ("reference", "triton"):
+        x = random(4, 3, 5, 33).requires_grad_()
+        limit = random(*threshold, seed=1, scale=0.2).requires_grad_()
+        with ops.use_backend(backend):
+            spikes = ops.lif(x, v_threshold=limit)
+        results[backend] = (spikes, *torch.autograd.grad(spikes, (x, limit), random(4, 3, 5, 33, seed=2)))
+    torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 33, 64, 130])
+def test_lif_writes_packed_spikes(channels: int) -> None:
+    from spikedecoder.kernels import lif
+
+    p = LIFParams(v_reset=None)
+    x, v_init = random(18, 5, channels), random(5, channels, seed=1)
+    for threshold in (0.75, torch.tensor(0.5, device=DEVICE), random(channels, seed=2, scale=0.1)):
+        spikes, _ = lif_reference.forward(x, threshold, v_init, p)
+        with ops.use_backend("reference"):
+            words = ops.pack_spikes(spikes)
+        assert torch.equal(lif.forward_packed(x, threshold, v_init, p), words)
+
+
+def test_lif_takes_strides_repeats_and_what_is_not_a_number() -> None:
+    special = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0], [0.0, 0.0, 0.0, 1e38]])
+    for x in (
+        random(4, 5, 6).transpose(1, 2),
+        random(4, 3, 40)[..., 1:],
+        random(3, 8)[None].expand(5, 3, 8),
+        special.to(DEVICE),
+    ):
+        with ops.use_backend("triton"):
+            spikes, v = ops.lif(x, return_state=True)
+        expected, expected_v = lif_reference.forward(x, 1.0, None, LIFParams())
+        assert torch.equal(spikes, expected)
+        torch.testing.assert_close(v, expected_v, rtol=0, atol=0, equal_nan=True)
+
+
+def test_lif_leaves_out_states_that_nobody_asked_for() -> None:
+    from spikedecoder.kernels import lif
+
+    x = random(4, 3, 8)
+    assert lif.forward(x, 1.0, None, LIFParams(), want_v=False)[1].numel() == 0
+    _, grad_threshold, grad_v_init = lif.backward(x, None, x, 1.0, None, LIFParams(), want_grad_v_init=False)
+    assert grad_threshold.numel() == grad_v_init.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.bool], ids=str)
+def test_pack_takes_every_dtype(dtype: torch.dtype) -> None:
+    spikes = random(5, 70) > 1
+    with ops.use_backend("reference"):
+        expected = ops.pack_spikes(spikes)
+    with ops.use_backend("triton"):
+        assert torch.equal(ops.pack_spikes(spikes.to(dtype)), expected)
+        if dtype != torch.bool:
+            back = ops.unpack_spikes(expected, 70, dtype)
+            assert back.dtype == dtype and torch.equal(back, spikes.to(dtype))
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("shape", [(1, 3), (7, 36), (1000, 20), (3, 300)], ids=str)
+def test_moments(shape: tuple[int, int], center: bool) -> None:
+    from spikedecoder.kernels import norm_lif
+
+    x = random(*shape, scale=0.5, shift=100.0)  # a mean far from 0 would show sums of squares subtracted
+    for got, want in zip(
+        norm_lif.moments(x, center), norm_reference.moments(x.double(), center), strict=True
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("T", [1, 3, 5, 8, 16])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_norm_lif_walks_every_number_of_timesteps(T: int, norm: str) -> None:
+    compare(Case("norm_lif", f"{norm}-T{T}", (T, 3, 20), {"norm": norm}, exact=False), torch.float32)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("threshold", [(20,), (3, 1), (3, 20)], ids=str)
+def test_norm_lif_takes_any_threshold_that_broadcasts(norm: str, threshold: tuple[int, ...]) -> None:
+    compare(
+        Case("norm_lif", "threshold", (5, 3, 20), {"norm": norm, "threshold": threshold}, exact=False),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize(
+    "neuron",
+    [{"v_reset": None}, {"v_reset": -0.5}, {"detach_reset": False}, {"decay_input": False, "tau": 3.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_norm_lif_takes_every_neuron(norm: str, neuron: dict[str, object]) -> None:
+    results = {}
+    for backend in ("reference", "triton"):
+        inputs = make_inputs(Case("norm_lif", "neuron", (5, 3, 20), {"norm": norm}), torch.float32, DEVICE)
+        with ops.use_backend(backend):
+            out = ops.norm_lif(inputs["x"], inputs["n"], LIFParams(**neuron))  # type: ignore[arg-type]
+        results[backend] = (
+            out,
+            *torch.autograd.grad(out, (inputs["x"], inputs["n"].weight), torch.ones_like(out)),
+        )
+    torch.testing.assert_close(results["triton"], results["reference"], rtol=2e-5, atol=2e-5)
+
+
+def test_what_triton_cannot_run_it_says() -> None:
+    x = random(4, 3, 8).double()
+    with ops.use_backend("triton"), pytest.raises(ops.BackendError, match="float64"):
+        ops.lif(x)
+    n = NormParams("layer", torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE))
+    with ops.use_backend("triton"), pytest.raises(ops.BackendError, match="16 timesteps"):
+        ops.norm_lif(random(17, 3, 8), n, LIFParams())
+
+
+def test_without_a_gpu_or_the_interpreter_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spikedecoder.kernels import _launch
+
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    with (
+        ops.use_backend("triton"),
+        pytest.raises(ops.BackendError, match=r"no CUDA device.*TRITON_INTERPRET"),
+    ):
+        ops.lif(torch.ones(4, 3))
