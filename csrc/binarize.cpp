@@ -14,7 +14,7 @@ void binarize(const Binarize& a) {
     for (int64_t i = mine.begin; i < mine.end; i += W) {
       const int n = static_cast<int>(mine.end - i < W ? mine.end - i : W);
       const F x = load_up_to(a.x + i, n);
-      const F out = a.grad ? mul(load_up_to(a.grad + i, n), surrogate_derivative<Surrogate::atan>(x, alpha))
+      const F out = a.grad ? mul(load_up_to(a.grad + i, n), atan_derivative(x, alpha))
                            : keep(ge(x, zero()), one);
       store_up_to(a.out + i, out, n);
     }

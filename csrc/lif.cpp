@@ -64,7 +64,7 @@ void lif_backward(const LifBackward& a) {
   const int64_t potentials = round_up(a.T * W, 16), own = potentials + ThresholdSum::size(a.threshold, a.C);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
 
-  with_cell_and_surrogate(a.neuron, [&](const auto& cell, auto surrogate) {
+  with_cell(a.neuron, [&](const auto& cell) {
     parallel(most, [&](int thread, int threads) {
       const FlushDenormals flush;
       float* hs = scratch.floats() + own * thread;
@@ -82,8 +82,7 @@ void lif_backward(const LifBackward& a) {
         F grad_threshold = zero();
         for (int64_t t = a.T - 1; t >= 0; t--) {
           const F grad_spike = load_up_to(a.grad_spikes + t * step + at, n);
-          const F grad_x = cell.template back<decltype(surrogate)::value>(load(hs + t * W), threshold, grad_spike,
-                                                                          carry, grad_threshold);
+          const F grad_x = cell.back(load(hs + t * W), threshold, grad_spike, carry, grad_threshold);
           store_up_to(a.grad_x + t * step + at, grad_x, n);
         }
         if (a.grad_v_init) store_up_to(a.grad_v_init + at, carry, n);

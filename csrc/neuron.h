@@ -9,31 +9,36 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 
-template <Surrogate S>
-SPIKEDECODER_INLINE F surrogate_derivative(F u, F alpha) {
-  const F one = set1(1);
-  if constexpr (S == Surrogate::sigmoid) {
-    const F e = exp2_of_negative(mul(mul(alpha, set1(-1.44269504088896341f)), abs(u)));  // symmetric in u
-    const F d = add(one, e);
-    return div(mul(alpha, e), mul(d, d));
-  } else if constexpr (S == Surrogate::atan) {
-    const F a = mul(mul(set1(1.57079632679489662f), alpha), u);
-    return div(mul(set1(0.5f), alpha), add(one, mul(a, a)));
-  } else if constexpr (S == Surrogate::rectangular) {
-    return keep(ge(set1(0.5f), mul(abs(u), alpha)), alpha);
-  } else if constexpr (S == Surrogate::triangle) {
-    return mul(alpha, max(sub(one, mul(alpha, abs(u))), zero()));
-  } else {
-    const F d = add(one, mul(alpha, abs(u)));
-    return div(one, mul(d, d));
-  }
+SPIKEDECODER_INLINE F sigmoid_derivative(F u, F alpha) {
+  const F e = exp2_of_negative(mul(mul(alpha, set1(-1.44269504088896341f)), abs(u)));  // symmetric in u
+  const F d = add(set1(1), e);
+  return div(mul(alpha, e), mul(d, d));
 }
 
-// The neuron's constants in registers. Plain: hard reset to 0, decayed input, detached reset and tau a power
-// of two, the common case, in which the branches below are decided at compile time.
+SPIKEDECODER_INLINE F atan_derivative(F u, F alpha) {
+  const F a = mul(mul(set1(1.57079632679489662f), alpha), u);
+  return div(mul(set1(0.5f), alpha), add(set1(1), mul(a, a)));
+}
+
+SPIKEDECODER_INLINE F surrogate_derivative(Surrogate surrogate, F u, F alpha) {
+  const F one = set1(1);
+  switch (surrogate) {
+    case Surrogate::sigmoid: return sigmoid_derivative(u, alpha);
+    case Surrogate::atan: return atan_derivative(u, alpha);
+    case Surrogate::rectangular: return keep(ge(set1(0.5f), mul(abs(u), alpha)), alpha);
+    case Surrogate::triangle: return mul(alpha, max(sub(one, mul(alpha, abs(u))), zero()));
+    case Surrogate::fast_sigmoid: break;
+  }
+  const F d = add(one, mul(alpha, abs(u)));
+  return div(one, mul(d, d));
+}
+
+// The neuron's constants in registers. Plain: hard reset to 0, decayed input, detached reset, tau a power of
+// two and the sigmoid, the common case, in which the branches below are decided at compile time.
 template <bool Plain>
 struct Cell {
   F tau, inverse_tau, reset, leak, alpha;
+  Surrogate surrogate;
   bool exact_inverse, hard_reset, decay_input, detach_reset, shifted;
 
   explicit SPIKEDECODER_INLINE_MEMBER Cell(const Neuron& n)
@@ -42,6 +47,7 @@ struct Cell {
         reset(set1(n.v_reset)),
         leak(set1(n.leak)),
         alpha(set1(n.alpha)),
+        surrogate(n.surrogate),
         exact_inverse(exact(n.tau)),
         hard_reset(n.hard_reset),
         decay_input(n.decay_input),
@@ -54,7 +60,8 @@ struct Cell {
     return (pattern & 0x7fffffu) == 0;
   }
   static bool plain(const Neuron& n) {
-    return n.hard_reset && n.v_reset == 0 && n.decay_input && n.detach_reset && exact(n.tau);
+    return n.hard_reset && n.v_reset == 0 && n.decay_input && n.detach_reset && exact(n.tau) &&
+           n.surrogate == Surrogate::sigmoid;
   }
 
   SPIKEDECODER_INLINE_MEMBER F over_tau(F a) const {
@@ -76,10 +83,10 @@ struct Cell {
 
   // One step backwards. `carry` is dL/dv[t] on entry and dL/dv[t-1] on return; dL/dthreshold is added to
   // `threshold_gradient`. Returns dL/dx[t].
-  template <Surrogate S>
   SPIKEDECODER_INLINE_MEMBER F back(F h, F threshold, F grad_spike, F& carry, F& threshold_gradient) const {
     const Mask fired = ge(h, threshold);
-    const F slope = surrogate_derivative<S>(sub(h, threshold), alpha);
+    const F u = sub(h, threshold);
+    const F slope = Plain ? sigmoid_derivative(u, alpha) : surrogate_derivative(surrogate, u, alpha);
     F through_reset;
     if (Plain || hard_reset) {
       through_reset = drop(fired, carry);
@@ -105,25 +112,6 @@ SPIKEDECODER_INLINE void with_cell(const Neuron& neuron, const Body& body) {
   } else {
     body(Cell<false>(neuron));
   }
-}
-
-template <Surrogate S>
-struct SurrogateTag {
-  static constexpr Surrogate value = S;
-};
-
-// body(Cell, SurrogateTag): for the backward pass.
-template <class Body>
-SPIKEDECODER_INLINE void with_cell_and_surrogate(const Neuron& neuron, const Body& body) {
-  with_cell(neuron, [&](const auto& cell) {
-    switch (neuron.surrogate) {
-      case Surrogate::sigmoid: return body(cell, SurrogateTag<Surrogate::sigmoid>{});
-      case Surrogate::atan: return body(cell, SurrogateTag<Surrogate::atan>{});
-      case Surrogate::rectangular: return body(cell, SurrogateTag<Surrogate::rectangular>{});
-      case Surrogate::triangle: return body(cell, SurrogateTag<Surrogate::triangle>{});
-      case Surrogate::fast_sigmoid: return body(cell, SurrogateTag<Surrogate::fast_sigmoid>{});
-    }
-  });
 }
 
 // The thresholds of the n <= W channels from c on, in a row that starts at element `row`.

@@ -119,7 +119,7 @@ void norm_lif_backward(const NormLifBackward& a) {
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
   float* const threshold_out = sums ? a.grad_threshold : nullptr;
 
-  with_cell_and_surrogate(a.neuron, [&](const auto& cell, auto surrogate) {
+  with_cell(a.neuron, [&](const auto& cell) {
     parallel(most, [&](int thread, int threads) {
       const FlushDenormals flush;
       float* const zs = scratch.floats() + own * thread;
@@ -148,8 +148,8 @@ void norm_lif_backward(const NormLifBackward& a) {
           for (int64_t t = a.T - 1; t >= 0; t--) {
             const int64_t at = p.at(t, row) + c;
             const F z = load(zs + t * W);
-            const F g = cell.template back<decltype(surrogate)::value>(
-                load(hs + t * W), threshold, load_up_to(a.grad_spikes + at, n), carry, grad_threshold);
+            const F grad_spike = load_up_to(a.grad_spikes + at, n);
+            const F g = cell.back(load(hs + t * W), threshold, grad_spike, carry, grad_threshold);
             if (sums) {
               grad_weight = fma(g, z, grad_weight);
               grad_bias = add(grad_bias, g);

@@ -86,7 +86,7 @@ void attention_lif_backward(const AttentionLifBackward& a) {
       0.4 * static_cast<double>(a.T * heads * a.S) * static_cast<double>(a.d * a.d) / W, a.threads);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * threads));
   Tasks tasks(heads);
-  with_cell_and_surrogate(a.neuron, [&](const auto& cell, auto surrogate) {
+  with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads, [&](int thread, int) {
       const FlushDenormals flush;
       float* const states = scratch.floats() + own * thread;
@@ -114,8 +114,7 @@ void attention_lif_backward(const AttentionLifBackward& a) {
             }
             for (int64_t t = a.T - 1; t >= 0; t--) {
               const F grad_spike = load_up_to(a.grad_spikes + t * l.timestep() + row + c, n);
-              const F grad = cell.template back<decltype(surrogate)::value>(load(hs + t * W), threshold, grad_spike,
-                                                                            carry, grad_threshold);
+              const F grad = cell.back(load(hs + t * W), threshold, grad_spike, carry, grad_threshold);
               store_up_to(at + t * result, grad, n);
             }
             sum.add_up(row, c, n, grad_threshold);

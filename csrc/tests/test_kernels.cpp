@@ -1,0 +1,307 @@
+// Every kernel of every variant that this CPU has, on odd shapes, against loops that are obvious; built with
+// AddressSanitizer and UndefinedBehaviorSanitizer. Arrays are allocated at their exact size, so that a read or
+// write one element too far ends the program.
+//
+//     cmake -G Ninja -S csrc -B build -DSPIKEDECODER_PYTHON_MODULE=OFF -DSPIKEDECODER_NATIVE_TESTS=ON
+//     cmake --build build && build/test_kernels
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+#include "runtime.h"
+
+using namespace spikedecoder;
+
+namespace {
+
+std::mt19937 random_bits(0);
+int failures = 0;
+
+#define CHECK(condition)                                                                    \
+  do {                                                                                      \
+    if (!(condition)) {                                                                     \
+      std::printf("%s:%d: %s: %s\n", __FILE__, __LINE__, kernels().name, #condition);       \
+      failures++;                                                                           \
+    }                                                                                       \
+  } while (0)
+
+template <class T>
+std::vector<T> array(int64_t n) {
+  return std::vector<T>(static_cast<size_t>(n));
+}
+
+// Multiples of 1/8: sums of a few of them are exact.
+std::vector<float> dyadic(int64_t n, int low = -16, int high = 32) {
+  std::uniform_int_distribution<int> numbers(low, high);
+  auto x = array<float>(n);
+  for (float& v : x) v = static_cast<float>(numbers(random_bits)) / 8;
+  return x;
+}
+
+std::vector<float> spikes(int64_t n, double rate) {
+  std::bernoulli_distribution fires(rate);
+  auto s = array<float>(n);
+  for (float& v : s) v = fires(random_bits) ? 1.f : 0.f;
+  return s;
+}
+
+bool close(float a, float b, float tolerance = 1e-4f) {
+  return std::fabs(a - b) <= tolerance * (1 + std::fabs(b));
+}
+
+bool close(const std::vector<float>& a, const std::vector<float>& b, float tolerance = 1e-4f) {
+  for (size_t i = 0; i < b.size(); i++) {
+    if (!close(a[i], b[i], tolerance)) return false;
+  }
+  return a.size() == b.size();
+}
+
+std::vector<uint64_t> packed(const std::vector<float>& s, int64_t rows, int64_t C) {
+  auto words = array<uint64_t>(rows * words_for(C));
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t c = 0; c < C; c++) {
+      if (s[r * C + c] != 0) words[r * words_for(C) + c / 64] |= uint64_t{1} << (c % 64);
+    }
+  }
+  return words;
+}
+
+void test_pack(int64_t rows, int64_t C, int threads) {
+  const auto s = spikes(rows * C, 0.3);
+  const auto expected = packed(s, rows, C);
+  auto words = array<uint64_t>(rows * words_for(C));
+  int64_t count = -1, set = 0;
+  for (float v : s) set += v != 0;
+  kernels().pack({s.data(), false, words.data(), &count, rows, C, threads});
+  CHECK(words == expected);
+  CHECK(count == set);
+  std::vector<uint8_t> bytes(s.begin(), s.end());
+  words.assign(words.size(), 0);
+  kernels().pack({bytes.data(), true, words.data(), nullptr, rows, C, threads});
+  CHECK(words == expected);
+  auto back = array<float>(rows * C);
+  kernels().unpack({words.data(), back.data(), rows, C, threads});
+  CHECK(back == s);
+}
+
+float threshold_at(const Threshold& t, int64_t element, int64_t C) {
+  if (t.kind == ThresholdKind::scalar) return t.value;
+  return t.values[t.kind == ThresholdKind::channel ? element % C : element];
+}
+
+// One neuron's potentials before firing.
+std::vector<float> potentials(const Neuron& n, float threshold, float v, const std::vector<float>& x) {
+  std::vector<float> hs;
+  for (float current : x) {
+    const float over_rest = v - (n.hard_reset ? n.v_reset : 0);
+    const float h = n.decay_input ? v + (current - over_rest) / n.tau : v + current - over_rest / n.tau;
+    hs.push_back(h);
+    v = h >= threshold ? (n.hard_reset ? n.v_reset : h - threshold) : h;
+  }
+  return hs;
+}
+
+void test_lif(const Neuron& n, ThresholdKind kind, int64_t T, int64_t rows, int64_t C, int threads) {
+  const int64_t step = rows * C;
+  const auto x = dyadic(T * step), v_init = dyadic(step), grad = dyadic(T * step), grad_v = dyadic(step);
+  const auto limits = dyadic(kind == ThresholdKind::element ? step : C, 2, 10);
+  const Threshold t{kind, 0.75f, kind == ThresholdKind::scalar ? nullptr : limits.data()};
+  auto s = array<float>(T * step), v = array<float>(step);
+  kernels().lif_forward({n, t, x.data(), v_init.data(), s.data(), v.data(), T, rows, C, threads});
+  for (int64_t i = 0; i < step; i++) {
+    std::vector<float> current;
+    for (int64_t j = 0; j < T; j++) current.push_back(x[j * step + i]);
+    const float threshold = threshold_at(t, i, C);
+    const auto hs = potentials(n, threshold, v_init[i], current);
+    for (int64_t j = 0; j < T; j++) CHECK(s[j * step + i] == (hs[j] >= threshold ? 1.f : 0.f));
+  }
+  auto grad_x = array<float>(T * step), grad_v_init = array<float>(step);
+  auto grad_threshold = array<float>(kind == ThresholdKind::element ? step : kind == ThresholdKind::channel ? C : 1);
+  kernels().lif_backward({n, t, grad.data(), grad_v.data(), x.data(), v_init.data(), grad_x.data(),
+                          grad_threshold.data(), grad_v_init.data(), T, rows, C, threads});
+  for (float g : grad_x) CHECK(std::isfinite(g));
+  for (float g : grad_threshold) CHECK(std::isfinite(g));
+  // without what is optional, the gradient of x with no gradient of v
+  kernels().lif_backward({n, t, grad.data(), nullptr, x.data(), nullptr, grad_x.data(), nullptr, nullptr, T, rows, C,
+                          threads});
+}
+
+void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int threads) {
+  const int64_t all = T * rows * C, statistics = kind == NormKind::channel ? C : T * rows;
+  const auto x = dyadic(all), weight = dyadic(C, 4, 12), bias = dyadic(C), grad = dyadic(all);
+  const auto a = dyadic(C), b = dyadic(C), c = dyadic(C);
+  auto mean = array<float>(statistics), rstd = array<float>(statistics), s = array<float>(all);
+  if (kind == NormKind::channel) {
+    auto var = array<float>(C);
+    kernels().moments({x.data(), true, mean.data(), var.data(), T * rows, C, threads});
+    for (int64_t i = 0; i < C; i++) {
+      double sum = 0, squares = 0;
+      for (int64_t r = 0; r < T * rows; r++) sum += x[r * C + i];
+      for (int64_t r = 0; r < T * rows; r++) squares += std::pow(x[r * C + i] - sum / (T * rows), 2);
+      CHECK(close(mean[i], static_cast<float>(sum / (T * rows))));
+      CHECK(close(var[i], static_cast<float>(squares / (T * rows))));
+      rstd[i] = 1 / std::sqrt(var[i] + 1e-5f);
+    }
+  }
+  const Neuron n;
+  const Threshold t;
+  kernels().norm_lif_forward({n, t, kind, x.data(), weight.data(), bias.data(), 1e-5f, mean.data(), rstd.data(),
+                              s.data(), T, rows, C, threads});
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t i = 0; i < C; i++) {
+      std::vector<float> y;
+      for (int64_t j = 0; j < T; j++) {
+        const int64_t r = j * rows + row, at = kind == NormKind::channel ? i : r;
+        y.push_back((x[r * C + i] - mean[at]) * rstd[at] * weight[i] + bias[i]);
+      }
+      const auto hs = potentials(n, 1, 0, y);
+      for (int64_t j = 0; j < T; j++) {
+        // a spike may move where the potential is that near
+        if (std::fabs(hs[j] - 1) < 1e-4f) break;
+        CHECK(s[(j * rows + row) * C + i] == (hs[j] >= 1 ? 1.f : 0.f));
+      }
+    }
+  }
+  auto grad_x = array<float>(all), grad_weight = array<float>(C), grad_bias = array<float>(C);
+  auto grad_threshold = array<float>(1);
+  for (int part = kind == NormKind::channel ? 1 : 0; part < (kind == NormKind::channel ? 3 : 1); part++) {
+    kernels().norm_lif_backward({n, t, kind, static_cast<NormLifPart>(part), grad.data(), x.data(), weight.data(),
+                                 bias.data(), mean.data(), rstd.data(), a.data(), b.data(), c.data(), grad_x.data(),
+                                 grad_weight.data(), grad_bias.data(), grad_threshold.data(), T, rows, C, threads});
+  }
+  for (float g : grad_x) CHECK(std::isfinite(g));
+  for (float g : grad_weight) CHECK(std::isfinite(g));
+}
+
+void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads) {
+  const auto s = spikes(M * K, rate), columns = dyadic(K * N), bias = dyadic(N), grad = dyadic(M * N);
+  const auto words = packed(s, M, K);
+  auto y = array<float>(M * N), expected = array<float>(M * N);
+  auto dw = array<float>(N * K), expected_dw = array<float>(N * K);
+  for (int64_t m = 0; m < M; m++) {
+    for (int64_t n = 0; n < N; n++) expected[m * N + n] = bias[n];
+    for (int64_t k = 0; k < K; k++) {
+      if (s[m * K + k] == 0) continue;
+      for (int64_t n = 0; n < N; n++) {
+        expected[m * N + n] += columns[k * N + n];
+        expected_dw[n * K + k] += grad[m * N + n];
+      }
+    }
+  }
+  for (auto kernel : {kernels().gather, kernels().subset_sums}) {
+    y.assign(y.size(), NAN);
+    kernel({words.data(), columns.data(), bias.data(), y.data(), M, K, N, threads});
+    CHECK(close(y, expected));
+  }
+  for (auto kernel : {kernels().gather_weight_grad, kernels().subset_sums_weight_grad}) {
+    dw.assign(dw.size(), NAN);
+    kernel({words.data(), grad.data(), dw.data(), M, K, N, threads});
+    CHECK(close(dw, expected_dw));
+  }
+  auto transposed = array<float>(K * N);
+  kernels().transpose({columns.data(), transposed.data(), K, N, threads});
+  for (int64_t k = 0; k < K; k++) {
+    for (int64_t n = 0; n < N; n++) CHECK(transposed[n * K + k] == columns[k * N + n]);
+  }
+}
+
+// The definition: out[i] = scale sum_{j <= i} decay^(i-j) (r[i] . u[j]) x[j], one head of d channels.
+void test_attention(int64_t T, int64_t B, int64_t S, int64_t H, int64_t d, float decay_of_all, int threads) {
+  const int64_t n = T * B * S * H * d, states = T * B * H * d * d;
+  const auto q = spikes(n, 0.3), k = spikes(n, 0.3), v = spikes(n, 0.3), grad = dyadic(n);
+  const std::vector<float> decay(static_cast<size_t>(H), decay_of_all);
+  const float* decay_or_null = decay_of_all == 1 ? nullptr : decay.data();
+  auto out = array<float>(n), state = array<float>(states), s = array<float>(n);
+  kernels().attention_forward({q.data(), k.data(), v.data(), decay_or_null, nullptr, 0.5f, out.data(), state.data(), T,
+                               B, S, H, d, threads});
+  const auto at = [&](int64_t group, int64_t i) { return ((group / H * S + i) * H + group % H) * d; };
+  for (int64_t group = 0; group < T * B * H; group++) {
+    for (int64_t i = 0; i < S; i++) {
+      std::vector<float> expected(static_cast<size_t>(d));
+      for (int64_t j = 0; j <= i; j++) {
+        float score = 0;
+        for (int64_t c = 0; c < d; c++) score += q[at(group, i) + c] * k[at(group, j) + c];
+        for (int64_t c = 0; c < d; c++) {
+          expected[c] += 0.5f * score * std::pow(decay_of_all, static_cast<float>(i - j)) * v[at(group, j) + c];
+        }
+      }
+      for (int64_t c = 0; c < d; c++) CHECK(close(out[at(group, i) + c], expected[c]));
+    }
+  }
+  auto dq = array<float>(n), dk = array<float>(n), dv = array<float>(n);
+  kernels().attention_backward({grad.data(), q.data(), k.data(), v.data(), decay_or_null, state.data(), 0.5f,
+                                dq.data(), dk.data(), dv.data(), T, B, S, H, d, threads});
+  const Threshold t;
+  kernels().attention_lif_forward({Neuron{}, t, q.data(), k.data(), v.data(), decay_or_null, 0.5f, s.data(), T, B, S,
+                                   H, d, threads});
+  auto spikes_of_result = array<float>(n), potential = array<float>(B * S * H * d);
+  kernels().lif_forward({Neuron{}, t, out.data(), nullptr, spikes_of_result.data(), potential.data(), T, 1,
+                         B * S * H * d, threads});
+  CHECK(s == spikes_of_result);
+  float grad_threshold;
+  kernels().attention_lif_backward({Neuron{}, t, grad.data(), q.data(), k.data(), v.data(), decay_or_null, 0.5f,
+                                    dq.data(), dk.data(), dv.data(), &grad_threshold, T, B, S, H, d, threads});
+  for (const auto* g : {&dq, &dk, &dv}) {
+    for (float value : *g) CHECK(std::isfinite(value));
+  }
+}
+
+void test_binarize(int64_t n, int threads) {
+  const auto x = dyadic(n), grad = dyadic(n);
+  auto out = array<float>(n);
+  kernels().binarize({x.data(), nullptr, out.data(), 2, n, threads});
+  for (int64_t i = 0; i < n; i++) CHECK(out[i] == (x[i] >= 0 ? 1.f : 0.f));
+  kernels().binarize({x.data(), grad.data(), out.data(), 2, n, threads});
+  for (int64_t i = 0; i < n; i++) {
+    CHECK(close(out[i], grad[i] / static_cast<float>(1 + std::pow(std::acos(-1.0) * x[i], 2))));
+  }
+}
+
+void test_all() {
+  for (int threads : {1, 3}) {
+    for (int64_t C : {1, 15, 16, 17, 63, 64, 65, 200}) {
+      test_pack(3, C, threads);
+      test_norm_lif(NormKind::row, 3, 5, C, threads);
+      test_norm_lif(NormKind::channel, 2, 70, C, threads);
+      test_binarize(C, threads);
+    }
+    test_pack(3000, 70, threads);
+    test_binarize(50'000, threads);
+    for (int surrogate = 0; surrogate < 5; surrogate++) {
+      for (auto kind : {ThresholdKind::scalar, ThresholdKind::channel, ThresholdKind::element}) {
+        Neuron n;
+        n.surrogate = static_cast<Surrogate>(surrogate);
+        test_lif(n, kind, 4, 3, 37, threads);
+        n.hard_reset = surrogate % 2;
+        n.v_reset = n.hard_reset ? -0.5f : 0;
+        n.detach_reset = false;
+        n.decay_input = surrogate % 3;
+        test_lif(n, kind, 17, 40, 23, threads);
+      }
+    }
+    const int64_t shapes[][3] = {{1, 1, 1}, {3, 70, 5}, {17, 16, 16}, {50, 130, 81}, {2100, 40, 20}, {700, 65, 130}};
+    for (const auto& shape : shapes) {
+      for (double rate : {0.0, 0.1, 1.0}) test_spike_linear(shape[0], shape[1], shape[2], rate, threads);
+    }
+    for (float decay : {1.f, 0.75f}) {
+      for (int64_t d : {1, 8, 18, 33, 64, 70}) test_attention(2, 2, 40, 3, d, decay, threads);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const char* name : variant_names) {
+    if (!use_variant(name)) {
+      std::printf("%s: not on this CPU\n", name);
+      continue;
+    }
+    test_all();
+    std::printf("%s: %d failures so far\n", name, failures);
+  }
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,55 @@
+"""The C++ tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and what they link."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parent.parent / "csrc"
+MISSING = [tool for tool in ("cmake", "ninja", "c++", "nm") if shutil.which(tool) is None]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
+]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("native")
+    options = ["-DSPIKEDECODER_PYTHON_MODULE=OFF", "-DSPIKEDECODER_NATIVE_TESTS=ON"]
+    for command in (
+        ["cmake", "-G", "Ninja", "-S", CSRC, "-B", folder, *options],
+        ["cmake", "--build", folder],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_kernels_under_sanitizers(build):
+    # libgomp's threads live as long as the program: what they hold is not a leak of ours
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run([build / "test_kernels"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "baseline: 0 failures" in done.stdout
+
+
+@pytest.mark.parametrize("variant", ["avx512", "avx2"])
+def test_code_for_newer_cpus_stays_in_its_variant(build, variant):
+    """What a variant's objects define for others is in its namespace: no inline function of the standard
+    library, compiled for AVX-512, can be linked in place of the plain one."""
+    objects = sorted((build / "CMakeFiles" / f"kernels_{variant}.dir").glob("*.o"))
+    if not objects:
+        pytest.skip("not an x86-64 build")
+    command = ["nm", "-C", "--defined-only", "--extern-only", *objects]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    symbols = re.findall(r"^[0-9a-f]+ [A-Za-z] (.+)$", listed, re.MULTILINE)
+    assert any("lif_forward" in symbol for symbol in symbols)
+    own = (f"spikedecoder::{variant}::", "DW.ref.", "__odr_asan")
+    assert [symbol for symbol in symbols if not symbol.startswith(own)] == []

@@ -1,0 +1,245 @@
+"""The extension in its process: choice of variant, threads, fork, memory, bad arguments; and its absence."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+from spikedecoder import ext, ops
+from spikedecoder.params import LIFParams
+
+ROOT = Path(__file__).parent.parent
+needs_extension = pytest.mark.skipif(not ext.is_built(), reason=ext.NOT_BUILT)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SPIKEDECODER_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**clean, **environment},
+    )
+
+
+VARIANT = "from spikedecoder.ext.cpu import native; print(native.variant())"
+
+
+@needs_extension
+def test_a_variant_can_be_asked_for():
+    from spikedecoder.ext.cpu import native
+
+    for name in native.variants():
+        assert run_python(VARIANT, SPIKEDECODER_CPU=name).stdout.strip() == name
+    assert run_python(VARIANT).stdout.strip() == native.variants()[0]
+    assert native.variants()[-1] == "baseline"
+
+
+@needs_extension
+def test_a_variant_that_the_cpu_lacks_is_an_error():
+    done = run_python(VARIANT, SPIKEDECODER_CPU="avx1024")
+    assert done.returncode != 0
+    assert "SPIKEDECODER_CPU: got 'avx1024', takes what this CPU has: " in done.stderr
+
+
+@needs_extension
+def test_malloc_is_tuned_unless_told_otherwise():
+    """Once a few large blocks have come and gone, one more faults no pages in."""
+    code = """
+import resource, torch, spikedecoder.ext.cpu
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for _ in range(8):
+    faults()
+print(faults(), spikedecoder.ext.cpu.KEEPS_FREED_MEMORY)
+"""
+    tuned, kept = run_python(code).stdout.split()
+    untuned, not_kept = run_python(code, SPIKEDECODER_TUNE_MALLOC="0").stdout.split()
+    if kept == "False":
+        pytest.skip("this C library has no mallopt")
+    assert not_kept == "False"
+    pages = (64 << 20) // 4096
+    assert int(tuned) < pages / 100
+    assert int(untuned) > int(tuned)
+
+
+@needs_extension
+def test_from_several_python_threads():
+    x = torch.randn(4, 50, 333)
+    with ops.use_backend("cpu"):
+        expected = ops.lif(x)
+        wrong = []
+
+        def work():
+            for _ in range(20):
+                if not torch.equal(ops.lif(x), expected):
+                    wrong.append(threading.get_ident())
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@needs_extension
+def test_the_number_of_threads_does_not_change_the_result():
+    from spikedecoder.ext.cpu import lif, norm_lif, spike_linear
+
+    before = torch.get_num_threads()
+    x, s = torch.randn(4, 64, 1000), (torch.rand(4096, 200) < 0.1).float()
+    weight, bias, p = torch.ones(1000), torch.zeros(1000), LIFParams()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(
+                (
+                    *lif.forward(x, 1.0, None, p),
+                    *norm_lif.forward(x, weight, bias, None, None, 1e-5, 1.0, p),
+                    *spike_linear.forward(s, torch.arange(600.0).view(3, 200), None, "gather"),
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@needs_extension
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_does_not_hang():
+    """The parent's OpenMP threads are gone in the child; waiting for them would hang it."""
+    code = """
+import os, signal, sys, torch
+torch.set_num_threads(2)
+from spikedecoder.ext.cpu import lif
+from spikedecoder.params import LIFParams
+x = torch.randn(4, 1 << 18)
+before = lif.forward(x, 1.0, None, LIFParams())[0].numpy()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    # compared by numpy: torch itself may hang here
+    os._exit(0 if (lif.forward(x, 1.0, None, LIFParams())[0].numpy() == before).all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_extension
+def test_the_gil_is_released():
+    """Python runs on while a kernel does: no pause is as long as the kernel."""
+    from spikedecoder.ext.cpu import lif
+
+    x = torch.randn(64, 1 << 18)
+    spent = []
+
+    def work():
+        start = time.perf_counter()
+        lif.forward(x, 1.0, None, LIFParams())
+        spent.append(time.perf_counter() - start)
+
+    thread = threading.Thread(target=work)
+    longest, last = 0.0, time.perf_counter()
+    thread.start()
+    while thread.is_alive():
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    assert longest < 0.8 * spent[0]
+
+
+@needs_extension
+def test_bad_arguments_are_refused_before_anything_is_touched():
+    from spikedecoder.ext.cpu import native
+
+    x = torch.randn(8)
+    for sizes in ((-1, 8), (1 << 40, 1 << 40)):
+        with pytest.raises(ValueError, match="sizes"):
+            native.pack(x.data_ptr(), False, x.data_ptr(), *sizes, 1)
+    with pytest.raises(ValueError, match="values: got a null address"):
+        native.pack(0, False, x.data_ptr(), 1, 8, 1)
+    with pytest.raises(ValueError, match="words: address is not aligned"):
+        native.pack(x.data_ptr(), False, x.data_ptr() + 4, 1, 8, 1)
+    with pytest.raises(ValueError, match="threads"):
+        native.pack(x.data_ptr(), False, x.data_ptr(), 1, 8, 0)
+    with pytest.raises(ValueError, match="tau"):
+        native.Neuron(0.5, 0.0, True, 0, 4.0, True)
+    with pytest.raises(ValueError, match="no variant"):
+        native.use_variant("mmx")
+
+
+@needs_extension
+def test_other_dtypes_and_devices_are_refused_with_the_reason():
+    with ops.use_backend("cpu"), pytest.raises(ops.BackendError, match=r"takes float32, got torch\.float64"):
+        ops.lif(torch.randn(2, 3, dtype=torch.float64))
+    assert ops.lif(torch.randn(2, 3, dtype=torch.float64)).dtype == torch.float64  # auto finds another
+
+
+def test_info_says_what_there_is():
+    info = ext.info()
+    assert set(info) == {"cpu", "cuda"}
+    if ext.is_built():
+        assert info["cpu"]["variant"] in info["cpu"]["variants"]
+        assert info["cpu"]["threads"] == torch.get_num_threads()
+        assert info["cpu"]["compiler"]
+    else:
+        assert info["cpu"]["mend"] == ext.NOT_BUILT
+    for part in info.values():
+        assert part["built"] or part["mend"]
+
+
+def test_without_the_extension_the_reason_is_given_and_the_reference_runs():
+    code = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "spikedecoder._C" else find(name, *a)
+import torch
+from spikedecoder import ext, ops
+ops.lif(torch.randn(2, 3))
+print(ext.info()["cpu"])
+with ops.use_backend("cpu"):
+    ops.lif(torch.randn(2, 3))
+"""
+    done = run_python(code)
+    assert "'built': False" in done.stdout
+    assert "BackendError" in done.stderr
+    assert ext.NOT_BUILT in done.stderr
+
+
+def modules_that_setup_builds(monkeypatch, **environment):
+    for name in ("SPIKEDECODER_BUILD", "CXX", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    arguments = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **given: arguments.update(given))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return [extension.name for extension in arguments["ext_modules"]]
+
+
+def test_setup_builds_what_it_is_told(monkeypatch, tmp_path, capsys):
+    assert modules_that_setup_builds(monkeypatch, SPIKEDECODER_BUILD="off") == []
+    with pytest.raises(SystemExit, match="SPIKEDECODER_BUILD: got 'all', takes one of auto, cpu, cuda, off"):
+        modules_that_setup_builds(monkeypatch, SPIKEDECODER_BUILD="all")
+    with pytest.raises(SystemExit, match="CXX: got 'no-such-compiler'"):
+        modules_that_setup_builds(monkeypatch, CXX="no-such-compiler")
+    assert modules_that_setup_builds(monkeypatch, PATH=str(tmp_path)) == []
+    assert "no C++ compiler" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="SPIKEDECODER_BUILD=cpu: needs GCC or Clang"):
+        modules_that_setup_builds(monkeypatch, SPIKEDECODER_BUILD="cpu", PATH=str(tmp_path))
