@@ -35,7 +35,7 @@ class TrainConfig:
         `spikedecoder.data.prepare_corpus`.
     """
 
-    steps: int = 800
+    steps: int = 1000
     batch_size: int = 8
     grad_accum: int = 1
     lr: float = 4e-3
