@@ -332,7 +332,7 @@ def test_recurrent_source_equals_the_window(options):
     generator = torch.Generator().manual_seed(0)
     window, recurrent = Window(model, keep=3), Recurrent(model, keep=3)
     prompts = [[1, 2], [3], [4] * (model.config.max_len + 2), [5] * (model.config.max_len - 1)]
-    torch.testing.assert_close(recurrent.start(prompts), window.start(prompts))
+    torch.testing.assert_close(recurrent.add(prompts), window.add(prompts))
     for i in range(model.config.max_len + 4):
         tokens = torch.randint(0, 30, (len(recurrent.windows),), generator=generator).tolist()
         torch.testing.assert_close(recurrent.step(tokens), window.step(tokens))
@@ -344,7 +344,7 @@ def test_recurrent_source_equals_the_window(options):
 
 def test_window_as_logit_source(model):
     source = Window(model)
-    first = source.start([[1, 2], [3]])
+    first = source.add([[1, 2], [3]])
     assert torch.allclose(first[1], model(torch.tensor([[3]]))[0, -1])
     source.select([1])
     assert torch.allclose(source.step([4])[0], model(torch.tensor([[3, 4]]))[0, -1])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from spikedecoder.data import Tokenizer
-    from spikedecoder.generation import GeneratedToken, Prediction
+    from spikedecoder.generation import Prediction
     from spikedecoder.model import SpikeDecoder
 
 
@@ -40,6 +40,17 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Choose among the fewest tokens that hold this share of probability.")
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Choose among tokens at least this share as probable as the most probable one."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that the text contains already are less likely; 1 is off.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="Text that ends a continuation, not part of it; repeat for several."),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Same seed, same text. Prompt i (from 0) uses seed + i. Default: a fresh one."),
@@ -51,6 +62,17 @@ def generate(
         ),
     ] = "strict",
     top: Annotated[int, typer.Option("--top", min=0, help="Show the k best predictions for each token.")] = 0,
+    past: Annotated[
+        str,
+        typer.Option(
+            help="Beyond the model's context: slide (go on from the last half of it), or continue (just go on; "
+            "spiking attention with static positions only)."
+        ),
+    ] = "slide",
+    stats: Annotated[
+        bool,
+        typer.Option("--stats", help="Tokens/s, spike rates, operations per token; on standard error."),
+    ] = False,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
     ] = "auto",
@@ -59,31 +81,39 @@ def generate(
         typer.Option("--json", help="Print one line: a JSON object with the text and what went with it."),
     ] = False,
 ) -> None:
-    """Continue a prompt, or write from nothing, with a trained model. Text appears as it is written.
-
-    A text longer than the model's context goes on from the last half of it.
-    """
+    """Continue a prompt, or write from nothing, with a trained model. Text appears as it is written."""
     # heavy imports stay out of `--help`
-    from spikedecoder.generation import SamplingParams, encode_prompt, suppressed_ids
+    from spikedecoder.generation import SamplingParams, encode_prompt
+    from spikedecoder.generation.detokenize import check_stop_strings
     from spikedecoder.generation.sampling import fresh_seed
+    from spikedecoder.generation.window import Context
 
     seed = fresh_seed() if seed is None else seed
-    sampling = SamplingParams(temperature, top_k, top_p, seed)
+    sampling = SamplingParams(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    strings = check_stop_strings(stop)
     model, where = load(checkpoint, device)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{where}: has no tokenizer.json, so its tokens cannot be turned into text")
+    Context.of(model, None, past)
     texts = _prompts(prompt)
     ids = [encode_prompt(tokenizer, text, errors) for text in texts]
-    options = {"top": top, "suppress": suppressed_ids(model)}
+    options = {"top": top, "stop": strings, "past": past}
 
     if json_output:
-        _print(json.dumps(_as_json(model, tokenizer, where, texts, ids, tokens, sampling, options)) + "\n")
+        result = _as_json(model, tokenizer, where, texts, ids, tokens, sampling, options, stats)
+        _print(json.dumps(result) + "\n")
         return
+    written: list[list[int]] = []
+    seconds = 0.0
     for i, start in enumerate(ids):
-        own = SamplingParams(temperature, top_k, top_p, (seed + i) % 2**63)
+        own = dataclasses.replace(sampling, seed=(seed + i) % 2**63)
         _print("\n" * (i > 0))
-        _to_terminal(model, tokenizer, start, tokens, own, options)
+        begin = time.perf_counter()
+        written.append(_to_terminal(model, tokenizer, start, tokens, own, options))
+        seconds += time.perf_counter() - begin
+    if stats:
+        print(_report(_stats(model, ids, written, seconds, past)), file=sys.stderr)
 
 
 def load(checkpoint: str, device: str) -> tuple[SpikeDecoder, str]:
@@ -139,28 +169,54 @@ def _to_terminal(
     tokens: int,
     sampling: Any,
     options: dict[str, Any],
-) -> None:
-    from spikedecoder.generation import stream
-    from spikedecoder.generation.text import pieces
+) -> list[int]:
+    """Print a text as it comes; its new ids."""
+    from spikedecoder.generation import stream_tokens
 
     shown = options["top"] > 0
     _print(tokenizer.decode(start) if start else "")
     _print("\n" * shown)
-    kept: list[GeneratedToken] = []
-
-    def ids() -> Iterator[int]:
-        for new in stream(model, [start], tokens, sampling, **options):
-            kept.append(new)
-            yield new.token
-
-    for piece in pieces(tokenizer, start, ids()):
+    written = []
+    for new in stream_tokens(model, tokenizer, start, tokens, sampling, **options):
+        written.append(new.token)
         if shown:
-            candidates = "  ".join(f"{name!r} {p:.3f}" for name, p in _named(tokenizer, kept[-1].predictions))
-            _print(f"{piece!r:<12} <- {candidates}\n")
+            candidates = "  ".join(f"{name!r} {p:.3f}" for name, p in _named(tokenizer, new.predictions))
+            _print(f"{new.text!r:<12} <- {candidates}\n")
         else:
-            _print(piece)
+            _print(new.text)
     if not shown:
         _print("\n")
+    return written
+
+
+def _stats(
+    model: SpikeDecoder, prompts: list[list[int]], tokens: list[list[int]], seconds: float, past: str
+) -> dict[str, Any]:
+    from spikedecoder.generation import start_token
+    from spikedecoder.generation.stats import text_cost
+
+    cost = text_cost(model, [p or [start_token(model)] for p in prompts], tokens, past=past)
+    total = sum(map(len, tokens))
+    return {
+        "tokens_per_second": total / seconds if total else 0.0,
+        "spike_rate": cost.spike_rate,
+        "spike_rates": cost.spike_rates,
+        "accumulates_per_token": cost.accumulates,
+        "multiply_accumulates_per_token": cost.multiply_accumulates,
+    }
+
+
+def _report(stats: dict[str, Any]) -> str:
+    lines = [f"{stats['tokens_per_second']:.1f} tokens/s"]
+    if stats["spike_rate"] is not None:
+        lines.append(f"spikes per neuron and timestep: {stats['spike_rate']:.4f} (mean of the layers)")
+        width = max(map(len, stats["spike_rates"]))
+        lines += [f"  {name:<{width}}  {rate:.4f}" for name, rate in stats["spike_rates"].items()]
+    lines.append(
+        f"per token: {stats['accumulates_per_token']:,.0f} accumulates, "
+        f"{stats['multiply_accumulates_per_token']:,.0f} multiply-accumulates"
+    )
+    return "\n".join(lines)
 
 
 def _as_json(
@@ -172,21 +228,23 @@ def _as_json(
     tokens: int,
     sampling: Any,
     options: dict[str, Any],
+    stats: bool,
 ) -> dict[str, Any]:
     """The first prompt's result at the top, every prompt's under "samples"."""
-    import spikedecoder.generation as generation
+    from spikedecoder.generation.generate import collect
+    from spikedecoder.generation.text import prepare_text
 
     begin = time.perf_counter()
-    result = generation.generate(model, ids, tokens, sampling, **options)
+    result = collect(prepare_text(model, tokenizer, ids, tokens, sampling, **options))
     seconds = time.perf_counter() - begin
     samples: list[dict[str, Any]] = []
     for i, text in enumerate(texts):
         new = result.tokens[i]
-        whole, before = tokenizer.decode(result.sequences[i]), tokenizer.decode(result.prompts[i])
+        before = tokenizer.decode(result.prompts[i]) if result.prompts[i] else ""
         sample: dict[str, Any] = {
             "prompt": text,
-            "text": whole,
-            "completion": whole[len(before) :],
+            "text": before + result.completions[i],
+            "completion": result.completions[i],
             "tokens": len(new),
             "token_ids": new,
             "finish": result.finish[i],
@@ -204,6 +262,7 @@ def _as_json(
         "seed": result.seed,
         "checkpoint": where,
         "samples": samples,
+        **({"stats": _stats(model, ids, result.tokens, seconds, options["past"])} if stats else {}),
     }
 
 

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from spikedecoder.generation.recurrent import Recurrent
-from spikedecoder.generation.sampling import (
-    Prediction,
-    SamplingParams,
-    fresh_seed,
-    generators,
-    sample,
-    top_predictions,
-)
+from spikedecoder.generation.batch import Batch, Continuation, Finish, GeneratedToken
+from spikedecoder.generation.detokenize import TextStream
+from spikedecoder.generation.recurrent import open_source
+from spikedecoder.generation.sampling import Prediction, SamplingParams, fresh_seed
 from spikedecoder.generation.window import LogitSource
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
-
-Finish = Literal["length", "stop"]
-
-
-@dataclass(frozen=True)
-class GeneratedToken:
-    """One token as it comes: which sequence it continues, its id, what else was probable.
-
-    `finish` is None while the sequence goes on, "length" or "stop" on its last token.
-    """
-
-    sequence: int
-    token: int
-    predictions: list[Prediction]
-    finish: Finish | None = None
 
 
 @dataclass
@@ -46,6 +26,7 @@ class GenerationResult:
     prompts: the prompts as read. tokens: the new ids, a stop token included.
     predictions: for each new token the `top` most probable candidates, best first (empty lists if top=0).
     finish: "length" (max_new_tokens reached) or "stop". seed: what to pass to get the same again.
+    completions: the text of each continuation, up to a stop string; empty where no text was asked for.
     """
 
     prompts: list[list[int]]
@@ -53,6 +34,7 @@ class GenerationResult:
     predictions: list[list[list[Prediction]]]
     finish: list[Finish]
     seed: int
+    completions: list[str] = field(default_factory=list)
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -61,17 +43,14 @@ class GenerationResult:
 
 
 @dataclass
-class _Request:
+class Request:
     """The checked arguments of a generation."""
 
-    model: SpikeDecoder
-    prompts: list[list[int]]
+    sequences: list[Continuation]
     max_new_tokens: int
-    sampling: SamplingParams
-    stop: frozenset[int]
-    top: int
-    suppress: Tensor
+    suppress: list[int]
     source: LogitSource
+    prompts: list[list[int]]
     seed: int
 
 
@@ -85,6 +64,7 @@ def generate(
     top: int = 0,
     suppress: Iterable[int] | None = None,
     keep: int | None = None,
+    past: str = "slide",
 ) -> GenerationResult:
     """Continue each prompt by up to `max_new_tokens` tokens.
 
@@ -96,23 +76,19 @@ def generate(
         stop: ids that end a sequence.
         top: how many predictions to keep for each new token.
         suppress: ids that are never generated; None: `suppressed_ids(model)`, ``()``: none.
-        keep: a sequence longer than the context (max_len tokens), prompt or not, is cut to its last `keep`
-            tokens, whose positions start from 0, and grows from there; default max_len // 2. So any length
-            can be generated, and the cut comes once in max_len - keep tokens.
+        past: what happens to a sequence longer than the context (max_len tokens), prompt or not.
+            "slide": it is cut to its last `keep` tokens, whose positions start from 0, and grows from there;
+            the cut comes once in max_len - keep tokens. "continue": positions and memory just go on, nothing
+            is cut, and no token costs more than the first; only for spiking attention with static positions,
+            and only good where the model learned not to mind: sums of attention grow with the context.
+        keep: default max_len // 2.
 
     Raises ValueError or TypeError naming the argument.
     """
-    request = _request(model, prompts, max_new_tokens, sampling, stop, top, suppress, keep)
-    n = len(request.prompts)
-    result = GenerationResult(
-        request.prompts, [[] for _ in range(n)], [[] for _ in range(n)], ["length"] * n, request.seed
+    request = prepare(
+        model, prompts, max_new_tokens, sampling, stop=stop, top=top, suppress=suppress, keep=keep, past=past
     )
-    for new in _run(request):
-        result.tokens[new.sequence].append(new.token)
-        result.predictions[new.sequence].append(new.predictions)
-        if new.finish is not None:
-            result.finish[new.sequence] = new.finish
-    return result
+    return collect(request)
 
 
 def stream(
@@ -123,16 +99,19 @@ def stream(
     **options: Any,
 ) -> Iterator[GeneratedToken]:
     """The tokens of `generate`, same arguments, as they come: one per unfinished sequence at each step."""
-    defaults: dict[str, Any] = {"stop": None, "top": 0, "suppress": None, "keep": None}
-    for name in options:
-        if name not in defaults:
-            raise TypeError(f"stream: got an unknown argument {name!r}, takes {', '.join(defaults)}")
+    check_options("stream", options)
     # checked here, at the call, not at the first token
-    return _run(_request(model, prompts, max_new_tokens, sampling, **{**defaults, **options}))
+    return run(prepare(model, prompts, max_new_tokens, sampling, **options))
 
 
 def generate_tensor(
-    model: SpikeDecoder, tokens: Tensor, max_new_tokens: int, sampling: SamplingParams, **options: Any
+    model: SpikeDecoder,
+    tokens: Tensor,
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    **options: Any,
 ) -> Tensor:
     """`generate` for tokens [B, S]: [B, S + N] int64 on their device, N the longest continuation.
 
@@ -141,6 +120,7 @@ def generate_tensor(
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"tokens: got {got}, takes an int64 tensor [B, S]")
+    sampling = replace(sampling, min_p=min_p, repetition_penalty=repetition_penalty)
     result = generate(model, tokens, max_new_tokens, sampling, **options)
     longest = max(map(len, result.tokens))
     pad = model.config.pad_id
@@ -149,26 +129,30 @@ def generate_tensor(
     return torch.cat([tokens.to(torch.int64), new], dim=1)
 
 
-def _run(r: _Request) -> Iterator[GeneratedToken]:
-    if r.max_new_tokens == 0:
+def run(request: Request) -> Iterator[GeneratedToken]:
+    if request.max_new_tokens == 0:
         return
-    start = [start_token(r.model)]
-    logits = r.source.start([prompt or start for prompt in r.prompts])
-    rows = list(range(len(r.prompts)))
-    rngs = generators(r.seed, len(rows))
-    for step in range(1, r.max_new_tokens + 1):
-        ids = sample(logits, r.sampling, [rngs[i] for i in rows], r.suppress)[0].tolist()
-        best = top_predictions(logits, r.top, r.suppress) if r.top else [[] for _ in rows]
-        going = [i for i, token in enumerate(ids) if token not in r.stop]
-        for row, token, predictions in zip(rows, ids, best, strict=True):
-            finish: Finish | None = "length" if step == r.max_new_tokens else None
-            yield GeneratedToken(row, token, predictions, "stop" if token in r.stop else finish)
-        if not going or step == r.max_new_tokens:
-            return
-        if len(going) < len(rows):
-            r.source.select(going)
-            rows = [rows[i] for i in going]
-        logits = r.source.step([ids[i] for i in going])
+    batch = Batch(request.source, request.suppress)
+    batch.add(request.sequences)
+    while batch:
+        yield from batch.step()
+
+
+def collect(request: Request) -> GenerationResult:
+    n = len(request.prompts)
+    result = GenerationResult(
+        request.prompts, [[] for _ in range(n)], [[] for _ in range(n)], ["length"] * n, request.seed
+    )
+    texts = [""] * n
+    for new in run(request):
+        result.tokens[new.sequence].append(new.token)
+        result.predictions[new.sequence].append(new.predictions)
+        texts[new.sequence] += new.text
+        if new.finish is not None:
+            result.finish[new.sequence] = new.finish
+    if any(c.text is not None for c in request.sequences):
+        result.completions = texts
+    return result
 
 
 def start_token(model: SpikeDecoder) -> int:
@@ -188,16 +172,28 @@ def suppressed_ids(model: SpikeDecoder, tokenizer: Any = None) -> list[int]:
     return sorted(i for i in ids if i is not None and i < model.config.vocab_size)
 
 
-def _request(
+def check_options(function: str, options: dict[str, Any]) -> None:
+    """TypeError for a name that `generate` does not have."""
+    names = ("stop", "top", "suppress", "keep", "past")
+    for name in options:
+        if name not in names:
+            raise TypeError(f"{function}: got an unknown argument {name!r}, takes {', '.join(names)}")
+
+
+def prepare(
     model: SpikeDecoder,
     prompts: Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int,
-    sampling: SamplingParams | None,
-    stop: Iterable[int] | int | None,
-    top: int,
-    suppress: Iterable[int] | None,
-    keep: int | None,
-) -> _Request:
+    sampling: SamplingParams | None = None,
+    *,
+    stop: Iterable[int] | int | None = None,
+    top: int = 0,
+    suppress: Iterable[int] | None = None,
+    keep: int | None = None,
+    past: str = "slide",
+    texts: Sequence[TextStream] | None = None,
+) -> Request:
+    """`generate`'s arguments, checked; `texts`: where each sequence's tokens become text."""
     vocabulary = model.config.vocab_size
     for name, value in (("max_new_tokens", max_new_tokens), ("top", top)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -207,21 +203,28 @@ def _request(
         raise TypeError(f"sampling: got {type(sampling).__name__}, takes SamplingParams")
     stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
     suppressed = suppressed_ids(model) if suppress is None else list(suppress)
-    _check_ids("stop", stop, vocabulary)
-    _check_ids("suppress", suppressed, vocabulary)
+    check_ids("stop", stop, vocabulary)
+    check_ids("suppress", suppressed, vocabulary)
     if len(set(suppressed)) == vocabulary:
         raise ValueError(f"suppress: got all {vocabulary} tokens, takes fewer: none would be left")
-    return _Request(
-        model=model,
-        prompts=_prompts(prompts, vocabulary),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=frozenset(stop),
-        top=top,
-        suppress=torch.tensor(suppressed, dtype=torch.int64, device=model.device),
-        source=Recurrent(model, keep),
-        seed=fresh_seed() if sampling.seed is None else sampling.seed,
-    )
+    lists = _prompts(prompts, vocabulary)
+    seed = fresh_seed() if sampling.seed is None else sampling.seed
+    start, ends = [start_token(model)], frozenset(stop)
+    sequences = [
+        Continuation(
+            number=i,
+            prompt=prompt or start,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed + i,
+            stop=ends,
+            text=None if texts is None else texts[i],
+            top=top,
+        )
+        for i, prompt in enumerate(lists)
+    ]
+    source = open_source(model, keep, past)
+    return Request(sequences, max_new_tokens, suppressed, source, lists, seed)
 
 
 def _prompts(prompts: Sequence[Sequence[int]] | Tensor, vocabulary: int) -> list[list[int]]:
@@ -239,11 +242,11 @@ def _prompts(prompts: Sequence[Sequence[int]] | Tensor, vocabulary: int) -> list
     if not lists:
         raise ValueError("prompts: got none, takes at least one (an empty list of ids starts from nothing)")
     for i, ids in enumerate(lists):
-        _check_ids(f"prompts[{i}]", ids, vocabulary)
+        check_ids(f"prompts[{i}]", ids, vocabulary)
     return lists
 
 
-def _check_ids(name: str, ids: Sequence[int], vocabulary: int) -> None:
+def check_ids(name: str, ids: Sequence[int], vocabulary: int) -> None:
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool):
             raise TypeError(f"{name}: got {token!r}, takes integers")

@@ -8,46 +8,56 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spikedecoder.generation.window import cut, evaluating, kept
+from spikedecoder.generation.window import Context, LogitSource, evaluating
 from spikedecoder.nn.state import DecoderState
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
 
 
+def open_source(model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> LogitSource:
+    """The source that generation and the server use; the place to choose a faster one."""
+    return Recurrent(model, keep, past)
+
+
 class Recurrent:
     """A `LogitSource` over `SpikeDecoder.prefill` and `step`.
 
-    The logits are those of `Window`, which runs the parallel forward over the same tokens. A sequence that
-    outgrows the context is cut in the same way: its last `keep` tokens are read anew.
+    The logits are those of `Window`, which runs the parallel forward over the same tokens. Where `past` is
+    "slide", a sequence that outgrows the context is cut in the same way: its last `keep` tokens are read
+    anew, so it remembers at most max_len of them. Where it is "continue" it remembers none.
     """
 
-    def __init__(self, model: SpikeDecoder, keep: int | None = None) -> None:
-        self.model, self.keep = model, kept(model, keep)
+    def __init__(self, model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> None:
+        self.model, self.context = model, Context.of(model, keep, past)
+        self.modules = list(model.modules())  # walking the tree for each token would take long
         self.windows: list[list[int]] = []
         self.state: DecoderState | None = None
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        self.windows = [cut(list(prompt), self.model.config.max_len, self.keep) for prompt in prompts]
-        read = [self._read(window) for window in self.windows]
-        self.state = DecoderState.stack([state for _, state in read])
+    def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        windows = [self.context.cut(list(prompt)) for prompt in prompts]
+        known: dict[tuple[int, ...], tuple[Tensor, DecoderState]] = {}
+        for window in map(tuple, windows):  # many ways to go on from one prompt: it is read once
+            if window not in known:
+                known[window] = self._read(list(window))
+        read = [known[tuple(window)] for window in windows]
+        before = [] if self.state is None else [self.state]
+        self.state = DecoderState.stack([*before, *(state for _, state in read)])
+        self.windows = self.windows + [self._remembered(window) for window in windows]
         return torch.cat([logits for logits, _ in read])
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         assert self.state is not None
-        longest = self.model.config.max_len
-        full = [i for i, window in enumerate(self.windows) if len(window) >= longest]
-        rest = [i for i in range(len(tokens)) if i not in full]
-        self.windows = [cut([*w, t], longest, self.keep) for w, t in zip(self.windows, tokens, strict=True)]
-        parts: dict[int, tuple[Tensor, DecoderState]] = {i: self._read(self.windows[i]) for i in full}
+        windows = [self.context.cut([*w, t]) for w, t in zip(self.windows, tokens, strict=True)]
+        slid = [i for i, w in enumerate(windows) if len(w) <= len(self.windows[i])]
+        rest = [i for i in range(len(tokens)) if i not in slid]
+        self.windows = [self._remembered(window) for window in windows]
+        if not slid:
+            logits, self.state = self._advance(tokens, self.state)
+            return logits
+        parts: dict[int, tuple[Tensor, DecoderState]] = {i: self._read(windows[i]) for i in slid}
         if rest:
-            state = self.state if not full else self.state.select(rest)
-            ids = torch.tensor([tokens[i] for i in rest], device=self.model.device)
-            with evaluating(self.model):
-                logits, state = self.model.step(ids, state)
-            if not full:
-                self.state = state
-                return logits
+            logits, state = self._advance([tokens[i] for i in rest], self.state.select(rest))
             parts |= {row: (logits[n : n + 1], state.select([n])) for n, row in enumerate(rest)}
         ordered = [parts[i] for i in range(len(tokens))]
         self.state = DecoderState.stack([state for _, state in ordered])
@@ -56,10 +66,22 @@ class Recurrent:
     def select(self, rows: Sequence[int]) -> None:
         assert self.state is not None
         self.windows = [self.windows[i] for i in rows]
-        self.state = self.state.select(rows)
+        self.state = self.state.select(rows) if rows else None
+
+    def _remembered(self, window: list[int]) -> list[int]:
+        return window if self.context.past == "slide" else []
+
+    def _advance(self, tokens: Sequence[int], state: DecoderState) -> tuple[Tensor, DecoderState]:
+        with evaluating(self.modules):
+            return self.model.step(torch.tensor(tokens, device=self.model.device), state)
 
     def _read(self, window: list[int]) -> tuple[Tensor, DecoderState]:
         """Logits [1, V] behind the window, and the state there."""
-        with evaluating(self.model):
-            logits, state = self.model.prefill(torch.tensor([window], device=self.model.device))
+        tokens = torch.tensor([window], device=self.model.device)
+        state = None
+        with evaluating(self.modules):
+            # in parts, so that the memory for reading does not grow with the prompt either
+            for part in tokens.split(max(self.context.longest, 256), dim=1):
+                logits, state = self.model.prefill(part, state)
+        assert state is not None
         return logits[:, -1], state

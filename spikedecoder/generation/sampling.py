@@ -1,34 +1,48 @@
-"""From logits to the next token. Knows nothing of where the logits came from."""
+"""From logits to the next token. Knows nothing of where the logits came from.
+
+All of it runs on the CPU in float64, whatever device and type the logits have: equal logits and an equal seed
+give equal tokens everywhere.
+"""
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _SEEDS = 2**63
 
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, in this order: temperature, then top_k, then top_p.
+    """How the next token is chosen, in this order: repetition_penalty, temperature, top_k, top_p and min_p.
 
     temperature: logits are divided by it; 0 is greedy (the most probable token, of equals the lowest id).
     top_k: only the k most probable tokens (of equals the lowest ids); None is all.
-    top_p: only the fewest tokens, most probable first, whose probabilities sum to at least this; None is all.
+    top_p: of those only the fewest, most probable first, whose probabilities sum to at least this; None is
+        all.
     seed: sequence i of a batch draws from a generator seeded with ``seed + i``, so its text depends neither
         on its neighbours nor on the device. None: a fresh seed at each call.
+    min_p: only tokens at least this many times as probable as the most probable one; None or 0 is all.
+    repetition_penalty: r divides the positive logits, and multiplies the negative ones, of every token that
+        the prompt or the text generated so far contains, however long ago. 1 is off, more repeats less.
+        Source: CTRL (Keskar et al., 2019).
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
@@ -41,6 +55,12 @@ class SamplingParams:
             raise ValueError(f"top_p: got {self.top_p!r}, takes a number in (0, 1], or None for all tokens")
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < _SEEDS):
             raise ValueError(f"seed: got {self.seed!r}, takes an integer from 0 to 2^63 - 1, or None")
+        if self.min_p is not None and (not _is_number(self.min_p) or not 0 <= self.min_p <= 1):
+            raise ValueError(f"min_p: got {self.min_p!r}, takes a number in [0, 1], or None for all tokens")
+        if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty: got {self.repetition_penalty!r}, takes a finite number > 0, 1 being off"
+            )
 
 
 class Prediction(NamedTuple):
@@ -60,45 +80,78 @@ def generators(seed: int, n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed((seed + i) % _SEEDS) for i in range(n)]
 
 
-def mask_logits(logits: Tensor, suppress: Tensor | None = None) -> Tensor:
-    """logits [B, V] in float32 or better, the tokens in `suppress` (ids) at -inf. ValueError for NaN."""
+def to_scores(logits: Tensor, suppress: Iterable[int] = ()) -> Floats:
+    """logits [B, V] as a float64 array of its own, the tokens `suppress` at -inf. ValueError for NaN."""
     if logits.dim() != 2 or 0 in logits.shape:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, takes [B, V] with B, V >= 1")
-    logits = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
-    if suppress is not None and suppress.numel():
-        logits = logits.index_fill(1, suppress.to(logits.device), -math.inf)
-    top = logits.max(dim=1).values
-    if not bool(torch.isfinite(top).all()):  # max passes NaN on
-        bad = top[~torch.isfinite(top)][0].item()
+    scores: Floats = logits.detach().to("cpu", torch.float64, copy=True).numpy()
+    suppressed = list(suppress)
+    if suppressed:
+        scores[:, suppressed] = -math.inf
+    top = scores.max(axis=1)
+    if not np.isfinite(top).all():  # max passes NaN on
+        bad = float(top[~np.isfinite(top)][0])
         why = "no token is left to choose from" if bad == -math.inf else "the model is broken or has diverged"
         raise ValueError(f"logits: the greatest of a row is {bad}, takes a finite number; {why}")
-    return logits
+    return scores
 
 
-def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The probabilities [B, V], float64, that `params` draws from: one-hot where greedy."""
+def distribution(scores: Floats, params: SamplingParams, seen: Any = None) -> Floats:
+    """The probabilities [B, V] that `params` draws from: one-hot where greedy.
+
+    seen: booleans [B, V], the tokens that the repetition penalty is for; None: no token.
+    """
+    if seen is not None and params.repetition_penalty != 1:
+        r = params.repetition_penalty
+        scores = np.where(seen, np.where(scores > 0, scores / r, scores * r), scores)
     if params.temperature == 0 or params.top_k == 1:
-        return torch.zeros_like(logits, dtype=torch.float64).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+        greedy = np.zeros_like(scores)
+        greedy[np.arange(len(scores)), scores.argmax(axis=1)] = 1.0
+        return greedy
     # the greatest is 0 before the division, so that no temperature, however small, makes an infinity of it
-    scaled = (logits.double() - logits.double().max(1, keepdim=True).values) / params.temperature
-    if params.top_k is None and params.top_p is None:
-        return scaled.softmax(1)
-    ordered, ids = scaled.sort(dim=1, descending=True, stable=True)
-    if params.top_k is not None:
-        ordered[:, params.top_k :] = -math.inf
-    probabilities = ordered.softmax(1)
-    if params.top_p is not None:
-        before = probabilities.cumsum(1) - probabilities  # mass of the more probable ones
-        probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
-        probabilities = probabilities / probabilities.sum(1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter_(1, ids, probabilities)
+    with np.errstate(over="ignore"):
+        weights = np.exp((scores - scores.max(axis=1, keepdims=True)) / params.temperature)
+    if params.top_k is not None or params.top_p is not None:
+        ordered = np.sort(weights, axis=1)[:, ::-1]
+        if params.top_k is not None:
+            ordered = ordered[:, : params.top_k]
+        count = np.full((len(weights), 1), ordered.shape[1])
+        if params.top_p is not None:
+            shares = ordered / ordered.sum(axis=1, keepdims=True)
+            before = shares.cumsum(axis=1) - shares  # mass of the more probable ones
+            count = (before < params.top_p).sum(axis=1, keepdims=True)
+        weights = _largest(weights, count, np.take_along_axis(ordered, count - 1, axis=1))
+    if params.min_p:
+        weights[weights < params.min_p] = 0.0  # the most probable one's weight is 1
+    total: Floats = weights.sum(axis=1, keepdims=True)
+    return weights / total
+
+
+def draw(probabilities: Floats, generator: Sequence[torch.Generator]) -> list[int]:
+    """One id per row: the inverse of its cumulative distribution at one uniform number."""
+    uniform = np.array([[torch.rand(1, generator=g, dtype=torch.float64).item()] for g in generator])
+    cumulative = probabilities.cumsum(axis=1)
+    ids: list[int] = (cumulative <= uniform * cumulative[:, -1:]).sum(axis=1).tolist()
+    for row, i in enumerate(ids):
+        if i == probabilities.shape[1]:
+            # rounding put the number at the very end; the last token that has a probability is meant
+            ids[row] = int(np.flatnonzero(probabilities[row])[-1])
+    return ids
+
+
+def _largest(weights: Floats, count: Any, smallest: Floats) -> Floats:
+    """Only the `count` largest of each row, of equals the first ones; `smallest` is the least of them."""
+    above, equal = weights > smallest, weights == smallest
+    room = count - above.sum(axis=1, keepdims=True)
+    return np.where(above | (equal & (equal.cumsum(axis=1) <= room)), weights, 0.0)
 
 
 def sample(
     logits: Tensor,
     params: SamplingParams,
     generator: Sequence[torch.Generator] | None = None,
-    suppress: Tensor | None = None,
+    suppress: Tensor | Sequence[int] | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The next token of each sequence.
 
@@ -108,38 +161,46 @@ def sample(
         generator: one per sequence, each advanced by one uniform number per token (by none if greedy);
             None: those of ``params.seed``, which fits a single call only.
         suppress: ids that are never chosen.
+        seen: booleans [B, V], the tokens that the repetition penalty is for.
 
     Returns:
         ids [B] int64 and the probabilities [B, V] float64 they were drawn from, both on the logits' device.
     """
-    probabilities = distribution(mask_logits(logits, suppress), params)
+    suppressed = suppress.tolist() if isinstance(suppress, Tensor) else suppress or ()
+    mask = None if seen is None else seen.cpu().numpy()
+    probabilities = distribution(to_scores(logits, suppressed), params, mask)
     if params.temperature == 0:
-        return probabilities.argmax(1), probabilities
-    if generator is None:
-        generator = generators(fresh_seed() if params.seed is None else params.seed, len(logits))
-    if len(generator) != len(logits):
-        raise ValueError(f"generator: got {len(generator)}, takes one per sequence, {len(logits)}")
-    # inverse of the cumulative distribution at one uniform number per sequence
-    uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generator])
-    cumulative = probabilities.cumsum(1)
-    below = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, below, right=True)[:, 0]
-    # rounding may put `below` at the very end; the last token that has a probability is meant
-    last = probabilities.shape[1] - 1 - probabilities.flip(1).gt(0).int().argmax(1)
-    return ids.minimum(last), probabilities
+        ids = probabilities.argmax(axis=1).tolist()
+    else:
+        if generator is None:
+            generator = generators(fresh_seed() if params.seed is None else params.seed, len(logits))
+        if len(generator) != len(logits):
+            raise ValueError(f"generator: got {len(generator)}, takes one per sequence, {len(logits)}")
+        ids = draw(probabilities, generator)
+    device = logits.device
+    return torch.tensor(ids, device=device), torch.from_numpy(probabilities).to(device)
 
 
-def top_predictions(logits: Tensor, k: int, suppress: Tensor | None = None) -> list[list[Prediction]]:
+def predictions(scores: Floats, k: int) -> list[list[Prediction]]:
+    """`top_predictions` of `to_scores`."""
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    probabilities = weights / weights.sum(axis=1, keepdims=True)
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    return [
+        [Prediction(int(i), float(row[i])) for i in ids if row[i] > 0]
+        for row, ids in zip(probabilities, order, strict=True)
+    ]
+
+
+def top_predictions(
+    logits: Tensor, k: int, suppress: Tensor | Sequence[int] | None = None
+) -> list[list[Prediction]]:
     """The k most probable tokens of each row of logits [B, V], best first (of equals the lowest id first).
 
-    The probabilities are the model's own: at temperature 1, before top_k and top_p.
+    The probabilities are the model's own: at temperature 1, before any penalty or filter.
     """
-    probabilities = mask_logits(logits, suppress).double().softmax(1)
-    values, ids = probabilities.sort(dim=1, descending=True, stable=True)
-    return [
-        [Prediction(t, p) for t, p in zip(row_ids, row_values, strict=True) if p > 0]
-        for row_ids, row_values in zip(ids[:, :k].tolist(), values[:, :k].tolist(), strict=True)
-    ]
+    suppressed = suppress.tolist() if isinstance(suppress, Tensor) else suppress or ()
+    return predictions(to_scores(logits, suppressed), k)
 
 
 def _is_number(value: object) -> bool:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from spikedecoder.generation.generate import GenerationResult, generate, stream, suppressed_ids
+from spikedecoder.generation.batch import GeneratedToken
+from spikedecoder.generation.detokenize import TextStream, check_stop_strings
+from spikedecoder.generation.generate import (
+    GenerationResult,
+    Request,
+    check_options,
+    collect,
+    prepare,
+    run,
+    suppressed_ids,
+)
 from spikedecoder.generation.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -50,18 +60,28 @@ def generate_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: str | int | Iterable[str | int] | None = None,
     errors: str = "strict",
     **options: Any,
 ) -> list[str]:
     """Each prompt, as the tokenizer reads it, and its continuation.
 
-    tokenizer: None is the model's own. errors: see `encode_prompt`. The rest: see `SamplingParams` and
-    `spikedecoder.generation.generate` (stop, suppress, keep). An empty prompt starts from nothing.
+    tokenizer: None is the model's own. errors: see `encode_prompt`. stop: strings, or token ids, that end a
+    text; a stop string is looked for in the continuation, across the borders of tokens, and is no part of the
+    result (see `TextStream`). The rest: see `SamplingParams` and `spikedecoder.generation.generate`
+    (suppress, keep, past). An empty prompt starts from nothing.
     """
-    sampling = SamplingParams(temperature, top_k, top_p, seed)
-    tokenizer = _tokenizer(model, tokenizer)
-    result = generate_result(model, tokenizer, prompts, max_new_tokens, sampling, errors=errors, **options)
-    return [tokenizer.decode(ids) if ids else "" for ids in result.sequences]
+    sampling = SamplingParams(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    tokenizer = own_tokenizer(model, tokenizer)
+    result = generate_result(
+        model, tokenizer, prompts, max_new_tokens, sampling, errors=errors, stop=stop, **options
+    )
+    return [
+        (tokenizer.decode(ids) if ids else "") + new
+        for ids, new in zip(result.prompts, result.completions, strict=True)
+    ]
 
 
 def generate_result(
@@ -75,12 +95,11 @@ def generate_result(
     **options: Any,
 ) -> GenerationResult:
     """`generate_text` with everything that was found out: ids, predictions, the seed."""
-    tokenizer = _tokenizer(model, tokenizer)
     if isinstance(prompts, str):
         raise TypeError("prompts: got a str, takes a list of str")
+    tokenizer = own_tokenizer(model, tokenizer)
     ids = [encode_prompt(tokenizer, prompt, errors) for prompt in prompts]
-    options = _with_suppressed(model, tokenizer, options)
-    return generate(model, ids, max_new_tokens, sampling, **options)
+    return collect(prepare_text(model, tokenizer, ids, max_new_tokens, sampling, **options))
 
 
 def stream_text(
@@ -93,34 +112,57 @@ def stream_text(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     errors: str = "strict",
     **options: Any,
 ) -> Iterator[str]:
     """The continuation of one prompt in pieces, as they come; the arguments are `generate_text`'s.
 
-    The decoded prompt and the pieces joined equal `generate_text`'s result.
+    One piece per token, empty where it may be the beginning of a stop string. The decoded prompt and the
+    pieces joined equal `generate_text`'s result.
     """
-    sampling = SamplingParams(temperature, top_k, top_p, seed)
-    tokenizer = _tokenizer(model, tokenizer)
+    sampling = SamplingParams(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    tokenizer = own_tokenizer(model, tokenizer)
     ids = encode_prompt(tokenizer, prompt, errors)
-    options = _with_suppressed(model, tokenizer, options)
-    tokens = (new.token for new in stream(model, [ids], max_new_tokens, sampling, **options))
-    return pieces(tokenizer, ids, tokens)
+    events = stream_tokens(model, tokenizer, ids, max_new_tokens, sampling, **options)
+    return (new.text for new in events)
 
 
-def pieces(tokenizer: Tokenizer, before: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
-    """The text that each token adds behind the ids `before`."""
-    # a token's text depends on its left neighbour at most (the space between two words)
-    last = [i for i in before if i != tokenizer.pad_id][-1:]
-    for token in tokens:
-        if token == tokenizer.pad_id:
-            yield ""
-            continue
-        yield tokenizer.decode([*last, token])[len(tokenizer.decode(last)) if last else 0 :]
-        last = [token]
+def stream_tokens(
+    model: SpikeDecoder,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    **options: Any,
+) -> Iterator[GeneratedToken]:
+    """`stream` of one prompt, whose tokens bring their text."""
+    return run(prepare_text(model, tokenizer, [prompt], max_new_tokens, sampling, **options))
 
 
-def _tokenizer(model: SpikeDecoder, tokenizer: Tokenizer | None) -> Tokenizer:
+def prepare_text(
+    model: SpikeDecoder,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    *,
+    stop: str | int | Iterable[str | int] | None = None,
+    **options: Any,
+) -> Request:
+    """A request whose tokens become text; `stop`: strings or token ids."""
+    check_options("generate_text", options)
+    stop = [] if stop is None else [stop] if isinstance(stop, (str, int)) else list(stop)
+    ids = [s for s in stop if isinstance(s, int)]
+    strings = check_stop_strings(s for s in stop if not isinstance(s, int))
+    if options.get("suppress") is None:
+        options["suppress"] = suppressed_ids(model, tokenizer)
+    texts = [TextStream(tokenizer, prompt, strings) for prompt in prompts]
+    return prepare(model, prompts, max_new_tokens, sampling, stop=ids, texts=texts, **options)
+
+
+def own_tokenizer(model: SpikeDecoder, tokenizer: Tokenizer | None) -> Tokenizer:
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ValueError(
@@ -132,9 +174,3 @@ def _tokenizer(model: SpikeDecoder, tokenizer: Tokenizer | None) -> Tokenizer:
             "takes the one it was trained with"
         )
     return tokenizer
-
-
-def _with_suppressed(model: SpikeDecoder, tokenizer: Tokenizer, options: dict[str, Any]) -> dict[str, Any]:
-    if options.get("suppress") is None:
-        return {**options, "suppress": suppressed_ids(model, tokenizer)}
-    return options

@@ -1,0 +1,158 @@
+"""A batch of sequences that grow together and come and go one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from spikedecoder.generation.detokenize import TextStream
+from spikedecoder.generation.sampling import (
+    Floats,
+    Prediction,
+    SamplingParams,
+    distribution,
+    draw,
+    generators,
+    predictions,
+    to_scores,
+)
+from spikedecoder.generation.window import LogitSource
+
+Finish = Literal["length", "stop"]
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One token as it comes: which sequence it continues, its id, what else was probable.
+
+    `finish` is None while the sequence goes on, "length" or "stop" on its last token. `text` is what the
+    sequence's `TextStream` gives out with it; empty without one.
+    """
+
+    sequence: int
+    token: int
+    predictions: list[Prediction]
+    finish: Finish | None = None
+    text: str = ""
+
+
+@dataclass(eq=False)
+class Continuation:
+    """What is to follow one prompt (not empty): at most `max_new_tokens` >= 1 tokens, drawn with `seed`.
+
+    number: comes back as `GeneratedToken.sequence`. stop: ids that end it. text: where its tokens become
+    text, whose stop strings end it too. top: how many predictions to keep with each token.
+    """
+
+    number: int
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingParams
+    seed: int
+    stop: frozenset[int] = frozenset()
+    text: TextStream | None = None
+    top: int = 0
+
+    count: int = field(default=0, init=False)
+    last: int = field(default=-1, init=False)
+
+    def __post_init__(self) -> None:
+        # sequences that differ in nothing but the seed are drawn together
+        self.rule = dataclasses.replace(self.sampling, seed=None)
+        self.rng = generators(self.seed, 1)[0]
+        self.seen: Any = None  # booleans [V], where there is a repetition penalty
+
+    def take(self, token: int) -> tuple[Finish | None, str]:
+        """Append a token: whether that ends the sequence, and the text that it adds."""
+        self.last = token
+        self.count += 1
+        if self.seen is not None:
+            self.seen[token] = True
+        text = "" if self.text is None else self.text.push(token)
+        finish: Finish | None = None
+        if token in self.stop or (self.text is not None and self.text.stopped):
+            finish = "stop"
+        elif self.count >= self.max_new_tokens:
+            finish = "length"
+        if finish is not None and self.text is not None:
+            text += self.text.flush()
+        return finish, text
+
+
+class Batch:
+    """Draws one token for each of its sequences at each `step`; those that are done leave by themselves.
+
+    A sequence's tokens depend on its own prompt, parameters and seed only, not on who its neighbours are, to
+    the rounding of matrix products of another batch size. Not for several threads at once.
+    """
+
+    def __init__(self, source: LogitSource, suppress: Iterable[int] = ()) -> None:
+        self.source, self.suppress = source, list(suppress)
+        self.running: list[Continuation] = []
+        self._new: list[Continuation] = []
+
+    def __len__(self) -> int:
+        return len(self.running) + len(self._new)
+
+    def add(self, sequences: Iterable[Continuation]) -> None:
+        """Their prompts are read at the next `step`, which draws their first tokens."""
+        self._new += sequences
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Sequences of these numbers leave, unfinished."""
+        numbers = set(numbers)
+        self._new = [c for c in self._new if c.number not in numbers]
+        self._keep([i for i, c in enumerate(self.running) if c.number not in numbers])
+
+    def step(self) -> list[GeneratedToken]:
+        """One token of each sequence, in the order in which they came."""
+        if not len(self):
+            return []
+        logits = []
+        if self.running:
+            logits.append(self.source.step([c.last for c in self.running]))
+        new, self._new = self._new, []
+        if new:
+            logits.append(self.source.add([c.prompt for c in new]))
+            self.running = self.running + new
+        scores = to_scores(logits[0] if len(logits) == 1 else torch.cat(logits), self.suppress)
+        for c in new:
+            if c.sampling.repetition_penalty != 1:
+                c.seen = np.zeros(scores.shape[1], dtype=bool)
+                c.seen[list(c.prompt)] = True
+        tokens = self._draw(scores)
+        drawn = []
+        for row, (c, token) in enumerate(zip(self.running, tokens, strict=True)):
+            best = predictions(scores[row : row + 1], c.top)[0] if c.top else []
+            finish, text = c.take(token)
+            drawn.append(GeneratedToken(c.number, token, best, finish, text))
+        self._keep([i for i, new_token in enumerate(drawn) if new_token.finish is None])
+        return drawn
+
+    def _draw(self, scores: Floats) -> list[int]:
+        rows: dict[SamplingParams, list[int]] = {}
+        for i, c in enumerate(self.running):
+            rows.setdefault(c.rule, []).append(i)
+        tokens = [0] * len(self.running)
+        for rule, chosen in rows.items():
+            group = [self.running[i] for i in chosen]
+            own = scores if len(rows) == 1 else scores[chosen]
+            seen = None if rule.repetition_penalty == 1 else np.stack([c.seen for c in group])
+            probabilities = distribution(own, rule, seen)
+            if rule.temperature == 0:
+                ids = probabilities.argmax(axis=1).tolist()
+            else:
+                ids = draw(probabilities, [c.rng for c in group])
+            for i, token in zip(chosen, ids, strict=True):
+                tokens[i] = token
+        return tokens
+
+    def _keep(self, rows: list[int]) -> None:
+        if len(rows) < len(self.running):
+            self.source.select(rows)
+            self.running = [self.running[i] for i in rows]

@@ -1,0 +1,63 @@
+"""From token ids to text as they come, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spikedecoder.data import Tokenizer
+
+
+class TextStream:
+    """The text that each token adds behind the ids `before`, up to the first stop string.
+
+    A stop string is looked for in the new text only, across the borders of tokens, and is no part of the
+    text. The one that is complete first ends the text; of several complete at the same character the longest.
+    Text that may turn out to be the beginning of a stop string is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: Iterable[str] = ()) -> None:
+        self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
+        # a token's text depends on its left neighbour at most (the space between two words)
+        self._last = [i for i in before if i != tokenizer.pad_id][-1:]
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """What the token adds for sure; `stopped` says whether a stop string is complete."""
+        text = self._held + self._piece(token)
+        ends = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)[1]]
+        keep = max((_overlap(text, stop) for stop in self.stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back for a stop string that did not come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _piece(self, token: int) -> str:
+        if token == self.tokenizer.pad_id:
+            return ""
+        last, self._last = self._last, [token]
+        before = len(self.tokenizer.decode(last)) if last else 0
+        return self.tokenizer.decode([*last, token])[before:]
+
+
+def check_stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
+    """As a tuple; a ValueError or TypeError says what is wrong."""
+    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    for string in strings:
+        if not isinstance(string, str):
+            raise TypeError(f"stop: got {string!r}, takes strings")
+        if not string:
+            raise ValueError("stop: got an empty string, takes strings of at least one character")
+    return strings
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with (all of `stop` excepted)."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
