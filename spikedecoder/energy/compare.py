@@ -1,0 +1,151 @@
+"""Models side by side, each with what the same shapes cost without spikes; and where spikes stop paying."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spikedecoder.energy.baseline import ann_ledger, equal_bits
+from spikedecoder.energy.ledger import Estimate, Ledger
+from spikedecoder.energy.table import DEFAULT_TABLE, EnergyTable
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One bar: a model as it is, or its twin without spikes, in one number format."""
+
+    model: str
+    variant: str
+    estimate: Estimate
+    baseline: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("joules", "per_token", "arithmetic", "memory", "by_kind", "by_memory", "number_format")
+        values = {name: getattr(self.estimate, name) for name in names}
+        return {"model": self.model, "variant": self.variant, "baseline": self.baseline, **values}
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """Input spike rates (per input, timestep and token) at which arithmetic costs what the twin's costs.
+
+    layers: by layer, its measured rate and its break-even rate, of the Linear and its bias alone.
+    overall: the mean rate at which the whole model would break even, were all its spike-driven operations in
+        proportion; None where it cannot at any rate (what does not depend on spikes costs more already), or
+        where no spike reached a Linear. rate: the measured mean.
+    """
+
+    number_format: str
+    rate: float | None
+    overall: float | None
+    layers: dict[str, tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = {name: {"rate": r, "break_even": limit} for name, (r, limit) in self.layers.items()}
+        return {
+            "number_format": self.number_format,
+            "rate": self.rate,
+            "overall": self.overall,
+            "layers": layers,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns. Every figure is an estimate that rests on `assumptions`."""
+
+    entries: tuple[Entry, ...]
+    break_even: dict[str, tuple[BreakEven, ...]]
+    table: EnergyTable
+    assumptions: tuple[str, ...]
+
+    def of(self, model: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.model == model]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "estimate": True,
+            "table": self.table.to_dict(),
+            "entries": [entry.to_dict() for entry in self.entries],
+            "break_even": {name: [b.to_dict() for b in each] for name, each in self.break_even.items()},
+            "assumptions": list(self.assumptions),
+        }
+
+
+def compare(
+    ledgers: Sequence[Ledger] | Mapping[str, Ledger],
+    table: str | Path | EnergyTable = DEFAULT_TABLE,
+    memory: bool | Mapping[str, str] = False,
+) -> Comparison:
+    """Each model in fp32 and with int8 weights; the same shapes as an ordinary transformer in fp32, in int8,
+    and with int8 weights and activations of log2(T + 1) bits, as many as T timesteps of spikes carry.
+
+    Names are the mapping's, or the ledgers' own (numbered where they lack one or share it).
+    """
+    named = dict(ledgers) if isinstance(ledgers, Mapping) else _named(ledgers)
+    if not named:
+        raise ValueError("ledgers: got none, takes at least one")
+    table = EnergyTable.load(table)
+    entries: list[Entry] = []
+    break_even: dict[str, tuple[BreakEven, ...]] = {}
+    said: dict[str, None] = {}  # in order, once each
+    for name, ledger in named.items():
+        if not isinstance(ledger, Ledger):
+            raise TypeError(f"ledgers: got {type(ledger).__name__} for {name!r}, takes a Ledger")
+        twin = ann_ledger(ledger)
+        spiking = ledger.rate is not None
+        kinds: list[tuple[str, Ledger, dict[str, Any]]] = [
+            ("this model, fp32", ledger, {}),
+            ("this model, int8 weights", ledger, {"number_format": "int8"}),
+        ]
+        if spiking:
+            kinds += [("ANN, fp32", twin, {}), ("ANN, int8", twin, {"number_format": "int8"})]
+            assert ledger.config is not None
+            bits = min(8.0, equal_bits(ledger.config.timesteps))
+            narrow = {"number_format": "int8", "activation_bits": bits}
+            kinds.append((f"ANN, int8 x {bits:.3g} bit", twin, narrow))
+            break_even[name] = tuple(break_even_rate(ledger, table, f) for f in ("fp32", "int8"))
+        for variant, source, options in kinds:
+            estimate = source.joules(table, memory, **options)
+            entries.append(Entry(name, variant, estimate, baseline=source is twin))
+            said |= dict.fromkeys(estimate.assumptions)
+    twin_note = "the ANN has the same shapes, one pass in place of T, softmax and GELU; accuracies may differ"
+    return Comparison(tuple(entries), break_even, table, (*said, twin_note))
+
+
+def _named(ledgers: Sequence[Ledger]) -> dict[str, Ledger]:
+    named: dict[str, Ledger] = {}
+    for i, ledger in enumerate(ledgers):
+        name = getattr(ledger, "name", "") or f"model {i + 1}"
+        base, n = name, 2
+        while name in named:
+            name, n = f"{base} ({n})", n + 1
+        named[name] = ledger
+    return named
+
+
+def break_even_rate(
+    ledger: Ledger, table: str | Path | EnergyTable, number_format: str = "fp32"
+) -> BreakEven:
+    """Where arithmetic in `number_format` costs what it costs the twin in the same format."""
+    table = EnergyTable.load(table)
+    twin = ann_ledger(ledger)
+    own, other = (x.joules(table, number_format=number_format) for x in (ledger, twin))
+    add = table.multiply_add(number_format)[1] * 1e-12
+    layers: dict[str, tuple[float, float]] = {}
+    driven = 0.0  # joules that grow with the spikes
+    for row in ledger.rows:
+        if row.kind != "ac":
+            continue
+        driven += own.rows[row.layer, row.operation][0]
+        if row.operation == "linear" and row.rate is not None:
+            dense = sum(other.rows.get((row.layer, part), (0.0, 0.0))[0] for part in ("linear", "bias"))
+            bias = own.rows.get((row.layer, "bias"), (0.0, 0.0))[0]
+            layers[row.layer] = (row.rate, max(0.0, dense - bias) / (row.slots * row.fan_out * add))
+    rate, overall = ledger.rate, None
+    left = other.arithmetic - (own.arithmetic - driven)
+    if rate and driven > 0 and left > 0:
+        overall = rate * left / driven
+    return BreakEven(number_format, rate, overall, layers)

@@ -1,0 +1,39 @@
+"""From a model and tokens to its ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spikedecoder.energy.ledger import Ledger
+from spikedecoder.energy.record import Mode, Recorder
+from spikedecoder.generation.window import evaluating
+from spikedecoder.model import SpikeDecoder
+
+_TOKENS_AT_ONCE = 4096
+
+
+@torch.no_grad()
+def measure(
+    model: SpikeDecoder, tokens: Tensor | Sequence[Tensor], *, mode: Mode = "prompt", name: str = ""
+) -> Ledger:
+    """The ledger of reading `tokens` [B, S] (or several such tensors, of any lengths), from measured spikes.
+
+    mode "prompt": each sequence at once. "token": each token by itself, as in generation, averaged over all
+    its places in the sequences. See `Recorder`. In evaluation mode; the model is left in the mode it was in.
+
+    Raises TypeError, ValueError: naming the argument, or the layer whose numbers cannot be counted.
+    """
+    if not isinstance(model, SpikeDecoder):
+        raise TypeError(f"model: got {type(model).__name__}, takes a SpikeDecoder (others: see Recorder)")
+    batches = [tokens] if isinstance(tokens, Tensor) else list(tokens)
+    with Recorder(model, mode) as recorder, evaluating(model):
+        for batch in batches:
+            if not isinstance(batch, Tensor) or batch.dim() != 2:
+                got = f"shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+                raise ValueError(f"tokens: got {got}, takes an int64 tensor [B, S]")
+            for part in batch.split(max(1, _TOKENS_AT_ONCE // max(1, batch.shape[1]))):
+                model(part.to(model.device))
+    return recorder.ledger(name)

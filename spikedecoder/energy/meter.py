@@ -1,0 +1,99 @@
+"""The machine's own counters of joules, where it lets one read them: RAPL (Intel, AMD) and NVML (NVIDIA)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_RAPL = Path("/sys/class/powercap")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Joules of the whole package or device, idle power and other programs included, over `runs` runs."""
+
+    joules: float
+    seconds: float
+    runs: int
+    source: str
+
+    @property
+    def per_run(self) -> float:
+        return self.joules / self.runs
+
+
+class _Rapl:
+    """Packages of the CPU; their counters start again at max_energy_range_uj."""
+
+    def __init__(self, root: Path) -> None:
+        domains = sorted(root.glob("intel-rapl:[0-9]*"))
+        # intel-rapl:0 is a package, intel-rapl:0:0 a part of it
+        self.domains = [d for d in domains if d.name.count(":") == 1]
+        if not self.domains:
+            raise ValueError(f"measured joules: no RAPL counters in {root}")
+        self.source = f"RAPL, {len(self.domains)} CPU package(s)"
+        try:
+            self.ranges = [_number(d / "max_energy_range_uj") for d in self.domains]
+            self.last = self._read()
+        except OSError as error:
+            raise ValueError(f"measured joules: RAPL cannot be read here ({error})") from None
+
+    def _read(self) -> list[int]:
+        return [_number(d / "energy_uj") for d in self.domains]
+
+    def since(self) -> float:
+        """Joules since the last call."""
+        now, before = self._read(), self.last
+        self.last = now
+        turns = zip(now, before, self.ranges, strict=True)
+        return sum((n - b) % (limit + 1) if n < b else n - b for n, b, limit in turns) / 1e6
+
+
+class _Nvml:
+    def __init__(self, index: int) -> None:
+        try:
+            import pynvml  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        except ImportError:
+            raise ValueError("measured joules: NVML needs the package nvidia-ml-py") from None
+        self.nvml: Any = pynvml
+        try:
+            pynvml.nvmlInit()
+            self.handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            self.last = self._read()
+        except pynvml.NVMLError as error:
+            raise ValueError(f"measured joules: NVML cannot be read here ({error})") from None
+        self.source = f"NVML, GPU {index}"
+
+    def _read(self) -> int:
+        return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle))  # mJ
+
+    def since(self) -> float:
+        now, before = self._read(), self.last
+        self.last = now
+        return (now - before) / 1e3
+
+
+def measured_joules(
+    run: Callable[[], object], *, seconds: float = 1.0, device: str = "cpu", rapl: Path = _RAPL
+) -> Measured:
+    """Joules that the machine counts while `run` is called over and over for at least `seconds`.
+
+    `run` must wait for its device. ValueError where the counters cannot be read, with the reason (RAPL is
+    often for root only, and absent in virtual machines).
+    """
+    kind, _, index = device.partition(":")
+    meter = _Nvml(int(index or 0)) if kind == "cuda" else _Rapl(rapl)
+    run()
+    meter.since()
+    begin, runs = time.perf_counter(), 0
+    while runs == 0 or time.perf_counter() - begin < seconds:
+        run()
+        runs += 1
+    return Measured(meter.since(), time.perf_counter() - begin, runs, meter.source)
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text())

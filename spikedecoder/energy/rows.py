@@ -1,0 +1,246 @@
+"""What one layer does, as ledger rows. One function per kind of operation: hooks and baselines share them.
+
+Nothing is folded that the model computes, but for constants: a norm with fixed statistics is one scale and
+one shift per channel, 1 / tau is a number. Every function takes `reads`, how often the layer's weights are
+fetched: once per sequence where a prompt is processed as a whole, once per token in generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from spikedecoder.params import LIFParams
+
+Kind = Literal["mac", "ac", "lif", "norm", "lookup", "other"]
+KINDS: tuple[Kind, ...] = ("mac", "ac", "lif", "norm", "lookup", "other")
+# which numbers an operation works on, and so which format bills it:
+#   weights: a weight with an activation; activations: two activations; both in the chosen format
+#   counts: sums of spikes, integers, always int32; values: everything else, always fp32
+Arithmetic = Literal["weights", "activations", "counts", "values"]
+
+
+@dataclass
+class Row:
+    """One operation of one layer, summed over all that was measured.
+
+    count: operations of that kind (MACs, accumulates, LIF updates, values normalised, look-ups, ...).
+    add, mul, compare, logic, special: the elementary operations that they are made of; `compare` includes
+        choices between two values, `logic` is 1-bit ANDs, `special` exp, tanh, 1/x and 1/sqrt(x).
+    events of slots: what is not zero, of what could be: the input of a Linear, the spikes of a LIF.
+    fan_out: accumulates per input spike, of a Linear.
+    weight_words, activation_words, state_words: numbers moved; activation_bits: spikes moved.
+    held: numbers of state that must be kept at once.
+    """
+
+    layer: str
+    operation: str
+    kind: Kind
+    arithmetic: Arithmetic
+    count: int = 0
+    add: int = 0
+    mul: int = 0
+    compare: int = 0
+    logic: int = 0
+    special: int = 0
+    events: int = 0
+    slots: int = 0
+    fan_out: int = 0
+    weight_words: int = 0
+    activation_words: int = 0
+    activation_bits: int = 0
+    state_words: int = 0
+    held: int = 0
+    note: str = ""
+
+    @property
+    def rate(self) -> float | None:
+        """events / slots; None where nothing was counted."""
+        return self.events / self.slots if self.slots else None
+
+    def merge(self, other: Row) -> None:
+        """Add what another pass did."""
+        for field in dataclasses.fields(self):
+            mine = getattr(self, field.name)
+            if isinstance(mine, int) and field.name not in ("fan_out", "held"):
+                setattr(self, field.name, mine + getattr(other, field.name))
+
+
+def linear(
+    layer: str,
+    *,
+    n_in: int,
+    n_out: int,
+    rows: int,
+    events: int,
+    spikes: bool,
+    bias: bool,
+    weight_words: int,
+    reads: int,
+    output_kept: bool,
+) -> list[Row]:
+    """y = W x + b for `rows` inputs of which `events` values are not zero.
+
+    Spikes: each input spike adds a column of W, n_out accumulates. Anything else: n_in n_out MACs a row,
+    zeros included. `output_kept`: y never leaves the chip's registers, as its neurons follow at once.
+    """
+    main = Row(layer, "linear", "ac" if spikes else "mac", "weights", events=events, slots=rows * n_in)
+    main.fan_out = n_out
+    main.count = events * n_out if spikes else rows * n_in * n_out
+    main.add, main.mul = main.count, 0 if spikes else main.count
+    main.weight_words = weight_words
+    if spikes:
+        main.activation_bits, main.note = rows * n_in, "one accumulate per input spike and output"
+    else:
+        main.activation_words, main.note = rows * n_in, "input is not spikes: dense multiply-accumulates"
+    main.activation_words += 0 if output_kept else rows * n_out
+    if not bias:
+        return [main]
+    added = Row(layer, "bias", "other", "weights", count=rows * n_out, add=rows * n_out)
+    added.weight_words, added.note = reads * n_out, "one addition per output"
+    return [main, added]
+
+
+def lif(layer: str, p: LIFParams, *, updates: int, spikes: int, channels: int, input_words: int) -> list[Row]:
+    """`updates` = neurons times timesteps: leak and input, comparison with the threshold, reset.
+
+    h = v + (x - (v - r)) / tau: a multiplication by 1 / tau and two additions (three where r is not 0);
+    one comparison; hard reset: one choice between h and r; soft reset: one subtraction per spike.
+    """
+    row = Row(layer, "LIF", "lif", "values", count=updates, events=spikes, slots=updates)
+    row.mul = updates
+    row.add = updates * (3 if p.v_reset else 2)
+    row.compare = updates
+    if p.v_reset is None:
+        row.add += spikes
+    else:
+        row.compare += updates
+    row.state_words, row.held = 2 * updates, channels
+    row.activation_bits, row.activation_words = updates, input_words
+    reset = "subtraction per spike" if p.v_reset is None else "choice"
+    row.note = (
+        f"leak 1 mul + {3 if p.v_reset else 2} add, 1 compare, reset 1 {reset}; potential read and written"
+    )
+    return [row]
+
+
+def norm(layer: str, kind: str, *, rows: int, channels: int, reads: int) -> list[Row]:
+    """LayerNorm: mean, centring, variance, 1 / sqrt, scale, then weight and bias. Others: a x + b."""
+    values = rows * channels
+    row = Row(layer, "norm", "norm", "values", count=values)
+    if kind == "layer":
+        row.add, row.mul, row.special = 4 * values + rows, 3 * values + 2 * rows, rows
+        row.note = "statistics of each row: 4 add + 3 mul a value, 1 add + 2 mul + 1/sqrt a row"
+    else:
+        row.add = row.mul = values
+        row.note = "fixed statistics folded: 1 mul + 1 add a value"
+    row.weight_words = reads * 2 * channels
+    return [row]
+
+
+def spiking_attention(
+    layer: str,
+    *,
+    values: int,
+    spikes: int,
+    coincidences: int = 0,
+    tests: int = 0,
+    scored: int = 0,
+    pairs: int = 0,
+    weighted: int = 0,
+    written: int = 0,
+    read: int = 0,
+    state: int = 0,
+    recurrent: bool,
+) -> list[Row]:
+    """(q k^T, causal) v times the scale. values: numel of the output [T, B, S, E]; spikes: q's.
+
+    Quadratic: `tests` ANDs (each q spike with its channel of each earlier key), `coincidences` of which
+    accumulate; `scored` of `pairs` scores are not zero, and add themselves where v spikes: `weighted`.
+    Recurrent: k^T v gains one accumulate per pair of a k spike and a v spike (`written`); each q spike reads
+    and accumulates one row of d of it (`read`). `state`: its numbers, T H d d.
+    """
+    if recurrent:
+        first = Row(layer, "state += k^T v", "ac", "counts", count=written, add=written)
+        first.state_words, first.held, first.activation_bits = 2 * written, state, 2 * values
+        first.note = "one accumulate per pair of a k spike and a v spike"
+        second = Row(layer, "q state", "ac", "counts", count=read, add=read, events=spikes, slots=values)
+        second.state_words, second.activation_bits = read, values
+        second.note = "one accumulate per q spike and column of the state"
+    else:
+        first = Row(layer, "q k^T", "ac", "counts", count=coincidences, add=coincidences, logic=tests)
+        first.events, first.slots, first.activation_bits = spikes, values, 2 * values
+        first.note = "causal; one accumulate where q and k both spike, one AND per q spike and key"
+        second = Row(layer, "(q k^T) v", "ac", "counts", count=weighted, add=weighted)
+        second.events, second.slots, second.activation_bits = scored, pairs, values
+        second.note = "causal; one accumulate per v spike and score that is not 0; rate: scores not 0"
+    scale = Row(layer, "scale", "other", "values", count=values, mul=values)
+    scale.note = "one multiplication per output"
+    return [first, second, scale]
+
+
+def softmax_attention(
+    layer: str, *, tokens: int, width: int, heads: int, pairs: int, recurrent: bool
+) -> list[Row]:
+    """softmax(q k^T / sqrt(d), causal) v; `pairs` of a query and a key it may see, all sequences."""
+    scores = pairs * heads
+    first = Row(layer, "q k^T", "mac", "activations", count=pairs * width, add=pairs * width)
+    first.mul, first.note = first.count, "causal"
+    soft = Row(layer, "softmax", "other", "values", count=scores)
+    soft.compare, soft.add, soft.mul = scores, 2 * scores, scores
+    soft.special = scores + tokens * heads
+    soft.note = "per score: maximum, subtraction, exp, sum, product; one reciprocal a row"
+    second = Row(layer, "softmax v", "mac", "activations", count=pairs * width, add=pairs * width)
+    second.mul, second.note = second.count, "causal"
+    scale = Row(layer, "scale", "other", "values", count=tokens * width, mul=tokens * width)
+    scale.note = "q / sqrt(d)"
+    # generation: the cache is read for each token, and one key and value written
+    keys = pairs * width + tokens * width if recurrent else tokens * width
+    first.activation_words, second.activation_words = tokens * width + keys, tokens * width + keys
+    return [scale, first, soft, second]
+
+
+def gelu(layer: str, *, values: int) -> list[Row]:
+    """0.5 x (1 + tanh(c (x + 0.044715 x^3)))."""
+    row = Row(layer, "GELU", "other", "values", count=values, add=2 * values, mul=6 * values, special=values)
+    row.note = "tanh form: 6 mul + 2 add + tanh a value"
+    return [row]
+
+
+def residual(layer: str, *, values: int, sums: int = 2) -> list[Row]:
+    """x = x + f(x), `sums` times."""
+    row = Row(layer, "residual", "other", "values", count=sums * values, add=sums * values)
+    row.activation_words, row.note = 3 * sums * values, "one addition per value and sum"
+    return [row]
+
+
+def join(layer: str, *, how: str, timesteps: int, outputs: int, spikes: bool) -> list[Row]:
+    """The head's join of T timesteps into `outputs` values."""
+    if timesteps == 1 or how in ("final", "concatenate"):
+        return []
+    sums = (timesteps - 1) * outputs
+    row = Row(layer, "join", "other", "counts" if spikes else "values", count=sums, add=sums)
+    row.note = "T - 1 additions a value"
+    if how == "accumulate":
+        return [row]
+    mean = Row(
+        layer, "mean", "other", "values", count=outputs, mul=outputs, note="one multiplication a value"
+    )
+    return [row, mean]
+
+
+def embedding(
+    layer: str, *, tokens: int, words: int, add: int, compare: int, mul: int, channels: int, spikes: bool
+) -> list[Row]:
+    """Rows fetched from tables (`words` numbers a token), then per token so many operations."""
+    row = Row(layer, "look-up", "lookup", "values", count=tokens, add=tokens * add, mul=tokens * mul)
+    row.compare, row.weight_words = tokens * compare, tokens * words
+    if spikes:
+        row.activation_bits = tokens * channels
+    else:
+        row.activation_words = tokens * channels
+    row.note = f"{words} numbers a token; positions come from a table" + (
+        ", one comparison each to binarise" if compare else ""
+    )
+    return [row]
