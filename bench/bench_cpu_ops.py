@@ -1,0 +1,207 @@
+"""The compiled CPU operators beside what else computes the same: the eager reference, torch's own dense
+operators, and the reference under torch.compile.
+
+    python -m pytest bench/bench_cpu_ops.py --benchmark-json=result.json
+
+Each group is one operator and shape, each row one way to compute it, and the row "cpu" says in
+``speedup_*`` how many times slower the others were when called in turns with it (ratio of the fastest rounds:
+compare these on a busy machine). All allocate their outputs, under the memory allocator as this package sets
+it. A result is checked before it is timed. The group "ceilings" says what the machine can do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spikedecoder import ext
+
+if not ext.is_built():
+    pytest.skip(ext.NOT_BUILT, allow_module_level=True)
+
+from spikedecoder.ext import cpu as backend
+from spikedecoder.ext.cpu import lif, norm_lif, spike_attention_lif, spike_linear
+from spikedecoder.params import LIFParams
+from spikedecoder.reference import lif as lif_reference
+from spikedecoder.reference import norm_lif as norm_lif_reference
+from spikedecoder.reference import spike_attention_lif as attention_lif_reference
+
+Calls = dict[str, Callable[[], Any]]
+P = LIFParams()
+
+
+def interleaved(calls: Calls, seconds: float = 1.0) -> dict[str, float]:
+    """The fastest of many rounds of each, called in turns."""
+    best = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        call()
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 3 or time.perf_counter() < end:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+        rounds += 1
+    return best
+
+
+def rows(make: Callable[..., Calls], *cases: Any) -> Iterator[Any]:
+    """One parameter (make, case, row) per row, and the group's name."""
+    for case in cases:
+        for row in make.rows:  # type: ignore[attr-defined]
+            name = f"{make.__name__} {' x '.join(map(str, case))}"
+            yield pytest.param(make, case, row, marks=pytest.mark.benchmark(group=name), id=f"{name} {row}")
+
+
+def named(*names: str) -> Callable[[Callable[..., Calls]], Callable[..., Calls]]:
+    def mark(make: Callable[..., Calls]) -> Callable[..., Calls]:
+        make.rows = names  # type: ignore[attr-defined]
+        return make
+
+    return mark
+
+
+def assert_same(calls: Calls, tolerance: float, flips: float = 0.0) -> None:
+    results = [call() for call in calls.values()]
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            wrong = (actual - expected).abs() > tolerance * (1 + expected.abs())
+            assert wrong.double().mean() <= flips
+
+
+@named("cpu", "reference", "compiled")
+def lif_train(*shape: int) -> Calls:
+    x, grad = torch.randn(shape), torch.randn(shape)
+
+    def both(module: Any) -> tuple[torch.Tensor, ...]:
+        spikes, _ = module.forward(x, 1.0, None, P)
+        return spikes, module.backward(grad, None, x, 1.0, None, P)[0]
+
+    compiled = torch.compile(lambda: both(lif_reference))
+    calls: Calls = {"cpu": lambda: both(lif), "reference": lambda: both(lif_reference), "compiled": compiled}
+    assert_same(calls, 1e-4)
+    return calls
+
+
+@named("cpu", "reference", "compiled")
+def norm_lif_train(*shape: int) -> Calls:
+    x, grad, weight, bias = (
+        torch.randn(shape),
+        torch.randn(shape),
+        torch.ones(shape[-1]),
+        torch.zeros(shape[-1]),
+    )
+
+    def both(module: Any) -> tuple[torch.Tensor, ...]:
+        spikes, mean, rstd = module.forward(x, weight, bias, None, None, 1e-5, 1.0, P)
+        return spikes, module.backward_layer(grad, x, weight, bias, mean, rstd, 1.0, P)[0]
+
+    compiled = torch.compile(lambda: both(norm_lif_reference))
+    calls: Calls = {
+        "cpu": lambda: both(norm_lif),
+        "reference": lambda: both(norm_lif_reference),
+        "compiled": compiled,
+    }
+    assert_same(calls, 1e-3, flips=1e-4)
+    return calls
+
+
+@named("cpu", "reference")
+def attention_lif_train(*shape: int) -> Calls:
+    t, b, h, s, d = shape
+    q, k, v = ((torch.rand(t, b, s, h, d) < 0.2).float().transpose(2, 3) for _ in range(3))
+    grad = torch.randn(t, b, s, h, d).transpose(2, 3)
+
+    def both(module: Any) -> tuple[torch.Tensor, ...]:
+        spikes = module.forward(q, k, v, 0.125, None, 1.0, P)
+        return spikes, *module.backward(grad, q, k, v, 0.125, None, 1.0, P)[:3]
+
+    calls: Calls = {
+        "cpu": lambda: both(spike_attention_lif),
+        "reference": lambda: both(attention_lif_reference),
+    }
+    assert_same(calls, 1e-3)
+    return calls
+
+
+def _linear(m: int, k: int, n: int, rate: float) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    s = (torch.rand(m, k, generator=generator) < rate).float()
+    return s, torch.randn(n, k, generator=generator), torch.randn(n, generator=generator)
+
+
+@named("cpu", "torch")
+def spike_linear_forward(m: int, k: int, n: int, rate: float) -> Calls:
+    s, weight, bias = _linear(m, k, n, rate)
+    # for a few rows, as when generating, the weight was laid out by columns beforehand
+    by_columns = weight.t().contiguous().t() if m < 64 else weight
+    calls: Calls = {
+        "cpu": lambda: spike_linear.forward(s, by_columns, bias)[:1],
+        "torch": lambda: (F.linear(s, weight, bias),),
+    }
+    assert_same(calls, 1e-3)
+    return calls
+
+
+@named("cpu", "torch")
+def spike_linear_weight_grad(m: int, k: int, n: int, rate: float) -> Calls:
+    s, weight, bias = _linear(m, k, n, rate)
+    words, grad = spike_linear.forward(s, weight, bias)[1], torch.randn(m, n)
+    calls: Calls = {
+        "cpu": lambda: (spike_linear.weight_grad(words, k, grad),),
+        "torch": lambda: (grad.t() @ s,),
+    }
+    assert_same(calls, 1e-2)
+    return calls
+
+
+SHAPES = ((8192, 80, 80), (8192, 80, 1280), (8192, 1280, 80), (4096, 512, 2048), (4096, 2048, 512))
+LINEAR = [(*shape, rate) for shape in SHAPES for rate in (0.05, 0.1, 0.5)]
+TOKEN = [(4, 80, 1280, 0.1), (4, 1280, 80, 0.1), (4, 512, 2048, 0.1), (4, 2048, 512, 0.1)]
+
+
+@pytest.fixture(autouse=True)
+def variant(benchmark: Any) -> None:
+    benchmark.extra_info["variant"] = backend.native.variant()
+
+
+@pytest.mark.parametrize(
+    ("make", "case", "row"),
+    [
+        *rows(lif_train, (4, 2048, 80), (4, 2048, 1280)),
+        *rows(norm_lif_train, (4, 2048, 80), (4, 2048, 1280)),
+        *rows(attention_lif_train, (4, 8, 5, 256, 16), (4, 2, 8, 512, 64)),
+        *rows(spike_linear_forward, *LINEAR, *TOKEN),
+        *rows(spike_linear_weight_grad, *LINEAR),
+    ],
+)
+def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, ...], row: str) -> None:
+    torch.manual_seed(0)
+    calls = make(*case)
+    benchmark.pedantic(calls[row], rounds=7, warmup_rounds=1)
+    if row == "cpu":
+        best = interleaved(calls)
+        for other in calls:
+            if other != "cpu":
+                benchmark.extra_info[f"speedup_over_{other}"] = round(best[other] / best["cpu"], 2)
+
+
+@pytest.mark.benchmark(group="ceilings")
+def test_copy_bandwidth(benchmark: Any) -> None:
+    x = torch.randn(4, 2048, 1280)
+    y = torch.empty_like(x)
+    benchmark.pedantic(lambda: y.copy_(x), rounds=15, warmup_rounds=2)
+    benchmark.extra_info["gbyte_per_second"] = round(8 * x.numel() / benchmark.stats.stats.min / 1e9, 1)
+
+
+@pytest.mark.benchmark(group="ceilings")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matmul(benchmark: Any, dtype: torch.dtype) -> None:
+    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    benchmark.pedantic(lambda: a @ b, rounds=7, warmup_rounds=1)
+    benchmark.extra_info["gflop_per_second"] = round(2 * 2048**3 / benchmark.stats.stats.min / 1e9)
