@@ -94,13 +94,8 @@ class Recorder:
 
     def _reads(self, x: Tensor) -> int:
         """How often weights are fetched for x [T, B, S, E], [B, S, E] or [S, E]."""
-        outer = x.shape[-4:-1] if x.dim() < 4 else x.shape[-3:-1]
-        sequences = outer[-2] if len(outer) > 1 else 1
-        tokens = sequences * outer[-1]
-        if not self._has_embedding and not self._rows:
-            self._sequences, self._tokens = sequences, tokens
-            self._pairs = sequences * (outer[-1] * (outer[-1] + 1) // 2)
-        return tokens if self.mode == "token" else sequences
+        sequences, length = _sequences(x)
+        return sequences * length if self.mode == "token" else sequences
 
     def _hook(self, name: str, module: nn.Module) -> Callable[..., None] | None:
         parent, _, last = name.rpartition(".")
@@ -128,13 +123,17 @@ class Recorder:
         if isinstance(module, (Embedding, FloatEmbedding)):
             self._has_embedding = True
         if method == self._lif:
-            above = self.model.get_submodule(parent) if parent else None
+            above = self.model.get_submodule(parent) if name else None
             if isinstance(above, (LinearNormLIF, AttentionLIF)):
                 return None  # fused there
             layer = name or "LIF"
 
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             with torch.no_grad():
+                if not self._has_embedding and not self._rows:
+                    self._sequences, length = _sequences(inputs[0])
+                    self._tokens = self._sequences * length
+                    self._pairs = self._tokens * (length + 1) // 2
                 method(layer, name, module, inputs, output)
 
         return hook
@@ -292,6 +291,11 @@ def embedding_work(c: SpikeDecoderConfig) -> dict[str, Any]:
         "mul": c.embed_dim if gain and real else 0,  # a spike times the gain is a constant
         "spikes": not real,
     }
+
+
+def _sequences(x: Tensor) -> tuple[int, int]:
+    """(B, S) of x [T, B, S, E], [B, S, E] or [S, E]."""
+    return (x.shape[-3] if x.dim() > 2 else 1), x.shape[-2]
 
 
 def _linears(model: nn.Module) -> tuple[set[str], set[str]]:

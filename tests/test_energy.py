@@ -1,0 +1,578 @@
+"""The energy ledger: hand-counted cases, a brute-force counter, baselines, tables, bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, energy
+from spikedecoder.energy.rows import KINDS
+from spikedecoder.nn.attention import AttentionLIF
+from spikedecoder.nn.linear import SpikeLinear
+from spikedecoder.nn.neuron import LIF
+from spikedecoder.params import LIFParams
+
+SMALL = {
+    "vocab_size": 7,
+    "max_len": 6,
+    "token_dim": 4,
+    "position_dim": 2,
+    "heads": 2,
+    "blocks": 2,
+    "mlp_ratio": 2,
+    "timesteps": 3,
+    "v_threshold": 0.5,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    model = SpikeDecoder(SpikeDecoderConfig.from_dict({**SMALL, **changes})).eval()
+    with torch.no_grad():  # so that every layer fires
+        for name, p in model.named_parameters():
+            if name.endswith("norm.bias"):
+                p.add_(torch.randn_like(p) * 0.7 + 0.3)
+            if "embedding" in name:
+                p.add_(torch.randn_like(p))
+    return model
+
+
+def tokens(b=2, s=5):
+    return torch.randint(0, 7, (b, s), generator=torch.Generator().manual_seed(1))
+
+
+# hand-counted: 3 spikes in, 2 neurons, 2 outputs, T = 2, one token
+
+
+def two_layers(v_reset=0.0):
+    first, second = SpikeLinear(3, 2), SpikeLinear(2, 2, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 1.0]]))
+        first.bias.zero_()
+    return nn.Sequential(first, LIF(LIFParams(tau=2.0, v_reset=v_reset)), second)
+
+
+# channel 0 spikes at both timesteps, channel 1 at the second: three spikes
+SPIKES = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]).reshape(2, 1, 1, 3)
+
+
+def test_every_operation_of_two_layers_by_hand():
+    model = two_layers()
+    with energy.Recorder(model) as recorder:
+        model(SPIKES)
+    ledger = recorder.ledger()
+    assert (ledger.sequences, ledger.tokens, ledger.pairs) == (1, 1, 1)
+    assert [(r.layer, r.operation) for r in ledger.rows] == [
+        ("0", "linear"),
+        ("0", "bias"),
+        ("1", "LIF"),
+        ("2", "linear"),
+    ]
+    linear, bias, lif, out = ledger.rows
+    # 3 input spikes x 2 outputs accumulate; nothing is multiplied
+    assert (linear.kind, linear.count, linear.add, linear.mul) == ("ac", 6, 6, 0)
+    assert (linear.events, linear.slots, linear.rate) == (3, 6, 0.5)
+    # 2 timesteps x 2 outputs
+    assert (bias.count, bias.add, bias.mul) == (4, 4, 0)
+    # neuron 0 gets 2, 2: h = 1 fires both times. neuron 1 gets 0, 1: h = 0.5 never fires.
+    # 4 updates: (x - v) / tau + v is 2 additions and 1 multiplication; 1 comparison, 1 choice
+    assert (lif.kind, lif.count, lif.add, lif.mul, lif.compare) == ("lif", 4, 8, 4, 8)
+    assert (lif.events, lif.slots, lif.rate) == (2, 4, 0.5)
+    # 2 spikes x 2 outputs, no bias
+    assert (out.kind, out.count, out.add, out.mul) == ("ac", 4, 4, 0)
+    # by hand, pJ at 45 nm: additions 6 + 4 + 8 + 8 (comparisons) + 4 = 30 at 0.9, multiplications 4 at 3.7
+    assert ledger.joules().joules == pytest.approx((30 * 0.9 + 4 * 3.7) * 1e-12, rel=1e-12)
+    # int8 weights: the linears' 14 additions at 0.1; the neurons stay fp32
+    int8 = ledger.joules(number_format="int8")
+    assert int8.joules == pytest.approx((14 * 0.1 + 16 * 0.9 + 4 * 3.7) * 1e-12, rel=1e-12)
+    # memory by hand, words of 32 bits. Weights, once for the sequence: 6 + 2 bias + 4 = 12. Activations: the
+    # first reads 6 bits and writes 4 words; LIF reads 4 words and writes 4 bits; the second reads 4 bits, writes 4.
+    # State: 4 updates read and write. All fits in 8 kB: 10 pJ / 64 bit.
+    memory = ledger.joules(memory=True)
+    assert memory.placement == dict.fromkeys(("weights", "activations", "state"), "sram_8kB")
+    per_bit = 10 / 64 * 1e-12
+    assert memory.by_memory["weights"] == pytest.approx(12 * 32 * per_bit)
+    assert memory.by_memory["activations"] == pytest.approx(((4 + 4 + 4) * 32 + 6 + 4 + 4) * per_bit)
+    assert memory.by_memory["state"] == pytest.approx(8 * 32 * per_bit)
+    assert memory.arithmetic == ledger.joules().joules
+    assert memory.joules == pytest.approx(memory.arithmetic + sum(memory.by_memory.values()))
+
+
+def test_soft_reset_subtracts_where_a_spike_is():
+    model = two_layers(v_reset=None)
+    with energy.Recorder(model) as recorder:
+        model(SPIKES)
+    row = recorder.ledger().row("1", "LIF")
+    # neuron 0: h = 1 fires, v = 0; again. 2 spikes: 2 more additions, 1 comparison an update
+    assert (row.events, row.add, row.compare) == (2, 8 + 2, 4)
+
+
+def test_a_dense_input_is_billed_as_macs_zeros_included():
+    model = nn.Sequential(nn.Linear(3, 2))
+    with energy.Recorder(model) as recorder:
+        model(torch.tensor([[[0.0, 1.0, 0.0]]]))
+    row = recorder.ledger().row("0", "linear")
+    assert (row.kind, row.count, row.add, row.mul) == ("mac", 6, 6, 6)
+
+
+def test_attention_by_hand():
+    """q, k, v of 2 tokens, one head of 2, T = 1, written out."""
+    config = SpikeDecoderConfig.from_dict(
+        {**SMALL, "heads": 1, "timesteps": 1, "token_dim": 1, "position_dim": 1}
+    )
+    attention = AttentionLIF(config)
+    q, k, v = (
+        torch.tensor(rows, dtype=torch.float32).reshape(1, 1, 2, 2)
+        for rows in ([[1, 1], [0, 1]], [[1, 0], [0, 1]], [[0, 1], [1, 1]])
+    )
+    for mode in ("prompt", "token"):
+        with energy.Recorder(attention, mode) as recorder:
+            attention(q, k, v)
+        rows = {r.operation: r for r in recorder.ledger().rows}
+        assert rows["scale"].mul == 4
+        if mode == "prompt":
+            # scores: (0,0) 1; (1,0) 0; (1,1) 1. q spikes meet 2 x 1 keys at token 0, 1 x 2 at token 1
+            assert (rows["q k^T"].add, rows["q k^T"].logic, rows["q k^T"].mul) == (2, 4, 0)
+            # scores that are not 0 of 3 pairs: 2; the first adds itself to 1 spike of v, the second to 2
+            assert (rows["(q k^T) v"].add, rows["(q k^T) v"].events, rows["(q k^T) v"].slots) == (3, 2, 3)
+        else:
+            # k spikes x v spikes: 1 x 1 + 1 x 2; 3 q spikes read a row of 2
+            assert (rows["state += k^T v"].add, rows["q state"].add) == (3, 6)
+            assert rows["state += k^T v"].held == 4
+
+
+# brute force: walk every tensor in Python
+
+
+def brute_force(model, ids, mode):
+    """{(layer, operation): elementary additions, multiplications} of Linears, attention and LIF by loops."""
+    found: dict[tuple[str, str], list[int]] = {}
+
+    def add(layer, operation, adds, muls=0):
+        entry = found.setdefault((layer, operation), [0, 0])
+        entry[0] += adds
+        entry[1] += muls
+
+    def linear(name):
+        layer = name.removesuffix(".linear")
+
+        def hook(module, args, out):
+            x = args[0].reshape(-1, module.in_features).tolist()
+            spiking = all(value in (0.0, 1.0) for row in x for value in row) and type(module) is SpikeLinear
+            for row in x:
+                for _ in range(module.out_features):
+                    add(layer, "bias", 1)
+                    for value in row:
+                        if spiking:
+                            add(layer, "linear", 1 if value == 1 else 0)
+                        else:
+                            add(layer, "linear", 1, 1)
+
+        return hook
+
+    def attention(layer):
+        def hook(module, args, out):
+            q, k, v = (x.unflatten(-1, (module.heads, -1)).tolist() for x in args[:3])
+            t_, b_, s_, d = len(q), len(q[0]), len(q[0][0]), len(q[0][0][0][0])
+            for t in range(t_):
+                for b in range(b_):
+                    for h in range(module.heads):
+                        state = [[0] * d for _ in range(d)]
+                        for i in range(s_):
+                            qi = q[t][b][i][h]
+                            if mode == "token":
+                                for a in range(d):
+                                    for c in range(d):
+                                        if k[t][b][i][h][a] and v[t][b][i][h][c]:
+                                            state[a][c] += 1
+                                            add(layer, "state += k^T v", 1)
+                                for a in range(d):
+                                    if qi[a]:
+                                        add(layer, "q state", d)
+                                continue
+                            for j in range(i + 1):
+                                score = 0
+                                add(layer, "q k^T", 0)
+                                for a in range(d):
+                                    if qi[a] and k[t][b][j][h][a]:
+                                        score += 1
+                                        add(layer, "q k^T", 1)
+                                for c in range(d):
+                                    add(layer, "(q k^T) v", 1 if score and v[t][b][j][h][c] else 0)
+
+        return hook
+
+    def lif(layer, p):
+        def hook(module, args, out):
+            for spike in out.flatten().tolist():
+                add(layer, "LIF", (3 if p.v_reset else 2) + (p.v_reset is None and spike == 1), 1)
+
+        return hook
+
+    def softmax(layer):
+        def hook(module, args, out):
+            b_, s_, e = out.shape
+            for _ in range(b_):
+                for i in range(s_):
+                    for _ in range(i + 1):
+                        add(layer, "q k^T", e, e)
+                        add(layer, "softmax v", e, e)
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_hook(linear(name)))
+        elif kind == "AttentionLIF":
+            handles.append(module.register_forward_hook(attention(name)))
+            handles.append(module.register_forward_hook(lif(name, module.lif.params)))
+        elif kind == "LinearNormLIF":
+            handles.append(module.register_forward_hook(lif(name, module.lif.params)))
+        elif kind == "SoftmaxAttention":
+            handles.append(module.register_forward_hook(softmax(name)))
+        elif kind == "LIF":  # those inside fused layers are not called by themselves
+            handles.append(module.register_forward_hook(lif(name, module.params)))
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return {key: tuple(value) for key, value in found.items()}
+
+
+VARIANTS = [
+    {},
+    {"spike_degree": 0},
+    {"spike_degree": 2},
+    {"spike_degree": 3},
+    {"spike_degree": 2, "attention_only": True},
+    {"norm": "batch", "spiking_residuals": 1},
+    {"norm": "power", "spiking_residuals": 2, "first_block_residual_lif": True},
+    {"reunite": "concatenate"},
+    {"reunite": "final", "v_reset": None},
+    {"float_reunite": True, "v_reset": -0.25},
+    {"token_shift": 3, "mlp_token_shift": 2, "embedding_gain": 2.0, "learn_threshold": True},
+    {"token_encoding": "two-hot", "position_encoding": "binary", "heads": 1},
+    {"timesteps": 1, "reunite": "concatenate"},
+]
+
+
+@pytest.mark.parametrize("mode", ["prompt", "token"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()))
+def test_counts_equal_those_of_a_walk_through_the_tensors(variant, mode):
+    model, ids = small(**variant), tokens()
+    ledger = energy.measure(model, ids, mode=mode)
+    expected = brute_force(model, ids, mode)
+    operations = {operation for _, operation in expected}
+    counted = {(r.layer, r.operation): (r.add, r.mul) for r in ledger.rows if r.operation in operations}
+    assert counted == expected
+    if variant.get("spike_degree") != 0:
+        assert any(r.kind == "ac" and r.events for r in ledger.rows), "nothing fired: the test says little"
+
+
+def test_counts_depend_on_the_spikes_and_add_up_over_batches():
+    model, ids = small(), tokens(4)
+    whole = energy.measure(model, ids)
+    parts = energy.measure(model, [ids[:1], ids[1:]])
+    assert whole.rows == parts.rows and whole.tokens == parts.tokens == 20
+    assert whole.pairs == parts.pairs == 4 * 15
+    with torch.no_grad():
+        for p in model.blocks[0].mlp.fc1.norm.parameters():
+            p.zero_()  # its neurons fall silent
+    silent = energy.measure(model, ids).row("blocks.0.mlp.fc2", "linear")
+    before = whole.row("blocks.0.mlp.fc2", "linear")
+    assert silent.count == silent.events == 0 < before.count == before.events * 6
+
+
+def test_training_mode_is_left_as_it_was_and_nothing_is_learned():
+    model = small(norm="batch", mlp_dropout=0.5).train()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    first, second = energy.measure(model, tokens()), energy.measure(model, tokens())
+    assert first.rows == second.rows
+    assert model.training and model.blocks[0].mlp.dropout.training
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_watching_generation_counts_each_token_once():
+    model = small()
+    with energy.Recorder(model, "token") as recorder:
+        ids = model.generate(tokens(1, 3), 2, temperature=0)
+    ledger = recorder.ledger()
+    assert (ledger.tokens, ledger.sequences, ledger.pairs) == (4, 1, 10)  # the last one is not read
+    assert ledger.rows == energy.measure(model, ids[:, :4], mode="token").rows
+    ann = small(spike_degree=0)
+    with energy.Recorder(ann, "token") as recorder:
+        ids = ann.generate(tokens(1, 3), 2, temperature=0)
+    counted = {(r.layer, r.operation): (r.add, r.mul, r.special) for r in recorder.ledger().rows}
+    whole = energy.measure(ann, ids[:, :4], mode="token").rows
+    assert counted == {(r.layer, r.operation): (r.add, r.mul, r.special) for r in whole}
+
+
+def test_a_spiking_embedding_feeds_accumulates():
+    """Degree 1: the first q, k, v get spikes (times a gain), all later layers real numbers."""
+    for gain in (1.0, 2.0):
+        rows = energy.measure(small(spike_degree=1, embedding_gain=gain), tokens()).rows
+        fed = {r.layer for r in rows if r.kind == "ac" and r.operation == "linear"}
+        assert fed == {f"blocks.0.attention.{part}" for part in "qkv"}
+    rows = energy.measure(small(spike_degree=1, float_embedding=True), tokens()).rows
+    assert not [r for r in rows if r.kind == "ac"]
+
+
+def test_the_mean_of_one_timestep_is_spikes():
+    head = energy.measure(small(timesteps=1), tokens()).row("head", "linear")
+    averaged = energy.measure(small(timesteps=2), tokens()).row("head", "linear")
+    assert (head.kind, averaged.kind) == ("ac", "mac")
+
+
+# baselines
+
+
+@pytest.mark.parametrize("mode", ["prompt", "token"])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize(
+    "variant", [{}, {"token_encoding": "two-hot", "heads": 1}, {"reunite": "concatenate"}]
+)
+def test_the_ann_ledger_is_that_of_a_real_ann_of_the_same_shapes(variant, norm, mode):
+    model = small(norm=norm, **variant)
+    ledger = energy.measure(model, tokens(), mode=mode)
+    baseline = energy.ann_ledger(ledger)
+    twin = SpikeDecoder(energy.twin_config(model.config))
+    assert twin.config.embed_dim == model.config.embed_dim
+    real = energy.measure(twin, tokens(), mode=mode)
+    for rows in (baseline.rows, real.rows):
+        rows.sort(key=lambda r: (r.layer, r.operation))
+        for row in rows:
+            row.events = 0  # how many inputs are exactly 0 costs nothing there
+    assert baseline.rows == real.rows
+    assert baseline.parameters == real.parameters
+
+
+def test_break_even_is_where_both_cost_the_same():
+    ledger = energy.measure(small(mlp_ratio=4), tokens())
+    even = energy.break_even_rate(ledger, "horowitz-45nm")
+    # fc1, by hand: K = 6, N = 24, T = 3; ANN: K N MACs and N additions; here r T K N + T N additions
+    hand = (6 * 24 * 4.6 + 24 * 0.9 - 3 * 24 * 0.9) / (3 * 6 * 24 * 0.9)
+    measured, limit = even.layers["blocks.0.mlp.fc1"]
+    assert limit == pytest.approx(hand)
+    assert measured == ledger.row("blocks.0.mlp.fc1", "linear").rate
+    # all driven operations in proportion: at the break-even rate the totals are equal
+    driven = sum(ledger.joules().rows[r.layer, r.operation][0] for r in ledger.rows if r.kind == "ac")
+    fixed = ledger.joules().joules - driven
+    ann = energy.ann_ledger(ledger).joules().joules
+    if even.overall is None:
+        assert fixed >= ann
+    else:
+        assert fixed + driven * even.overall / even.rate == pytest.approx(ann)
+
+
+def test_overall_break_even_of_a_wide_model_and_none_for_a_silent_one():
+    model = small(mlp_ratio=60, timesteps=1)
+    even = energy.break_even_rate(energy.measure(model, tokens()), "horowitz-45nm")
+    assert even.overall is not None and even.overall > 0
+    silent = energy.break_even_rate(energy.measure(small(v_threshold=50.0), tokens()), "horowitz-45nm")
+    assert silent.rate == 0 and silent.overall is None
+
+
+def test_compare_lists_each_model_with_its_twins():
+    ledgers = [energy.measure(small(), tokens(), name="a"), energy.measure(small(spike_degree=0), tokens())]
+    comparison = energy.compare(ledgers)
+    assert [e.variant for e in comparison.of("a")] == [
+        "this model, fp32",
+        "this model, int8 weights",
+        "ANN, fp32",
+        "ANN, int8",
+        "ANN, int8 x 2 bit",
+    ]
+    assert [e.variant for e in comparison.of("model 2")] == ["this model, fp32", "this model, int8 weights"]
+    joules = {e.variant: e.estimate.joules for e in comparison.of("a")}
+    assert joules["ANN, fp32"] > joules["ANN, int8"] > joules["ANN, int8 x 2 bit"]
+    assert set(comparison.break_even) == {"a"}
+    assert comparison.to_dict()["estimate"] is True
+    assert any("estimate" in line for line in comparison.assumptions)
+    twice = energy.compare([ledgers[0], ledgers[0]])
+    assert {e.model for e in twice.entries} == {"a", "a (2)"}
+    with pytest.raises(ValueError, match="ledgers: got none"):
+        energy.compare([])
+
+
+def test_equal_bits():
+    assert energy.equal_bits(1) == 1 and energy.equal_bits(3) == 2
+    assert energy.equal_bits(4) == pytest.approx(math.log2(5))
+
+
+# out of the ledger
+
+
+def test_csv_and_dict_hold_every_row():
+    ledger = energy.measure(small(), tokens())
+    lines = list(csv.DictReader(io.StringIO(ledger.to_csv())))
+    assert len(lines) == len(ledger.rows)
+    assert sum(float(line["joules"]) for line in lines) == pytest.approx(ledger.joules().joules)
+    values = ledger.to_dict()
+    assert [row["count"] for row in values["rows"]] == [row.count for row in ledger.rows]
+    totals = values["totals"]
+    assert totals["ac"] == sum(r.count for r in ledger.rows if r.kind == "ac") > 0
+    assert {r.kind for r in ledger.rows} == set(KINDS)
+    estimate = ledger.joules(memory=True)
+    assert sum(estimate.by_layer.values()) == pytest.approx(estimate.joules) == float(estimate)
+    assert estimate.per_token == estimate.joules / 10
+    assert estimate.to_dict()["estimate"] is True and estimate.to_dict()["assumptions"]
+
+
+def test_memory_can_be_placed_by_hand():
+    ledger = energy.measure(small(), tokens())
+    near, far = (ledger.joules(memory={"weights": where}) for where in ("sram_8kB", "dram"))
+    assert far.by_memory["weights"] == pytest.approx(130 * near.by_memory["weights"])
+    assert far.by_memory["state"] == near.by_memory["state"]
+    for wrong in ({"weight": "dram"}, {"weights": "tape"}):
+        with pytest.raises(ValueError, match="memory: got"):
+            ledger.joules(memory=wrong)
+    with pytest.raises(TypeError, match="memory: got 3"):
+        ledger.joules(memory=3)
+
+
+def test_generation_fetches_weights_for_each_token_only_of_inputs_that_spiked():
+    model, ids = small(), tokens(1)
+    prompt, token = (energy.measure(model, ids, mode=mode) for mode in ("prompt", "token"))
+    fired = []
+    handle = model.blocks[0].mlp.fc2.linear.register_forward_pre_hook(lambda m, a: fired.append(a[0]))
+    model(ids)
+    handle.remove()
+    columns = int((fired[0] != 0).any(0).sum())
+    name = ("blocks.0.mlp.fc2", "linear")
+    assert prompt.row(*name).weight_words == 12 * 6
+    assert token.row(*name).weight_words == columns * 6 < 5 * 12 * 6
+    assert energy.ann_ledger(token).row(*name).weight_words == 5 * 12 * 6
+
+
+# tables
+
+GOOD = """
+[arithmetic]
+fp32_mul = 1
+fp32_add = 1
+fp16_mul = 1
+fp16_add = 1
+int8_mul = 1
+int8_add = 1
+int32_add = 1
+[memory]
+sram_8kB = 1
+sram_32kB = 1
+sram_1MB = 1
+dram = 1
+"""
+
+
+def test_named_tables():
+    assert energy.EnergyTable.names() == ("horowitz-45nm", "jouppi-7nm")
+    horowitz, jouppi = (energy.EnergyTable.load(name) for name in energy.EnergyTable.names())
+    assert horowitz.fp32_mul + horowitz.fp32_add == pytest.approx(4.6)
+    assert "Horowitz" in horowitz.source and "Jouppi" in jouppi.source
+    for name in ("fp32_mul", "fp32_add", "int8_mul", "int8_add", "int32_add", "sram_8kB", "sram_1MB"):
+        assert 0 < getattr(jouppi, name) < getattr(horowitz, name)
+
+
+def test_a_table_of_ones_counts_operations(tmp_path):
+    path = tmp_path / "ones.toml"
+    path.write_text(GOOD)
+    ledger = energy.measure(small(), tokens())
+    expected = sum(r.add + r.mul + r.compare + r.logic / 8 + 8 * r.special for r in ledger.rows)
+    assert ledger.joules(path).joules == pytest.approx(expected * 1e-12)
+    assert ledger.joules(path).table == "ones"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("dram = 1", "", r"\[memory\] has no dram"),
+        ("fp32_add = 1", "fp32_add = -0.9", "fp32_add: got -0.9"),
+        ("fp32_add = 1", "fp32_add = nan", "fp32_add: got nan"),
+        ("fp32_add = 1", "fp32_add = 'x'", "fp32_add: got 'x'"),
+        ("fp32_add = 1", "fp32_add = true", "fp32_add: got True"),
+        ("fp32_add = 1", "fp32_add = 1\nfp32_div = 2", "unknown field 'fp32_div'"),
+        ("[memory]", "[memories]", "unknown field 'memories'"),
+        ("[arithmetic]", "[arithmetic", "not a TOML file"),
+        ("[arithmetic]", "arithmetic = 3\n[memory2]", "memory2"),
+        ("[arithmetic]", "name = 3\n[arithmetic]", "name: got 3"),
+    ],
+)
+def test_bad_tables_are_named(tmp_path, old, new, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(ValueError, match=message):
+        energy.EnergyTable.load(path)
+
+
+def test_tables_that_are_not_there():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.toml: no such file"):
+        energy.EnergyTable.load("nowhere.toml")
+    with pytest.raises(ValueError, match="got 'horowitz', takes horowitz-45nm"):
+        energy.EnergyTable.load("horowitz")
+    with pytest.raises(TypeError, match="table: got int"):
+        energy.EnergyTable.load(3)
+
+
+# bad input
+
+
+def test_a_model_that_saw_no_input():
+    with energy.Recorder(small()) as recorder:
+        pass
+    with pytest.raises(ValueError, match="has seen no input"):
+        recorder.ledger()
+    with pytest.raises(ValueError, match="has seen no input"):
+        energy.measure(small(), [])
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attention.k.linear.weight", "blocks.0.mlp.fc2.norm.bias"])
+def test_nan_is_named_with_its_layer(name):
+    model = small()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = math.nan
+    layer = name.rpartition(".")[0].rpartition(".")[0]
+    with pytest.raises(ValueError, match=rf"{layer} holds NaN or infinite"):
+        energy.measure(model, tokens())
+
+
+def test_spikes_that_are_none():
+    model = two_layers()
+    with energy.Recorder(model), pytest.raises(ValueError, match="input of 0 is not spikes"):
+        model(SPIKES * 0.5)
+    with energy.Recorder(model), pytest.raises(ValueError, match="input of 0 holds NaN"):
+        model(SPIKES * math.nan)
+
+
+def test_bad_arguments():
+    model = small()
+    with pytest.raises(TypeError, match="model: got Linear, takes a SpikeDecoder"):
+        energy.measure(nn.Linear(2, 2), tokens())
+    with pytest.raises(ValueError, match="mode: got 'both'"):
+        energy.measure(model, tokens(), mode="both")
+    with pytest.raises(ValueError, match=r"tokens: got shape \(2,\)"):
+        energy.measure(model, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="operations of Conv1d are not known"):
+        energy.Recorder(nn.Sequential(nn.Conv1d(1, 1, 1)))
+    with pytest.raises(ValueError, match="no layer whose operations are known"):
+        energy.Recorder(nn.Identity())
+    ledger = energy.measure(model, tokens())
+    with pytest.raises(ValueError, match="number_format: got 'fp8'"):
+        ledger.joules(number_format="fp8")
+    with pytest.raises(ValueError, match="activation_bits: got 2 with fp32"):
+        ledger.joules(activation_bits=2)
+    with energy.Recorder(model, "prompt"), pytest.raises(ValueError, match="takes 'token'"):
+        model.prefill(tokens())
