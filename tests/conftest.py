@@ -5,6 +5,9 @@ can import one. A test that compiles kernels for real (ahead of time) does it in
 """
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads OpenMP: tests share the cores
+
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
