@@ -65,8 +65,8 @@ def generate(
     past: Annotated[
         str,
         typer.Option(
-            help="Beyond the model's context: slide (go on from the last half of it), or continue (just go on; "
-            "spiking attention with static positions only)."
+            help="Beyond the model's context: slide (go on from the last half of it), or continue (just go "
+            "on; spiking attention with static positions only)."
         ),
     ] = "slide",
     stats: Annotated[

@@ -21,11 +21,13 @@ from spikedecoder.spike_stats import SpikeCounter
 class TextCost:
     """Means over the tokens of texts, prompts included.
 
-    spike_rates: by layer, spikes per neuron and timestep, 0 to 1. accumulates: additions per token that a
-    spike caused: a spike into a Linear of N outputs is N, a pair of a key's and a value's spike 1, a query's
-    spike d (the recurrent form). multiply_accumulates: per token, where real numbers meet weights: a head that
-    averages timesteps, the parts of a model that do not spike, the decay of the attention's state. Norms and
-    neurons are in neither.
+    spike_rates: by layer, spikes per neuron and timestep, 0 to 1.
+    accumulates: additions per token that a spike caused: a spike into a Linear of N outputs is N, a pair of a
+        key's and a value's spike 1, a query's spike d (the recurrent form).
+    multiply_accumulates: per token, where real numbers meet weights: a head that averages timesteps, the
+        parts of a model that do not spike, the decay of the attention's state.
+
+    Norms and neurons are in neither.
     """
 
     tokens: int

@@ -1,0 +1,97 @@
+"""`spikedecoder serve`: a model over HTTP."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            help="A model's folder, a run's folder (its best model), or a name on the hub.",
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model. Default: its folder's name.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Texts that are written at once.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more get status 429.")] = 64,
+    max_tokens_limit: Annotated[int, typer.Option(min=1, help="New tokens that a text may have.")] = 4096,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a prompt may have.")] = 4096,
+    past: Annotated[
+        str,
+        typer.Option(
+            help="Beyond the model's context: slide (go on from the last half of it), or continue (just go "
+            "on; spiking attention with static positions only)."
+        ),
+    ] = "slide",
+    errors: Annotated[
+        str,
+        typer.Option(
+            help="Characters or words that the model does not know: strict (status 400), drop, or replace."
+        ),
+    ] = "strict",
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds that running texts have to finish when stopped.")
+    ] = 10.0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
+    ] = "auto",
+) -> None:
+    """Serve a trained model over HTTP, in OpenAI's format: POST /v1/completions, GET /v1/models, GET /health.
+
+    Ctrl-C or SIGTERM stops it. There is no password: whoever reaches the address can use it.
+    """
+    try:
+        from spikedecoder.serve.server import build, listen, run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette", "pydantic"):
+            raise
+        raise ValueError(
+            f"serve needs {error.name}, which is not installed; pip install 'spikedecoder[serve]'"
+        ) from None
+    from spikedecoder.cli.generate import load
+    from spikedecoder.generation.text import ERRORS, own_tokenizer
+    from spikedecoder.serve.app import Limits
+    from spikedecoder.serve.engine import Engine
+
+    if errors not in ERRORS:
+        raise ValueError(f"--errors: got {errors!r}, takes one of {', '.join(ERRORS)}")
+    model, where = load(checkpoint, device)
+    if model.tokenizer is None:
+        raise ValueError(f"{where}: has no tokenizer.json, so its tokens cannot be turned into text")
+    own_tokenizer(model, None)
+    engine = Engine(model, max_batch, max_queue, past)
+    server = build(engine, name or _name(where), Limits(max_tokens_limit, max_prompt_tokens, errors), grace)
+    with listen(host, port) as where_to:
+        taken = where_to.getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host
+
+        def ready() -> None:
+            if host not in _LOCAL:
+                print(f"anyone who can reach {shown}:{taken} can use this server", file=sys.stderr)
+            print(f"serving {name or _name(where)} at http://{shown}:{taken}/v1; Ctrl-C stops", flush=True)
+
+        run(server, where_to, ready)
+
+
+def _name(where: str) -> str:
+    """A folder's name; a run's for its best/ or last/."""
+    folder = Path(where)
+    if not folder.exists():
+        return where
+    folder = folder.resolve()
+    return folder.parent.name if folder.name in ("best", "last") else folder.name

@@ -1,0 +1,318 @@
+"""The web application: OpenAI's completions over an `Engine`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from spikedecoder.generation.batch import Continuation, GeneratedToken
+from spikedecoder.generation.detokenize import TextStream
+from spikedecoder.generation.generate import check_ids, start_token
+from spikedecoder.generation.sampling import fresh_seed
+from spikedecoder.generation.text import encode_prompt, own_tokenizer
+from spikedecoder.serve.engine import Engine, EngineError, QueueFull, Stopping
+from spikedecoder.serve.protocol import (
+    ApiError,
+    CompletionRequest,
+    bad_request,
+    choice,
+    parse,
+    usage,
+)
+
+BODY = 4 * 2**20  # bytes of a request
+DEFAULT_TOKENS = 16  # OpenAI's
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for, in tokens per text; `errors` is `encode_prompt`'s."""
+
+    max_tokens: int = 4096
+    prompt_tokens: int = 4096
+    errors: str = "strict"
+
+
+class Completion:
+    """One request on its way: its sequences, and the tokens that the engine hands over."""
+
+    def __init__(self, engine: Engine, limits: Limits, name: str, request: CompletionRequest) -> None:
+        self.engine, self.name, self.request = engine, name, request
+        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self.tokenizer = own_tokenizer(engine.model, None)
+        self.prompts = [self._encode(p, limits) for p in request.prompts]
+        n = request.n or 1
+        if n * len(self.prompts) > engine.max_batch:
+            raise bad_request(
+                f"n: got {n} for {len(self.prompts)} prompts, takes at most {engine.max_batch} texts together"
+            )
+        most = limits.max_tokens
+        wanted = min(DEFAULT_TOKENS, most) if request.max_tokens is None else request.max_tokens
+        if wanted > most:
+            raise bad_request(f"max_tokens: got {wanted}, takes at most {most}")
+        sampling = request.sampling()
+        seed = fresh_seed() if sampling.seed is None else sampling.seed
+        start = [start_token(engine.model)]
+        self.sequences = [
+            Continuation(
+                number=next(engine.numbers),
+                prompt=prompt or start,
+                max_new_tokens=wanted,
+                sampling=sampling,
+                seed=seed + index,
+                text=TextStream(self.tokenizer, prompt, request.stop_strings),
+            )
+            for index, prompt in enumerate(p for p in self.prompts for _ in range(n))
+        ]
+        self.index = {c.number: i for i, c in enumerate(self.sequences)}
+        self.open = set(self.index)
+        self.tokens = 0
+        self._loop = asyncio.get_running_loop()
+        self._heard: asyncio.Queue[list[GeneratedToken] | EngineError] = asyncio.Queue()
+
+    def _encode(self, prompt: str | list[int], limits: Limits) -> list[int]:
+        try:
+            if isinstance(prompt, str):
+                ids = encode_prompt(self.tokenizer, prompt, limits.errors)
+            else:
+                check_ids("prompt", prompt, self.tokenizer.vocab_size)
+                ids = prompt
+        except ValueError as error:
+            raise bad_request(error) from None
+        if len(ids) > limits.prompt_tokens:
+            raise ApiError(
+                400,
+                f"prompt: got {len(ids)} tokens, takes at most {limits.prompt_tokens}",
+                "prompt",
+                "context_length_exceeded",
+            )
+        return ids
+
+    def submit(self) -> None:
+        def hear(heard: list[GeneratedToken] | EngineError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+                self._loop.call_soon_threadsafe(self._heard.put_nowait, heard)
+
+        try:
+            self.engine.submit(self.sequences, hear)
+        except QueueFull as error:
+            raise ApiError(
+                429, f"too many requests: {error}", code="queue_full", type="rate_limit_error"
+            ) from None
+        except Stopping as error:
+            raise ApiError(503, str(error), code="stopping") from None
+
+    def release(self) -> None:
+        """Whoever waited has gone, or has everything: free the places."""
+        if self.open:
+            self.engine.cancel(self.open)
+            self.open = set()
+
+    async def news(self) -> AsyncIterator[list[tuple[int, str, str | None]]]:
+        """(index, text, finish) of the choices that have something new, all that has come at once."""
+        while self.open:
+            heard = [await self._heard.get()]
+            while not self._heard.empty():  # whoever reads slowly gets several tokens in one piece
+                heard.append(self._heard.get_nowait())
+            new: dict[int, tuple[str, str | None]] = {}
+            for tokens in heard:
+                if isinstance(tokens, EngineError):
+                    self.open = set()
+                    raise tokens
+                for token in tokens:
+                    self.tokens += 1
+                    text = new.get(token.sequence, ("", None))[0] + token.text
+                    new[token.sequence] = (text, token.finish)
+                    if token.finish is not None:
+                        self.open.discard(token.sequence)
+            yield [(self.index[number], text, finish) for number, (text, finish) in new.items()]
+
+    def usage(self) -> dict[str, int]:
+        return usage(sum(map(len, self.prompts)), self.tokens)
+
+    def body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.name,
+            "choices": choices,
+        }
+
+    def echoes(self) -> list[str]:
+        """What each choice's text begins with."""
+        n = len(self.sequences) // len(self.prompts)
+        texts = [self.tokenizer.decode(p) if p and self.request.echo else "" for p in self.prompts]
+        return [text for text in texts for _ in range(n)]
+
+    async def whole(self) -> dict[str, Any]:
+        texts = self.echoes()
+        finishes: list[str | None] = [None] * len(texts)
+        async for new in self.news():
+            for index, text, finish in new:
+                texts[index] += text
+                finishes[index] = finish
+        choices = [choice(i, *each) for i, each in enumerate(zip(texts, finishes, strict=True))]
+        return {**self.body(choices), "usage": self.usage()}
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Server-sent events, the last one [DONE]."""
+        echoes = [choice(i, text, None) for i, text in enumerate(self.echoes()) if text]
+        if echoes:
+            yield _event(self.body(echoes))
+        try:
+            async for new in self.news():
+                choices = [choice(*each) for each in new if each[1] or each[2]]
+                for each in choices:  # clients look at the first choice of a chunk only
+                    yield _event(self.body([each]))
+        except EngineError as error:
+            yield _event(ApiError(503 if isinstance(error, Stopping) else 500, str(error)).body)
+            return
+        options = self.request.stream_options
+        if options is not None and options.include_usage:
+            yield _event({**self.body([]), "usage": self.usage()})
+        yield b"data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """Sends a completion's events as they come; frees its places as soon as the client has gone."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, completion: Completion) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self.completion = completion
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def pump() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for chunk in self.completion.chunks():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        try:
+            await unless_disconnected(receive, pump())
+        except OSError:  # it went while something was being sent
+            pass
+        finally:
+            self.completion.release()
+
+
+async def unless_disconnected(receive: Any, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None as soon as the client has gone."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastAPI:
+    """The application over an engine that has been started; `name` is what clients call the model."""
+    limits = Limits() if limits is None else limits
+    created = int(time.time())
+    app = FastAPI(title="spikedecoder", docs_url=None, redoc_url=None)
+    card = {"id": name, "object": "model", "created": created, "owned_by": "spikedecoder"}
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> JSONResponse:
+        headers = {"retry-after": "1"} if error.status in (429, 503) else None
+        return JSONResponse(error.body, error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(ApiError(error.status_code, str(error.detail)).body, error.status_code)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").body, 500)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        status = {
+            "status": "ok" if engine.alive else "stopping",
+            "model": name,
+            "running": engine.running,
+            "waiting": engine.waiting,
+            "max_batch": engine.max_batch,
+            "max_queue": engine.max_queue,
+        }
+        return JSONResponse(status, 200 if engine.alive else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model_card(model: str) -> dict[str, Any]:
+        _check_name(model)
+        return card
+
+    body = {
+        "required": True,
+        "content": {"application/json": {"schema": CompletionRequest.model_json_schema()}},
+    }
+
+    @app.post("/v1/completions", response_model=None, openapi_extra={"requestBody": body})
+    async def completions(request: Request) -> Response:
+        asked = parse(await _read(request))
+        if asked.model is not None:
+            _check_name(asked.model)
+        try:
+            completion = Completion(engine, limits, name, asked)
+        except ValueError as error:
+            raise bad_request(error) from None
+        completion.submit()
+        if asked.stream:
+            return EventStream(completion)
+        try:
+            answer = await unless_disconnected(request.receive, completion.whole())
+        except EngineError as error:
+            raise ApiError(503 if isinstance(error, Stopping) else 500, str(error)) from None
+        finally:
+            completion.release()
+        return JSONResponse(answer)
+
+    def _check_name(model: str) -> None:
+        if model != name:
+            raise ApiError(404, f"model: got {model!r}, takes {name!r}", "model", "model_not_found")
+
+    return app
+
+
+async def _read(request: Request) -> bytes:
+    # a web page in the user's browser cannot send this type to another origin without asking first
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"content-type: got {kind or 'none'!r}, takes 'application/json'")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > BODY:
+            raise ApiError(413, f"the body is longer than {BODY} bytes")
+    return bytes(body)
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(value)}\n\n".encode()

@@ -1,0 +1,147 @@
+"""OpenAI's completions: what a request may say, and the shapes of answers and errors."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spikedecoder.generation.sampling import SamplingParams
+
+STOPS = 16  # stop strings in one request
+STOP_LENGTH = 256  # characters of one
+
+Token = Annotated[int, Field(ge=0)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    include_usage: bool = False
+
+
+class CompletionRequest(BaseModel):
+    """POST /v1/completions. top_k, min_p and repetition_penalty are additions to OpenAI's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str | list[str] | list[Token] | list[list[Token]]
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    n: int | None = Field(None, ge=1)
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    echo: bool | None = None
+    user: str | None = None  # taken, and of no effect
+    # of OpenAI's, not done here: only the values that ask for nothing
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry per prompt."""
+        p: Any = self.prompt
+        if isinstance(p, str) or (p and isinstance(p[0], int)):
+            return [p]
+        return p
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def sampling(self) -> SamplingParams:
+        given: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": self.seed,
+        }
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+class ApiError(Exception):
+    """What a client is told: an HTTP status and OpenAI's error object."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, type: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        kind = type or ("invalid_request_error" if status < 500 else "server_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def bad_request(error: Exception | str, param: str | None = None) -> ApiError:
+    """400; our own messages begin with the name of what they are about."""
+    message = str(error)
+    name = message.partition(":")[0]
+    if param is None and name in CompletionRequest.model_fields:
+        param = name
+    return ApiError(400, message, param)
+
+
+def parse(body: bytes) -> CompletionRequest:
+    """The request, or an ApiError that says what is wrong with it."""
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON ({error})") from None
+    try:
+        request = CompletionRequest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else None
+        got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
+        said = _PROMPT if name == "prompt" and got else first["msg"]
+        raise ApiError(400, f"{name or 'the body'}: {said}{got}", name) from None
+    for name, nothing in _NOT_DONE.items():
+        if getattr(request, name) not in (None, *nothing):
+            raise bad_request(f"{name}: not supported by this server, leave it out")
+    strings = request.stop_strings
+    if len(strings) > STOPS or any(not 1 <= len(s) <= STOP_LENGTH for s in strings):
+        raise bad_request(f"stop: takes at most {STOPS} strings of 1 to {STOP_LENGTH} characters")
+    if not request.prompts:
+        raise bad_request("prompt: got an empty list, takes a string, or a list of at least one")
+    return request
+
+
+_PROMPT = "takes a string, a list of strings, a list of token ids, or a list of such lists"
+_NOT_DONE: dict[str, tuple[Any, ...]] = {
+    "logprobs": (),
+    "best_of": (1,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
+
+
+def choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
+    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

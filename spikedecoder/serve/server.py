@@ -1,0 +1,65 @@
+"""The application behind a socket, until a signal stops it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from spikedecoder.serve.app import Limits, create_app
+from spikedecoder.serve.engine import Engine
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Server(uvicorn.Server):
+    """Stops in order: no new connections, `grace` seconds to finish what is running, then the rest ends."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
+        super().__init__(config)
+        self.engine, self.grace = engine, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.engine.close(self.grace)
+        await super().shutdown(sockets)
+
+
+def build(engine: Engine, name: str, limits: Limits, grace: float = 10.0) -> Server:
+    config = uvicorn.Config(
+        create_app(engine, name, limits),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        # the engine gives up first, and tells its clients
+        timeout_graceful_shutdown=int(grace) + 5,
+    )
+    return Server(config, engine, grace)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket there, or an OSError that says where."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port: got {port}, takes 0 to 65535, 0 being any free one")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}:{port} ({error.strerror or error})") from None
+
+
+def run(server: Server, where: socket.socket, ready: Callable[[], Any] = lambda: None) -> None:
+    """Serve until SIGINT or SIGTERM; both end it in order, a second SIGINT at once."""
+    # the server sends itself the signal once more when it is done, to whom it finds here
+    before = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS}
+    server.engine.start()
+    try:
+        ready()
+        server.run(sockets=[where])
+    finally:
+        server.engine.close()
+        server.engine.join(5)
+        for s, handler in before.items():
+            signal.signal(s, handler)
