@@ -99,7 +99,8 @@ def test_every_operation_of_two_layers_by_hand():
     int8 = ledger.joules(number_format="int8")
     assert int8.joules == pytest.approx((14 * 0.1 + 16 * 0.9 + 4 * 3.7) * 1e-12, rel=1e-12)
     # memory by hand, words of 32 bits. Weights, once for the sequence: 6 + 2 bias + 4 = 12. Activations: the
-    # first reads 6 bits and writes 4 words; LIF reads 4 words and writes 4 bits; the second reads 4 bits, writes 4.
+    # first reads 6 bits, writes 4 words; the LIF reads 4 words, writes 4 bits; the second reads 4 bits and
+    # writes 4 words.
     # State: 4 updates read and write. All fits in 8 kB: 10 pJ / 64 bit.
     memory = ledger.joules(memory=True)
     assert memory.placement == dict.fromkeys(("weights", "activations", "state"), "sram_8kB")

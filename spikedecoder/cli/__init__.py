@@ -9,7 +9,9 @@ import typer
 
 from spikedecoder.cli.convert import convert
 from spikedecoder.cli.doctor import doctor
+from spikedecoder.cli.energy import energy
 from spikedecoder.cli.generate import generate
+from spikedecoder.cli.serve import serve
 from spikedecoder.cli.train import train
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(generate)
+app.command()(serve)
+app.command()(energy)
 app.command()(convert)
 app.command()(doctor)
 

@@ -31,7 +31,8 @@ class Entry:
 class BreakEven:
     """Input spike rates (per input, timestep and token) at which arithmetic costs what the twin's costs.
 
-    layers: by layer, its measured rate and its break-even rate, of the Linear and its bias alone.
+    layers: by layer, its measured rate and its break-even rate, of the Linear and its bias alone (above 1: it
+        costs less at any rate; None: additions are free).
     overall: the mean rate at which the whole model would break even, were all its spike-driven operations in
         proportion; None where it cannot at any rate (what does not depend on spikes costs more already), or
         where no spike reached a Linear. rate: the measured mean.
@@ -40,7 +41,7 @@ class BreakEven:
     number_format: str
     rate: float | None
     overall: float | None
-    layers: dict[str, tuple[float, float]]
+    layers: dict[str, tuple[float, float | None]]
 
     def to_dict(self) -> dict[str, Any]:
         layers = {name: {"rate": r, "break_even": limit} for name, (r, limit) in self.layers.items()}
@@ -110,7 +111,9 @@ def compare(
         for variant, source, options in kinds:
             estimate = source.joules(table, memory, **options)
             entries.append(Entry(name, variant, estimate, baseline=source is twin))
-            said |= dict.fromkeys(estimate.assumptions)
+            for line in estimate.assumptions:
+                about = f"{name}: {variant}, " if line.startswith("memory:") else ""
+                said[about + line] = None
     twin_note = "the ANN has the same shapes, one pass in place of T, softmax and GELU; accuracies may differ"
     return Comparison(tuple(entries), break_even, table, (*said, twin_note))
 
@@ -134,7 +137,7 @@ def break_even_rate(
     twin = ann_ledger(ledger)
     own, other = (x.joules(table, number_format=number_format) for x in (ledger, twin))
     add = table.multiply_add(number_format)[1] * 1e-12
-    layers: dict[str, tuple[float, float]] = {}
+    layers: dict[str, tuple[float, float | None]] = {}
     driven = 0.0  # joules that grow with the spikes
     for row in ledger.rows:
         if row.kind != "ac":
@@ -143,7 +146,8 @@ def break_even_rate(
         if row.operation == "linear" and row.rate is not None:
             dense = sum(other.rows.get((row.layer, part), (0.0, 0.0))[0] for part in ("linear", "bias"))
             bias = own.rows.get((row.layer, "bias"), (0.0, 0.0))[0]
-            layers[row.layer] = (row.rate, max(0.0, dense - bias) / (row.slots * row.fan_out * add))
+            full = row.slots * row.fan_out * add  # were every input a spike
+            layers[row.layer] = (row.rate, max(0.0, dense - bias) / full if full else None)
     rate, overall = ledger.rate, None
     left = other.arithmetic - (own.arithmetic - driven)
     if rate and driven > 0 and left > 0:

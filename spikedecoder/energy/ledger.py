@@ -247,12 +247,13 @@ def assumptions(mode: str, table: EnergyTable, placement: Mapping[str, str]) -> 
     else:
         said.append("attention in its causal quadratic form, whole sequences at once")
     if placement:
-        where = ", ".join(f"{kind} in {memory}" for kind, memory in placement.items())
         said += [
-            f"memory: {where}; energy per bit is a 64th of a 64-bit access",
+            "weights, activations and state each lie in one memory, the smallest that holds them unless "
+            "placed by hand; energy per bit is a 64th of a 64-bit access",
             f"weights are fetched {weights} (by a layer on spikes in token mode: the columns of inputs that "
             "spiked), activations written and read once, a potential read and written at each timestep "
             f"({STATE_BITS} bits)",
+            "memory: " + ", ".join(f"{kind} in {memory}" for kind, memory in placement.items()),
         ]
     else:
         said.append("moving data between memory and arithmetic is left out; it is often the larger part")

@@ -1,0 +1,287 @@
+"""`spikedecoder energy`: what reading a text costs a model, estimated from the spikes it fires."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from spikedecoder.energy import Comparison, EnergyTable, Ledger, Measured
+    from spikedecoder.model import SpikeDecoder
+
+
+def energy(
+    checkpoint: Annotated[
+        list[str],
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            help="A model's folder, a run's (its best model), or a name on the hub; repeat to compare.",
+        ),
+    ],
+    text: Annotated[Path | None, typer.Option("--text", help="File with the text to read.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to read.")] = None,
+    table: Annotated[
+        str,
+        typer.Option(help="Energies: horowitz-45nm, jouppi-7nm, or a TOML file of your own."),
+    ] = "horowitz-45nm",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Bill moving weights, activations and state too.")
+    ] = False,
+    mode: Annotated[
+        str,
+        typer.Option(help="prompt: whole sequences at once; token: one at a time, as in generation."),
+    ] = "prompt",
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Also every layer and operation.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Read at most so many tokens of the text.")] = 4096,
+    errors: Annotated[
+        str,
+        typer.Option(
+            help="Characters or words that the model does not know: strict (an error), drop, or replace."
+        ),
+    ] = "strict",
+    compat: Annotated[
+        bool, typer.Option("--compat", help="Also what the original's app would show, errors included.")
+    ] = False,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Also the joules that this machine counts (RAPL, NVML).")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
+    ] = "auto",
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write every layer and operation to this file.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write bars to this file: .png, .svg or .pdf.")] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one line: a JSON object with all of it.")
+    ] = False,
+) -> None:
+    """Estimate the energy of reading a text: this model, and its shapes without spikes, side by side.
+
+    Operations are counted from the spikes that the model fires on the text, and priced by a table of joules.
+    """
+    from spikedecoder.cli.generate import load
+    from spikedecoder.energy import EnergyTable, compare, measure
+
+    if (text is None) == (prompt is None):
+        raise ValueError(f"--text, --prompt: got {'neither' if text is None else 'both'}, takes one of them")
+    words = prompt if prompt is not None else _read(text)
+    prices = EnergyTable.load(table)
+    if picture is not None:
+        from spikedecoder.viz import check_picture
+
+        check_picture(picture)
+    ledgers: dict[str, Ledger] = {}
+    counted: dict[str, Measured] = {}
+    for given in dict.fromkeys(checkpoint):
+        model, where = load(given, device)
+        batches = _tokens(model, where, words, errors, max_tokens)
+        ledgers[given] = measure(model, batches, mode=_mode(mode), name=given)
+        if measured:
+            counted[given] = _measure_joules(model, batches)
+    comparison = compare(ledgers, prices, memory)
+    if csv_file is not None:
+        _write_csv(csv_file, ledgers, prices, memory)
+    if picture is not None:
+        from spikedecoder.viz import energy_bars, save
+
+        save(energy_bars(comparison), picture)
+    originals = {name: _original(ledger) for name, ledger in ledgers.items()} if compat else {}
+    if json_output:
+        print(json.dumps(_as_json(ledgers, comparison, originals, counted, per_layer, memory)))
+        return
+    _show(ledgers, comparison, originals, counted, per_layer, memory)
+
+
+def _read(path: Path | None) -> str:
+    assert path is not None
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--text: {path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text: {path}: not UTF-8 text ({error.reason})") from None
+
+
+def _mode(mode: str) -> Any:
+    if mode not in ("prompt", "token"):
+        raise ValueError(f"--mode: got {mode!r}, takes prompt or token")
+    return mode
+
+
+def _tokens(model: SpikeDecoder, where: str, text: str, errors: str, limit: int) -> list[Tensor]:
+    """The text in windows of the model's context: one batch of full ones, and the rest."""
+    import torch
+
+    from spikedecoder.generation import encode_prompt
+
+    if model.tokenizer is None:
+        raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
+    ids = encode_prompt(model.tokenizer, text, errors)[:limit]
+    if not ids:
+        raise ValueError(f"the text holds no token that {where} knows")
+    length = model.config.max_len
+    whole = len(ids) // length * length
+    full = torch.tensor(ids[:whole], dtype=torch.int64).reshape(-1, length)
+    rest = torch.tensor([ids[whole:]], dtype=torch.int64)
+    return [batch for batch in (full, rest) if batch.numel()]
+
+
+def _measure_joules(model: SpikeDecoder, batches: list[Tensor]) -> Measured:
+    import torch
+
+    from spikedecoder.energy import measured_joules
+
+    batches = [batch.to(model.device) for batch in batches]
+
+    def run() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+
+    return measured_joules(run, device=str(model.device))
+
+
+def _original(ledger: Ledger) -> dict[str, Any]:
+    try:
+        estimate = ledger.joules(compat=True)
+    except ValueError as error:
+        return {"joules": None, "reason": str(error)}
+    return {"joules": estimate.joules, "per_token": estimate.per_token, "label": estimate.assumptions[0]}
+
+
+def _write_csv(path: Path, ledgers: dict[str, Ledger], table: EnergyTable, memory: bool) -> None:
+    from spikedecoder.checkpoint import write_bytes
+    from spikedecoder.energy.ledger import COLUMNS
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["checkpoint", *COLUMNS])
+    for name, ledger in ledgers.items():
+        writer.writerows([name, *line] for line in ledger.lines(ledger.joules(table, memory)))
+    write_bytes(path, out.getvalue().encode())
+
+
+def _as_json(
+    ledgers: dict[str, Ledger],
+    comparison: Comparison,
+    originals: dict[str, dict[str, Any]],
+    counted: dict[str, Measured],
+    per_layer: bool,
+    memory: bool,
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    models = {}
+    for name, ledger in ledgers.items():
+        values = ledger.to_dict()
+        if per_layer:
+            estimate = ledger.joules(comparison.table, memory)
+            for row in values["rows"]:
+                row["joules"], row["memory_joules"] = estimate.rows[row["layer"], row["operation"]]
+        else:
+            del values["rows"]
+        if name in originals:
+            values["compat"] = originals[name]
+        if name in counted:
+            values["measured"] = {**asdict(counted[name]), "per_run": counted[name].per_run}
+        models[name] = values
+    return {**comparison.to_dict(), "models": models}
+
+
+def _show(
+    ledgers: dict[str, Ledger],
+    comparison: Comparison,
+    originals: dict[str, dict[str, Any]],
+    counted: dict[str, Measured],
+    per_layer: bool,
+    memory: bool,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from spikedecoder.energy.units import si
+
+    console = Console(highlight=False)
+    for name, ledger in ledgers.items():
+        table = Table(title=_title(name, ledger), title_justify="left")
+        table.add_column("estimate")
+        for column in ("per token", "in all", "arithmetic", "memory", "of ANN, fp32"):
+            table.add_column(column, justify="right", no_wrap=True)
+        entries = comparison.of(name)
+        reference = next((e.estimate.joules for e in entries if e.variant == "ANN, fp32"), None)
+        for entry in entries:
+            e = entry.estimate
+            share = f"{e.joules / reference:.1%}" if reference else "-"
+            moved = si(e.memory) if memory else "left out"
+            table.add_row(entry.variant, si(e.per_token), si(e.joules), si(e.arithmetic), moved, share)
+        console.print(table)
+        _say_more(console, name, comparison, originals, counted)
+        if per_layer:
+            console.print(_layers(ledger, comparison.table, memory))
+    console.print("Every figure is an estimate. It rests on this:")
+    for line in comparison.assumptions:
+        console.print(f"  - {line}", markup=False)
+
+
+def _title(name: str, ledger: Ledger) -> str:
+    rate = ledger.rate
+    fired = "no spikes reach a Linear" if rate is None else f"mean input rate of its Linears {rate:.1%}"
+    form = "one token at a time" if ledger.mode == "token" else "whole sequences at once"
+    return f"{name}: {ledger.tokens:,} tokens in {ledger.sequences:,} sequence(s), {form}; {fired}"
+
+
+def _say_more(
+    console: Console,
+    name: str,
+    comparison: Comparison,
+    originals: dict[str, dict[str, Any]],
+    counted: dict[str, Measured],
+) -> None:
+    from spikedecoder.energy.units import si
+
+    for even in comparison.break_even.get(name, ()):
+        limit = "at no rate" if even.overall is None else f"at a mean input rate of {even.overall:.1%}"
+        console.print(f"break-even with the ANN in {even.number_format}, arithmetic only: {limit}")
+    if name in originals:
+        found = originals[name]
+        said = found.get("reason") or f"{si(found['joules'])} in all ({found['label']})"
+        console.print(f"compat: {said}", markup=False)
+    if name in counted:
+        m = counted[name]
+        console.print(
+            f"measured while this program computed it: {si(m.per_run)} a pass ({m.source}; {m.runs} passes "
+            f"in {m.seconds:.1f} s; the whole package, idle power included)",
+            markup=False,
+        )
+
+
+def _layers(ledger: Ledger, prices: EnergyTable, memory: bool) -> Any:
+    from rich.table import Table
+
+    from spikedecoder.energy.units import si
+
+    table = Table(title="by layer and operation", title_justify="left")
+    for column in ("layer", "operation", "kind"):
+        table.add_column(column, no_wrap=True)
+    for column in ("count", "rate", "arithmetic", *(["memory"] if memory else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("note")
+    estimate = ledger.joules(prices, memory)
+    for row in ledger.rows:
+        arithmetic, moved = estimate.rows[row.layer, row.operation]
+        rate = "" if row.rate is None else f"{row.rate:.1%}"
+        costs = [si(arithmetic), *([si(moved)] if memory else [])]
+        table.add_row(row.layer, row.operation, row.kind, f"{row.count:,}", rate, *costs, row.note)
+    return table

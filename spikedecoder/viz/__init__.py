@@ -1,0 +1,27 @@
+"""Pictures of what a model does. Each function returns a matplotlib Figure; `save` writes it.
+
+    activity = viz.record(model, tokens, potentials=True, scores=True)
+    viz.save(viz.raster(activity, labels=list("the cat")), "raster.png")
+
+matplotlib is imported at the first picture; without it that raises ValueError saying how to get it.
+"""
+
+from spikedecoder.viz._figure import check_picture, save
+from spikedecoder.viz.activity import Activity, record
+from spikedecoder.viz.reports import energy_bars, loss_curves, predictions, read_metrics
+from spikedecoder.viz.spikes import attention_map, potentials, raster, spike_rates
+
+__all__ = [
+    "Activity",
+    "attention_map",
+    "check_picture",
+    "energy_bars",
+    "loss_curves",
+    "potentials",
+    "predictions",
+    "raster",
+    "read_metrics",
+    "record",
+    "save",
+    "spike_rates",
+]

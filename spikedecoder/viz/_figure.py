@@ -1,0 +1,101 @@
+"""Figures: matplotlib brought in where it is needed, one look, whole files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+# told apart also by people who do not see red and green apart (Okabe and Ito, 2008)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+SPIKE = "#0B2545"
+_LOOK = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": "cycler('color', [{}])".format(", ".join(map(repr, COLOURS))),
+    "savefig.dpi": 200,
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
+    # a text of a model may hold any character; $ is no formula there
+    "text.parse_math": False,
+    "font.family": ["DejaVu Sans"],
+}
+
+
+def matplotlib() -> Any:
+    try:
+        import matplotlib as module
+    except ImportError:
+        raise ValueError(
+            "plots need matplotlib, which is not installed: pip install 'spikedecoder[viz]'"
+        ) from None
+    return module
+
+
+def look() -> Any:
+    """The package's style, as a context."""
+    return matplotlib().rc_context(_LOOK)
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches; no window, no global state."""
+    matplotlib()
+    from matplotlib.figure import Figure
+
+    # below matplotlib's limit of 2^16 pixels a side
+    return Figure(figsize=(min(width, 100), min(height, 100)), layout="constrained")
+
+
+def save(fig: Figure, path: str | Path) -> Path:
+    """Write the figure whole or not at all; the name's ending chooses png, svg or pdf."""
+    from spikedecoder.checkpoint import write_bytes
+
+    path = check_picture(path)
+    buffer = io.BytesIO()
+    with look():
+        fig.savefig(buffer, format=path.suffix[1:].lower())
+    write_bytes(path, buffer.getvalue())
+    return path
+
+
+def check_picture(path: str | Path) -> Path:
+    """ValueError where `path` is no name for a picture, or matplotlib is absent."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"picture: got {str(path)!r}, takes a file that ends in {', '.join(FORMATS)}")
+    matplotlib()
+    return path
+
+
+def shown(token: str) -> str:
+    """A token as a tick label: what cannot be seen gets a sign."""
+    named = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return named if len(named) <= 12 else named[:11] + "…"
+
+
+def token_ticks(ax: Axes, labels: Sequence[str] | None, n: int, axis: str = "x", size: float = 7) -> None:
+    """Label n tokens along an axis: each where there is room, else numbers."""
+    room = 80 if axis == "x" else 60
+    target = ax.xaxis if axis == "x" else ax.yaxis
+    if labels is None or n > room:
+        target.set_label_text("token" if axis == "x" else target.label.get_text() or "token")
+        return
+    if len(labels) != n:
+        raise ValueError(f"labels: got {len(labels)}, takes {n}, one for each token")
+    names = [shown(label) for label in labels]
+    turn = axis == "x" and max(map(len, names)) > 2
+    target.set_ticks(range(n), names, fontsize=size, rotation=90 if turn else 0)
+    target.set_tick_params(length=2)

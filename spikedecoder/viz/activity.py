@@ -1,0 +1,132 @@
+"""What the neurons of a model do on a text, as tensors: spikes and membrane potentials by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikedecoder import ops
+from spikedecoder.generation.window import evaluating
+from spikedecoder.model import SpikeDecoder
+from spikedecoder.nn.attention import AttentionLIF
+from spikedecoder.nn.linear import LinearNormLIF
+from spikedecoder.nn.neuron import LIF
+from spikedecoder.reference.lif import charge, compute_dtype
+from spikedecoder.spike_stats import spiking_layers
+
+
+@dataclass
+class Activity:
+    """spikes: by layer, [T, B, S, N] of 0 and 1. potentials: by layer, h before the reset, same shapes.
+
+    scores: by attention layer, q k^T before masking and scaling, summed over T: [B, H, S, S], lower triangle.
+    thresholds: by layer, a float.
+    """
+
+    spikes: dict[str, Tensor]
+    potentials: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
+
+    def layer(self, name: str | None) -> str:
+        """`name`, or the first layer where it is None; ValueError naming the layers there are."""
+        return _choose("layer", name, self.spikes)
+
+    def rates(self) -> dict[str, Tensor]:
+        """By layer, spikes per neuron and token at each timestep, [T]."""
+        return {name: s.float().mean((1, 2, 3)) for name, s in self.spikes.items()}
+
+    def dead(self) -> dict[str, float]:
+        """By layer, the share of neurons that never fired."""
+        return {name: float((s.sum((0, 1, 2)) == 0).float().mean()) for name, s in self.spikes.items()}
+
+    def saturated(self) -> dict[str, float]:
+        """By layer, the share of neurons that fired at every timestep of every token."""
+        return {name: float((s == 1).all(2).all(1).all(0).float().mean()) for name, s in self.spikes.items()}
+
+
+@torch.no_grad()
+def record(
+    model: SpikeDecoder, tokens: Tensor, *, potentials: bool = False, scores: bool = False
+) -> Activity:
+    """Run the model on tokens [B, S] and keep what its neurons did, on the CPU.
+
+    Raises ValueError where the model has no spiking layer, or fires NaN.
+    """
+    if not isinstance(model, SpikeDecoder):
+        raise TypeError(f"model: got {type(model).__name__}, takes a SpikeDecoder")
+    layers = list(spiking_layers(model))
+    if not layers:
+        raise ValueError("model: has no spiking layer, so there are no spikes to show")
+    activity = Activity({})
+    linears: dict[nn.Module, Tensor] = {}  # what came out of each Linear that neurons follow
+    handles = [m.register_forward_hook(_hook(activity, n, linears, potentials, scores)) for n, m in layers]
+    if potentials:
+        fused = [m.linear for _, m in layers if isinstance(m, LinearNormLIF)]
+        handles += [m.register_forward_hook(lambda m, _, y: linears.update({m: y})) for m in fused]
+    try:
+        with evaluating(model):
+            model(tokens.to(model.device) if isinstance(tokens, Tensor) else tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return activity
+
+
+def _hook(
+    activity: Activity, name: str, linears: dict[nn.Module, Tensor], potentials: bool, scores: bool
+) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], spikes: Tensor) -> None:
+        if not bool(spikes.isfinite().all()):
+            raise ValueError(f"spikes of {name}: NaN or infinite values, so there is nothing to show")
+        activity.spikes[name] = spikes.to("cpu", torch.bool)
+        lif = module if isinstance(module, LIF) else module.lif
+        assert isinstance(lif, LIF)
+        threshold = lif.params.v_threshold if lif.v_threshold is None else float(lif.v_threshold)
+        activity.thresholds[name] = threshold
+        if scores and isinstance(module, AttentionLIF):
+            q, k = (x.unflatten(-1, (module.heads, -1)).transpose(2, 3) for x in inputs[:2])
+            activity.scores[name] = (q @ k.transpose(-1, -2)).tril().sum(0).cpu()
+        if potentials:
+            activity.potentials[name] = _potentials(_current(module, inputs, linears), lif, threshold).cpu()
+
+    return hook
+
+
+def _current(module: nn.Module, inputs: tuple[Any, ...], linears: dict[nn.Module, Tensor]) -> Tensor:
+    """What flows into the layer's neurons, [T, B, S, N]."""
+    if isinstance(module, LinearNormLIF):
+        return ops.norm(linears.pop(module.linear), module.norm.params())
+    if isinstance(module, AttentionLIF):
+        q, k, v = (x.unflatten(-1, (module.heads, -1)).transpose(2, 3) for x in inputs[:3])
+        current = ops.spike_attention(q, k, v, module.scale)
+        assert isinstance(current, Tensor)
+        return current.transpose(2, 3).flatten(-2)
+    current = inputs[0]
+    assert isinstance(current, Tensor)
+    return current
+
+
+def _potentials(x: Tensor, lif: LIF, threshold: float) -> Tensor:
+    """h [T, ...] of the neurons' equation, before firing."""
+    p, x = lif.params, x.to(compute_dtype(x.dtype))
+    v, kept = torch.zeros_like(x[0]), []
+    for current in x:
+        h = charge(current, v, p)
+        fired = h - threshold >= 0
+        v = h - fired * threshold if p.v_reset is None else h.masked_fill(fired, p.v_reset)
+        kept.append(h)
+    return torch.stack(kept)
+
+
+def _choose(what: str, name: str | None, known: dict[str, Any]) -> str:
+    if not known:
+        raise ValueError(f"{what}: this activity holds none; record it with {what}=True")
+    if name is None:
+        return next(iter(known))
+    if name not in known:
+        raise ValueError(f"{what}: got {name!r}, takes one of {', '.join(known)}")
+    return name

@@ -1,0 +1,171 @@
+"""Pictures of spikes: raster, rates, membrane potentials, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from spikedecoder.viz._figure import COLOURS, SPIKE, figure, look, token_ticks
+from spikedecoder.viz.activity import Activity, _choose
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def raster(
+    activity: Activity, layer: str | None = None, *, labels: Sequence[str] | None = None, sequence: int = 0
+) -> Figure:
+    """Which neuron of a layer fired at which token: one panel for each timestep.
+
+    labels: the tokens as text, one each. layer: None is the first. sequence: which one of the batch.
+    """
+    name = activity.layer(layer)
+    spikes = activity.spikes[name]
+    _check_sequence(sequence, spikes.shape[1])
+    t, _, s, n = spikes.shape
+    with look():
+        columns = min(t, 4 if s <= 40 else 2)
+        rows = -(-t // columns)
+        width = max(2.2, min(4.5, 0.5 + 0.11 * s))
+        fig = figure(max(4.5, width * columns + 0.6), max(2.4, min(4.0, 0.9 + n * 0.025)) * rows + 0.4)
+        axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        for ax in axes[t:]:
+            ax.set_visible(False)
+        for i, ax in enumerate(axes[:t]):
+            fired = spikes[i, sequence]
+            ax.imshow(
+                fired.T.float().numpy(),
+                aspect="auto",
+                cmap=_binary(),
+                vmin=0,
+                vmax=1,
+                interpolation="nearest",
+            )
+            ax.set_title(f"timestep {i + 1}: {float(fired.float().mean()):.1%} fire")
+            if i % columns == 0:
+                ax.set_ylabel("neuron")
+            ax.set_xlabel("token")
+            token_ticks(ax, labels if s <= 40 else None, s)
+        fig.suptitle(f"Spikes of {name}")
+        return fig
+
+
+def spike_rates(activity: Activity) -> Figure:
+    """Rate of each layer at each timestep, with the share of dead and of saturated neurons."""
+    rates = activity.rates()
+    names = list(rates)
+    longest = max(len(r) for r in rates.values())
+    grid = torch.full((len(names), longest), float("nan"))
+    for i, r in enumerate(rates.values()):
+        grid[i, : len(r)] = r
+    dead, saturated = list(activity.dead().values()), list(activity.saturated().values())
+    with look():
+        fig = figure(7.2, max(2.2, 0.26 * len(names) + 1.3))
+        left, right = fig.subplots(1, 2, sharey=True, width_ratios=[max(2, longest * 0.55), 2.4])
+        top = max(0.01, float(grid.nan_to_num().max()))
+        image = left.imshow(grid.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=top)
+        left.set_yticks(range(len(names)), names)
+        left.set_xticks(range(longest), [str(i + 1) for i in range(longest)])
+        left.set_xlabel("timestep")
+        left.set_title("spikes per neuron")
+        for i in range(len(names)):
+            for j in range(longest):
+                value = float(grid[i, j])
+                if value == value and longest <= 10:
+                    colour = "black" if value > 0.6 * top else "white"
+                    left.text(j, i, f"{value:.0%}", ha="center", va="center", color=colour, fontsize=7)
+        fig.colorbar(image, ax=left, format=lambda x, _: f"{x:.0%}", location="left", pad=0.02, aspect=30)
+        places = torch.arange(len(names)).numpy()
+        right.barh(places - 0.18, dead, height=0.34, color=COLOURS[0], label="dead: never fired")
+        right.barh(places + 0.18, saturated, height=0.34, color=COLOURS[1], label="saturated: always fired")
+        right.set_xlim(0, 1)
+        right.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+        right.tick_params(axis="y", left=False, labelleft=False)
+        right.set_xlabel("share of neurons")
+        fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        fig.suptitle("How often each layer fires")
+        return fig
+
+
+def potentials(activity: Activity, layers: Sequence[str] | None = None, *, bins: int = 60) -> Figure:
+    """Histogram of membrane potentials before the reset, by layer; a line marks the threshold."""
+    if not activity.potentials:
+        raise ValueError("potentials: this activity holds none; record it with potentials=True")
+    names = [_choose("potentials", n, activity.potentials) for n in layers or activity.potentials]
+    with look():
+        columns = min(3, len(names))
+        rows = -(-len(names) // columns)
+        fig = figure(2.6 * columns + 0.4, 1.75 * rows + 0.5)
+        axes = fig.subplots(rows, columns, squeeze=False).flatten()
+        for ax in axes[len(names) :]:
+            ax.set_visible(False)
+        for i, (ax, name) in enumerate(zip(axes, names, strict=False)):
+            values = activity.potentials[name].flatten().float()
+            threshold = activity.thresholds[name]
+            if len(values) > 1_000_000:  # evenly spaced ones tell the same
+                values = values[:: len(values) // 500_000]
+            low, high = (float(torch.quantile(values[:1_000_000], q)) for q in (0.002, 0.998))
+            low, high = min(low, threshold) - 0.1, max(high, threshold) + 0.1
+            ax.hist(values.clamp(low, high).numpy(), bins=bins, range=(low, high), color=COLOURS[0])
+            ax.axvline(threshold, color=COLOURS[1], lw=1.2)
+            over = float((activity.potentials[name] >= threshold).float().mean())
+            ax.set_title(f"{name}\n{over:.1%} reach {threshold:.3g}", fontsize=8)
+            ax.set_yticks([])
+            ax.spines["left"].set_visible(False)
+            if i + columns >= len(names):
+                ax.set_xlabel("membrane potential")
+        fig.suptitle("Membrane potentials before the reset; line: threshold")
+        return fig
+
+
+def attention_map(
+    activity: Activity,
+    layer: str | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    sequence: int = 0,
+    heads: Sequence[int] | None = None,
+) -> Figure:
+    """Causal scores q k^T of one attention layer, summed over the timesteps: one panel for each head."""
+    name = _choose("scores", layer, activity.scores)
+    scores = activity.scores[name]
+    _check_sequence(sequence, scores.shape[0])
+    chosen = list(range(scores.shape[1])) if heads is None else list(heads)
+    for h in chosen:
+        if not 0 <= h < scores.shape[1]:
+            raise ValueError(f"heads: got {h}, takes 0 to {scores.shape[1] - 1}")
+    s = scores.shape[-1]
+    hidden = torch.ones(s, s).triu(1).bool()
+    top = max(1.0, float(scores[sequence].max()))
+    with look():
+        columns = min(2, len(chosen)) if s > 16 else min(4, len(chosen))
+        rows = -(-len(chosen) // columns)
+        side = max(2.2, min(4.2, 0.8 + 0.11 * s))
+        fig = figure(side * columns + 1.0, side * rows + 0.5)
+        axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        for ax in axes[len(chosen) :]:
+            ax.set_visible(False)
+        for i, (ax, h) in enumerate(zip(axes, chosen, strict=False)):
+            seen = scores[sequence, h].float().masked_fill(hidden, float("nan")).numpy()
+            image = ax.imshow(seen, cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+            ax.set_title(f"head {h + 1}")
+            ax.set_xlabel("key" if i + columns >= len(chosen) else "")
+            ax.set_ylabel("query" if i % columns == 0 else "")
+            token_ticks(ax, labels if s <= 40 else None, s)
+            token_ticks(ax, labels if s <= 40 else None, s, axis="y")
+        fig.colorbar(image, ax=axes.tolist(), label="spikes that coincide", shrink=0.8)
+        fig.suptitle(f"Attention scores of {name}")
+        return fig
+
+
+def _binary() -> object:
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(["#FFFFFF", SPIKE])
+
+
+def _check_sequence(sequence: int, batch: int) -> None:
+    if not 0 <= sequence < batch:
+        raise ValueError(f"sequence: got {sequence}, takes 0 to {batch - 1}")

@@ -1,0 +1,139 @@
+"""`spikedecoder energy` as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, energy
+from spikedecoder.cli import main
+from spikedecoder.data import CharTokenizer
+
+TEXT = "the cat sat on the mat. it was a fat cat."
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    tokenizer = CharTokenizer.from_text(TEXT)
+    made = []
+    for degree in (4, 0):
+        torch.manual_seed(0)
+        config = SpikeDecoderConfig(
+            vocab_size=tokenizer.vocab_size,
+            pad_id=tokenizer.pad_id,
+            max_len=16,
+            token_dim=10,
+            position_dim=6,
+            heads=2,
+            blocks=1,
+            timesteps=2,
+            embedding_gain=2.0,
+            spike_degree=degree,
+        )
+        model = SpikeDecoder(config)
+        model.tokenizer = tokenizer
+        made.append(tmp_path_factory.mktemp("energy") / f"degree-{degree}")
+        model.save_pretrained(made[-1])
+    return made
+
+
+def run(capsys, *arguments, code=0):
+    with pytest.raises(SystemExit) as exit_:
+        main(["energy", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert exit_.value.code == code, captured.err
+    return captured
+
+
+def fails(capsys, *arguments):
+    captured = run(capsys, *arguments, code=2)
+    lines = captured.err.splitlines()
+    assert captured.out == "" and len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    return lines[0]
+
+
+def test_json_equals_the_python_api(folders, capsys, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    out = run(capsys, "-c", folders[0], "--text", path, "--memory", "--json").out
+    values = json.loads(out)
+    model = SpikeDecoder.from_pretrained(folders[0])
+    ids = torch.tensor([int(i) for i in model.tokenizer.encode(TEXT)])
+    # windows of the context, the rest by itself
+    ledger = energy.measure(model, [ids[:32].reshape(2, 16), ids[None, 32:]])
+    name = str(folders[0])
+    assert values["models"][name]["tokens"] == ledger.tokens == len(ids)
+    assert values["models"][name]["totals"] == ledger.to_dict()["totals"]
+    assert "rows" not in values["models"][name]
+    first = values["entries"][0]
+    assert first["variant"] == "this model, fp32"
+    assert first["joules"] == pytest.approx(ledger.joules(memory=True).joules)
+    assert values["estimate"] is True and len(values["assumptions"]) > 5
+    assert len(values["break_even"][name]) == 2
+
+
+def test_several_checkpoints_csv_picture_and_the_original(folders, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    table, picture = tmp_path / "rows.csv", tmp_path / "bars.png"
+    flags = ["--compat", "--per-layer", "--csv", table, "--picture", picture]
+    out = run(capsys, "-c", folders[0], "-c", folders[1], "--prompt", "the cat", *flags).out
+    assert "break-even" in out and "known errors" in out and "Every figure is an estimate" in out
+    assert "mlp.fc1" in out
+    lines = list(csv.DictReader(io.StringIO(table.read_text())))
+    assert {line["checkpoint"] for line in lines} == {str(folder) for folder in folders}
+    assert {line["kind"] for line in lines} >= {"ac", "mac", "lif", "norm"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_token_mode_and_a_table_of_ones_own(folders, capsys, tmp_path):
+    values = {}
+    for mode in ("prompt", "token"):
+        flags = ["--prompt", "the cat", "--mode", mode, "--per-layer", "--json"]
+        values[mode] = json.loads(run(capsys, "-c", folders[0], *flags).out)["models"][str(folders[0])]
+    operations = {mode: {row["operation"] for row in v["rows"]} for mode, v in values.items()}
+    assert "q k^T" in operations["prompt"] and "state += k^T v" in operations["token"]
+    path = tmp_path / "mine.toml"
+    names = {"arithmetic": energy.table.ARITHMETIC, "memory": tuple(energy.table.MEMORIES)}
+    text = "".join(f"[{s}]\n" + "".join(f"{k} = 0\n" for k in keys) for s, keys in names.items())
+    path.write_text(text)
+    flags = ["--prompt", "the cat", "--table", path, "--json"]
+    assert json.loads(run(capsys, "-c", folders[0], *flags).out)["entries"][0]["joules"] == 0
+    path.write_text(text.replace("dram = 0", "dram = -1"))
+    assert "dram: got -1" in fails(capsys, "-c", folders[0], *flags)
+
+
+def test_bad_input_is_one_line(folders, capsys, tmp_path):
+    spiking = folders[0]
+    assert "got neither, takes one" in fails(capsys, "-c", spiking)
+    assert "got both, takes one" in fails(capsys, "-c", spiking, "--prompt", "a", "--text", "b")
+    assert "no such file" in fails(capsys, "-c", spiking, "--text", tmp_path / "none.txt")
+    assert "no such folder" in fails(capsys, "-c", "./nowhere", "--prompt", "a")
+    assert "--mode: got 'x'" in fails(capsys, "-c", spiking, "--prompt", "cat", "--mode", "x")
+    assert "takes horowitz-45nm, jouppi-7nm" in fails(capsys, "-c", spiking, "--prompt", "a", "--table", "x")
+    assert "outside the model's vocabulary" in fails(capsys, "-c", spiking, "--prompt", "QQ")
+    assert "holds no token" in fails(capsys, "-c", spiking, "--prompt", "QQ", "--errors", "drop")
+    (tmp_path / "latin").write_bytes(b"\xe9\xff")
+    assert "not UTF-8" in fails(capsys, "-c", spiking, "--text", tmp_path / "latin")
+    pytest.importorskip("matplotlib")
+    assert "ends in .png" in fails(capsys, "-c", spiking, "--prompt", "a", "--picture", "bars.bmp")
+
+
+def test_nan_weights_are_named(folders, capsys, tmp_path):
+    model = SpikeDecoder.from_pretrained(folders[0])
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.linear.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    message = fails(capsys, "-c", tmp_path / "nan", "--prompt", "the cat")
+    assert "blocks.0.mlp.fc1 holds NaN" in message

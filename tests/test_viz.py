@@ -1,0 +1,216 @@
+"""Pictures: what they show is what the model did; what cannot be shown is said."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, energy, viz
+from spikedecoder.generation import SamplingParams, generate
+from spikedecoder.spike_stats import SpikeCounter
+
+matplotlib = pytest.importorskip("matplotlib")
+
+LABELS = list("the ca")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = SpikeDecoderConfig(
+        vocab_size=9,
+        max_len=8,
+        token_dim=6,
+        position_dim=4,
+        heads=2,
+        blocks=2,
+        timesteps=3,
+        mlp_ratio=2,
+        embedding_gain=2.0,
+        norm="batch",
+        v_reset=None,
+    )
+    model = SpikeDecoder(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("norm.bias"):
+                p.add_(torch.randn_like(p) + 0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 9, (2, 6), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def activity(model, tokens):
+    return viz.record(model, tokens, potentials=True, scores=True)
+
+
+def png(fig, tmp_path):
+    data = viz.save(fig, tmp_path / "figure.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) > 2000
+    return data
+
+
+def test_the_record_holds_what_fired(model, tokens, activity):
+    with SpikeCounter(model) as counter, torch.no_grad():
+        model(tokens)
+    counts = {name: int(s.sum()) for name, s in activity.spikes.items()}
+    assert counts == {name: spikes for name, (spikes, _) in counter.counts().items()}
+    assert any(counts.values())
+    for name, rate in counter.rates().items():
+        assert float(activity.rates()[name].mean()) == pytest.approx(rate)
+    s = activity.spikes["blocks.0.mlp.fc1"]
+    dead = sum(1 for n in range(s.shape[-1]) if not s[..., n].any())
+    full = sum(1 for n in range(s.shape[-1]) if s[..., n].all())
+    assert activity.dead()["blocks.0.mlp.fc1"] == pytest.approx(dead / s.shape[-1])
+    assert activity.saturated()["blocks.0.mlp.fc1"] == pytest.approx(full / s.shape[-1])
+
+
+def test_a_neuron_fires_where_its_potential_reaches_the_threshold(activity):
+    assert activity.potentials.keys() == activity.spikes.keys()
+    for name, h in activity.potentials.items():
+        fires = h >= activity.thresholds[name]
+        far = (
+            h - activity.thresholds[name]
+        ).abs() > 1e-4  # sums of another order may differ at the threshold
+        assert torch.equal(fires[far], activity.spikes[name][far]), name
+
+
+def test_scores_are_q_times_k(model, tokens, activity):
+    seen = {}
+    attention = model.blocks[1].attention.attention_lif
+    handle = attention.register_forward_pre_hook(lambda m, args: seen.update(q=args[0], k=args[1]))
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    d = 5
+    for head in range(2):
+        part = slice(head * d, head * d + d)
+        expected = (seen["q"][:, 1, 4, part] * seen["k"][:, 1, 2, part]).sum()
+        assert activity.scores["blocks.1.attention.attention_lif"][1, head, 4, 2] == expected
+
+
+def test_the_raster_draws_each_spike(activity, tmp_path):
+    fig = viz.raster(activity, "blocks.0.mlp.fc1", labels=LABELS, sequence=1)
+    panels = [ax for ax in fig.axes if ax.images]
+    assert len(panels) == 3
+    for t, ax in enumerate(panels):
+        drawn = torch.as_tensor(ax.images[0].get_array().data)
+        assert torch.equal(drawn.bool(), activity.spikes["blocks.0.mlp.fc1"][t, 1].T)
+    assert [text.get_text() for text in panels[0].get_xticklabels()] == ["t", "h", "e", "␣", "c", "a"]
+    png(fig, tmp_path)
+
+
+def test_every_figure_can_be_written(activity, tmp_path):
+    for fig in (
+        viz.spike_rates(activity),
+        viz.potentials(activity, ["head.lif", "blocks.1.mlp.fc1"]),
+        viz.attention_map(activity, labels=LABELS, heads=[1]),
+    ):
+        png(fig, tmp_path)
+    for ending, start in ((".svg", b"<?xml"), (".pdf", b"%PDF")):
+        path = viz.save(viz.raster(activity), tmp_path / f"figure{ending}")
+        assert path.read_bytes().startswith(start)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".pdf", ".png", ".svg"]  # no temporary file stays
+
+
+def test_predictions_show_probabilities_and_any_text(model, tmp_path):
+    result = generate(model, [[1, 2]], 5, SamplingParams(seed=0), top=3)
+    names = ["$x^2$", " ", "\n", "a_very_long_word_indeed", "\\frac", "é", "f", "g", "h"]
+    fig = viz.predictions(result.tokens[0], result.predictions[0], names, rows=9)
+    ax = fig.axes[0]
+    grid = torch.as_tensor(ax.images[0].get_array().filled(-1))
+    given = sorted(p.probability for at in result.predictions[0] for p in at)
+    assert sorted(grid[grid >= 0].tolist()) == pytest.approx(given)
+    png(fig, tmp_path)
+    with pytest.raises(ValueError, match="candidates: got none"):
+        viz.predictions([1], [[]], names)
+    with pytest.raises(ValueError, match="candidates: got 1, takes 2"):
+        viz.predictions([1, 2], [[]], names)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_energy_bars_are_as_long_as_the_estimates(model, tokens, memory, tmp_path):
+    comparison = energy.compare({"a $model$": energy.measure(model, tokens)}, memory=memory)
+    fig = viz.energy_bars(comparison)
+    ends = [0.0] * 5
+    for container in fig.axes[0].containers:
+        for i, bar in enumerate(container):
+            ends[i] = max(ends[i], bar.get_x() + bar.get_width())
+    joules = [entry.estimate.per_token for entry in comparison.entries]
+    assert [end / max(ends) for end in ends] == pytest.approx([j / max(joules) for j in joules])
+    png(fig, tmp_path)
+
+
+def test_loss_curves_read_runs(tmp_path):
+    for name, lines in (
+        ("one", [{"step": 1, "loss": 3.0}, {"step": 2, "val_loss": 2.5, "val_bits_per_token": 3.6}]),
+        ("two", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]),
+    ):
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo'
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    fig = viz.loss_curves([tmp_path / "one", tmp_path / "two" / "metrics.jsonl"])
+    drawn = [line.get_xydata().tolist() for line in fig.axes[0].lines]
+    assert [[1.0, 3.0]] in drawn and [[2.0, 2.5]] in drawn and [[1.0, 2.0], [2.0, 1.5]] in drawn
+    png(fig, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"runs: .*none"):
+        viz.loss_curves({"x": tmp_path / "none"})
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no losses"):
+        viz.loss_curves([tmp_path / "empty.jsonl"])
+    with pytest.raises(ValueError, match="runs: got none"):
+        viz.loss_curves([])
+
+
+def test_bad_input(model, tokens, activity, tmp_path):
+    with pytest.raises(ValueError, match="layer: got 'x', takes one of blocks"):
+        viz.raster(activity, "x")
+    with pytest.raises(ValueError, match="sequence: got 2, takes 0 to 1"):
+        viz.raster(activity, sequence=2)
+    with pytest.raises(ValueError, match="labels: got 2, takes 6"):
+        viz.raster(activity, labels=["a", "b"])
+    with pytest.raises(ValueError, match="heads: got 2, takes 0 to 1"):
+        viz.attention_map(activity, heads=[2])
+    bare = viz.record(model, tokens)
+    with pytest.raises(ValueError, match="scores=True"):
+        viz.attention_map(bare)
+    with pytest.raises(ValueError, match="potentials=True"):
+        viz.potentials(bare)
+    with pytest.raises(ValueError, match="has no spiking layer"):
+        viz.record(SpikeDecoder(model.config.replace(spike_degree=0)), tokens)
+    with pytest.raises(TypeError, match="model: got int"):
+        viz.record(3, tokens)
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        viz.save(viz.raster(activity), tmp_path / "figure.bmp")
+
+
+def test_without_matplotlib_the_way_to_get_it_is_said(activity, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"pip install 'spikedecoder\[viz\]'"):
+        viz.raster(activity)
+
+
+def test_importing_viz_leaves_matplotlib_alone(monkeypatch):
+    for name in [
+        n for n in sys.modules if n.split(".")[0] == "matplotlib" or n.startswith("spikedecoder.viz")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("spikedecoder.viz", viz)  # an import rebinds it
+    assert importlib.import_module("spikedecoder.viz").raster is not viz.raster
