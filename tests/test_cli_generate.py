@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.cli.generate import find_checkpoint, generate
 from spikedecoder.data import CharTokenizer, WordTokenizer
-from spikedecoder.generation import SamplingParams, generate_result, generate_text
+from spikedecoder.generation import SamplingParams, generate_result, generate_text, start_token
+from spikedecoder.generation.stats import text_cost
+from spikedecoder.spike_stats import spiking_layers
 
 TEXT = "the cat sat on the mat. it was a fat cat."
 
@@ -69,6 +71,9 @@ def test_flags_reach_the_sampler(saved):
         (["--temperature", 0], {"temperature": 0}),
         (["--temperature", 1.5, "--top-k", 3], {"temperature": 1.5, "top_k": 3}),
         (["--top-p", 0.4], {"temperature": 0.8, "top_p": 0.4}),
+        (["--min-p", 0.05], {"temperature": 0.8, "min_p": 0.05}),
+        (["--repetition-penalty", 1.4], {"temperature": 0.8, "repetition_penalty": 1.4}),
+        (["--past", "continue"], {"temperature": 0.8, "past": "continue"}),
     ):
         out = run("--checkpoint", folder, "--prompt", "cat", "--tokens", 20, "--seed", 1, *flags).stdout
         assert out == generate_text(model, None, ["cat"], max_new_tokens=20, seed=1, **params)[0] + "\n"
@@ -94,6 +99,36 @@ def test_json(saved):
     assert best["token"] == model.tokenizer.tokens[expected.predictions[0][0][0].token]
     assert best["probability"] == pytest.approx(expected.predictions[0][0][0].probability)
     assert result["tokens_per_second"] > 0 and result["seed"] == 5 and result["checkpoint"] == str(folder)
+
+
+def test_stop_strings(saved):
+    _, folder = saved
+    arguments = ["--checkpoint", folder, "-p", "the", "-n", 40, "--seed", 3]
+    whole = run(*arguments).stdout[:-1]
+    stop = whole[len(whole) // 2 :][:2]
+    expected = whole[:3] + whole[3:].split(stop)[0]
+    assert run(*arguments, "--stop", stop, "--stop", "no such text").stdout == expected + "\n"
+    sample = json.loads(run(*arguments, "--stop", stop, "--json").stdout)
+    assert sample["text"] == expected and sample["finish"] == "stop" and sample["tokens"] < 40
+
+
+def test_stats(saved):
+    model, folder = saved
+    arguments = ["--checkpoint", folder, "-p", "the", "-p", "", "-n", 30, "--seed", 3]
+    plain, told = run(*arguments), run(*arguments, "--stats")
+    assert told.stdout == plain.stdout and plain.stderr == ""
+    result = json.loads(run(*arguments, "--stats", "--json").stdout)
+    stats = result["stats"]
+    assert set(stats["spike_rates"]) == {name for name, _ in spiking_layers(model)}
+    tokens = [s["token_ids"] for s in result["samples"]]
+    cost = text_cost(model, [model.tokenizer.encode("the").tolist(), [start_token(model)]], tokens)
+    assert stats["accumulates_per_token"] == cost.accumulates > 0
+    assert stats["spike_rate"] == cost.spike_rate and stats["tokens_per_second"] > 0
+    assert f"{cost.accumulates:,.0f} accumulates" in told.stderr and "tokens/s" in told.stderr
+    for name, rate in cost.spike_rates.items():
+        assert name in told.stderr and f"{rate:.4f}" in told.stderr
+    nothing = run("--checkpoint", folder, "-p", "the", "-n", 0, "--stats").stderr
+    assert nothing.startswith("0.0 tokens/s")
 
 
 def test_json_says_the_seed_it_took(saved):
@@ -182,6 +217,10 @@ def test_bad_checkpoints(saved, tmp_path):
         (["--temperature", "-1"], "temperature: got -1.0"),
         (["--top-p", "0"], "top_p: got 0.0"),
         (["--top-k", "0"], "top_k: got 0"),
+        (["--min-p", "1.5"], "min_p: got 1.5"),
+        (["--repetition-penalty", "0"], "repetition_penalty: got 0.0"),
+        (["--stop", ""], "stop: got an empty string"),
+        (["--past", "on"], "past: got 'on', takes one of slide, continue"),
         (["--seed", "-3"], "seed: got -3"),
         (["--device", "warp"], "--device: got 'warp'"),
     ],

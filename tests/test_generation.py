@@ -1,6 +1,8 @@
 """Sampling, batches, windows, streaming, text."""
 
 import math
+import statistics
+import time
 from collections import Counter
 
 import pytest
@@ -9,12 +11,17 @@ import torch
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.data import CharTokenizer, WordTokenizer
 from spikedecoder.generation import (
+    Batch,
+    Continuation,
     Prediction,
     SamplingParams,
+    TextStream,
     Window,
     encode_prompt,
     generate,
+    generate_result,
     generate_text,
+    open_source,
     sample,
     start_token,
     stream,
@@ -24,6 +31,10 @@ from spikedecoder.generation import (
 )
 from spikedecoder.generation.recurrent import Recurrent
 from spikedecoder.generation.sampling import generators
+from spikedecoder.generation.stats import OperationCounter, _windows, text_cost
+from spikedecoder.generation.window import PAST, Context
+from spikedecoder.nn.linear import SpikeLinear
+from spikedecoder.spike_stats import SpikeCounter
 
 TEXT = "the cat sat on the mat. it was a fat cat, and that was that."
 SMALL = {
@@ -113,6 +124,38 @@ def test_top_p_keeps_the_fewest_that_reach_it():
         assert probabilities.sum().item() == pytest.approx(1)
 
 
+def test_min_p_is_a_share_of_the_most_probable():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).double().log()
+    for min_p, kept in ((None, 4), (0, 4), (0.09, 4), (0.11, 3), (0.31, 2), (0.61, 1), (1, 1)):
+        probabilities = sample(logits, SamplingParams(min_p=min_p, seed=0))[1]
+        assert int((probabilities > 0).sum()) == kept, min_p
+        assert probabilities.sum().item() == pytest.approx(1)
+    # at the temperature: at 0.5 the shares are squared
+    assert int((sample(logits, SamplingParams(0.5, min_p=0.31, seed=0))[1] > 0).sum()) == 2
+    assert int((sample(logits, SamplingParams(0.5, min_p=0.37, seed=0))[1] > 0).sum()) == 1
+    # a token survives only where every filter keeps it
+    probabilities = sample(logits, SamplingParams(top_k=3, top_p=0.8, min_p=0.2, seed=0))[1]
+    assert probabilities[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+
+
+def test_repetition_penalty_divides_and_multiplies():
+    logits = torch.tensor([[2.0, 1.0, -1.0, 0.5], [2.0, 1.0, -1.0, 0.5]])
+    seen = torch.tensor([[True, False, True, False], [False, False, False, False]])
+    probabilities = sample(logits, SamplingParams(repetition_penalty=4, seed=0), seen=seen)[1]
+    expected = torch.tensor([[0.5, 1.0, -4.0, 0.5], [2.0, 1.0, -1.0, 0.5]]).double().softmax(1)
+    torch.testing.assert_close(probabilities, expected)
+    greedy = SamplingParams(0, repetition_penalty=4)
+    assert sample(logits, greedy, seen=seen)[0].tolist() == [1, 0]
+    assert sample(logits, greedy)[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.6}], ids=str)
+def test_of_equal_tokens_the_lowest_ids_are_kept(params):
+    probabilities = sample(torch.zeros(2, 6), SamplingParams(**params, seed=0))[1]
+    kept = {"top_k": 3, "top_p": 5}.get(next(iter(params)), 0) if len(params) == 1 else 3
+    assert (probabilities > 0).tolist() == [[i < kept for i in range(6)]] * 2
+
+
 def test_extreme_logits_and_temperatures():
     logits = torch.tensor([[0.0, 1.0, -math.inf, 1e30]])
     for temperature in (1e-300, 1e-3, 1e300):
@@ -153,6 +196,11 @@ def test_draws_do_not_depend_on_neighbours():
         ("top_p", 0),
         ("top_p", 1.1),
         ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", math.inf),
+        ("repetition_penalty", "a lot"),
         ("seed", -1),
         ("seed", 2**63),
         ("seed", 1.5),
@@ -251,6 +299,47 @@ def test_predictions_are_the_models_probabilities(model):
         ids.append(token)
 
 
+def test_repetition_penalty_covers_prompt_and_text_however_long_ago(model):
+    """By hand, past the context, for a batch whose sequences are penalised each for its own tokens."""
+    prompts = [[1, 2, 3], [7] * 14, []]
+    sampling = SamplingParams(0, repetition_penalty=1.7)
+    result = generate(model, prompts, 30, sampling)
+    for prompt, tokens in zip(prompts, result.tokens, strict=True):
+        window, seen, expected = prompt or [0], set(prompt or [0]), []
+        for _ in range(30):
+            window = window[-6:] if len(window) > 12 else window
+            logits = model(torch.tensor([window]))[0, -1].detach()
+            for token in seen:
+                logits[token] = logits[token] / 1.7 if logits[token] > 0 else logits[token] * 1.7
+            expected.append(int(logits.argmax()))
+            seen.add(expected[-1])
+            window = [*window, expected[-1]]
+        assert tokens == expected
+    assert result.tokens != generate(model, prompts, 30, SamplingParams(0)).tokens
+
+
+def test_sequences_join_and_leave_a_batch(model):
+    """Different parameters side by side; each gets what it gets alone."""
+    params = [SamplingParams(seed=3), SamplingParams(0), SamplingParams(0.7, 5, min_p=0.1, seed=9)]
+    params += [SamplingParams(repetition_penalty=1.5, seed=1), SamplingParams(seed=4)]
+    lengths, prompts = [30, 9, 14, 20, 1], [[1], [2, 3], [4] * 20, [5], [6]]
+    batch, got = Batch(open_source(model)), {i: [] for i in range(5)}
+    removed = Continuation(9, [8], 50, SamplingParams(), 0)
+    for step in range(60):
+        if step % 3 == 0 and step < 15:
+            i = step // 3
+            batch.add([Continuation(i, prompts[i], lengths[i], params[i], params[i].seed or 0)])
+        if step == 4:
+            batch.add([removed])
+        if step == 7:
+            batch.remove([9, 1000])
+        for new in batch.step():
+            got.setdefault(new.sequence, []).append(new.token)
+    assert len(batch) == 0 and len(got.pop(9)) == 3
+    for i in range(5):
+        assert got[i] == generate(model, [prompts[i]], lengths[i], params[i]).tokens[0]
+
+
 def test_stop_ends_each_sequence_by_itself(model):
     prompts = [[1, 2, 3], [4], [5, 6], [9, 9]]
     free = generate(model, prompts, 30, SamplingParams(temperature=0)).tokens
@@ -342,6 +431,90 @@ def test_recurrent_source_equals_the_window(options):
                 source.select([3, 0])
 
 
+def test_continue_is_the_forward_over_everything():
+    """No cut, no window: positions go on."""
+    model = make(token_shift=3)
+    prompts = [[1, 2], [4] * 40, [1, 2]]
+    window, recurrent = Window(model, past="continue"), Recurrent(model, past="continue")
+    torch.testing.assert_close(recurrent.add(prompts[:2]), window.add(prompts[:2]))
+    torch.testing.assert_close(recurrent.add(prompts[2:]), window.add(prompts[2:]))
+    generator = torch.Generator().manual_seed(0)
+    for i in range(20):
+        tokens = torch.randint(0, 30, (len(recurrent.windows),), generator=generator).tolist()
+        torch.testing.assert_close(recurrent.step(tokens), window.step(tokens))
+        assert not any(recurrent.windows)  # it remembers no token
+        if i == 5:
+            for source in (window, recurrent):
+                source.select([2, 1])
+    slid, on = (generate(model, [[1]], 40, SamplingParams(0), past=past).tokens[0] for past in PAST)
+    assert slid[:12] == on[:12] and slid != on
+
+
+def test_prompts_longer_than_a_part_are_read_in_parts():
+    model = make(max_len=4)
+    source, prompt = Recurrent(model, past="continue"), [i % 30 for i in range(600)]
+    parts = []
+    prefill = model.prefill
+    model.prefill = lambda tokens, state: (parts.append(tokens.shape[1]), prefill(tokens, state))[1]
+    logits = source.add([prompt, [3], prompt])
+    assert parts == [256, 256, 88, 1]  # the same prompt is read once
+    torch.testing.assert_close(logits[0], model(torch.tensor([prompt]))[0, -1].detach())
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position_encoding": "learned"},
+        {"position_encoding": "linear"},
+        {"position_encoding": "binary"},
+        {"token_encoding": "one-hot", "max_len": 10, "vocab_size": 8},
+        {"spike_degree": 0},
+        {"spike_degree": 1},
+    ],
+    ids=str,
+)
+def test_who_cannot_continue_slides(changes):
+    model = make(**changes)
+    with pytest.raises(ValueError, match="past: got 'continue', takes 'slide' with this model"):
+        generate(model, [[1]], 3, past="continue")
+    assert len(generate(model, [[1]], 40, SamplingParams(0)).tokens[0]) == 40
+
+
+def test_a_token_costs_the_same_after_1_000_and_after_10_000():
+    """State, resident memory and time; bench_generate.py walks on to 100 000."""
+    psutil = pytest.importorskip("psutil", reason="needs psutil to read resident memory")
+    model = make(blocks=1, heads=1, token_dim=4, position_dim=4, timesteps=1, max_len=64).float()
+    source, process, at = Recurrent(model, past="continue"), psutil.Process(), {}
+    source.add([[1] * 256])
+    tokens = torch.randint(0, 30, (1, 256), generator=torch.Generator().manual_seed(0))
+    for length in (1000, 10_000):
+        while source.state.longest < length:
+            _, source.state = model.prefill(tokens, source.state)
+        times = []
+        for i in range(150):
+            begin = time.perf_counter()
+            source.step([i % 30])
+            times.append(time.perf_counter() - begin)
+        at[length] = source.state.nbytes, process.memory_info().rss, statistics.median(times)
+    assert at[1000][0] == at[10_000][0] == 4 * 8 * 8 + 8
+    assert at[10_000][1] - at[1000][1] < 2**20
+    assert at[10_000][2] < 2 * at[1000][2]  # the machine's mood included
+
+
+def test_sliding_remembers_at_most_a_context():
+    model = make(blocks=1, heads=1, token_dim=4, position_dim=4, timesteps=1)
+    source = Recurrent(model)
+    batch = Batch(source)
+    batch.add([Continuation(0, [1], 10**9, SamplingParams(), 0)])
+    sizes, lengths = set(), []
+    for _ in range(300):
+        batch.step()
+        sizes.add(source.state.nbytes)
+        lengths.append(len(source.windows[0]))
+    assert len(sizes) == 1 and max(lengths) == 12 and min(lengths[12:]) == 6
+
+
 def test_window_as_logit_source(model):
     source = Window(model)
     first = source.add([[1, 2], [3]])
@@ -382,6 +555,8 @@ def test_bad_arguments(model, arguments, error, why):
         ({"keep": 0}, "keep: got 0"),
         ({"keep": 13}, "takes an integer from 1 to max_len = 12"),
         ({"top": -1}, "top: got -1"),
+        ({"past": "forget"}, "past: got 'forget', takes one of slide, continue"),
+        ({"past": "continue", "keep": 3}, "keep: got 3, takes None where past is 'continue'"),
     ],
 )
 def test_bad_options(model, options, why):
@@ -418,6 +593,139 @@ def test_text_in_text_out(written):
         assert len(streamed) == 25 and before + "".join(streamed) == text
     again = generate_text(model, tokenizer, prompts, max_new_tokens=25, seed=3)
     assert again == texts != generate_text(model, tokenizer, prompts, max_new_tokens=25, seed=4)
+
+
+def test_stop_strings(written):
+    model, tokenizer = written
+    free = generate_result(model, tokenizer, ["the", "cat sat"], 40, SamplingParams(seed=3))
+    whole = free.completions[0]
+    # characters out of the middle, whatever tokens they belong to
+    start = len(whole) // 2
+    stop = whole[start : start + 3]
+    options = {"max_new_tokens": 40, "seed": 3, "stop": [stop, "no such text"]}
+    texts = generate_text(model, tokenizer, ["the", "cat sat"], **options)
+    for prompt, completion, text in zip(free.prompts, free.completions, texts, strict=True):
+        assert text == tokenizer.decode(prompt) + completion.split(stop)[0]
+    pieces = list(stream_text(model, tokenizer, "the", **options))
+    assert "".join(pieces) == whole.split(stop)[0] and len(pieces) < 40
+    result = generate_result(model, tokenizer, ["the"], 40, SamplingParams(seed=3), stop=stop)
+    assert result.finish == ["stop"] and result.tokens == [free.tokens[0][: len(pieces)]]
+    by_id = free.tokens[0][2]  # an id stops as well, and its text stays
+    result = generate_result(model, tokenizer, ["the"], 40, SamplingParams(seed=3), stop=["no such", by_id])
+    assert result.tokens == [free.tokens[0][: free.tokens[0].index(by_id) + 1]]
+    assert (
+        tokenizer.decode(result.sequences[0]) == tokenizer.decode(result.prompts[0]) + result.completions[0]
+    )
+    never = generate_result(model, tokenizer, ["the"], 40, SamplingParams(seed=3), stop="no such text")
+    assert never.finish == ["length"] and never.completions == [whole]
+
+
+class Letters:
+    """A tokenizer of whole strings, to cut text where a test wants it."""
+
+    pad_id = 0
+
+    def __init__(self, *tokens):
+        self.tokens = ["", *tokens]
+
+    def decode(self, ids):
+        return "".join(self.tokens[i] for i in ids)
+
+
+@pytest.mark.parametrize(
+    "stop, text",
+    [
+        (["cd"], "ab"),
+        (["de"], "abc"),
+        (["bcdef"], "a"),
+        (["abcdefgx", "h"], "abcdefg"),
+        (["g", "fgh"], "abcdef"),  # complete first
+        (["cd", "bcd"], "a"),  # of two complete at once the longer
+        (["hi"], "abcdefgh"),
+        (["a"], ""),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cut", ["abcdefgh", "a bc de f gh", "a b c d e f g h", "abcde fgh"])
+def test_stop_strings_wherever_tokens_end(stop, text, cut):
+    tokens = cut.split()
+    stream = TextStream(Letters(*tokens), [], stop)
+    shown = ""
+    for i in range(1, len(tokens) + 1):
+        shown += stream.push(i)
+        assert text.startswith(shown)  # never more than what stays
+        if stream.stopped:
+            break
+    assert shown + stream.flush() == text and stream.stopped == (stop != ["hi"])
+
+
+def test_bad_stop_strings(model):
+    tokenizer = CharTokenizer.original()
+    with pytest.raises(ValueError, match="stop: got an empty string"):
+        generate_text(model, tokenizer, ["a"], stop=["b", ""])
+    with pytest.raises(TypeError, match=r"stop: got 1.5, takes strings"):
+        generate_text(model, tokenizer, ["a"], stop=[1.5])
+    with pytest.raises(TypeError, match="unknown argument 'stpo'"):
+        generate_text(model, tokenizer, ["a"], stpo="b")
+    assert generate_text(model, tokenizer, ["a"], max_new_tokens=0, stop="b") == ["a"]
+
+
+# --- what a text costs
+
+
+@pytest.mark.parametrize("past", PAST)
+@pytest.mark.parametrize("changes", [{}, {"reunite": "concatenate", "token_shift": 2}], ids=str)
+def test_cost_is_counted_where_the_text_was_written(changes, past):
+    """Equal to what counters see while generating (re-reading at a slide aside), and to a count by hand."""
+    model = make(**changes)
+    prompt = [[1, 2, 3]]
+    n = 40 if past == "continue" else 10
+    with SpikeCounter(model) as spikes, OperationCounter(model) as operations:
+        result = generate(model, prompt, n, SamplingParams(seed=0), past=past)
+    cost = text_cost(model, prompt, result.tokens, past=past)
+    assert cost.tokens == 3 + n - 1
+    assert cost.spike_rates == spikes.rates() and 0 < cost.spike_rate < 1
+    assert cost.accumulates * cost.tokens == pytest.approx(operations.accumulates)
+    dense = 0 if changes else 30 * 16  # a head that averages multiplies; the rest accumulates
+    assert cost.multiply_accumulates == dense == operations.multiply_accumulates / cost.tokens
+
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SpikeLinear):
+            module.register_forward_pre_hook(lambda m, i, name=name: seen.update({name: (m, i[0])}))
+        if name.endswith("attention_lif"):
+            module.register_forward_pre_hook(lambda m, i, name=name: seen.update({name: (m, i)}))
+    model(torch.tensor([prompt[0] + result.tokens[0][:-1]]))
+    total = 0
+    for module, x in seen.values():
+        if isinstance(module, SpikeLinear):
+            total += int(x.sum()) * module.out_features
+            continue
+        q, k, v = (t.unflatten(-1, (2, 8)) for t in x[:3])  # [T, B, S, H, d]
+        total += int(torch.einsum("tbshi,tbshj->", k, v)) + int(q.sum()) * 8
+    assert cost.accumulates * cost.tokens == pytest.approx(total)
+
+
+def test_cost_of_texts_that_slide():
+    """Each token once, where it first stood."""
+    model = make()
+    result = generate(model, [[1] * 20, [2]], 30, SamplingParams(seed=0))
+    cost = text_cost(model, result.prompts, result.tokens)
+    assert cost.tokens == 6 + 29 + 1 + 29  # of the long prompt the last half of the context is read
+    windows = list(_windows([1] * 20, list(range(29)), Context.of(model, None, "slide")))
+    read = [token for window, known in windows for token in window[known:]]
+    assert read == [1] * 6 + list(range(29)) and all(len(window) <= 12 for window, _ in windows)
+    assert [known for _, known in windows] == [0, 5, 5, 5, 5]
+
+
+def test_cost_of_a_model_that_does_not_spike():
+    model = make(spike_degree=0)
+    result = generate(model, [[1, 2]], 4, SamplingParams(seed=0))
+    cost = text_cost(model, result.prompts, result.tokens)
+    assert cost.spike_rate is None and cost.accumulates == 0
+    e = model.config.embed_dim
+    attention = sum(2 * e * (i + 1) for i in range(5)) / 5
+    assert cost.multiply_accumulates == pytest.approx(2 * (12 * e * e + attention) + 30 * e)
 
 
 def test_unknown_characters_and_words():
