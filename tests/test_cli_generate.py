@@ -123,6 +123,8 @@ def test_stats(saved):
     tokens = [s["token_ids"] for s in result["samples"]]
     cost = text_cost(model, [model.tokenizer.encode("the").tolist(), [start_token(model)]], tokens)
     assert stats["accumulates_per_token"] == cost.accumulates > 0
+    assert stats["joules_per_token"] == cost.ledger.joules().per_token > 0
+    assert "uJ of arithmetic estimated with horowitz-45nm" in told.stderr
     assert stats["spike_rate"] == cost.spike_rate and stats["tokens_per_second"] > 0
     assert f"{cost.accumulates:,.0f} accumulates" in told.stderr and "tokens/s" in told.stderr
     for name, rate in cost.spike_rates.items():

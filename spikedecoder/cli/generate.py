@@ -71,7 +71,9 @@ def generate(
     ] = "slide",
     stats: Annotated[
         bool,
-        typer.Option("--stats", help="Tokens/s, spike rates, operations per token; on standard error."),
+        typer.Option(
+            "--stats", help="Tokens/s, spike rates, operations, estimated energy; on standard error."
+        ),
     ] = False,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
@@ -196,6 +198,7 @@ def _stats(
     from spikedecoder.generation.stats import text_cost
 
     cost = text_cost(model, [p or [start_token(model)] for p in prompts], tokens, past=past)
+    energy = cost.ledger.joules()
     total = sum(map(len, tokens))
     return {
         "tokens_per_second": total / seconds if total else 0.0,
@@ -203,6 +206,8 @@ def _stats(
         "spike_rates": cost.spike_rates,
         "accumulates_per_token": cost.accumulates,
         "multiply_accumulates_per_token": cost.multiply_accumulates,
+        "joules_per_token": energy.per_token,  # an estimate
+        "energy_table": energy.table,
     }
 
 
@@ -214,7 +219,8 @@ def _report(stats: dict[str, Any]) -> str:
         lines += [f"  {name:<{width}}  {rate:.4f}" for name, rate in stats["spike_rates"].items()]
     lines.append(
         f"per token: {stats['accumulates_per_token']:,.0f} accumulates, "
-        f"{stats['multiply_accumulates_per_token']:,.0f} multiply-accumulates"
+        f"{stats['multiply_accumulates_per_token']:,.0f} multiply-accumulates; "
+        f"{stats['joules_per_token'] * 1e6:.3g} uJ of arithmetic estimated with {stats['energy_table']}"
     )
     return "\n".join(lines)
 
