@@ -13,7 +13,7 @@ They are imported when first asked for.
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ["convert", "model", "trainer", "utils"]
+__all__ = ["accelerate", "convert", "model", "trainer", "utils"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,0 +1,148 @@
+"""Our LIF operator inside other libraries' models: same outputs, gradients and state_dict keys.
+
+    report = accelerate(model)
+
+Replaced, in place: SpikingJelly's multi-step LIF neurons (`clock_driven`'s MultiStepLIFNode of 0.0.0.0.14,
+`activation_based`'s LIFNode in multi-step mode of 2.0). A replaced neuron stays an instance of its class and
+keeps its attributes, its memory ``v`` and its ``reset``; only its multi-step forward pass is ours.
+
+Not replaced: neurons whose semantics differ (see `Replacement.reason`), among them snnTorch's Leaky, which
+fires strictly above the threshold where SpikingJelly and this package fire at it, and which sees one timestep
+a call, so that there is no loop over time to fuse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikedecoder import ops
+from spikedecoder.params import LIFParams
+
+# surrogates of SpikingJelly with the same derivative and the same meaning of alpha
+_SURROGATES = {"Sigmoid": "sigmoid", "ATan": "atan", "PiecewiseQuadratic": "triangle", "Rect": "rectangular"}
+_MULTI_STEP = {
+    ("spikingjelly.clock_driven", "MultiStepLIFNode"): "forward",
+    ("spikingjelly.activation_based", "LIFNode"): "multi_step_forward",
+}
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What became of one neuron: `reason` is None if it is ours now, else why it is not."""
+
+    name: str
+    kind: str
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind}): {self.reason or 'replaced'}"
+
+
+def accelerate(model: nn.Module) -> list[Replacement]:
+    """Replace the multi-step LIF neurons of `model`, in place; one entry per neuron found.
+
+    A model without any known neuron raises ValueError: there is nothing to do, and silence would hide it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
+    report = []
+    for name, module in model.named_modules():
+        library = type(module).__module__.partition(".")[0]
+        if (
+            library == "spikingjelly"
+            and hasattr(module, "surrogate_function")
+            and hasattr(module, "v_threshold")
+        ):
+            reason = _why_not(module)
+            if reason is None:
+                _replace(module)
+        elif library == "snntorch" and type(module).__name__ in ("Leaky", "Lapicque"):
+            reason = _why_not_snntorch(module)
+        elif isinstance(module, _Fused):
+            reason = None
+        else:
+            continue
+        kind = next(c for c in type(module).__mro__ if c.__module__.startswith(("spikingjelly", "snntorch")))
+        report.append(Replacement(name or "(the model itself)", kind.__name__, reason))
+    if not report:
+        raise ValueError(
+            "model: holds no neuron of SpikingJelly's or snnTorch's; takes a model with SpikingJelly's "
+            "MultiStepLIFNode (0.0.0.0.14) or LIFNode in multi-step mode (2.0)"
+        )
+    return report
+
+
+def _entry(module: nn.Module) -> str | None:
+    """The method of the exact class that walks the timesteps; None for a class that we do not know."""
+    cls = type(module)
+    for (package, name), method in _MULTI_STEP.items():
+        if cls.__name__ == name and cls.__module__.startswith(package):
+            return method
+    return None
+
+
+def _why_not(module: Any) -> str | None:
+    if _entry(module) is None:
+        return f"{type(module).__name__} is not a multi-step LIF neuron"
+    if getattr(module, "step_mode", "m") != "m":
+        return "it is in single-step mode: functional.set_step_mode(model, 'm') first"
+    if getattr(module, "store_v_seq", False):
+        return "store_v_seq=True asks for every timestep's potential, which is not kept"
+    if getattr(module, "_neuron_precision", None) is not None:
+        return "it has a precision of its own"
+    if getattr(module, "backend", "torch") not in ("torch", "cupy", "triton", "inductor"):
+        return f"backend {module.backend!r} is not a floating-point LIF"
+    surrogate = module.surrogate_function
+    if type(surrogate).__name__ not in _SURROGATES:
+        return f"surrogate {type(surrogate).__name__} is none of {', '.join(_SURROGATES)}"
+    if not getattr(surrogate, "spiking", True):
+        return "its surrogate is set to spiking=False: it emits real numbers"
+    try:
+        _params(module)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _why_not_snntorch(module: Any) -> str:
+    differs = ["it fires strictly above the threshold, where this package fires at it"]
+    if getattr(module, "reset_delay", True) and getattr(module, "reset_mechanism", "subtract") != "none":
+        differs.append("it resets one timestep after the spike")
+    differs.append("it sees one timestep a call, so there is no loop over time to fuse")
+    return "; ".join(differs)
+
+
+def _params(module: Any) -> LIFParams:
+    threshold = module.v_threshold
+    return LIFParams(
+        tau=float(module.tau),
+        v_threshold=1.0 if isinstance(threshold, Tensor) else float(threshold),
+        v_reset=None if module.v_reset is None else float(module.v_reset),
+        decay_input=bool(getattr(module, "decay_input", True)),
+        surrogate=_SURROGATES[type(module.surrogate_function).__name__],
+        alpha=float(module.surrogate_function.alpha),
+        detach_reset=bool(module.detach_reset),
+    )
+
+
+class _Fused:
+    """Mixed in before the neuron's own class."""
+
+    def _all_timesteps(self: Any, x_seq: Tensor, *_: Any, **__: Any) -> Tensor:
+        v = self.v if isinstance(self.v, Tensor) else torch.full_like(x_seq[0], float(self.v))
+        threshold = self.v_threshold if isinstance(self.v_threshold, Tensor) else None
+        spikes, v = ops.lif_params(x_seq, _params(self), threshold=threshold, v_init=v, return_state=True)
+        self.v = v.to(x_seq.dtype)
+        return spikes
+
+
+def _replace(module: Any) -> None:
+    cls, method = type(module), _entry(module)
+    assert method is not None
+    fused = type(f"Fused{cls.__name__}", (_Fused, cls), {method: _Fused._all_timesteps})
+    fused.__module__ = __name__
+    module.__class__ = fused
