@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spikedecoder import SpikeDecoderConfig
-from spikedecoder.energy import EnergyTable, Ledger, Row, measured_joules, original_estimate
+from spikedecoder.energy import Ledger, Row, measured_joules, original_estimate
 from spikedecoder.energy.units import si
 
 # counts of what is not zero per sequence and timestep (head: per sequence), as the original tracks them
@@ -93,12 +93,3 @@ def test_measured_joules_where_there_are_none(tmp_path):
 )
 def test_joules_for_people(joules, text):
     assert si(joules) == text
-
-
-def test_a_table_object_serves_as_a_table():
-    table = EnergyTable.load("jouppi-7nm")
-    assert EnergyTable.load(table) is table
-    assert table.smallest_memory(8000) == "sram_8kB" and table.smallest_memory(8001) == "sram_32kB"
-    assert table.smallest_memory(1e9) == "dram"
-    with pytest.raises(ValueError, match="memory: got 'tape'"):
-        table.per_bit("tape")

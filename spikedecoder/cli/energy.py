@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import Tensor
 
     from spikedecoder.energy import Comparison, EnergyTable, Ledger, Measured
@@ -208,31 +209,41 @@ def _show(
     per_layer: bool,
     memory: bool,
 ) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from spikedecoder.energy.units import si
 
-    console = Console(highlight=False)
     for name, ledger in ledgers.items():
-        table = Table(title=_title(name, ledger), title_justify="left")
-        table.add_column("estimate")
-        for column in ("per token", "in all", "arithmetic", "memory", "of ANN, fp32"):
-            table.add_column(column, justify="right", no_wrap=True)
+        _say(_title(name, ledger))
         entries = comparison.of(name)
         reference = next((e.estimate.joules for e in entries if e.variant == "ANN, fp32"), None)
+        lines = [["estimate", "per token", "in all", "arithmetic", "memory", "of fp32 ANN"]]
         for entry in entries:
             e = entry.estimate
             share = f"{e.joules / reference:.1%}" if reference else "-"
             moved = si(e.memory) if memory else "left out"
-            table.add_row(entry.variant, si(e.per_token), si(e.joules), si(e.arithmetic), moved, share)
-        console.print(table)
-        _say_more(console, name, comparison, originals, counted)
+            lines.append([entry.variant, si(e.per_token), si(e.joules), si(e.arithmetic), moved, share])
+        _table(lines, left=1)
+        _say_more(name, comparison, originals, counted)
         if per_layer:
-            console.print(_layers(ledger, comparison.table, memory))
-    console.print("Every figure is an estimate. It rests on this:")
+            _table(_layers(ledger, comparison.table, memory), left=3)
+        _say()
+    _say("Every figure is an estimate. It rests on this:")
     for line in comparison.assumptions:
-        console.print(f"  - {line}", markup=False)
+        _say(textwrap.fill(line, 100, initial_indent="  - ", subsequent_indent="    "))
+
+
+def _table(lines: list[list[str]], left: int) -> None:
+    """Columns as wide as they need to be, the first `left` aligned to the left; no number is ever cut."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        _say("  " + "  ".join(cells).rstrip())
+
+
+def _say(text: str = "") -> None:
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal that lacks a character gets a ? for it
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def _title(name: str, ledger: Ledger) -> str:
@@ -243,45 +254,32 @@ def _title(name: str, ledger: Ledger) -> str:
 
 
 def _say_more(
-    console: Console,
-    name: str,
-    comparison: Comparison,
-    originals: dict[str, dict[str, Any]],
-    counted: dict[str, Measured],
+    name: str, comparison: Comparison, originals: dict[str, dict[str, Any]], counted: dict[str, Measured]
 ) -> None:
     from spikedecoder.energy.units import si
 
     for even in comparison.break_even.get(name, ()):
         limit = "at no rate" if even.overall is None else f"at a mean input rate of {even.overall:.1%}"
-        console.print(f"break-even with the ANN in {even.number_format}, arithmetic only: {limit}")
+        _say(f"  break-even with the ANN in {even.number_format}, arithmetic only: {limit}")
     if name in originals:
         found = originals[name]
-        said = found.get("reason") or f"{si(found['joules'])} in all ({found['label']})"
-        console.print(f"compat: {said}", markup=False)
+        _say(f"  compat: {found.get('reason') or si(found['joules']) + ' in all; ' + found['label']}")
     if name in counted:
         m = counted[name]
-        console.print(
-            f"measured while this program computed it: {si(m.per_run)} a pass ({m.source}; {m.runs} passes "
-            f"in {m.seconds:.1f} s; the whole package, idle power included)",
-            markup=False,
+        _say(
+            f"  measured while this program computed it: {si(m.per_run)} a pass ({m.source}; {m.runs} passes "
+            f"in {m.seconds:.1f} s; the whole package, idle power included)"
         )
 
 
-def _layers(ledger: Ledger, prices: EnergyTable, memory: bool) -> Any:
-    from rich.table import Table
-
+def _layers(ledger: Ledger, prices: EnergyTable, memory: bool) -> list[list[str]]:
     from spikedecoder.energy.units import si
 
-    table = Table(title="by layer and operation", title_justify="left")
-    for column in ("layer", "operation", "kind"):
-        table.add_column(column, no_wrap=True)
-    for column in ("count", "rate", "arithmetic", *(["memory"] if memory else [])):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("note")
+    lines = [["layer", "operation", "kind", "count", "rate", "arithmetic", *(["memory"] if memory else [])]]
     estimate = ledger.joules(prices, memory)
     for row in ledger.rows:
-        arithmetic, moved = estimate.rows[row.layer, row.operation]
+        costs = estimate.rows[row.layer, row.operation]
         rate = "" if row.rate is None else f"{row.rate:.1%}"
-        costs = [si(arithmetic), *([si(moved)] if memory else [])]
-        table.add_row(row.layer, row.operation, row.kind, f"{row.count:,}", rate, *costs, row.note)
-    return table
+        shown = [si(cost) for cost in costs[: 1 + memory]]
+        lines.append([row.layer, row.operation, row.kind, f"{row.count:,}", rate, *shown])
+    return lines

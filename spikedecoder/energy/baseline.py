@@ -78,6 +78,6 @@ def ann_ledger(ledger: Ledger) -> Ledger:
     return Ledger(rows, ledger.mode, sequences, tokens, ledger.pairs, parameters, twin_config(c), name)
 
 
-def equal_bits(timesteps: int) -> float:
-    """Bits of a number as fine as the spike count of T timesteps: log2(T + 1)."""
-    return math.log2(timesteps + 1)
+def equal_bits(timesteps: int) -> int:
+    """Bits of a number as fine as the spike count of T timesteps: log2(T + 1), rounded up."""
+    return math.ceil(math.log2(timesteps + 1))

@@ -80,8 +80,10 @@ def compare(
     table: str | Path | EnergyTable = DEFAULT_TABLE,
     memory: bool | Mapping[str, str] = False,
 ) -> Comparison:
-    """Each model in fp32 and with int8 weights; the same shapes as an ordinary transformer in fp32, in int8,
-    and with int8 weights and activations of log2(T + 1) bits, as many as T timesteps of spikes carry.
+    """Each model in fp32 and in int8 (of a spiking one: its weights), and the same shapes without spikes.
+
+    Those are an ordinary transformer in fp32, in int8, and with int8 weights and activations of log2(T + 1)
+    bits (rounded up), as many as T timesteps of spikes carry.
 
     Names are the mapping's, or the ledgers' own (numbered where they lack one or share it).
     """
@@ -99,14 +101,14 @@ def compare(
         spiking = ledger.rate is not None
         kinds: list[tuple[str, Ledger, dict[str, Any]]] = [
             ("this model, fp32", ledger, {}),
-            ("this model, int8 weights", ledger, {"number_format": "int8"}),
+            ("this model, int8", ledger, {"number_format": "int8"}),
         ]
         if spiking:
             kinds += [("ANN, fp32", twin, {}), ("ANN, int8", twin, {"number_format": "int8"})]
             assert ledger.config is not None
-            bits = min(8.0, equal_bits(ledger.config.timesteps))
+            bits = min(8, equal_bits(ledger.config.timesteps))
             narrow = {"number_format": "int8", "activation_bits": bits}
-            kinds.append((f"ANN, int8 x {bits:.3g} bit", twin, narrow))
+            kinds.append((f"ANN, int8 x {bits} bit", twin, narrow))
             break_even[name] = tuple(break_even_rate(ledger, table, f) for f in ("fp32", "int8"))
         for variant, source, options in kinds:
             estimate = source.joules(table, memory, **options)

@@ -121,7 +121,7 @@ class Ledger:
         memory: bool | Mapping[str, str] = False,
         *,
         number_format: str = "fp32",
-        activation_bits: float | None = None,
+        activation_bits: int | None = None,
         compat: bool = False,
     ) -> Estimate:
         """What the operations cost by `table`.
@@ -140,9 +140,9 @@ class Ledger:
             return original_estimate(self)
         word = {"fp32": 32, "fp16": 16, "int8": 8}.get(number_format, 0)
         matmul = table.multiply_add(number_format, activation_bits)
-        if activation_bits is not None and (number_format != "int8" or not 0 < activation_bits <= 8):
+        if activation_bits is not None and (number_format != "int8" or not 1 <= activation_bits <= 8):
             raise ValueError(
-                f"activation_bits: got {activation_bits!r} with {number_format}, takes 0 to 8 with int8"
+                f"activation_bits: got {activation_bits!r} with {number_format}, takes 1 to 8 with int8"
             )
         bits = {"weights": float(word), "activations": float(activation_bits or word), "state": STATE_BITS}
         placement = self._placement(memory, bits) if memory is not False else {}
@@ -182,7 +182,7 @@ class Ledger:
             by_memory=by_memory,
             placement=placement,
             table=table.name,
-            number_format=number_format if activation_bits is None else f"int8 x {activation_bits:.3g} bit",
+            number_format=number_format if activation_bits is None else f"int8 x {activation_bits} bit",
             assumptions=assumptions(self.mode, table, placement),
         )
 

@@ -18,7 +18,7 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 DEFAULT_TABLE = "horowitz-45nm"
-_TABLES = resources.files("spikedecoder.energy") / "tables"
+_TABLES = resources.files("spikedecoder.energy")
 
 ARITHMETIC = ("fp32_mul", "fp32_add", "fp16_mul", "fp16_add", "int8_mul", "int8_add", "int32_add")
 # with the bytes that each holds, the smallest first
@@ -59,7 +59,7 @@ class EnergyTable:
         """A 1-bit AND."""
         return self.int8_add / 8
 
-    def multiply_add(self, number_format: str, activation_bits: float | None = None) -> tuple[float, float]:
+    def multiply_add(self, number_format: str, activation_bits: int | None = None) -> tuple[float, float]:
         """(multiplication, addition) of weights and activations in `number_format`: fp32, fp16 or int8.
 
         int8 products are summed in int32. With `activation_bits`, an int8 weight meets an activation of so
