@@ -12,12 +12,13 @@ from spikedecoder.ops.pack_spikes import WORD
 
 
 def _impl(x: Tensor, shape: tuple[int, ...], backend: str):
+    """For x in the dtype of the product."""
     return select("spike_linear", Call(x.device, x.dtype, shape), backend)
 
 
 @torch.library.custom_op("spikedecoder::spike_linear", mutates_args=())
 def _spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    return _impl(s, tuple(s.shape), backend).forward(s, weight, bias)
+    return _impl(weight, tuple(s.shape), backend).forward(s, weight, bias)
 
 
 @_spike_linear.register_fake
@@ -75,11 +76,11 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, takes ({weight.shape[0]},)")
     _check.same_device(s=s, weight=weight, bias=bias)
-    backend = resolve("spike_linear", s.device.type, s.dtype, requested_backend())
+    autocast = torch.is_autocast_enabled(s.device.type)
+    dtype = torch.get_autocast_dtype(s.device.type) if autocast else weight.dtype
+    backend = resolve("spike_linear", s.device.type, dtype, requested_backend())
     if backend == "reference":
         return F.linear(s, weight, bias)
-    if torch.is_autocast_enabled(s.device.type):
-        dtype = torch.get_autocast_dtype(s.device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     y, _ = _spike_linear(s, weight, bias, backend)
     return y
