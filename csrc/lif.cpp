@@ -10,19 +10,22 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-// Calls body(element of the row's start, channel, lanes) for this thread's vectors of a timestep.
+// body(Vectors<U>, element of the row's start, channel, lanes) for this thread's part of a timestep.
 template <class Body>
-SPIKEDECODER_INLINE void for_vectors(int64_t rows, int64_t C, int thread, int threads, const Body& body) {
-  const int64_t per_row = (C + W - 1) / W;
-  const Range mine = share(rows * per_row, thread, threads, 16);
-  int64_t row = per_row ? mine.begin / per_row : 0, c = per_row ? mine.begin % per_row * W : 0;
+SPIKEDECODER_INLINE void for_neurons(int64_t rows, int64_t C, int thread, int threads, const Body& body) {
+  const int64_t blocks = (C + AT_ONCE * W - 1) / (AT_ONCE * W);
+  const Range mine = share(rows * blocks, thread, threads);
+  int64_t row = blocks ? mine.begin / blocks : 0, c = blocks ? mine.begin % blocks * AT_ONCE * W : 0;
   for (int64_t i = mine.begin; i < mine.end; i++) {
-    const int64_t left = C - c;
-    if (left > W) {
-      body(row * C, c, W);
-      c += W;
+    if (c + AT_ONCE * W <= C) {
+      body(Vectors<AT_ONCE>{}, row * C, c, W);
     } else {
-      body(row * C, c, static_cast<int>(left));
+      for_channels(C - c, [&](auto one, int64_t more, int n) SPIKEDECODER_INLINE_LAMBDA {
+        body(one, row * C, c + more, n);
+      });
+    }
+    c += AT_ONCE * W;
+    if (c >= C) {
       c = 0;
       row++;
     }
@@ -40,18 +43,25 @@ void lif_forward(const LifForward& a) {
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads_for(work(a.T, step, 0.3), a.threads), [&](int thread, int threads) {
       const F one = set1(1);
-      for_vectors(a.rows, a.C, thread, threads, [&](int64_t row, int64_t c, int n) {
-        const F threshold = thresholds_at(a.threshold, row, c, n);
+      for_neurons(a.rows, a.C, thread, threads,
+                  [&](auto vectors, int64_t row, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+        constexpr int U = decltype(vectors)::count;
         const float* x = a.x + row + c;
         float* spikes = a.spikes + row + c;
-        F v = a.v_init ? load_up_to(a.v_init + row + c, n) : zero();
-        for (int64_t t = 0; t < a.T; t++, x += step, spikes += step) {
-          const F h = cell.charge(load_up_to(x, n), v);
-          const Mask fired = ge(h, threshold);
-          v = cell.after(h, fired, threshold);
-          store_up_to(spikes, keep(fired, one), n);
+        F threshold[U], v[U];
+        for (int u = 0; u < U; u++) {
+          threshold[u] = thresholds_at(a.threshold, row, c + u * W, n);
+          v[u] = a.v_init ? load_up_to(a.v_init + row + c + u * W, n) : zero();
         }
-        store_up_to(a.v + row + c, v, n);
+        for (int64_t t = 0; t < a.T; t++, x += step, spikes += step) {
+          for (int u = 0; u < U; u++) {
+            const F h = cell.charge(load_up_to(x + u * W, n), v[u]);
+            const Mask fired = ge(h, threshold[u]);
+            v[u] = cell.after(h, fired, threshold[u]);
+            store_up_to(spikes + u * W, keep(fired, one), n);
+          }
+        }
+        for (int u = 0; u < U; u++) store_up_to(a.v + row + c + u * W, v[u], n);
       });
     });
   });
@@ -60,33 +70,46 @@ void lif_forward(const LifForward& a) {
 void lif_backward(const LifBackward& a) {
   const int64_t step = a.rows * a.C;
   const int most = threads_for(work(a.T, step, 0.6), a.threads);
-  // per thread: the membrane potentials h of one vector of neurons, then its share of dL/dthreshold
-  const int64_t potentials = round_up(a.T * W, 16), own = potentials + ThresholdSum::size(a.threshold, a.C);
+  // per thread: the membrane potentials h of a few vectors of neurons, then its share of dL/dthreshold
+  const int64_t potentials = round_up(a.T * AT_ONCE * W, 16);
+  const int64_t own = potentials + ThresholdSum::size(a.threshold, a.C);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
 
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(most, [&](int thread, int threads) {
       const FlushDenormals flush;
-      float* hs = scratch.floats() + own * thread;
+      float* const hs = scratch.floats() + own * thread;
       ThresholdSum sum(a.threshold, a.C, a.grad_threshold, hs + potentials);
-      for_vectors(a.rows, a.C, thread, threads, [&](int64_t row, int64_t c, int n) {
-        const F threshold = thresholds_at(a.threshold, row, c, n);
+      for_neurons(a.rows, a.C, thread, threads,
+                  [&](auto vectors, int64_t row, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+        constexpr int U = decltype(vectors)::count;
+        F threshold[U], v[U], carry[U], grad_threshold[U];
         const int64_t at = row + c;
-        F v = a.v_init ? load_up_to(a.v_init + at, n) : zero();
+        for (int u = 0; u < U; u++) {
+          threshold[u] = thresholds_at(a.threshold, row, c + u * W, n);
+          v[u] = a.v_init ? load_up_to(a.v_init + at + u * W, n) : zero();
+          carry[u] = a.grad_v ? load_up_to(a.grad_v + at + u * W, n) : zero();
+          grad_threshold[u] = zero();
+        }
         for (int64_t t = 0; t < a.T; t++) {
-          const F h = cell.charge(load_up_to(a.x + t * step + at, n), v);
-          store(hs + t * W, h);
-          v = cell.after(h, ge(h, threshold), threshold);
+          for (int u = 0; u < U; u++) {
+            const F h = cell.charge(load_up_to(a.x + t * step + at + u * W, n), v[u]);
+            store(hs + (t * U + u) * W, h);
+            v[u] = cell.after(h, ge(h, threshold[u]), threshold[u]);
+          }
         }
-        F carry = a.grad_v ? load_up_to(a.grad_v + at, n) : zero();
-        F grad_threshold = zero();
         for (int64_t t = a.T - 1; t >= 0; t--) {
-          const F grad_spike = load_up_to(a.grad_spikes + t * step + at, n);
-          const F grad_x = cell.back(load(hs + t * W), threshold, grad_spike, carry, grad_threshold);
-          store_up_to(a.grad_x + t * step + at, grad_x, n);
+          for (int u = 0; u < U; u++) {
+            const F grad_spike = load_up_to(a.grad_spikes + t * step + at + u * W, n);
+            const F grad_x =
+                cell.back(load(hs + (t * U + u) * W), threshold[u], grad_spike, carry[u], grad_threshold[u]);
+            store_up_to(a.grad_x + t * step + at + u * W, grad_x, n);
+          }
         }
-        if (a.grad_v_init) store_up_to(a.grad_v_init + at, carry, n);
-        sum.add_up(row, c, n, grad_threshold);
+        for (int u = 0; u < U; u++) {
+          if (a.grad_v_init) store_up_to(a.grad_v_init + at + u * W, carry[u], n);
+          sum.add_up(row, c + u * W, n, grad_threshold[u]);
+        }
       });
       sum.end_run();
     });

@@ -29,9 +29,10 @@ struct Normal {
 struct Channels {
   F weight, bias, mean, rstd;
 
-  SPIKEDECODER_INLINE_MEMBER Channels(const Normal& p, int64_t c, int n)
-      : weight(load_up_to(p.weight + c, n)), bias(load_up_to(p.bias + c, n)) {
+  SPIKEDECODER_INLINE_MEMBER void read(const Normal& p, int64_t c, int n) {
     const bool own = p.kind == NormKind::channel;
+    weight = load_up_to(p.weight + c, n);
+    bias = load_up_to(p.bias + c, n);
     mean = own ? load_up_to(p.mean + c, n) : zero();
     rstd = own ? load_up_to(p.rstd + c, n) : zero();
   }
@@ -89,18 +90,24 @@ void norm_lif_forward(const NormLifForward& a) {
             row_statistics(a.x + r * a.C, a.C, a.eps, a.mean[r], a.rstd[r]);
           }
         }
-        for (int64_t c = 0; c < a.C; c += W) {
-          const int n = lanes(a.C, c);
-          const Channels channels(p, c, n);
-          const F threshold = thresholds_at(a.threshold, row * a.C, c, n);
-          F v = zero();
-          for (int64_t t = 0; t < a.T; t++) {
-            const F h = cell.charge(channels.y(channels.z(p, t, row, c, n)), v);
-            const Mask fired = ge(h, threshold);
-            v = cell.after(h, fired, threshold);
-            store_up_to(a.spikes + p.at(t, row) + c, keep(fired, one), n);
+        for_channels(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+          constexpr int U = decltype(vectors)::count;
+          Channels channels[U];
+          F threshold[U], v[U];
+          for (int u = 0; u < U; u++) {
+            channels[u].read(p, c + u * W, n);
+            threshold[u] = thresholds_at(a.threshold, row * a.C, c + u * W, n);
+            v[u] = zero();
           }
-        }
+          for (int64_t t = 0; t < a.T; t++) {
+            for (int u = 0; u < U; u++) {
+              const F h = cell.charge(channels[u].y(channels[u].z(p, t, row, c + u * W, n)), v[u]);
+              const Mask fired = ge(h, threshold[u]);
+              v[u] = cell.after(h, fired, threshold[u]);
+              store_up_to(a.spikes + p.at(t, row) + c + u * W, keep(fired, one), n);
+            }
+          }
+        });
       }
     });
   });
@@ -110,9 +117,9 @@ void norm_lif_backward(const NormLifBackward& a) {
   const Normal p{a.kind, a.x, a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
   const int most = threads_for(work(a.T, a.rows, a.C, 0.8), a.threads);
   const bool whole = a.part == NormLifPart::whole, sums = a.part != NormLifPart::apply;
-  // per thread: z and h of a vector of neurons and two sums of a row, by timestep; dL/dz of a row; sums
-  // over all rows of g z and g; the share of dL/dthreshold
-  const int64_t steps = round_up(a.T * W, 16), padded = round_up(a.C, 16);
+  // per thread: z and h of a few vectors of neurons and two sums of a row, by timestep; dL/dz of a row;
+  // sums over all rows of g z and g; the share of dL/dthreshold
+  const int64_t steps = round_up(a.T * AT_ONCE * W, 16), padded = round_up(a.C, 16);
   const int64_t row_size = whole ? a.T * padded : 0;
   const int64_t before_threshold = 4 * steps + row_size + 2 * padded;
   const int64_t own = before_threshold + ThresholdSum::size(a.threshold, a.C);
@@ -133,55 +140,69 @@ void norm_lif_backward(const NormLifBackward& a) {
       const Range rows = share(a.rows, thread, threads);
       for (int64_t row = rows.begin; row < rows.end; row++) {
         for (int64_t i = 0; i < 2 * steps; i++) sum_g[i] = 0;
-        for (int64_t c = 0; c < a.C; c += W) {
-          const int n = lanes(a.C, c);
-          const Channels channels(p, c, n);
-          const F threshold = thresholds_at(a.threshold, row * a.C, c, n);
-          F v = zero();
-          for (int64_t t = 0; t < a.T; t++) {
-            const F z = channels.z(p, t, row, c, n), h = cell.charge(channels.y(z), v);
-            store(zs + t * W, z);
-            store(hs + t * W, h);
-            v = cell.after(h, ge(h, threshold), threshold);
+        for_channels<2>(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+          constexpr int U = decltype(vectors)::count;
+          Channels channels[U];
+          F threshold[U], v[U], carry[U], grad_threshold[U], grad_weight[U], grad_bias[U];
+          for (int u = 0; u < U; u++) {
+            channels[u].read(p, c + u * W, n);
+            threshold[u] = thresholds_at(a.threshold, row * a.C, c + u * W, n);
+            v[u] = carry[u] = grad_threshold[u] = grad_weight[u] = grad_bias[u] = zero();
           }
-          F carry = zero(), grad_threshold = zero(), grad_weight = zero(), grad_bias = zero();
+          for (int64_t t = 0; t < a.T; t++) {
+            for (int u = 0; u < U; u++) {
+              const F z = channels[u].z(p, t, row, c + u * W, n), h = cell.charge(channels[u].y(z), v[u]);
+              store(zs + (t * U + u) * W, z);
+              store(hs + (t * U + u) * W, h);
+              v[u] = cell.after(h, ge(h, threshold[u]), threshold[u]);
+            }
+          }
           for (int64_t t = a.T - 1; t >= 0; t--) {
-            const int64_t at = p.at(t, row) + c;
-            const F z = load(zs + t * W);
-            const F grad_spike = load_up_to(a.grad_spikes + at, n);
-            const F g = cell.back(load(hs + t * W), threshold, grad_spike, carry, grad_threshold);
-            if (sums) {
-              grad_weight = fma(g, z, grad_weight);
-              grad_bias = add(grad_bias, g);
+            F total_g = zero(), total_gz = zero();
+            for (int u = 0; u < U; u++) {
+              const int64_t at = p.at(t, row) + c + u * W;
+              const F z = load(zs + (t * U + u) * W), h = load(hs + (t * U + u) * W);
+              const F g = cell.back(h, threshold[u], load_up_to(a.grad_spikes + at, n), carry[u], grad_threshold[u]);
+              if (sums) {
+                grad_weight[u] = fma(g, z, grad_weight[u]);
+                grad_bias[u] = add(grad_bias[u], g);
+              }
+              if (whole) {
+                const F gz = mul(g, channels[u].weight);
+                store(grad_z + t * padded + c + u * W, gz);
+                total_g = add(total_g, gz);
+                total_gz = fma(gz, z, total_gz);
+              } else if (a.part == NormLifPart::apply) {
+                const F constant = fma(load_up_to(a.b + c + u * W, n), z, load_up_to(a.c + c + u * W, n));
+                store_up_to(a.grad_x + at, fma(load_up_to(a.a + c + u * W, n), g, constant), n);
+              }
             }
             if (whole) {
-              const F gz = mul(g, channels.weight);
-              store(grad_z + t * padded + c, gz);
-              store(sum_g + t * W, add(load(sum_g + t * W), gz));
-              store(sum_gz + t * W, fma(gz, z, load(sum_gz + t * W)));
-            } else if (a.part == NormLifPart::apply) {
-              const F constant = fma(load_up_to(a.b + c, n), z, load_up_to(a.c + c, n));
-              store_up_to(a.grad_x + at, fma(load_up_to(a.a + c, n), g, constant), n);
+              store(sum_g + t * W, add(load(sum_g + t * W), total_g));
+              store(sum_gz + t * W, add(load(sum_gz + t * W), total_gz));
             }
           }
-          if (sums) {
-            store(weight_sum + c, add(load(weight_sum + c), grad_weight));
-            store(bias_sum + c, add(load(bias_sum + c), grad_bias));
-            threshold_sum.add_up(row * a.C, c, n, grad_threshold);
+          if (!sums) return;
+          for (int u = 0; u < U; u++) {
+            const int64_t at = c + u * W;
+            store(weight_sum + at, add(load(weight_sum + at), grad_weight[u]));
+            store(bias_sum + at, add(load(bias_sum + at), grad_bias[u]));
+            threshold_sum.add_up(row * a.C, at, n, grad_threshold[u]);
           }
-        }
+        });
         if (!whole) continue;
         for (int64_t t = 0; t < a.T; t++) {
           const int64_t r = t * a.rows + row;
           const F mean_g = div(set1(sum(load(sum_g + t * W))), channel_count);
           const F mean_gz = div(set1(sum(load(sum_gz + t * W))), channel_count);
           const F rstd = set1(a.rstd[r]), mean = set1(a.mean[r]);
-          for (int64_t c = 0; c < a.C; c += W) {
-            const int n = lanes(a.C, c);
-            const F z = mul(sub(load_up_to(a.x + r * a.C + c, n), mean), rstd);
-            const F centred = sub(sub(load(grad_z + t * padded + c), mean_g), mul(z, mean_gz));
-            store_up_to(a.grad_x + r * a.C + c, mul(centred, rstd), n);
-          }
+          for_channels(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+            for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
+              const F z = mul(sub(load_up_to(a.x + r * a.C + c, n), mean), rstd);
+              const F centred = sub(sub(load(grad_z + t * padded + c), mean_g), mul(z, mean_gz));
+              store_up_to(a.grad_x + r * a.C + c, mul(centred, rstd), n);
+            }
+          });
         }
       }
       threshold_sum.end_run();

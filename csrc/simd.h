@@ -21,6 +21,7 @@
 
 #define SPIKEDECODER_INLINE static inline __attribute__((always_inline))
 #define SPIKEDECODER_INLINE_MEMBER inline __attribute__((always_inline))
+#define SPIKEDECODER_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
@@ -160,7 +161,7 @@ SPIKEDECODER_INLINE Mask mask_of(uint32_t bits) {
 
 #endif
 
-// The first n lanes where that is fewer than all. `whole` is a constant in hot loops.
+// The first n lanes; hot loops call these with n = W, a constant.
 SPIKEDECODER_INLINE F load_up_to(const float* p, int n) { return n >= W ? load(p) : load_n(p, n); }
 SPIKEDECODER_INLINE void store_up_to(float* p, F a, int n) {
   if (n >= W) {
@@ -168,6 +169,26 @@ SPIKEDECODER_INLINE void store_up_to(float* p, F a, int n) {
   } else {
     store_n(p, a, n);
   }
+}
+
+// How many vectors are worked on at once, so that one's latency hides behind another's work.
+template <int U>
+struct Vectors {
+  static constexpr int count = U;
+};
+#if defined(SPIKEDECODER_AVX512)
+constexpr int AT_ONCE = 4;
+#else
+constexpr int AT_ONCE = 2;  // of half as many registers
+#endif
+
+// body(Vectors<U>, channel, lanes of each vector) over C channels; fewer than W lanes only in the last.
+template <int Most = AT_ONCE, class Body>
+SPIKEDECODER_INLINE void for_channels(int64_t C, const Body& body) {
+  int64_t c = 0;
+  for (; c + Most * W <= C; c += Most * W) body(Vectors<Most>{}, c, W);
+  for (; c + W <= C; c += W) body(Vectors<1>{}, c, W);
+  if (c < C) body(Vectors<1>{}, c, static_cast<int>(C - c));
 }
 
 // 2^a for a <= 0. It stops falling at 2^-110, which keeps denormal numbers (slow) out of

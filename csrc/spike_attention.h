@@ -66,7 +66,7 @@ static void scan_columns(const Scan& s, int64_t begin, int64_t end, int64_t colu
         }
       }
     }
-    const auto update = [&](int64_t row, auto product) {
+    const auto update = [&](int64_t row, auto product) SPIKEDECODER_INLINE_LAMBDA {
       for (int j = 0; j < V; j++) {
         float* at = state + row * columns + j * W;
         store(at, product(x[j], load(at)));
@@ -75,10 +75,10 @@ static void scan_columns(const Scan& s, int64_t begin, int64_t end, int64_t colu
     if (DenseU) {
       for (int64_t row = 0; row < s.d; row++) {
         const F weight = set1(u[row]);
-        update(row, [weight](F a, F b) { return fma(weight, a, b); });
+        update(row, [weight](F a, F b) SPIKEDECODER_INLINE_LAMBDA { return fma(weight, a, b); });
       }
     } else {
-      for_spikes(u, s.d, [&](int64_t row) { update(row, [](F a, F b) { return add(a, b); }); });
+      for_spikes(u, s.d, [&](int64_t row) SPIKEDECODER_INLINE_LAMBDA { update(row, [](F a, F b) SPIKEDECODER_INLINE_LAMBDA { return add(a, b); }); });
     }
     if (DenseR) {
       for (int64_t row = 0; row < s.d; row++) {
@@ -86,7 +86,7 @@ static void scan_columns(const Scan& s, int64_t begin, int64_t end, int64_t colu
         for (int j = 0; j < V; j++) sum[j] = fma(weight, load(state + row * columns + j * W), sum[j]);
       }
     } else {
-      for_spikes(r, s.d, [&](int64_t row) {
+      for_spikes(r, s.d, [&](int64_t row) SPIKEDECODER_INLINE_LAMBDA {
         for (int j = 0; j < V; j++) sum[j] = add(sum[j], load(state + row * columns + j * W));
       });
     }

@@ -59,7 +59,7 @@ void attention_lif_forward(const AttentionLifForward& a) {
                       {current + t * chunk, a.d, begin}, states + t * size, a.d, decay, a.scale, false},
                  begin, end);
           }
-          for_tokens(l, l.at(head), begin, end, [&](int64_t row, int64_t token, int64_t c, int n) {
+          for_tokens(l, l.at(head), begin, end, [&](int64_t row, int64_t token, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
             const F threshold = thresholds_at(a.threshold, row, c, n);
             F v = zero();
             for (int64_t t = 0; t < a.T; t++) {
@@ -103,7 +103,7 @@ void attention_lif_backward(const AttentionLifBackward& a) {
                       states + t * size, a.d, decay, a.scale, false},
                  begin, end);
           }
-          for_tokens(l, l.at(head), begin, end, [&](int64_t row, int64_t token, int64_t c, int n) {
+          for_tokens(l, l.at(head), begin, end, [&](int64_t row, int64_t token, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
             const F threshold = thresholds_at(a.threshold, row, c, n);
             float* const at = g + (begin + token) * a.d + c;
             F v = zero(), carry = zero(), grad_threshold = zero();
