@@ -256,6 +256,15 @@ void bind_spike_linear(py::module_& m) {
                      int64_t columns, int threads) {
     run(kernels().gather, make_sum_rows(words, source, bias, out, rows, bits, columns, threads));
   });
+  m.def("pack_and_gather", [](uintptr_t s, uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out,
+                              int64_t rows, int64_t bits, int64_t columns, int threads) {
+    const SumRows sum = make_sum_rows(words, source, bias, out, rows, bits, columns, threads);
+    const Pack packing{array<const float>(s, elements({rows, bits}), "s"), false, array<uint64_t>(words, rows, "words"),
+                       nullptr, rows, bits, threads};
+    py::gil_scoped_release release;
+    kernels().pack(packing);
+    kernels().gather(sum);
+  });
   m.def("subset_sums", [](uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows, int64_t bits,
                           int64_t columns, int threads) {
     run(kernels().subset_sums, make_sum_rows(words, source, bias, out, rows, bits, columns, threads));

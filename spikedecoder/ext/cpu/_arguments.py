@@ -28,6 +28,8 @@ def float32_on_cpu(call: Call) -> str | None:
 
 def dense(x: Tensor) -> Tensor:
     """x as contiguous float32; x itself where it is that already."""
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return x
     return x.detach().to(torch.float32).contiguous()
 
 

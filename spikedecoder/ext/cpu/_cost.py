@@ -26,6 +26,7 @@ from pathlib import Path
 from spikedecoder.ext.cpu import native
 
 METHODS = ("gather", "subset_sums", "dense")
+TRANSPOSE = 0.3  # nanoseconds per element, for a weight that does not lie by columns
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
 
 
@@ -85,8 +86,12 @@ def _methods(variant: str) -> tuple[str, ...]:
     return METHODS if variant == "avx512" else ("gather", "dense")
 
 
-def fastest(m: int, k: int, n: int, count: int, weight_grad: bool = False) -> str:
-    """One of METHODS, for s [m, k] with `count` ones and weight [n, k]."""
+def fastest(m: int, k: int, n: int, count: int, weight_grad: bool = False, transposed: bool = False) -> str:
+    """One of METHODS, for s [m, k] with `count` ones and weight [n, k]; `transposed`: if it has to be."""
     variant = native.variant()
     table = costs(variant)
-    return min(_methods(variant), key=lambda method: table.of(method, m, k, n, count, weight_grad))
+    extra = {"gather": TRANSPOSE * k * n, "subset_sums": TRANSPOSE * k * n} if transposed else {}
+    return min(
+        _methods(variant),
+        key=lambda method: table.of(method, m, k, n, count, weight_grad) + extra.get(method, 0.0),
+    )

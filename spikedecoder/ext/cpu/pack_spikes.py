@@ -29,7 +29,8 @@ def pack(spikes: Tensor) -> Tensor:
 
 def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
     """The words, and how many bits in them are set."""
-    spikes = spikes.detach().contiguous()
+    if not spikes.is_contiguous():
+        spikes = spikes.detach().contiguous()
     channels = spikes.shape[-1]
     words = torch.empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
     count = native.pack(

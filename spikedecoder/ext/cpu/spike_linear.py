@@ -15,20 +15,25 @@ from spikedecoder.ext.cpu.pack_spikes import pack_and_count, unpack
 
 why_not = float32_on_cpu
 
+FEW_ROWS = 32
+
 
 def forward(
     s: Tensor, weight: Tensor, bias: Tensor | None, method: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """(y [..., N] in the weight's dtype, s as words of bits). `method`: one of `_cost.METHODS`, or None.
 
-    The kernels read the weight by columns: a weight [N, K] whose transpose is contiguous is used as it is,
-    any other is transposed in each call, which costs more than the product itself for a handful of rows.
+    The kernels read the weight by columns: a weight [N, K] whose transpose is contiguous is used as it is
+    (``weight.t().contiguous().t()``, made once before generating), any other is transposed in each call,
+    which for a handful of rows costs more than the product itself.
     """
-    words, count = pack_and_count(s)
     channels, out_channels = s.shape[-1], weight.shape[0]
     rows = s.numel() // channels if channels else 0
+    if method is None and rows <= FEW_ROWS and _is_by_columns(weight):
+        return _few_rows(s, weight, bias, rows)
+    words, count = pack_and_count(s)
     if method is None:
-        method = _cost.fastest(rows, channels, out_channels, count)
+        method = _cost.fastest(rows, channels, out_channels, count, transposed=not _is_by_columns(weight))
     if method == "dense":
         return F.linear(s.to(weight.dtype), weight, bias), words
     y = torch.empty(*s.shape[:-1], out_channels)
@@ -40,6 +45,24 @@ def forward(
         *(rows, channels, out_channels, torch.get_num_threads()),
     )
     return y.to(weight.dtype), words
+
+
+def _is_by_columns(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.stride() == (1, weight.shape[0])
+
+
+def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    """Packing and gathering in one call, for generation: at this size each microsecond of Python counts."""
+    s = dense(s)
+    channels, out_channels = s.shape[-1], weight.shape[0]
+    y = torch.empty(*s.shape[:-1], out_channels)
+    words = torch.empty(*s.shape[:-1], -(-channels // 64), dtype=torch.int64)
+    bias = None if bias is None else dense(bias)
+    native.pack_and_gather(
+        *(s.data_ptr(), words.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr()),
+        *(rows, channels, out_channels, torch.get_num_threads()),
+    )
+    return y, words
 
 
 def by_columns(weight: Tensor) -> Tensor:
