@@ -171,12 +171,12 @@ class Completion:
         """Server-sent events, the last one [DONE]."""
         echoes = [choice(i, text, None) for i, text in enumerate(self.echoes()) if text]
         if echoes:
-            yield _event(self.body(echoes))
+            yield b"".join(_event(self.body([each])) for each in echoes)
         try:
             async for new in self.news():
                 choices = [choice(*each) for each in new if each[1] or each[2]]
-                for each in choices:  # clients look at the first choice of a chunk only
-                    yield _event(self.body([each]))
+                if choices:  # an event each: clients look at the first choice of an event only
+                    yield b"".join(_event(self.body([each])) for each in choices)
         except EngineError as error:
             yield _event(ApiError(503 if isinstance(error, Stopping) else 500, str(error)).body)
             return
