@@ -13,7 +13,7 @@ from spikedecoder.reference import pack_spikes as reference
 if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
 
-from spikedecoder.ext.cpu import _cost, native, pack_spikes, spike_linear
+from spikedecoder.ext.cpu import _cost, calibrate, native, pack_spikes, spike_linear
 
 FUZZ = settings(max_examples=60, deadline=None)
 
@@ -110,6 +110,37 @@ def test_a_broken_cost_file_is_named(monkeypatch, tmp_path):
     try:
         with pytest.raises(ValueError, match=r"SPIKEDECODER_SPIKE_LINEAR_COST.*costs\.json"):
             _cost.costs(native.variant())
+    finally:
+        monkeypatch.undo()
+        _cost.costs.cache_clear()
+
+
+def test_calibration_finds_the_constants_again():
+    """Points made from known constants give these constants back, and choices without regret."""
+    true = _cost.Costs(0.05, 0.3, 0.1, 0.2, 0.01, 0.7, 0.4, 0.03, 0.05)
+    points = []
+    for m, k, n in calibrate.SHAPES:
+        for rate in calibrate.RATES:
+            for weight_grad in (False, True):
+                case = (m, k, n, int(rate * m * k), weight_grad)
+                points += [calibrate.Point(w, *case, true.of(w, *case)) for w in _cost.METHODS]
+    found = calibrate.fit(points)
+    for point in points:
+        assert found.of(point.method, *point.case) == pytest.approx(point.nanoseconds, rel=0.05)
+    assert max(ratio for _, _, ratio in calibrate.regrets(points, found).values()) < 1.05
+
+
+def test_calibration_writes_what_the_model_reads(monkeypatch, tmp_path, capsys):
+    real = calibrate.measure
+    monkeypatch.setattr(calibrate, "SHAPES", ((64, 80, 80), (128, 80, 160)))
+    monkeypatch.setattr(calibrate, "measure", lambda: real(budget=0.002))
+    path = tmp_path / "costs.json"
+    assert calibrate.main([str(path)]) == 0
+    assert "its time" in capsys.readouterr().out
+    monkeypatch.setenv("SPIKEDECODER_SPIKE_LINEAR_COST", str(path))
+    _cost.costs.cache_clear()
+    try:
+        assert isinstance(_cost.costs(native.variant()), _cost.Costs)
     finally:
         monkeypatch.undo()
         _cost.costs.cache_clear()

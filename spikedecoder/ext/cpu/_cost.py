@@ -3,7 +3,7 @@
 For M rows of K channels, of which `count` values in all are 1, and N output channels:
 
     gather       count * (N * add + entry) + M * K * word + M * N * row
-    subset_sums  M * K * N * look_up + K * N * table
+    subset_sums  M * K * N * look_up + K * N * table + M * N * store
     dense        M * K * N * multiply_add + M * N * row
 
 in nanoseconds of one thread; the ways share threads alike, so that their number does not matter. A weight
@@ -40,6 +40,7 @@ class Costs:
     row: float
     look_up: float
     table: float
+    store: float
     multiply_add: float
     bits: float
 
@@ -50,15 +51,16 @@ class Costs:
             sums = count * (n * self.add + self.entry) + rows * summed * self.word + rows * n * self.row
             return sums + extra
         if method == "subset_sums":
-            return rows * summed * n * self.look_up + summed * n * self.table + extra
+            sums = rows * summed * n * self.look_up + rows * n * self.store
+            return sums + summed * n * self.table + extra
         return rows * summed * n * self.multiply_add + rows * n * self.row + extra
 
 
-# AMD EPYC (Zen 4), two threads, torch 2.13 with its own BLAS.
+# AMD EPYC (Zen 4), one thread, torch 2.13 with its own BLAS, which used AVX-512 for all three rows.
 COSTS = {
-    "avx512": Costs(0.0957, 0.0, 0.179, 0.471, 0.0227, 1.18, 0.0604, 0.0631),
-    "avx2": Costs(0.0957, 0.0, 0.273, 0.654, 0.0, 0.0, 0.0604, 0.295),
-    "baseline": Costs(0.164, 0.0, 0.349, 0.852, 0.0, 0.0, 0.0604, 0.272),
+    "avx512": Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0.0378),
+    "avx2": Costs(0.049, 0.0, 0.109, 0.32, 0.0, 0.0, 0.0, 0.0242, 0.0804),
+    "baseline": Costs(0.0937, 0.0, 0.169, 0.303, 0.0, 0.0, 0.0, 0.0242, 0.0223),
 }
 
 

@@ -33,7 +33,7 @@ SHAPES = (
     (1024, 1024, 512),
 )
 RATES = (0.02, 0.08, 0.2, 0.5)
-NAMES = ("add", "entry", "word", "row", "look_up", "table", "multiply_add", "bits")
+NAMES = ("add", "entry", "word", "row", "look_up", "table", "store", "multiply_add", "bits")
 
 
 @dataclass(frozen=True)
