@@ -63,7 +63,7 @@ class DecoderState:
         for row in rows:
             if not -self.batch_size <= row < self.batch_size:
                 raise ValueError(f"rows: got {row}, takes 0 to {self.batch_size - 1}")
-        index = torch.tensor(list(rows), device=self.position.device)
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.position.device)
         chosen = self._map(lambda t: t.index_select(0 if t is self.position else self._batch_dim, index))
         chosen.longest = int(chosen.position.max()) if len(index) else 0
         return chosen
