@@ -3,7 +3,7 @@
     python bench/quality.py --seeds 2 --steps 800 --out bench/results/quality-small      (about 25 minutes)
     python bench/quality.py --only "default,ann + shift" --text book.txt --tokenizer original-char
 
-Each row of LADDER is trained through `spikedecoder.training.train` with every seed. Reported are held-out bits
+Each row of LADDER is trained through `spikedecoder.training.train` with every seed. Reported: held-out bits
 per token at the end of the run, mean and (from two seeds on) a 95 % confidence half-width by Student's t, the
 mean spike rate, and tokens per second. Finished rows are kept in OUT.json, so an interrupted study goes on.
 """
