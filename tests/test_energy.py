@@ -397,3 +397,24 @@ def test_bad_arguments():
         ledger.joules(activation_bits=2)
     with energy.Recorder(model, "prompt"), pytest.raises(ValueError, match="takes 'token'"):
         model.prefill(tokens())
+
+
+def test_decay_and_norm_of_the_attention_are_billed():
+    plain = small()
+    options = {"decay_fastest": 0.7, "decay_slowest": 0.9, "attention_norm": True}
+    model = small(**options)
+    ids = tokens()
+    c = model.config
+    for mode in ("prompt", "token"):
+        ledger = energy.measure(model, ids, mode=mode)
+        for block in range(c.blocks):
+            rows = {
+                r.operation: r for r in ledger.rows if r.layer == f"blocks.{block}.attention.attention_lif"
+            }
+            if mode == "token":
+                size = c.embed_dim // c.heads
+                assert rows["decay"].mul == c.timesteps * c.heads * size * size * ids.numel()
+            else:
+                assert rows["decay"].mul == rows["(q k^T) v"].events
+            assert rows["norm"].count == c.timesteps * ids.numel() * c.embed_dim
+        assert not [r for r in energy.measure(plain, ids, mode=mode).rows if r.operation == "decay"]

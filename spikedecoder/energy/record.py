@@ -218,8 +218,16 @@ class Recorder:
             written = (k.sum(-1, dtype=torch.float64) * v.sum(-1, dtype=torch.float64)).sum()
             common |= {"written": int(written), "read": common["spikes"] * d, "state": t * heads * d * d}
             self._add(build.spiking_attention(layer, recurrent=True, **common))
+            decayed = q.shape[1] * q.shape[2] * common["state"]
         else:
-            self._add(build.spiking_attention(layer, recurrent=False, **common, **_quadratic(q, k, v)))
+            work = _quadratic(q, k, v)
+            self._add(build.spiking_attention(layer, recurrent=False, **common, **work))
+            decayed = work["scored"]
+        if module.decay is not None:
+            self._add(build.decay(layer, values=decayed, recurrent=self.mode == "token"))
+        if module.norm is not None:
+            rows, reads = s.numel() // s.shape[-1], self._reads(inputs[0])
+            self._add(build.norm(layer, module.norm.kind, rows=rows, channels=s.shape[-1], reads=reads))
         self._add_lif(layer, module.lif, s, input_words=0)
 
     def _softmax_attention(

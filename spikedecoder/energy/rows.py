@@ -180,6 +180,13 @@ def spiking_attention(
     return [first, second, scale]
 
 
+def decay(layer: str, *, values: int, recurrent: bool) -> list[Row]:
+    """The attention's forgetting: a product per number of the state and token, or per score that is not 0."""
+    row = Row(layer, "decay", "other", "values", count=values, mul=values)
+    row.note = "one multiplication per " + ("number of the state and token" if recurrent else "score not 0")
+    return [row]
+
+
 def softmax_attention(
     layer: str, *, tokens: int, width: int, heads: int, pairs: int, recurrent: bool
 ) -> list[Row]:
