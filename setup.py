@@ -58,7 +58,7 @@ def chosen_modules() -> list[str]:
             raise SystemExit(f"SPIKEDECODER_BUILD={mode}: needs GCC or Clang (set CXX, or install g++)")
         print("spikedecoder: no C++ compiler (GCC or Clang) found: installing without the compiled extension")
         return []
-    has_cuda_source = (ROOT / "csrc" / "bindings.cu").exists()
+    has_cuda_source = (ROOT / "csrc" / "bindings_cuda.cpp").exists()
     if mode == "cuda" and find_nvcc() is None:
         raise SystemExit("SPIKEDECODER_BUILD=cuda: needs nvcc (set CUDACXX or CUDA_HOME)")
     with_cuda = has_cuda_source and mode in ("auto", "cuda") and find_nvcc() is not None

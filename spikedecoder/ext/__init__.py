@@ -5,10 +5,12 @@ Nothing here is needed: without it every operator runs on the reference backend.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
 NOT_BUILT = "the compiled extension is not built: pip install . with a C++ compiler"
+CUDA_NOT_BUILT = "the CUDA module is not built: SPIKEDECODER_BUILD=cuda pip install . with nvcc on the PATH"
 
 
 def is_built() -> bool:
@@ -16,12 +18,18 @@ def is_built() -> bool:
     return importlib.util.find_spec("spikedecoder._C") is not None
 
 
+def is_cuda_built() -> bool:
+    """Whether `spikedecoder._C_cuda` was built; it is not loaded to find out."""
+    return importlib.util.find_spec("spikedecoder._C_cuda") is not None
+
+
 def info() -> dict[str, Any]:
     """What the extension consists of here, for `spikedecoder doctor`.
 
     Keys: "cpu" and "cuda", each a dict with "built" (bool) and, if something is missing, "mend" (a sentence
     with the command). Built, "cpu" has "variants" (those that this CPU can run, best first), "variant" (the
-    one in force), "compiler", "openmp" (version date or None), "threads" and "keeps_freed_memory".
+    one in force), "compiler", "openmp" (version date or None), "threads" and "keeps_freed_memory"; "cuda" has
+    "compiler", "architectures" (of machine code, and PTX as "NN-virtual") and "loaded" (there is a GPU).
     """
     cpu: dict[str, Any] = {"built": is_built()}
     if cpu["built"]:
@@ -41,4 +49,16 @@ def info() -> dict[str, Any]:
             cpu["mend"] = "built without OpenMP: one thread only. Install libomp or GCC, then pip install ."
     else:
         cpu["mend"] = NOT_BUILT
-    return {"cpu": cpu, "cuda": {"built": False, "mend": "the CUDA module is not built"}}
+    return {"cpu": cpu, "cuda": _cuda_info()}
+
+
+def _cuda_info() -> dict[str, Any]:
+    if not is_cuda_built():
+        return {"built": False, "mend": CUDA_NOT_BUILT}
+    import torch
+
+    module = importlib.import_module("spikedecoder._C_cuda")
+    found = {"built": True, "compiler": module.compiler, "architectures": module.architectures.split()}
+    if not torch.cuda.is_available():
+        return {**found, "loaded": False, "mend": "torch sees no GPU here"}
+    return {**found, "loaded": True}

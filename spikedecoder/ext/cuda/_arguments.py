@@ -1,0 +1,33 @@
+"""What the modules of this backend share: what can run here, and tensors as the C++ functions take them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ext.cuda import missing
+from spikedecoder.ops._dispatch import Call
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.bool: 3, torch.uint8: 3}
+
+
+def on_a_gpu(call: Call, *, bytes_too: bool = False) -> str | None:
+    """Why this backend cannot run the call; None if it can."""
+    reason = missing()
+    if reason is not None:
+        return reason
+    if call.device.type != "cuda":
+        return f"it runs on a GPU, the tensors are on {call.device}"
+    if call.dtype not in TYPES or (not bytes_too and TYPES[call.dtype] == 3):
+        return f"it takes float32, float16 or bfloat16, got {call.dtype}"
+    return None
+
+
+def address(x: Tensor | None) -> int:
+    """0 for None. The caller holds x until the work is queued; the allocator waits for the stream."""
+    return 0 if x is None else x.data_ptr()
+
+
+def queue(x: Tensor) -> tuple[int, int]:
+    """What every kernel ends with: x's device and the stream in force there."""
+    return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream

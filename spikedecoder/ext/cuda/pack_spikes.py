@@ -1,0 +1,38 @@
+"""Packing on the GPU (csrc/pack_spikes.cu)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ext.cuda import native
+from spikedecoder.ext.cuda._arguments import TYPES, address, on_a_gpu, queue
+from spikedecoder.ops._dispatch import Call
+
+
+def why_not(call: Call) -> str | None:
+    return on_a_gpu(call, bytes_too=True)
+
+
+def pack(spikes: Tensor) -> Tensor:
+    spikes = spikes.detach().contiguous()
+    channels = spikes.shape[-1]
+    words = spikes.new_empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
+    rows = spikes.numel() // channels if channels else 0
+    native.pack(address(spikes), TYPES[spikes.dtype], address(words), rows, channels, *queue(spikes))
+    return words
+
+
+def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    words = words.contiguous()
+    values = words.new_empty(*words.shape[:-1], channels, dtype=dtype)
+    rows = values.numel() // channels if channels else 0
+    native.unpack(address(words), address(values), TYPES[dtype], rows, channels, *queue(words))
+    return values
+
+
+def transpose_bits(words: Tensor, rows: int, channels: int) -> Tensor:
+    """words [rows, ceil(C / 64)] -> [C, ceil(rows / 64)]."""
+    out = words.new_empty(channels, -(-rows // 64))
+    native.transpose_bits(address(words), address(out), rows, channels, *queue(words))
+    return out

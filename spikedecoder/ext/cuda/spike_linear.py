@@ -1,0 +1,47 @@
+"""Linear layer on spikes on the GPU (csrc/spike_linear.cu): sums of the weight's columns that spiked.
+
+It reads no multiplication's worth of zeros, so it wins where rates are low or rows are few; tensor cores win
+on large dense shapes. Nothing here waits for the GPU to learn the rate.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from spikedecoder.ext.cuda import native
+from spikedecoder.ext.cuda._arguments import TYPES, address, on_a_gpu, queue
+from spikedecoder.ext.cuda.pack_spikes import pack, transpose_bits
+
+why_not = on_a_gpu
+
+
+def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y [..., N] in the weight's dtype, s as words of bits).
+
+    A weight [N, K] whose transpose is contiguous is read as it is, any other is transposed in each call.
+    """
+    words = pack(s)
+    channels, out_channels = s.shape[-1], weight.shape[0]
+    columns = weight.detach().t().contiguous()
+    bias = None if bias is None else bias.detach().to(weight.dtype).contiguous()
+    rows = s.numel() // channels if channels else 0
+    y = weight.new_empty(*s.shape[:-1], out_channels)
+    native.gather(
+        *(address(words), address(columns), address(bias), address(y), TYPES[weight.dtype]),
+        *(rows, channels, out_channels, *queue(s)),
+    )
+    return y, words
+
+
+def weight_grad(words: Tensor, channels: int, grad: Tensor) -> Tensor:
+    """grad_weight [N, K]: the sum of grad [..., N] over the rows in which each channel spiked."""
+    grad = grad.detach().contiguous()
+    out_channels = grad.shape[-1]
+    rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
+    by_channel = grad.new_empty(channels, out_channels)
+    bits = transpose_bits(words.contiguous(), rows, channels)
+    native.gather(
+        *(address(bits), address(grad), 0, address(by_channel), TYPES[grad.dtype]),
+        *(channels, rows, out_channels, *queue(grad)),
+    )
+    return by_channel.t().contiguous()

@@ -1,0 +1,109 @@
+"""The CUDA module: its machine code, read without a GPU; its operators, on one."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikedecoder import ext, ops
+from spikedecoder.ops._dispatch import Call
+from spikedecoder.testing import cases, make_inputs, run
+
+needs_module = pytest.mark.skipif(not ext.is_cuda_built(), reason=ext.CUDA_NOT_BUILT)
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that Triton brings."""
+    triton = importlib.util.find_spec("triton")
+    bundled = (
+        Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
+    )
+    return str(bundled) if bundled and bundled.exists() else shutil.which("cuobjdump")
+
+
+def dump(*options: str) -> str:
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("needs cuobjdump")
+    module = importlib.util.find_spec("spikedecoder._C_cuda").origin
+    return subprocess.run([tool, *options, module], capture_output=True, text=True, check=True).stdout
+
+
+@needs_module
+def test_there_is_machine_code_for_each_architecture_and_ptx():
+    architectures = ext.info()["cuda"]["architectures"]
+    code, ptx = dump("-lelf"), dump("-lptx")
+    for architecture in architectures:
+        number, _, kind = architecture.partition("-")
+        assert f"sm_{number}." in (code if kind == "real" else ptx)
+    assert sum(a.endswith("virtual") for a in architectures) == 1
+
+
+@needs_module
+def test_no_kernel_spills():
+    usage = re.findall(r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage"))
+    assert any("gather_kernel" in name for name, *_ in usage)
+    for name, registers, stack, local in usage:
+        assert (int(stack), int(local)) == (0, 0), name
+        assert int(registers) <= 64, name
+
+
+@needs_module
+@pytest.mark.parametrize("element", ["f", "6__half", "13__nv_bfloat16"])
+def test_the_source_is_loaded_16_bytes_at_a_time(element):
+    for function in dump("-sass").split("Function : ")[1:]:
+        if re.match(rf"\S*gather_kernelI{element}Li[48]E", function):
+            assert "LDG.E.128" in function
+            assert "STG.E.128" in function
+            break
+    else:
+        pytest.fail("no such kernel")
+
+
+def test_without_a_gpu_the_reason_is_given():
+    from spikedecoder.ext.cuda import NO_GPU, pack_spikes
+
+    reason = pack_spikes.why_not(Call(torch.device("cuda"), torch.float32, (1, 64)))
+    if torch.cuda.is_available():
+        assert reason is None or not ext.is_cuda_built()
+    else:
+        assert reason == (NO_GPU if ext.is_cuda_built() else ext.CUDA_NOT_BUILT)
+
+
+@pytest.mark.gpu
+@needs_module
+@pytest.mark.parametrize("case", cases("pack_spikes", "spike_linear"), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_parity(case, dtype):
+    with ops.use_backend("cuda"):
+        actual = run(case, make_inputs(case, dtype, "cuda"))
+    with ops.use_backend("reference"):
+        expected = run(case, make_inputs(case, torch.float64, "cuda"))
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    for name in actual:
+        torch.testing.assert_close(
+            actual[name].double(), expected[name].double(), rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.gpu
+@needs_module
+def test_large_and_odd_shapes():
+    """Whole numbers: every order of summation gives the same floats."""
+    from spikedecoder.ext.cuda import pack_spikes, spike_linear
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    for m, k, n in ((5000, 130, 77), (3, 4100, 2048), (1, 1, 1), (70_000, 64, 8)):
+        s = (torch.rand(m, k, generator=generator, device="cuda") < 0.1).float()
+        weight = torch.randint(-8, 9, (n, k), generator=generator, device="cuda").float()
+        grad = torch.randint(-8, 9, (m, n), generator=generator, device="cuda").float()
+        y, words = spike_linear.forward(s, weight, None)
+        assert torch.equal(y, s @ weight.t())
+        assert torch.equal(pack_spikes.unpack(words, k, torch.float32), s)
+        assert torch.equal(spike_linear.weight_grad(words, k, grad), grad.t() @ s)
