@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from spikedecoder import SpikeDecoder, SpikeDecoderConfig, __version__
+from spikedecoder import SpikeDecoderConfig, __version__
 from spikedecoder.checkpoint import write_bytes, write_json
 from spikedecoder.data import Corpus, ngram_bits, prepare_corpus
 from spikedecoder.training import TrainConfig, train
@@ -72,15 +72,15 @@ def run(name: str, seed: int, corpus: Corpus, steps: int, length: int) -> dict[s
     )
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        result = train(config, corpus, settings, out=Path(folder) / "run")
-    rates = list(result.spike_rates.values())
+        result = train(config, corpus, settings, out=Path(folder) / "run").to_dict()
+    rates = list(result["spike_rates"].values())
     return {
         "seed": seed,
-        "bits": result.val_bits_per_token,
+        "bits": result["val_bits_per_token"],
         "spike_rate": statistics.mean(rates) if rates else None,
-        "tokens_per_second": round(result.tokens_per_second),
+        "tokens_per_second": round(result["tokens_per_second"]),
         "seconds": round(time.perf_counter() - begin, 1),
-        "parameters": sum(p.numel() for p in SpikeDecoder(config).parameters()),
+        "parameters": result["parameters"],
     }
 
 
