@@ -101,6 +101,7 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+_WITHOUT_PRODUCT = ("scan_segments", "pack_kernel", "lif_forward")  # kernels beside those with the product
 STREAM = ("128-bit loads", "128-bit stores", "no spill")
 LOADS = ("128-bit loads", "no spill")
 DOT = ("tensor core", "no spill")
@@ -191,8 +192,74 @@ def norm_lif_rows() -> Iterator[Row]:
         yield Row("norm_lif", "channel backward, x", "bf16", size, 6 * mega, STREAM, apply)
 
 
+def attention_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import spike_attention as k
+
+    def row(call: str, dtype: torch.dtype, B: int, S: int, d: int, decay: bool) -> Row:
+        q, key, v, grad = (meta((4, B, S, 8, d), dtype).transpose(2, 3) for _ in range(4))
+        powers = meta((8,), torch.float32) if decay else None
+        run = {
+            "forward": lambda: k.forward(q, key, v, 0.125, powers, None, False),
+            "backward": lambda: k.backward(grad, q, key, v, 0.125, powers, None),
+        }[call]
+        moved = q.numel() * dtype.itemsize * (4 if call == "forward" else 7)
+        name = f"T = 4, B H = {8 * B}, S = {S}, d = {d}"
+        needs = ("tensor core",) if dtype == torch.float32 and d > 64 else DOT
+        return Row("spike_attention", call + ", decay" * decay, _TYPES[dtype], name, moved, needs, run)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for call in ("forward", "backward"):
+        yield row(call, bf16, 16, 2048, 64, False)
+        yield row(call, bf16, 32, 256, 16, False)
+    for call in ("forward", "backward"):
+        for dtype, B, S, d, decay in (
+            (bf16, 16, 2048, 32, False), (bf16, 16, 2048, 128, False), (bf16, 1, 65536, 64, False),
+            (bf16, 16, 2048, 64, True), (fp16, 16, 2048, 64, False), (fp32, 16, 2048, 64, False),
+            (fp32, 16, 2048, 128, True),
+        ):  # fmt: skip
+            yield row(call, dtype, B, S, d, decay)
+
+
+def attention_lif_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import spike_attention_lif as k
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for T, dtype, B, S, d, decay in (
+        (4, bf16, 16, 2048, 64, False), (4, bf16, 32, 256, 16, False), (4, bf16, 16, 2048, 32, False),
+        (8, bf16, 16, 2048, 16, False), (4, bf16, 16, 2048, 64, True), (4, fp16, 16, 2048, 64, False),
+        (4, bf16, 16, 2048, 128, False), (16, bf16, 16, 2048, 64, False), (4, fp32, 16, 2048, 64, False),
+    ):  # fmt: skip
+        q, key, v = (meta((T, B, S, 8, d), dtype).transpose(2, 3) for _ in range(3))
+        powers = meta((8,), torch.float32) if decay else None
+        run = functools.partial(k.forward, q, key, v, 0.125, powers, 1.0, LIFParams())
+        name = f"T = {T}, B H = {8 * B}, S = {S}, d = {d}"
+        call, moved = "forward" + ", decay" * decay, 4 * q.numel() * dtype.itemsize
+        yield Row("spike_attention_lif", call, _TYPES[dtype], name, moved, DOT, run)
+
+
+def linear_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import spike_linear as k
+
+    for dtype, M, K, N in (
+        (torch.bfloat16, 32768, 512, 2048), (torch.bfloat16, 32768, 80, 160), (torch.float16, 32768, 512, 2048),
+        (torch.float32, 32768, 512, 2048),
+    ):  # fmt: skip
+        s, grad, weight, bias = meta((M, K), dtype), meta((M, N), dtype), meta((N, K), dtype), meta((N,), dtype)
+        words = meta((M, -(-K // 64)), torch.int64)
+        size, b = f"M = {M}, K = {K}, N = {N}", dtype.itemsize
+        forward = functools.partial(k.forward, s, weight, bias)
+        backward = functools.partial(k.weight_grad, words, K, grad)
+        moved = b * (M * K + N * K + M * N) + M * K / 8
+        yield Row("spike_linear", "forward", _TYPES[dtype], size, moved, DOT, forward)
+        moved = b * (M * N + N * K) + M * K / 8
+        yield Row("spike_linear", "weight gradient", _TYPES[dtype], size, moved, DOT, backward)
+
+
 def rows() -> Iterator[Row]:
     yield from lif_rows()
+    yield from attention_lif_rows()
+    yield from linear_rows()
+    yield from attention_rows()
     yield from norm_lif_rows()
     yield from small_rows()
 
@@ -282,13 +349,15 @@ def compile_all(
 def faults(c: Compiled) -> list[str]:
     """Where the compiled code is not what its row needs; empty if it is."""
     wrong = []
+    if c.shared > (limit := {80: 163, 90: 227, 100: 227}[c.target] * 1024):
+        wrong.append(f"{c.shared} bytes of shared memory, a program has {limit}")
     if "no spill" in c.needs and c.spills:
         wrong.append(f"spills: {c.local} bytes of local memory")
     if "128-bit loads" in c.needs and 128 not in c.widths("LDG", "LDGSTS"):
         wrong.append(f"widest load is {max(c.widths('LDG', 'LDGSTS'), default=0)} bits")
     if "128-bit stores" in c.needs and 128 not in c.widths("STG"):
         wrong.append(f"widest store is {max(c.widths('STG'), default=0)} bits")
-    if "tensor core" in c.needs and not c.tensor_core:
+    if "tensor core" in c.needs and not c.tensor_core and c.kernel not in _WITHOUT_PRODUCT:
         wrong.append("no tensor-core instruction")
     return wrong
 

@@ -56,9 +56,9 @@ MAX_ROW = 4096  # channels whose row statistics a program takes in registers
 
 
 def why_not(call: Call) -> str | None:
-    if call.shape[0] > MAX_T:
+    if call.shape and call.shape[0] > MAX_T:
         return f"T = {call.shape[0]}: its norm_lif keeps up to {MAX_T} timesteps in registers"
-    if call.options.get("rows") and call.shape[-1] > MAX_ROW:
+    if call.shape and call.options.get("rows") and call.shape[-1] > MAX_ROW:
         return f"C = {call.shape[-1]}: its layer norm keeps rows of up to {MAX_ROW} channels in registers"
     return _launch.why_not(call)
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from spikedecoder.kernels import _launch
 
 Make = Callable[..., Tensor]
-SHAPES = [(1, 1), (1, 7), (1, 256), (2, 33), (3, 100), (8, 64), (16, 129), (32, 256), (5, 1000), (64, 2048)]
+SHAPES = [(1, 1), (1, 7), (1, 256), (2, 33), (3, 100), (8, 64), (16, 129), (32, 256), (8, 1000), (64, 2048)]
 P = LIFParams()
 
 
@@ -48,7 +48,29 @@ def small(batch: int, tokens: int, make: Make) -> None:
     pack_spikes.unpack(pack_spikes.pack(x), 80, x.dtype)
 
 
-USES = [lif, norm_lif, small]
+def linear(batch: int, tokens: int, make: Make) -> None:
+    from spikedecoder.kernels import spike_linear as k
+
+    y, words = k.forward(make(4, batch, tokens, 80), make(160, 80), make(160))
+    k.weight_grad(words, 80, y)
+
+
+def attention(batch: int, tokens: int, make: Make) -> None:
+    from spikedecoder.kernels import spike_attention as k
+
+    q = make(4, batch, tokens, 5, 16).transpose(2, 3)
+    k.forward(q, q, q, 0.125, None, None, False)
+    k.backward(q, q, q, q, 0.125, None, None)
+
+
+def attention_lif(batch: int, tokens: int, make: Make) -> None:
+    from spikedecoder.kernels import spike_attention_lif as k
+
+    q = make(4, batch, tokens, 5, 16).transpose(2, 3)
+    k.forward(q, q, q, 0.125, None, 1.0, P)
+
+
+USES = [lif, norm_lif, small, linear, attention, attention_lif]
 
 
 def meta(*shape: int) -> Tensor:
@@ -64,6 +86,21 @@ def test_no_shape_asks_for_another_kernel(use: Callable[..., None], major: int) 
             use(batch, tokens, meta)
         keys.append({launch.key for launch in launches})
     assert keys[0] and all(found == keys[0] for found in keys)
+
+
+@pytest.mark.parametrize("use", [attention, attention_lif], ids=lambda use: use.__name__)
+def test_long_sequences_too_few_to_fill_a_gpu_add_one_variant(use: Callable[..., None]) -> None:
+    keys = set()
+    for batch, tokens in [*SHAPES, (1, 1100), (1, 8192), (2, 65536)]:
+        with _launch.record(9) as launches:
+            use(batch, tokens, meta)
+        keys |= {launch.key for launch in launches}
+    with _launch.record(9) as launches:
+        use(8, 64, meta)
+    short = {launch.key for launch in launches}
+    with _launch.record(9) as launches:
+        use(1, 8192, meta)
+    assert keys == short | {launch.key for launch in launches}
 
 
 def test_the_key_does_change_with_what_is_compiled_in() -> None:

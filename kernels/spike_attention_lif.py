@@ -1,0 +1,175 @@
+"""Causal spiking self-attention, then LIF over T; forward in one kernel that never writes the attention.
+
+    a[t] = attention(q[t], k[t], v[t]) scale,   spikes = LIF(a)          (see `spike_attention`, `LIFParams`)
+
+q, k, v and spikes [T, B, S, H, d] in memory. A program owns one head of one sequence and BLOCK_V columns of v.
+It walks the sequence in chunks, and within a chunk all T timesteps, with the membrane potentials of the chunk
+and the T states k^T v [d, BLOCK_V] in float32 registers. a is rounded to the dtype of q before it charges the
+membrane, as if it had been written: the spikes are bit for bit those of attention and LIF one after the other.
+
+Where T states are too large for the registers (float32, d > 64, T > 4, or 8 with d <= 16), or long sequences are
+too few to fill the device, the two kernels run one after the other. Backward always does so: it computes a
+again, then the LIF's gradient, then the attention's.
+
+Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (q and k are read again from cache by
+the d / BLOCK_V programs of a head); one after the other 6 b. Backward 17 b where attention's takes 10 b; the
+minimum is 7 b. Bound by memory bandwidth.
+"""
+
+# mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from spikedecoder.kernels import lif as lif_kernels
+from spikedecoder.kernels import spike_attention as attention
+from spikedecoder.kernels._launch import cdiv, kernel, launch, major, multiprocessors, power_of_2, why_not
+from spikedecoder.kernels._neuron import as_spikes, charge, neuron_forward, reset, threshold_argument
+from spikedecoder.kernels.spike_attention import (
+    POWERS,
+    Blocks,
+    Pass,
+    advance_state,
+    attend_chunk,
+    causal_weights,
+    heads_last,
+    load_tile,
+    power_table,
+    store_tile,
+    walk,
+)
+from spikedecoder.params import LIFParams
+from spikedecoder.reference import spike_attention as reference
+
+__all__ = ["backward", "forward", "why_not"]
+
+
+@kernel
+def attention_lif_forward(
+    q_ptr, k_ptr, v_ptr, spikes_ptr, powers_ptr, threshold_ptr, batch, tokens, heads,
+    scale, threshold, tau, v_reset,
+    T: tl.constexpr, D: tl.constexpr, SCORE: tl.constexpr, STATE: tl.constexpr, KV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr,
+    RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Program (sequence, head, columns)."""
+    ACROSS: tl.constexpr = (D + BLOCK_V - 1) // BLOCK_V
+    head = tl.program_id(0) // ACROSS
+    h = head % heads
+    row_stride = heads * D
+    base = ((head // heads).to(tl.int64) * tokens * heads + h) * D
+    timestep = batch.to(tl.int64) * tokens * heads * D
+    d = tl.arange(0, BLOCK_D)
+    e = tl.program_id(0) % ACROSS * BLOCK_V + tl.arange(0, BLOCK_V)
+    powers = powers_ptr
+    if DECAY:
+        powers = powers_ptr + h * POWERS
+    weights = causal_weights(powers, BLOCK_S, DECAY)
+    if threshold_ptr is not None:
+        threshold = tl.load(threshold_ptr)
+    states = ()
+    for t in tl.static_range(T):
+        states = states + (tl.zeros((BLOCK_D, BLOCK_V), tl.float32),)
+    for first in range(0, tokens, BLOCK_S):
+        potential = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
+        count = tl.minimum(BLOCK_S, tokens - first)
+        after = ()
+        at_t = base
+        for t in tl.static_range(T):
+            q = load_tile(q_ptr, at_t, first, tokens, tokens, row_stride, d, D, False, BLOCK_S)
+            k = load_tile(k_ptr, at_t, first, tokens, tokens, row_stride, d, D, False, BLOCK_S)
+            v = load_tile(v_ptr, at_t, first, tokens, tokens, row_stride, e, D, False, BLOCK_S)
+            a = attend_chunk(q, k, v, states[t], weights, powers, 1, 1, 1, SCORE, STATE, DECAY, BLOCK_S, BLOCK_V)
+            a = (a * scale).to(q_ptr.dtype.element_ty).to(tl.float32)
+            after = after + (advance_state(k, v, states[t], powers, count, K, V, KV, DECAY, BLOCK_S),)
+            charged = charge(a, potential, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
+            fired = charged - threshold >= 0
+            spikes = as_spikes(fired, spikes_ptr.dtype.element_ty)
+            store_tile(spikes_ptr, spikes, at_t, first, tokens, tokens, row_stride, e, D, False, BLOCK_S)
+            potential = reset(charged, fired, threshold, v_reset, HARD)
+            at_t += timestep
+        states = after
+
+
+def blocks(
+    T: int, batch: int, tokens: int, heads: int, d: int, way: Pass, device: torch.device
+) -> Blocks | None:
+    """The table: tiles whose T states fit the registers; None where two kernels one after the other are better:
+    states too large, or so few programs that attention alone, with T times as many, fills the device better."""
+    padded = max(16, power_of_2(d))
+    if way.dtype == torch.float32 or padded > 64 or T > (8 if padded == 16 else 4):
+        return None
+    integers = way.decay is None and way.dtype == torch.bfloat16
+    columns = 32 if integers and padded == 64 and major(device) != 8 else 16
+    if tokens > 1024 and batch * heads * cdiv(d, columns) < multiprocessors(device):
+        return None
+    return Blocks(32 if major(device) == 8 else 64, padded, columns)
+
+
+def _current(way: Pass, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The attention [T, B, S, H, d]; for heads wider than its kernel takes by PyTorch's products."""
+    if q.shape[-1] <= attention.MAX_D:
+        return walk(way, q, k, v, scale)
+    q, k, v = (x.transpose(2, 3) for x in (q, k, v))
+    return heads_last(reference.forward(q, k, v, scale, way.decay, None, False)[0])
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    decay: Tensor | None,
+    threshold: Tensor | float,
+    p: LIFParams,
+) -> Tensor:
+    """Spikes [T, B, H, S, d], laid out heads last."""
+    q, k, v = (heads_last(x) for x in (q, k, v))
+    spikes = torch.empty_like(q)
+    if q.numel() == 0:
+        return spikes.transpose(2, 3)
+    T, batch, tokens, heads, d = q.shape
+    way = Pass(decay, power_table(decay), q.dtype)
+    size = blocks(T, batch, tokens, heads, d, way, q.device)
+    if size is None:
+        current = _current(way, q, k, v, scale)
+        return lif_kernels.forward(current, threshold, None, p, want_v=False)[0].transpose(2, 3)
+    _, pointer, number = threshold_argument(threshold, q.shape[1:])
+    launch(
+        attention_lif_forward, (batch * heads * cdiv(d, size.columns),), q_ptr=q, k_ptr=k, v_ptr=v, spikes_ptr=spikes,
+        powers_ptr=way.powers, threshold_ptr=pointer, batch=batch, tokens=tokens, heads=heads,
+        scale=scale, threshold=number, T=T, D=d, SCORE=1 if decay is None else way.real,
+        STATE=way.real if decay is not None else 2 if tokens <= 1 << 16 else 3, BLOCK_S=size.tokens,
+        BLOCK_D=size.d, BLOCK_V=size.columns, num_stages=1, **way.flags(1, 1), **neuron_forward(p),
+    )  # fmt: skip
+    return spikes.transpose(2, 3)
+
+
+def backward(
+    grad_spikes: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    decay: Tensor | None,
+    threshold: Tensor | float,
+    p: LIFParams,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv laid out heads last, grad_threshold)."""
+    if q.numel() == 0:
+        zero = torch.zeros(threshold.shape if isinstance(threshold, Tensor) else (), device=q.device)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), zero
+    way = Pass(decay, power_table(decay), q.dtype)
+    current = _current(way, heads_last(q), heads_last(k), heads_last(v), scale)
+    grad, grad_threshold, _ = lif_kernels.backward(
+        heads_last(grad_spikes), None, current, threshold, None, p, want_grad_v_init=False
+    )
+    if not isinstance(threshold, Tensor):
+        grad_threshold = q.new_zeros((), dtype=torch.float32)
+    wide = q.shape[-1] > attention.MAX_D
+    dq, dk, dv = (reference if wide else attention).backward(grad.transpose(2, 3), q, k, v, scale, decay, None)
+    return dq, dk, dv, grad_threshold

@@ -1,0 +1,137 @@
+"""Linear whose input is spikes, kept as bits: y = s W^T + b, and the weight's gradient from the bits.
+
+s [M, K] is packed first; then both products read words of 32 spikes and make 0 and 1 of them in registers.
+    y  [M, N] = s W^T + b         tensor cores in the weight's dtype, float32 accumulators
+    dW [N, K] = g^T s             the same in the gradient's; M is cut in pieces, whose sums are added
+A float32 weight or gradient is taken as three bfloat16, which lose nothing of it (`_digits`).
+
+Bytes (b = bytes of the dtype): packing b M K + M K / 8; y: M K / 8 + b (N K + M N); dW: M K / 8 + b (M N + N K)
+and 4 N K a piece. Against a dense product the input of dW shrinks 16 times in 16 bits. Bound by memory
+bandwidth for N below some hundreds, by the tensor cores above.
+"""
+
+# mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spikedecoder.kernels._digits import digit, dot_digits
+from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, major, multiprocessors, why_not
+from spikedecoder.kernels.pack_spikes import WORD, pack, unpack_tile
+
+__all__ = ["forward", "weight_grad", "why_not"]
+
+
+@triton.jit
+def load_bits(words_ptr, row, rows, word, words, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    """0 and 1 as float32 [BLOCK_R, BLOCK_K]: the spikes of rows `row`, from word number `word` of 32 bits on."""
+    w = word + tl.arange(0, BLOCK_K // 32)
+    at = words_ptr + row[:, None].to(tl.int64) * words + w[None, :]
+    packed = tl.load(at, mask=(row < rows)[:, None] & (w < words)[None, :], other=0)
+    return unpack_tile(packed, BLOCK_R, BLOCK_K).to(tl.float32)
+
+
+@triton.jit
+def product(a, b, acc, dtype: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
+    """acc + a b in `dtype`: float32 by digits, A of a and B of b."""
+    if dtype == tl.float32:
+        return dot_digits(a, b, acc, A, B)
+    elif dtype == tl.bfloat16:
+        return tl.dot(digit(a), digit(b), acc)
+    else:
+        return tl.dot(a.to(dtype), b.to(dtype), acc)
+
+
+@kernel
+def linear_forward(
+    words_ptr, weight_ptr, bias_ptr, y_ptr, rows, inputs, outputs, words,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    inputs = inputs * ALIGN
+    outputs = outputs * ALIGN
+    across = tl.cdiv(outputs, BLOCK_N)
+    m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, inputs, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        bits = load_bits(words_ptr, m, rows, first // 32, words, BLOCK_M, BLOCK_K)
+        at = weight_ptr + n[None, :].to(tl.int64) * inputs + k[:, None]
+        weight = tl.load(at, mask=(k < inputs)[:, None] & (n < outputs)[None, :], other=0.0)
+        acc = product(bits, weight, acc, weight_ptr.dtype.element_ty, 1, 3)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    at = y_ptr + m[:, None].to(tl.int64) * outputs + n[None, :]
+    tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (n < outputs)[None, :])
+
+
+@kernel
+def linear_weight_grad(
+    words_ptr, grad_ptr, out_ptr, rows, inputs, outputs, words, piece,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """out [pieces, N, K]: of each piece of the rows its share."""
+    inputs = inputs * ALIGN
+    outputs = outputs * ALIGN
+    across = tl.cdiv(inputs, BLOCK_K)
+    n = tl.program_id(0) // across * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_k = tl.program_id(0) % across * BLOCK_K
+    k = first_k + tl.arange(0, BLOCK_K)
+    start = tl.program_id(1) * piece
+    stop = tl.minimum(start + piece, rows)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for first in range(start, stop, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        at = grad_ptr + m[:, None].to(tl.int64) * outputs + n[None, :]
+        grad = tl.load(at, mask=(m < stop)[:, None] & (n < outputs)[None, :], other=0.0)
+        bits = load_bits(words_ptr, m, stop, first_k // 32, words, BLOCK_M, BLOCK_K)
+        acc = product(tl.trans(grad), bits, acc, grad_ptr.dtype.element_ty, 3, 1)
+    at = (tl.program_id(1).to(tl.int64) * outputs + n)[:, None] * inputs + k[None, :]
+    inside = (n < outputs)[:, None] & (k < inputs)[None, :]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y [..., N] in the weight's dtype, the spikes as int64 words [..., ceil(K / 64)])."""
+    words = pack(s)
+    outputs, inputs = weight.shape
+    y = weight.new_empty(*s.shape[:-1], outputs)
+    rows = s.numel() // inputs if inputs else 0
+    if y.numel() == 0 or rows == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y)), words
+    align = alignment(inputs, outputs)
+    full = weight.dtype == torch.float32
+    block_n = 32 if full and major(s.device) == 8 else 64 if full or outputs <= 64 else 128
+    launch(
+        linear_forward, (cdiv(rows, 64) * cdiv(outputs, block_n),), words_ptr=words.view(torch.int32),
+        weight_ptr=weight.contiguous(), bias_ptr=None if bias is None else bias.contiguous(), y_ptr=y, rows=rows,
+        inputs=inputs // align, outputs=outputs // align, words=2 * words.shape[-1], BLOCK_M=64,
+        BLOCK_N=block_n, BLOCK_K=WORD, ALIGN=align,
+    )  # fmt: skip
+    return y, words
+
+
+def weight_grad(words: Tensor, inputs: int, grad: Tensor) -> Tensor:
+    """[N, K] in grad's dtype, from words [..., ceil(K / 64)] and grad [..., N]."""
+    grad, words = grad.contiguous(), words.contiguous()
+    outputs = grad.shape[-1]
+    out = grad.new_empty(outputs, inputs)
+    if out.numel() == 0 or grad.numel() == 0:
+        return out.zero_()
+    rows = grad.numel() // outputs
+    tiles = cdiv(outputs, 64) * cdiv(inputs, 64)
+    pieces = max(1, min(cdiv(2 * multiprocessors(grad.device), tiles), cdiv(rows, 512)))
+    piece = cdiv(cdiv(rows, pieces), 64) * 64
+    pieces = cdiv(rows, piece)
+    # always float32 parts, one or many: else the dtype of a kernel's output would depend on the batch
+    parts = grad.new_empty((pieces, outputs, inputs), dtype=torch.float32)
+    align = alignment(inputs, outputs)
+    launch(
+        linear_weight_grad, (tiles, pieces), words_ptr=words.view(torch.int32), grad_ptr=grad, out_ptr=parts,
+        rows=rows, inputs=inputs // align, outputs=outputs // align, words=2 * words.shape[-1], piece=piece,
+        BLOCK_M=64, BLOCK_N=64, BLOCK_K=WORD, ALIGN=align,
+    )  # fmt: skip
+    return parts.sum(0).to(grad.dtype)
