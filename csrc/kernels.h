@@ -184,6 +184,12 @@ struct Transpose {
   int threads;
 };
 
+}  // namespace spikedecoder
+
+#include "decode.h"
+
+namespace spikedecoder {
+
 #define SPIKEDECODER_KERNELS(X)                   \
   X(lif_forward, LifForward)                      \
   X(lif_backward, LifBackward)                    \
@@ -201,7 +207,8 @@ struct Transpose {
   X(transpose, Transpose)                         \
   X(binarize, Binarize)                           \
   X(pack, Pack)                                   \
-  X(unpack, Unpack)
+  X(unpack, Unpack)                               \
+  X(decode, Decode)
 
 struct Kernels {
   const char* name;

@@ -113,110 +113,169 @@ void norm_lif_forward(const NormLifForward& a) {
   });
 }
 
+namespace {
+
+// One thread's scratch for the backward pass, all of it for one row of all timesteps but the last line.
+struct RowScratch {
+  float *z, *g;            // [T, C]: the normalised x, dL/dy
+  float* h;                // [T, AT_ONCE vectors]: membrane potentials
+  float *sum_g, *sum_gz;   // [T, 1 vector]: for the row's mean of dL/dz and of z dL/dz
+  float *weight, *bias;    // [C]: sums over rows of g z and of g
+  float* threshold;
+  int64_t padded;          // C, to whole vectors
+
+  static int64_t threshold_at(int64_t T, int64_t C) {
+    return (2 * T + 2) * round_up(C, 16) + round_up((AT_ONCE + 2) * T * W, 16);
+  }
+  static int64_t size(const Threshold& t, int64_t T, int64_t C) {
+    return threshold_at(T, C) + ThresholdSum::size(t, C);
+  }
+
+  RowScratch(float* memory, int64_t T, int64_t C) : padded(round_up(C, 16)) {
+    z = memory;
+    g = z + T * padded;
+    weight = g + T * padded;
+    bias = weight + padded;
+    sum_g = bias + padded;
+    sum_gz = sum_g + T * W;
+    h = sum_gz + T * W;
+    threshold = memory + threshold_at(T, C);
+    for (int64_t c = 0; c < padded; c++) weight[c] = bias[c] = 0;
+  }
+};
+
+// Four passes over a row, each with much independent work, which hides latency better than one pass does:
+// z; g, back through the LIF; the sums; dL/dx.
+void normalise(const Normal& p, int64_t row, const RowScratch& s) {
+  for (int64_t t = 0; t < p.T; t++) {
+    const int64_t r = t * p.rows + row;
+    const float* x = p.x + p.at(t, row);
+    const bool by_row = p.kind == NormKind::row;
+    const F row_mean = by_row ? set1(p.mean[r]) : zero(), row_rstd = by_row ? set1(p.rstd[r]) : zero();
+    for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+      for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
+        const F mean = by_row ? row_mean : load_up_to(p.mean + c, n);
+        const F rstd = by_row ? row_rstd : load_up_to(p.rstd + c, n);
+        store(s.z + t * s.padded + c, mul(sub(load_up_to(x + c, n), mean), rstd));
+      }
+    });
+  }
+}
+
+template <class CellType>
+void back_through_lif(const CellType& cell, const Normal& p, const Threshold& limits, const float* grad_spikes,
+                      int64_t row, const RowScratch& s, ThresholdSum& threshold_sum) {
+  for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+    constexpr int U = decltype(vectors)::count;
+    F threshold[U], v[U], carry[U], grad_threshold[U];
+    for (int u = 0; u < U; u++) {
+      threshold[u] = thresholds_at(limits, row * p.C, c + u * W, n);
+      v[u] = carry[u] = grad_threshold[u] = zero();
+    }
+    for (int64_t t = 0; t < p.T; t++) {
+      for (int u = 0; u < U; u++) {
+        const int64_t at = c + u * W;
+        const F y = fma(load(s.z + t * s.padded + at), load_up_to(p.weight + at, n), load_up_to(p.bias + at, n));
+        const F h = cell.charge(y, v[u]);
+        store(s.h + (t * U + u) * W, h);
+        v[u] = cell.after(h, ge(h, threshold[u]), threshold[u]);
+      }
+    }
+    for (int64_t t = p.T - 1; t >= 0; t--) {
+      for (int u = 0; u < U; u++) {
+        const F grad_spike = load_up_to(grad_spikes + p.at(t, row) + c + u * W, n);
+        const F h = load(s.h + (t * U + u) * W);
+        store(s.g + t * s.padded + c + u * W, cell.back(h, threshold[u], grad_spike, carry[u], grad_threshold[u]));
+      }
+    }
+    for (int u = 0; u < U; u++) threshold_sum.add_up(row * p.C, c + u * W, n, grad_threshold[u]);
+  });
+}
+
+void add_to_sums(const Normal& p, const RowScratch& s, bool of_row) {
+  for (int64_t i = 0; i < p.T * W; i++) s.sum_g[i] = s.sum_gz[i] = 0;
+  for_channels<1>(p.C, [&](auto, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+    F weight = load(s.weight + c), bias = load(s.bias + c);
+    const F scale = load_up_to(p.weight + c, n);
+    for (int64_t t = 0; t < p.T; t++) {
+      const F g = load(s.g + t * s.padded + c), z = load(s.z + t * s.padded + c);
+      weight = fma(g, z, weight);
+      bias = add(bias, g);
+      if (of_row) {
+        const F grad_z = mul(g, scale);
+        store(s.sum_g + t * W, add(load(s.sum_g + t * W), grad_z));
+        store(s.sum_gz + t * W, fma(grad_z, z, load(s.sum_gz + t * W)));
+      }
+    }
+    store(s.weight + c, weight);
+    store(s.bias + c, bias);
+  });
+}
+
+void gradient_of_row(const Normal& p, int64_t row, const RowScratch& s, float* grad_x) {
+  const F channels = set1(static_cast<float>(p.C));
+  for (int64_t t = 0; t < p.T; t++) {
+    const F mean_g = div(set1(sum(load(s.sum_g + t * W))), channels);
+    const F mean_gz = div(set1(sum(load(s.sum_gz + t * W))), channels);
+    const F rstd = set1(p.rstd[t * p.rows + row]);
+    for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+      for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
+        const F g = load(s.g + t * s.padded + c), z = load(s.z + t * s.padded + c);
+        const F centred = sub(sub(mul(g, load_up_to(p.weight + c, n)), mean_g), mul(z, mean_gz));
+        store_up_to(grad_x + p.at(t, row) + c, mul(centred, rstd), n);
+      }
+    });
+  }
+}
+
+void gradient_by_channels(const NormLifBackward& a, const Normal& p, int64_t row, const RowScratch& s) {
+  for (int64_t t = 0; t < p.T; t++) {
+    for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+      for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
+        const F g = load(s.g + t * s.padded + c), z = load(s.z + t * s.padded + c);
+        const F rest = fma(load_up_to(a.b + c, n), z, load_up_to(a.c + c, n));
+        store_up_to(a.grad_x + p.at(t, row) + c, fma(load_up_to(a.a + c, n), g, rest), n);
+      }
+    });
+  }
+}
+
+}  // namespace
+
 void norm_lif_backward(const NormLifBackward& a) {
   const Normal p{a.kind, a.x, a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
   const int most = threads_for(work(a.T, a.rows, a.C, 0.8), a.threads);
   const bool whole = a.part == NormLifPart::whole, sums = a.part != NormLifPart::apply;
-  // per thread: z and h of a few vectors of neurons and two sums of a row, by timestep; dL/dz of a row;
-  // sums over all rows of g z and g; the share of dL/dthreshold
-  const int64_t steps = round_up(a.T * AT_ONCE * W, 16), padded = round_up(a.C, 16);
-  const int64_t row_size = whole ? a.T * padded : 0;
-  const int64_t before_threshold = 4 * steps + row_size + 2 * padded;
-  const int64_t own = before_threshold + ThresholdSum::size(a.threshold, a.C);
+  const int64_t own = RowScratch::size(a.threshold, a.T, a.C);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
   float* const threshold_out = sums ? a.grad_threshold : nullptr;
 
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(most, [&](int thread, int threads) {
       const FlushDenormals flush;
-      float* const zs = scratch.floats() + own * thread;
-      float *const hs = zs + steps, *const sum_g = hs + steps, *const sum_gz = sum_g + steps;
-      float *const grad_z = sum_gz + steps, *const weight_sum = grad_z + row_size;
-      float* const bias_sum = weight_sum + padded;
-      for (int64_t c = 0; c < 2 * padded; c++) weight_sum[c] = 0;
-      ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, zs + before_threshold);
-      const F channel_count = set1(static_cast<float>(a.C));
-
+      const RowScratch s(scratch.floats() + own * thread, a.T, a.C);
+      ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
       const Range rows = share(a.rows, thread, threads);
       for (int64_t row = rows.begin; row < rows.end; row++) {
-        for (int64_t i = 0; i < 2 * steps; i++) sum_g[i] = 0;
-        for_channels<2>(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
-          constexpr int U = decltype(vectors)::count;
-          Channels channels[U];
-          F threshold[U], v[U], carry[U], grad_threshold[U], grad_weight[U], grad_bias[U];
-          for (int u = 0; u < U; u++) {
-            channels[u].read(p, c + u * W, n);
-            threshold[u] = thresholds_at(a.threshold, row * a.C, c + u * W, n);
-            v[u] = carry[u] = grad_threshold[u] = grad_weight[u] = grad_bias[u] = zero();
-          }
-          for (int64_t t = 0; t < a.T; t++) {
-            for (int u = 0; u < U; u++) {
-              const F z = channels[u].z(p, t, row, c + u * W, n), h = cell.charge(channels[u].y(z), v[u]);
-              store(zs + (t * U + u) * W, z);
-              store(hs + (t * U + u) * W, h);
-              v[u] = cell.after(h, ge(h, threshold[u]), threshold[u]);
-            }
-          }
-          for (int64_t t = a.T - 1; t >= 0; t--) {
-            F total_g = zero(), total_gz = zero();
-            for (int u = 0; u < U; u++) {
-              const int64_t at = p.at(t, row) + c + u * W;
-              const F z = load(zs + (t * U + u) * W), h = load(hs + (t * U + u) * W);
-              const F g = cell.back(h, threshold[u], load_up_to(a.grad_spikes + at, n), carry[u], grad_threshold[u]);
-              if (sums) {
-                grad_weight[u] = fma(g, z, grad_weight[u]);
-                grad_bias[u] = add(grad_bias[u], g);
-              }
-              if (whole) {
-                const F gz = mul(g, channels[u].weight);
-                store(grad_z + t * padded + c + u * W, gz);
-                total_g = add(total_g, gz);
-                total_gz = fma(gz, z, total_gz);
-              } else if (a.part == NormLifPart::apply) {
-                const F constant = fma(load_up_to(a.b + c + u * W, n), z, load_up_to(a.c + c + u * W, n));
-                store_up_to(a.grad_x + at, fma(load_up_to(a.a + c + u * W, n), g, constant), n);
-              }
-            }
-            if (whole) {
-              store(sum_g + t * W, add(load(sum_g + t * W), total_g));
-              store(sum_gz + t * W, add(load(sum_gz + t * W), total_gz));
-            }
-          }
-          if (!sums) return;
-          for (int u = 0; u < U; u++) {
-            const int64_t at = c + u * W;
-            store(weight_sum + at, add(load(weight_sum + at), grad_weight[u]));
-            store(bias_sum + at, add(load(bias_sum + at), grad_bias[u]));
-            threshold_sum.add_up(row * a.C, at, n, grad_threshold[u]);
-          }
-        });
-        if (!whole) continue;
-        for (int64_t t = 0; t < a.T; t++) {
-          const int64_t r = t * a.rows + row;
-          const F mean_g = div(set1(sum(load(sum_g + t * W))), channel_count);
-          const F mean_gz = div(set1(sum(load(sum_gz + t * W))), channel_count);
-          const F rstd = set1(a.rstd[r]), mean = set1(a.mean[r]);
-          for_channels(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
-            for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
-              const F z = mul(sub(load_up_to(a.x + r * a.C + c, n), mean), rstd);
-              const F centred = sub(sub(load(grad_z + t * padded + c), mean_g), mul(z, mean_gz));
-              store_up_to(a.grad_x + r * a.C + c, mul(centred, rstd), n);
-            }
-          });
-        }
+        normalise(p, row, s);
+        back_through_lif(cell, p, a.threshold, a.grad_spikes, row, s, threshold_sum);
+        if (sums) add_to_sums(p, s, whole);
+        if (whole) gradient_of_row(p, row, s, a.grad_x);
+        if (a.part == NormLifPart::apply) gradient_by_channels(a, p, row, s);
       }
       threshold_sum.end_run();
     });
   });
 
   if (!sums) return;
-  ThresholdSum::combine(a.threshold, a.C, threshold_out, scratch.floats() + before_threshold, own, most);
+  ThresholdSum::combine(a.threshold, a.C, threshold_out, scratch.floats() + RowScratch::threshold_at(a.T, a.C), own, most);
+  const int64_t padded = round_up(a.C, 16);
   for (int64_t c = 0; c < a.C; c++) {
     double weight = 0, bias = 0;
     for (int thread = 0; thread < most; thread++) {
-      const float* weight_sum = scratch.floats() + own * thread + 4 * steps + row_size;
-      weight += static_cast<double>(weight_sum[c]);
-      bias += static_cast<double>(weight_sum[padded + c]);
+      const float* of_thread = scratch.floats() + own * thread + 2 * a.T * padded;
+      weight += static_cast<double>(of_thread[c]);
+      bias += static_cast<double>(of_thread[padded + c]);
     }
     a.grad_weight[c] = static_cast<float>(weight);
     a.grad_bias[c] = static_cast<float>(bias);

@@ -14,9 +14,9 @@
 namespace spikedecoder {
 namespace {
 
-// body(thread, threads) on each of `threads` threads.
+// body(thread, threads) on a team of up to `threads` threads; `threads` as body sees it is the team's size.
 template <class Body>
-inline void parallel(int threads, const Body& body) {
+inline void team(int threads, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
@@ -27,7 +27,16 @@ inline void parallel(int threads, const Body& body) {
   body(0, 1);
 }
 
-// All threads of the team have come here. Only inside `parallel`.
+// body(part, parts) for each part 0..parts, on as many threads as there are to be had: all parts are done
+// even where the team turns out smaller. No barriers in here.
+template <class Body>
+inline void parallel(int parts, const Body& body) {
+  team(parts, [&](int thread, int threads) {
+    for (int part = thread; part < parts; part += threads) body(part, parts);
+  });
+}
+
+// All threads of the team have come here. Only inside `team`.
 inline void barrier() {
 #ifdef _OPENMP
 #pragma omp barrier

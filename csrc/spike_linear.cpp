@@ -160,7 +160,7 @@ void gather_sum(const Sum& whole, double rate, int most) {
       const Lists lists{static_cast<uint16_t*>(entries.get()), static_cast<int64_t*>(offsets.get()), part.bits};
       Tasks list_tasks((part.rows + LIST_ROWS - 1) / LIST_ROWS);
       Tasks sum_tasks((part.rows + CHUNK - 1) / CHUNK * panels);
-      parallel(threads, [&](int, int) { sum_rows(part, lists, list_tasks, sum_tasks, vectors); });
+      team(threads, [&](int, int) { sum_rows(part, lists, list_tasks, sum_tasks, vectors); });
     }
   }
 }

@@ -191,7 +191,7 @@ void subset_sums_weight_grad(const WeightGrad& a) {
     const int64_t rows = smaller(BITS, a.M - m);
     const uint64_t* words = a.words + m * words_for(a.K);
     const double work = 0.3 * static_cast<double>(rows) * static_cast<double>(a.K);
-    parallel(threads_for(work, a.threads), [&](int thread, int threads) {
+    team(threads_for(work, a.threads), [&](int thread, int threads) {
       transpose_bits(words, rows, a.K, transposed, thread, threads);
       barrier();
       interleave(transposed, a.K, rows, groups, share((a.K + 15) / 16, thread, threads));

@@ -120,6 +120,27 @@ def test_the_number_of_threads_does_not_change_the_result():
 
 
 @needs_extension
+def test_fewer_threads_than_asked_for():
+    """OpenMP may give a team of one where two were asked for: every part is done all the same."""
+    code = """
+import torch
+torch.set_num_threads(2)
+from spikedecoder.ext.cpu import lif, norm_lif
+from spikedecoder.params import LIFParams
+torch.manual_seed(0)
+x, p = torch.randn(4, 64, 1000), LIFParams()
+threshold = torch.tensor(0.7)
+print(lif.backward(x, None, x, threshold, None, p)[1].item())
+weight, bias = torch.ones(1000), torch.zeros(1000)
+_, mean, rstd = norm_lif.forward(x, weight, bias, None, None, 1e-5, 1.0, p)
+print(norm_lif.backward_layer(x, x, weight, bias, mean, rstd, 1.0, p)[1].sum().item())
+"""
+    limited, free = (run_python(code, OMP_THREAD_LIMIT=limit).stdout.split() for limit in ("1", "16"))
+    assert len(free) == 2
+    assert [float(a) for a in limited] == pytest.approx([float(b) for b in free], rel=1e-5)
+
+
+@needs_extension
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_does_not_hang():
     """The parent's OpenMP threads are gone in the child; waiting for them would hang it."""

@@ -1,0 +1,109 @@
+// What one token through a whole model takes; see decode.cpp, and spikedecoder/ext/cpu/decode.py, which fills
+// it in. Included by kernels.h.
+#pragma once
+
+namespace spikedecoder {
+
+// How the head joins the timesteps.
+enum class Reunite : int { average = 0, accumulate = 1, concatenate = 2, final = 3 };
+
+// The neurons of a block, in the order of `Decode::thresholds`. Those that a model lacks are not `present`.
+enum BlockNeuron : int {
+  block_input,       // before the attention, as the residual stream
+  attention_input,   // before q, k, v
+  q_neuron,
+  k_neuron,
+  v_neuron,
+  attention_neuron,  // of the attention's result
+  attention_output,
+  attention_residual,
+  residual_sum,      // after the attention's sum
+  mlp_input,
+  fc1_neuron,
+  mlp_output,
+  neurons_per_block
+};
+
+// The arrays of one block that a token changes: the running sum of k^T v [T, B, H, d, d], and what the two
+// token shifts remember, [T, B, shift - 1, E] (null where there is no shift).
+struct DecodeState {
+  float *attention, *attention_shift, *mlp_shift;
+};
+
+// A model, and one token of each of B sequences. Sizes as in spikedecoder/config.py.
+//
+// weights: per block  q, k and v side by side, [attention norm], projection, fc1, fc2; then the head. Each is a
+// matrix [inputs, outputs], its bias, and (but for the head) its norm: weight, bias and, of channels, mean and
+// rstd. Outputs are padded with zeros to a multiple of 16, q, k and v each on its own. `decode_weights` counts.
+struct Decode {
+  // the model
+  Neuron neuron;
+  NormKind norm;
+  Reunite reunite;
+  bool attention_norm, float_reunite, head_neuron;
+  float eps, scale;
+  int64_t blocks, T, E, hidden, H, V, token_shift, mlp_token_shift;
+  const float *weights, *thresholds, *decay;  // thresholds [blocks, neurons_per_block] and the head's; decay [H] or null
+  const uint8_t* present;                     // as thresholds, but for the head's
+  int64_t token_width;
+
+  // the token: `embedded` [B, E], or null, and then the rows tokens[b] of `token_rows` [, token_width] and
+  // positions[b] - first_position of `position_rows` [, E - token_width]
+  const float *embedded, *token_rows, *position_rows;
+  const int64_t *tokens, *positions;  // [B]
+  int64_t first_position;
+  const DecodeState* states;          // [blocks]
+  float* logits;                      // [B, V]
+  void* scratch;                      // decode_scratch bytes, 64-byte aligned
+  int64_t B;
+  int threads;
+};
+
+static constexpr int64_t decode_padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+static constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Inputs of the head's Linear.
+static inline int64_t decode_head_inputs(const Decode& a) {
+  return a.reunite == Reunite::concatenate ? a.T * a.E : a.E;
+}
+
+static inline int64_t decode_linear(const Decode& a, int64_t inputs, int64_t outputs) {
+  return outputs * (inputs + 1 + (a.norm == NormKind::channel ? 4 : 2));
+}
+
+// Floats in `weights`.
+static inline int64_t decode_weights(const Decode& a) {
+  const int64_t E = decode_padded(a.E), hidden = decode_padded(a.hidden);
+  const int64_t block = decode_linear(a, a.E, 3 * E) + decode_linear(a, a.E, E) + decode_linear(a, a.E, hidden) +
+                        decode_linear(a, a.hidden, E) + (a.attention_norm ? decode_linear(a, -1, E) : 0);
+  return a.blocks * block + decode_padded(a.V) * (decode_head_inputs(a) + 1);
+}
+
+// The parts of one thread's scratch memory, in floats: [T, columns] of a Linear's result and of the attention's,
+// [T, E] spikes, statistics [2, T], the head's input, words of bits [T], lists of set bits [T] with their lengths.
+struct DecodeScratch {
+  int64_t y, z, spikes, statistics, joined, words, lists, counts, size;
+};
+
+static inline DecodeScratch decode_scratch_parts(const Decode& a) {
+  const int64_t E = decode_padded(a.E), hidden = decode_padded(a.hidden), widest = larger(a.E, a.hidden);
+  DecodeScratch s{};
+  s.z = larger(larger(3 * E, hidden) * a.T, decode_padded(a.V));
+  s.spikes = s.z + E * a.T;
+  s.statistics = s.spikes + 2 * E * a.T;
+  s.joined = s.statistics + decode_padded(2 * a.T);
+  s.words = s.joined + decode_padded(decode_head_inputs(a));
+  s.lists = s.words + 3 * decode_padded(2 * words_for(widest) * a.T);
+  s.counts = s.lists + larger(decode_padded((widest + 64) / 2 + 1) * a.T, decode_padded(decode_head_inputs(a)));
+  s.size = s.counts + decode_padded(2 * a.T);
+  return s;
+}
+
+// Bytes of scratch memory for B sequences: the residual streams [B, T, E], then each thread's own.
+static inline int64_t decode_scratch(const Decode& a, int64_t B, int threads) {
+  const int64_t own = decode_scratch_parts(a).size;
+  return static_cast<int64_t>(sizeof(float)) * (B * a.T * decode_padded(a.E) + threads * own);
+}
+
+}  // namespace spikedecoder
