@@ -23,6 +23,8 @@ inline void team(int threads, const Body& body) {
     body(omp_get_thread_num(), omp_get_num_threads());
     return;
   }
+#else
+  (void)threads;
 #endif
   body(0, 1);
 }
