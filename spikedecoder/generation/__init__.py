@@ -3,7 +3,8 @@
 from spikedecoder.generation.batch import Batch, Continuation, GeneratedToken
 from spikedecoder.generation.detokenize import TextStream
 from spikedecoder.generation.generate import GenerationResult, generate, start_token, stream, suppressed_ids
-from spikedecoder.generation.recurrent import Recurrent, open_source
+from spikedecoder.generation.native import Native, open_source
+from spikedecoder.generation.recurrent import Recurrent
 from spikedecoder.generation.sampling import Prediction, SamplingParams, sample, top_predictions
 from spikedecoder.generation.text import (
     encode_prompt,
@@ -20,6 +21,7 @@ __all__ = [
     "GeneratedToken",
     "GenerationResult",
     "LogitSource",
+    "Native",
     "Prediction",
     "Recurrent",
     "SamplingParams",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spikedecoder.generation.batch import Batch, Continuation, Finish, GeneratedToken
 from spikedecoder.generation.detokenize import TextStream
-from spikedecoder.generation.recurrent import open_source
+from spikedecoder.generation.native import open_source
 from spikedecoder.generation.sampling import Prediction, SamplingParams, fresh_seed
 from spikedecoder.generation.window import LogitSource
 

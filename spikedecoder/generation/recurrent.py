@@ -8,16 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spikedecoder.generation.window import Context, LogitSource, evaluating
+from spikedecoder.generation.window import Context, evaluating
 from spikedecoder.nn.state import DecoderState
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
-
-
-def open_source(model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> LogitSource:
-    """The source that generation and the server use; the place to choose a faster one."""
-    return Recurrent(model, keep, past)
 
 
 class Recurrent:

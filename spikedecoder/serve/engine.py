@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from spikedecoder.generation.batch import Batch, Continuation, GeneratedToken
 from spikedecoder.generation.generate import suppressed_ids
-from spikedecoder.generation.recurrent import open_source
+from spikedecoder.generation.native import open_source
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder

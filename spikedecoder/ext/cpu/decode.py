@@ -1,0 +1,279 @@
+"""One token through a whole fully spiking model in one call (csrc/decode.cpp)."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spikedecoder.ext import NOT_BUILT
+from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu._arguments import address, neuron
+from spikedecoder.nn.embedding import Embedding
+from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.norm import Norm
+from spikedecoder.nn.state import DecoderState
+from spikedecoder.params import LIFParams, NormParams
+
+if TYPE_CHECKING:
+    from spikedecoder.model import SpikeDecoder
+
+_REUNITE = ("average", "accumulate", "concatenate", "final")  # as numbered in csrc/decode.h
+_LANES = 16  # outputs are padded to a multiple
+_MOST_CHANNELS = 65536
+_STATE = ("attention.state", "attention.shift", "mlp.shift")
+_POSITIONS = 1024  # rows held beyond max_len
+
+
+def why_not(model: SpikeDecoder) -> str | None:
+    """Why `Decoder` cannot step this model; None if it can."""
+    c = model.config
+    if native is None:
+        return NOT_BUILT
+    if model.device.type != "cpu":
+        return f"it runs on the CPU, the model is on {model.device}"
+    if model.dtype != torch.float32:
+        return f"it takes float32, the model is in {model.dtype}"
+    if not (c.spiking_attention and c.spiking_mlp):
+        return f"it takes spiking attention and MLP (spike_degree 3 or 4), got spike_degree {c.spike_degree}"
+    widest = max(c.embed_dim, c.hidden_dim)
+    if widest > _MOST_CHANNELS:
+        return f"it takes at most {_MOST_CHANNELS} channels, the model has {widest}"
+    return None
+
+
+class Decoder:
+    """`SpikeDecoder.step` of a fully spiking model on the CPU, all blocks and the head in one call.
+
+    Takes a copy of the weights as they are at construction: make a new one after they have changed. Always
+    computes what the model does in evaluation mode. Calls from several threads wait for each other.
+
+    Raises:
+        ValueError: `why_not` has a reason.
+    """
+
+    def __init__(self, model: SpikeDecoder) -> None:
+        reason = why_not(model)
+        if reason is not None:
+            raise ValueError(f"model: {reason}")
+        c = self.config = model.config
+        self._lock = threading.Lock()
+        with torch.no_grad():
+            self._weights = torch.cat([part.reshape(-1) for part in _weights(model)])
+            self._thresholds, self._present = _neurons(model)
+        self._decay = None if c.decays is None else torch.tensor(c.decays)
+        assert isinstance(model.embedding, Embedding)
+        self._embedding = _Embedding(model.embedding)
+        self._native = native.DecodeModel(
+            # decoding has no gradient: whatever the surrogate, the default's code is the fast one
+            neuron(LIFParams(c.tau, c.v_threshold, c.v_reset, c.decay_input)),
+            norm=0 if c.norm == "layer" else 1,
+            reunite=_REUNITE.index(c.reunite),
+            attention_norm=c.attention_norm,
+            float_reunite=c.float_reunite,
+            head_neuron=c.head_spikes,
+            eps=NormParams.eps,
+            scale=c.attention_scale,
+            **{"blocks": c.blocks, "T": c.timesteps, "E": c.embed_dim, "hidden": c.hidden_dim, "H": c.heads},
+            **{"V": c.vocab_size, "token_shift": c.token_shift, "mlp_token_shift": c.mlp_token_shift},
+            token_width=c.token_width,
+            weights=address(self._weights),
+            weight_count=self._weights.numel(),
+            thresholds=address(self._thresholds),
+            present=address(self._present),
+            decay=address(self._decay),
+        )
+        self._scratch = torch.empty(0)
+        self._room = (0, 0)  # sequences and threads that it is for
+        self._known: list[Tensor] = []  # the state's tensors whose addresses these are
+        self._addresses = torch.empty(0)
+        self._bounded = c.position_encoding != "static" or c.token_encoding == "one-hot"
+
+    def takes(self, state: DecoderState) -> bool:
+        """Whether `step` can go on from here: the sums of spikes still fit float32 exactly."""
+        c = self.config
+        exact = (state.longest + 1) * (c.embed_dim // c.heads) <= 2**24
+        sums = state.layers[0].get("attention.state")
+        return exact and (sums is None or sums.dtype == torch.float32)
+
+    def step(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """One more token for each sequence: token [B] int64, logits [B, V] and the state behind it.
+
+        As `SpikeDecoder.step`, to the rounding of sums. Consumes `state`, whose tensors it changes in place.
+
+        Raises:
+            TypeError, ValueError: token or state of another shape, dtype, device or model; ids or positions
+                out of range; a state for which `takes` is false.
+        """
+        c = self.config
+        if not isinstance(token, Tensor) or token.dtype != torch.int64 or token.device.type != "cpu":
+            raise TypeError("token: takes an int64 tensor [B] on the CPU")
+        if not isinstance(state, DecoderState) or (state.config is not c and state.config != c):
+            raise ValueError("state: got one of another model, takes a DecoderState of this one's")
+        if token.dim() != 1 or len(token) != state.batch_size or not len(token):
+            raise ValueError(
+                f"token: got shape {tuple(token.shape)}, takes [{state.batch_size}] as the state has"
+            )
+        if self._bounded and state.longest >= c.max_len:
+            raise ValueError(f"state: got one of {state.longest} tokens, takes one of fewer than {c.max_len}")
+        if not self.takes(state):
+            raise ValueError(
+                f"state: got one of {state.longest} tokens, takes one whose sums stay exact in float32; "
+                "go on with SpikeDecoder.step"
+            )
+        with self._lock:
+            logits = self._step(token.contiguous(), state)
+        state.position = state.position + 1
+        state.longest += 1
+        return logits, state
+
+    def _step(self, token: Tensor, state: DecoderState) -> Tensor:
+        batch, threads = len(token), torch.get_num_threads()
+        self._point_to(state)
+        if batch > self._room[0] or threads > self._room[1]:
+            self._scratch = torch.empty(self._native.scratch_bytes(batch, threads) // 4)
+            self._room = (batch, threads)
+        logits = torch.empty(batch, self.config.vocab_size)
+        rest = (address(self._addresses), address(logits), address(self._scratch), batch, threads)
+        table = self._embedding.position_rows(state)
+        if table is None:
+            embedded = self._embedding(token, state.position)
+            self._native.step_embedded(address(embedded), *rest)
+        else:
+            token_rows, (rows, first) = self._embedding.token_rows, table
+            self._native.step_tokens(
+                *(address(token_rows), len(token_rows), address(rows), len(rows), first),
+                *(address(token), address(state.position), *rest),
+            )
+        return logits
+
+    def _point_to(self, state: DecoderState) -> None:
+        """Fills `_addresses`, unless the state's tensors are those of the step before."""
+        tensors = [tensor for layer in state.layers for tensor in layer.values()]
+        if self._known and len(tensors) == len(self._known) and all(map(is_, tensors, self._known)):
+            return
+        self._known = []
+        c, d = self.config, self.config.embed_dim // self.config.heads
+        shapes: dict[str, tuple[int, ...]] = {
+            "attention.state": (c.timesteps, state.batch_size, c.heads, d, d)
+        }
+        for name, shift in (("attention.shift", c.token_shift), ("mlp.shift", c.mlp_token_shift)):
+            if shift > 1:
+                shapes[name] = (c.timesteps, state.batch_size, shift - 1, c.embed_dim)
+        for layer in state.layers:
+            for name, shape in shapes.items():
+                tensor = layer.get(name)
+                if tensor is None:
+                    tensor = torch.zeros(shape)
+                if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+                    got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                    raise ValueError(f"state: {name}: got {got}, takes {shape} torch.float32 on the CPU")
+                layer[name] = tensor.contiguous()
+        addresses = [[address(layer.get(name)) for name in _STATE] for layer in state.layers]
+        self._addresses = torch.tensor(addresses, dtype=torch.int64)
+        self._known = [tensor for layer in state.layers for tensor in layer.values()]
+
+
+class _Embedding:
+    """A copy of a model's embedding: as tables of rows where it is a token's part beside a position's."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        self._module = copy.deepcopy(embedding).requires_grad_(False)
+        c = self.config = embedding.config
+        self.token_rows = torch.empty(0)
+        self._near: Tensor | None = None
+        self._far, self._first = torch.empty(0), 0
+        if c.position_width:  # else they are added, or one
+            everything = self(torch.arange(c.vocab_size), torch.zeros(c.vocab_size, dtype=torch.int64))
+            self.token_rows = everything[:, : c.token_width].contiguous()
+            self._near = self._rows(0, c.max_len)
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[B, E] for tokens [B] at positions [B]."""
+        with torch.no_grad():
+            return self._module(tokens[:, None], positions[:, None], torch.float32)[:, 0].contiguous()
+
+    def _rows(self, first: int, count: int) -> Tensor:
+        positions = torch.arange(first, first + count)
+        return self(torch.zeros_like(positions), positions)[:, self.config.token_width :].contiguous()
+
+    def position_rows(self, state: DecoderState) -> tuple[Tensor, int] | None:
+        """Rows for all the positions of a state, and the position of the first; None where there is no table.
+
+        Beyond max_len one stretch of positions is kept: a batch that it cannot hold does without.
+        """
+        if self._near is None or state.longest < len(self._near):
+            return None if self._near is None else (self._near, 0)
+        lowest = int(state.position.min())
+        if state.longest - lowest >= _POSITIONS:
+            return None
+        if not self._first <= lowest <= state.longest < self._first + len(self._far):
+            self._far, self._first = self._rows(lowest, _POSITIONS), lowest
+        return self._far, self._first
+
+
+def _neurons(model: SpikeDecoder) -> tuple[Tensor, Tensor]:
+    """Thresholds [blocks * 12 + 1] of the neurons in the order of csrc/decode.h, and which there are."""
+    neurons: list[LIF | None] = []
+    block: Any
+    for block in model.blocks:
+        attention, mlp = block.attention, block.mlp
+        neurons += [block.input_lif, attention.input_lif, attention.q.lif, attention.k.lif, attention.v.lif]
+        neurons += [attention.attention_lif.lif, attention.output_lif, block.residual_lif, block.sum_lif]
+        neurons += [mlp.input_lif, mlp.fc1.lif, mlp.output_lif]
+    neurons.append(model.head.lif)
+    thresholds = [
+        0.0 if lif is None else lif.params.v_threshold if lif.v_threshold is None else lif.v_threshold.item()
+        for lif in neurons
+    ]
+    present = [lif is not None for lif in neurons]
+    return torch.tensor(thresholds), torch.tensor(present, dtype=torch.uint8)
+
+
+def _weights(model: SpikeDecoder) -> Iterator[Tensor]:
+    """All weights in the order of csrc/decode.h."""
+    block: Any
+    for block in model.blocks:
+        attention, mlp = block.attention, block.mlp
+        qkv = (attention.q, attention.k, attention.v)
+        yield torch.cat([_by_inputs(part.linear) for part in qkv], dim=1)
+        for part in zip(*(_beside_inputs(p.linear, p.norm) for p in qkv), strict=True):
+            yield from part
+        if attention.attention_lif.norm is not None:
+            yield from _norm(attention.attention_lif.norm)
+        for layer in (attention.proj, mlp.fc1, mlp.fc2):
+            yield _by_inputs(layer.linear)
+            yield from _beside_inputs(layer.linear, layer.norm)
+    yield _by_inputs(model.head.linear)
+    yield _padded(model.head.linear.bias)
+
+
+def _padded(x: Tensor) -> Tensor:
+    return F.pad(x.detach(), (0, -x.shape[-1] % _LANES))
+
+
+def _by_inputs(linear: nn.Linear) -> Tensor:
+    """The weight [inputs, outputs], outputs padded."""
+    return _padded(linear.weight.detach().t())
+
+
+def _beside_inputs(linear: nn.Linear, norm: Norm) -> list[Tensor]:
+    return [_padded(linear.bias), *_norm(norm)]
+
+
+def _norm(norm: Norm) -> list[Tensor]:
+    """Weight and bias, and of norms over channels the mean and 1 / sqrt(variance + eps) of evaluation."""
+    parts: list[Tensor] = [norm.weight, norm.bias]
+    if norm.kind == "batch":
+        variance = norm.get_buffer("running_var")
+        parts += [norm.get_buffer("running_mean"), (variance + NormParams.eps).rsqrt()]
+    elif norm.kind == "power":
+        second_moment = norm.get_buffer("running_phi")
+        parts += [torch.zeros_like(norm.weight), (second_moment + NormParams.eps).rsqrt()]
+    return [_padded(part) for part in parts]

@@ -1,0 +1,56 @@
+"""Logits for the next token from the compiled extension: one call a token for the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spikedecoder.generation.recurrent import Recurrent
+from spikedecoder.generation.window import LogitSource
+from spikedecoder.nn.state import DecoderState
+from spikedecoder.ops._dispatch import requested_backend
+
+if TYPE_CHECKING:
+    from spikedecoder.model import SpikeDecoder
+
+
+def open_source(model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> LogitSource:
+    """The source that generation and the server use: `Native` where it can be, else `Recurrent`."""
+    return Recurrent(model, keep, past) if why_not(model) else Native(model, keep, past)
+
+
+def why_not(model: SpikeDecoder) -> str | None:
+    """Why `Native` cannot be the source for this model, with the backend in force; None if it can."""
+    if requested_backend() not in ("auto", "cpu"):
+        return f"backend {requested_backend()!r} was asked for"
+    if model.device.type != "cpu":
+        return f"it runs on the CPU, the model is on {model.device}"
+    # importing the extension changes malloc's settings: only for those who can use it
+    from spikedecoder.ext.cpu import decode
+
+    return decode.why_not(model)
+
+
+class Native(Recurrent):
+    """`Recurrent`, its steps computed by `spikedecoder.ext.cpu.decode.Decoder`.
+
+    Prompts, and windows that are read anew, go through the model itself, and so does a step whose sums
+    float32 would not hold exactly. Takes a copy of the weights: for a model that has changed, open another.
+
+    Raises:
+        ValueError: `why_not` has a reason.
+    """
+
+    def __init__(self, model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> None:
+        from spikedecoder.ext.cpu.decode import Decoder
+
+        super().__init__(model, keep, past)
+        self.decoder = Decoder(model)
+
+    def _advance(self, tokens: Sequence[int], state: DecoderState) -> tuple[Tensor, DecoderState]:
+        if not self.decoder.takes(state):
+            return super()._advance(tokens, state)
+        return self.decoder.step(torch.tensor(tokens), state)

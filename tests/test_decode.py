@@ -1,0 +1,347 @@
+"""One token in one call of the extension: the logits, the states and the texts of `SpikeDecoder.step`.
+
+A membrane potential within rounding of its threshold may spike in one order of summation and not in another;
+what is compared are runs in which none comes so close.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_model import VARIANTS, _config, _model
+
+import spikedecoder.reference.lif as reference_lif
+from spikedecoder import SpikeDecoder, ext
+from spikedecoder.generation import (
+    Batch,
+    Continuation,
+    Native,
+    Recurrent,
+    SamplingParams,
+    Window,
+    open_source,
+)
+from spikedecoder.generation.native import why_not
+from spikedecoder.nn.state import DecoderState
+from spikedecoder.ops import use_backend
+
+pytestmark = [pytest.mark.skipif(not ext.is_built(), reason=ext.NOT_BUILT), pytest.mark.poison_empty]
+if ext.is_built():
+    from spikedecoder.ext.cpu import decode as decode_module
+    from spikedecoder.ext.cpu import native
+    from spikedecoder.ext.cpu.decode import Decoder
+
+TOKENS = torch.randint(0, 11, (3, 12), generator=torch.Generator().manual_seed(5))
+SPIKING = [
+    v for v in VARIANTS if v.values[0].get("spike_degree", 4) >= 3 and "attention_only" not in v.values[0]
+]
+OTHER = [v for v in VARIANTS if v not in SPIKING]
+
+
+def nearest_threshold(model: SpikeDecoder, tokens: torch.Tensor) -> float:
+    """The smallest distance of a membrane potential from its threshold that is not exactly 0."""
+    nearest, forward = [float("inf")], reference_lif.forward
+
+    def watched(x, threshold, v_init, p):
+        v = torch.zeros_like(x[0])
+        for x_t in x:
+            v = reference_lif.charge(x_t, v, p)
+            distance = (v - threshold).abs()
+            nearest.append(float(distance[distance > 0].min()) if distance.any() else float("inf"))
+            fired = v >= threshold
+            v = v - fired * threshold if p.v_reset is None else v.masked_fill(fired, p.v_reset)
+        return forward(x, threshold, v_init, p)
+
+    with pytest.MonkeyPatch.context() as patch, use_backend("reference"), torch.no_grad():
+        patch.setattr(reference_lif, "forward", watched)
+        model(tokens)
+    assert len(nearest) > 1
+    return min(nearest)
+
+
+def same_states(actual: DecoderState, expected: DecoderState) -> None:
+    assert actual.longest == expected.longest and torch.equal(actual.position, expected.position)
+    for a, e in zip(actual.layers, expected.layers, strict=True):
+        assert a.keys() == e.keys()
+        for name in e:  # spikes, and sums of spikes
+            torch.testing.assert_close(a[name], e[name], rtol=1e-6, atol=0)
+
+
+def same_steps(model: SpikeDecoder, tokens: torch.Tensor, split: int) -> None:
+    """Read `split` tokens, then step natively and in PyTorch side by side, and once more across a fork."""
+    decoder = Decoder(model)
+    _, expected_state = model.prefill(tokens[:, :split])
+    state = expected_state.clone()
+    for i in range(split, tokens.shape[1]):
+        expected, expected_state = model.step(tokens[:, i], expected_state)
+        actual, state = decoder.step(tokens[:, i], state)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        same_states(state, expected_state)
+
+
+@pytest.mark.parametrize("variant", SPIKING)
+def test_steps_equal_the_models(variant):
+    if "float_embedding" in variant:  # a cosine of almost 1 brings a neuron almost to its threshold of 1/2
+        variant = {**variant, "position_bias": 0.01}
+    for seed in range(10):
+        model = _model(variant, seed)
+        model(TOKENS)  # running statistics that are not the initial ones
+        model.eval()
+        if nearest_threshold(model, TOKENS) > 1e-6:
+            break
+    else:
+        pytest.fail("a potential within 1e-6 of its threshold for every seed")
+    for split in (1, 7):
+        same_steps(model, TOKENS, split)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    degree=st.integers(3, 4),
+    timesteps=st.integers(1, 6),
+    heads=st.sampled_from([1, 2, 3, 4]),
+    head_size=st.sampled_from([1, 3, 7, 8, 16, 20, 40, 70]),
+    ratio=st.integers(1, 5),
+    shifts=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    position=st.sampled_from(["static", "learned", "linear", "binary"]),
+    residuals=st.integers(0, 2),
+    norm=st.sampled_from(["layer", "batch", "power"]),
+    reunite=st.sampled_from(["average", "accumulate", "concatenate", "final"]),
+    options=st.fixed_dictionaries(
+        {
+            "attention_norm": st.booleans(),
+            "first_block_residual_lif": st.booleans(),
+            "learn_threshold": st.booleans(),
+            "decay_input": st.booleans(),
+            "tau": st.sampled_from([1.0, 1.5, 2.0]),
+            "v_reset": st.sampled_from([None, 0.0, -0.25]),
+        }
+    ),
+    vocab=st.integers(1, 40),
+    batch=st.integers(1, 5),
+    split=st.integers(1, 11),
+    seed=st.integers(0, 1000),
+)
+def test_random_configs_and_splits(
+    degree, timesteps, heads, head_size, ratio, shifts, position, residuals, norm, reunite, options, vocab,
+    batch, split, seed,
+):  # fmt: skip
+    channels = {"learned": 5, "static": 5, "linear": 12, "binary": 4}[position]
+    token_dim = -(-(channels + 4) // (heads * head_size)) * heads * head_size - channels
+    variant = {
+        **options,
+        **{"spike_degree": degree, "timesteps": timesteps, "heads": heads, "mlp_ratio": ratio},
+        **{"token_dim": token_dim, "position_dim": 5, "position_encoding": position, "vocab_size": vocab},
+        **{"token_shift": shifts[0], "mlp_token_shift": shifts[1], "spiking_residuals": residuals},
+        **{"norm": norm, "reunite": reunite},
+    }
+    model = _model(variant, seed).eval()
+    tokens = torch.randint(0, vocab, (batch, 12), generator=torch.Generator().manual_seed(seed))
+    assume(nearest_threshold(model, tokens) > 2e-6)
+    same_steps(model, tokens, split)
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "baseline"])
+def test_every_variant_of_the_cpu(name):
+    if name not in native.variants():
+        pytest.skip(f"this CPU has no {name}")
+    before = native.variant()
+    native.use_variant(name)
+    try:
+        for variant in ({}, {"token_shift": 3, "norm": "batch"}, {"token_dim": 150, "attention_norm": True}):
+            same_steps(_model(variant).eval(), TOKENS, 4)
+    finally:
+        native.use_variant(before)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    model = _model({"token_dim": 150, "blocks": 4, "mlp_ratio": 8}).eval()
+    tokens = torch.randint(0, 11, (40, 6), generator=torch.Generator().manual_seed(1))
+    _, start = model.prefill(tokens)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logits, state = Decoder(model).step(tokens[:, 0].contiguous(), start.clone())
+            results.append((logits, state.layers[-1]["attention.state"]))
+    finally:
+        torch.set_num_threads(before)
+    for logits, sums in results[1:]:
+        assert torch.equal(logits, results[0][0]) and torch.equal(sums, results[0][1])
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours():
+    """Sequences of unequal length join and leave; each has the logits that it has alone, to the bit."""
+    model = _model({"token_shift": 3, "mlp_token_shift": 2}).eval()
+    decoder = Decoder(model)
+    states = [model.prefill(TOKENS[i : i + 1, : 3 + 2 * i])[1] for i in range(3)]
+    alone = [state.clone() for state in states]
+    state = DecoderState.stack(states)
+    for rows, token in (([0, 1, 2], 4), ([2, 0], 7), ([0, 2, 0], 1), ([2], 9)):
+        state = state.select([min(r, state.batch_size - 1) for r in rows])
+        alone = [alone[min(r, len(alone) - 1)].clone() for r in rows]
+        logits, state = decoder.step(torch.full((len(rows),), token), state)
+        for i, one in enumerate(alone):
+            expected, alone[i] = decoder.step(torch.tensor([token]), one)
+            assert torch.equal(logits[i], expected[0])
+    same_states(state, DecoderState.stack(alone))
+
+
+def test_states_pass_between_the_two_forms():
+    """Prefill, native steps, prefill, PyTorch steps, native steps: the whole parallel forward's logits."""
+    model = _model({"token_shift": 4, "decay_fastest": 0.7, "decay_slowest": 0.98}).eval()
+    decoder = Decoder(model)
+    with torch.no_grad():
+        whole = model(TOKENS)
+    _, state = model.prefill(TOKENS[:, :2])
+    for i in range(2, 12):
+        if i == 5:
+            logits, state = model.prefill(TOKENS[:, 5:6], state)
+            logits = logits[:, 0]
+        else:
+            logits, state = (model if i in (6, 9) else decoder).step(TOKENS[:, i], state)
+        torch.testing.assert_close(logits, whole[:, i], rtol=1e-5, atol=1e-5)
+    restored = DecoderState.from_tensors(model.config, state.tensors())
+    assert torch.equal(*(decoder.step(TOKENS[:, 0], s.clone())[0] for s in (state, restored)))
+
+
+def test_from_an_empty_state():
+    model = _model({"token_shift": 2}).eval()
+    state = DecoderState.empty(model.config, 3, torch.device("cpu"))
+    actual, state = Decoder(model).step(TOKENS[:, 0], state)
+    expected, expected_state = model.prefill(TOKENS[:, :1])
+    torch.testing.assert_close(actual, expected[:, 0], rtol=1e-5, atol=1e-5)
+    same_states(state, expected_state)
+
+
+@pytest.mark.parametrize("variant", [{}, {"position_encoding": "learned", "token_shift": 3}, {"tau": 1.5}])
+def test_the_same_greedy_text(variant):
+    model = _model(variant).eval()
+    texts = []
+    for source in (open_source(model, keep=5), Recurrent(model, keep=5), Window(model, keep=5)):
+        batch, drawn = Batch(source), {i: [] for i in range(4)}
+        batch.add(Continuation(i, [i + 1] * (i + 1), 40 - 9 * i, SamplingParams(0), 0) for i in range(3))
+        while batch:
+            for token in batch.step():
+                drawn[token.sequence].append(token.token)
+            if len(drawn[0]) == 6:  # joins the others under way
+                batch.add([Continuation(3, [4, 2], 30, SamplingParams(0), 0)])
+        texts.append(drawn)
+    assert type(open_source(model)) is Native
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0][0]) == 40 and len(texts[0][3]) == 30
+
+
+def test_positions_beyond_the_context(monkeypatch):
+    """A stretch of positions is held, and moved; a batch that it cannot hold is embedded without."""
+    monkeypatch.setattr(decode_module, "_POSITIONS", 5)
+    model = _model({}).eval()
+    sources = [Native(model, past="continue"), Recurrent(model, past="continue")]
+    for source in sources:
+        source.add([[1, 2, 3], [4] * 9])
+    for i in range(30):
+        if i == 9:
+            for source in sources:
+                source.select([1])
+        actual, expected = (source.step([i % 11] * len(source.state.position)) for source in sources)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert len(sources[0].decoder._embedding._far) == 5
+
+
+def test_sums_that_float32_does_not_hold_go_on_in_pytorch():
+    model = _model({}).eval()
+    sources = [Native(model, past="continue"), Recurrent(model, past="continue")]
+    for source in sources:
+        source.add([[1, 2, 3]])
+        for layer in source.state.layers:
+            layer["attention.state"] += 2**24 - 8
+        source.state.longest = 2**24 // 12 - 2  # two more tokens of 12 channels a head fit
+    for token in range(5):
+        actual, expected = (source.step([token]) for source in sources)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        dtypes = {source.state.layers[0]["attention.state"].dtype for source in sources}
+        assert dtypes == {torch.float32 if token < 2 else torch.float64}
+
+
+def test_takes_a_copy_of_the_weights():
+    model = _model({"norm": "batch"})
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    decoder = Decoder(model)  # in training mode: nothing moves
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    _, state = model.eval().prefill(TOKENS)
+    before, _ = decoder.step(TOKENS[:, 0], state.clone())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3
+    after, _ = decoder.step(TOKENS[:, 0], state.clone())
+    fresh, _ = Decoder(model).step(TOKENS[:, 0], state.clone())
+    assert torch.equal(before, after) and not torch.equal(before, fresh)
+
+
+def test_from_several_threads():
+    model = _model({}).eval()
+    decoder = Decoder(model)
+    _, start = model.prefill(TOKENS[:, :6])
+    expected = decoder.step(TOKENS[:, 0], start.clone())[0]
+    results = []
+
+    def work() -> None:
+        for _ in range(30):
+            results.append(decoder.step(TOKENS[:, 0], start.clone())[0])
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 120 and all(torch.equal(r, expected) for r in results)
+
+
+@pytest.mark.parametrize("variant", OTHER)
+def test_other_models_are_refused_and_generated_in_pytorch(variant):
+    model = _model(variant).eval()
+    with pytest.raises(ValueError, match="model: it takes spiking attention and MLP"):
+        Decoder(model)
+    assert type(open_source(model)) is Recurrent
+
+
+def test_why_not():
+    model = _model({}).eval()
+    assert why_not(model) is None
+    assert why_not(_model({}).double()) == "it takes float32, the model is in torch.float64"
+    wide = SpikeDecoder(_config(mlp_ratio=3000, blocks=1))
+    assert why_not(wide) == "it takes at most 65536 channels, the model has 72000"
+    with use_backend("reference"):
+        assert why_not(model) == "backend 'reference' was asked for"
+        assert type(open_source(model)) is Recurrent
+    with use_backend("cpu"):
+        assert type(open_source(model)) is Native
+
+
+def test_bad_input():
+    model = _model({"position_encoding": "learned", "token_shift": 2}).eval()
+    decoder = Decoder(model)
+    _, state = model.prefill(TOKENS[:, :10])
+    with pytest.raises(TypeError, match=r"token: takes an int64 tensor \[B\] on the CPU"):
+        decoder.step(TOKENS[:, 0].float(), state)
+    with pytest.raises(ValueError, match=r"token: got shape \(2,\), takes \[3\] as the state has"):
+        decoder.step(TOKENS[:2, 0], state)
+    for wrong in (11, -1):
+        with pytest.raises(ValueError, match=f"tokens: got {wrong}, takes 0 to 10"):
+            decoder.step(torch.tensor([0, wrong, 0]), state)
+    with pytest.raises(ValueError, match="state: got one of another model"):
+        Decoder(_model({}).eval()).step(TOKENS[:, 0], state)
+    for name, bad in itertools.product(("attention.state", "attention.shift"), (torch.ones(3), None)):
+        broken = state.clone()
+        broken.layers[1][name] = broken.layers[1][name].double() if bad is None else bad
+        with pytest.raises(ValueError, match=f"state: {name}: got .*, takes .* torch.float32 on the CPU"):
+            decoder.step(TOKENS[:, 0], broken)
+    for _ in range(2):
+        _, state = decoder.step(TOKENS[:, 0], state)
+    with pytest.raises(ValueError, match="state: got one of 12 tokens, takes one of fewer than 12"):
+        decoder.step(TOKENS[:, 0], state)
