@@ -374,8 +374,11 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "reference" in got["operators"]["cpu"]["lif"]
     for rows in got["operators"]["cpu"].values():
         assert list(rows.values()).count("chosen") == 1
+    for part in ("cpu", "cuda"):
+        assert got["extension"][part]["built"] or "pip install" in got["extension"][part]["mend"]
     assert run("doctor") == 0
-    assert "works" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "works" in text and "C++ kernels: " in text and "CUDA kernels: " in text
 
 
 def test_doctor_says_what_is_broken(

@@ -47,6 +47,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     import spikedecoder
+    from spikedecoder import ext
     from spikedecoder.ops import _dispatch
 
     devices = ["cpu"]
@@ -79,6 +80,7 @@ def examine() -> dict[str, Any]:
         "nvcc": shutil.which("nvcc"),
         "requested_backend": _dispatch.requested_backend(),
         "operators": operators,
+        "extension": ext.info(),
         "optional": {name: _version(name) for name in _OPTIONAL},
         "training_step": _try_step(),
     }
@@ -105,6 +107,28 @@ def _try_step() -> dict[str, Any]:
     except Exception as error:  # a report of what is wrong is what this command is for
         return {"works": False, "error": f"{type(error).__name__}: {error}"}
     return {"works": True, "loss": float(loss.detach())}
+
+
+def _part(info: dict[str, Any]) -> str:
+    """One part of the extension in a line: what it is made of, and what would mend it."""
+    words = {
+        "compiler": "built by {}",
+        "variant": "running {}",
+        "variants": "of {}",
+        "openmp": "OpenMP {}",
+        "threads": "{} threads",
+        "architectures": "for {}",
+    }
+    said = []
+    for key, text in words.items():
+        value = info.get(key)
+        if value is not None:
+            said.append(
+                text.format(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value)
+            )
+    if "mend" in info:
+        said.append(info["mend"])
+    return "; ".join(said)
 
 
 def _version(package: str) -> str | None:
@@ -139,6 +163,8 @@ def _show(report: dict[str, Any]) -> None:
             others = "; ".join(f"{b}: {reason}" for b, reason in rows.items() if b != chosen)
             table.add_row(name, chosen, others)
         console.print(table)
+    for part, title in (("cpu", "C++ kernels"), ("cuda", "CUDA kernels")):
+        console.print(f"{title}: {_part(report['extension'][part])}", markup=False)
     for tool, use in (("compiler", "building the C++ kernels"), ("nvcc", "building the CUDA kernels")):
         console.print(f"{tool}: {report[tool] or f'none found; needed for {use} only'}")
     for package, (use, command) in _OPTIONAL.items():
