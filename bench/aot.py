@@ -241,10 +241,16 @@ def linear_rows() -> Iterator[Row]:
     from spikedecoder.kernels import spike_linear as k
 
     for dtype, M, K, N in (
-        (torch.bfloat16, 32768, 512, 2048), (torch.bfloat16, 32768, 80, 160), (torch.float16, 32768, 512, 2048),
+        (torch.bfloat16, 32768, 512, 2048), (torch.bfloat16, 32768, 80, 160), (torch.float16, 32768, 512,
+        2048),
         (torch.float32, 32768, 512, 2048),
     ):  # fmt: skip
-        s, grad, weight, bias = meta((M, K), dtype), meta((M, N), dtype), meta((N, K), dtype), meta((N,), dtype)
+        s, grad, weight, bias = (
+            meta((M, K), dtype),
+            meta((M, N), dtype),
+            meta((N, K), dtype),
+            meta((N,), dtype),
+        )
         words = meta((M, -(-K // 64)), torch.int64)
         size, b = f"M = {M}, K = {K}, N = {N}", dtype.itemsize
         forward = functools.partial(k.forward, s, weight, bias)

@@ -1,17 +1,16 @@
 """Products on 16-bit tensor cores that lose nothing of a float32 operand.
 
-A float32 has 24 significant bits, a bfloat16 8 and the same range of exponents: x = d0 + d1 + d2 with d0 the
-bfloat16 nearest to x, d1 that nearest to x - d0, and d2 = x - d0 - d1, each difference exact (cut off instead
-of rounded, as the interpreter does, the same holds). So the product
-with a matrix of 0 and 1 is three bfloat16 products, accumulated in float32. An integer below 2^16 needs two
-digits: d0 leaves a remainder below 2^8. One below 2^8 needs one.
+A float32 has 24 significant bits, a bfloat16 8 and the same range of exponents: x = d0 + d1 + d2 with d0
+the bfloat16 nearest to x, d1 that nearest to x - d0, and d2 = x - d0 - d1, each difference exact (cut off
+instead of rounded, as the interpreter does, the same holds). So the product with a matrix of 0 and 1 is
+three bfloat16 products, accumulated in float32. An integer below 2^16 needs two digits: d0 leaves a
+remainder below 2^8. One below 2^8 needs one.
 
-bfloat16 rather than int8: the spikes are bfloat16 under autocast, so they go from memory to the tensor core as
-they are; Hopper's int8 product takes no transposed operand, which k^T v needs; and int8 digits of the state
-would be three already at 2^16.
+bfloat16 rather than int8: the spikes are bfloat16 under autocast, so they go from memory to the tensor core
+as they are; Hopper's int8 product takes no transposed operand, which k^T v needs; and int8 digits of the
+state would be three already at 2^16.
 """
 
-# ruff: noqa: RUF005
 from __future__ import annotations
 
 import torch

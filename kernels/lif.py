@@ -44,6 +44,7 @@ from spikedecoder.kernels._neuron import (
 from spikedecoder.kernels.pack_spikes import pack_tile
 from spikedecoder.params import LIFParams
 
+STATES_ON_REQUEST = True  # forward takes want_v, backward want_grad_v_init
 CHUNK = 8  # timesteps whose potentials the backward kernel keeps in registers
 
 __all__ = ["backward", "forward", "forward_packed", "why_not"]

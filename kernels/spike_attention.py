@@ -2,18 +2,19 @@
 
     o[i] = scale ( sum_{j<=i} decay^(i-j) (q[i] . k[j]) v[j]  +  decay^(i+1) q[i] state )
 
-q, k, v, o [T, B, S, H, d] in memory. A program owns one head of one sequence at one timestep, and BLOCK_V of
-the d columns of v. It walks the sequence in chunks of BLOCK_S tokens: inside a chunk the scores q k^T, masked,
-times v; for the past q times the state [d, BLOCK_V], which it holds in float32 registers and then moves on by
-k^T v. The cost is linear in S.
+q, k, v, o [T, B, S, H, d] in memory. A program owns one head of one sequence at one timestep, and BLOCK_V
+of the d columns of v. It walks the sequence in chunks of BLOCK_S tokens: inside a chunk the scores q k^T,
+masked, times v; for the past q times the state [d, BLOCK_V], which it holds in float32 registers and then
+moves on by k^T v. The cost is linear in S.
 
-Where too few programs would run, the sequence is cut in segments: one kernel sums k^T v of each, a second adds
-them up to the state before each, and the programs then walk their own segment from there.
+Where too few programs would run, the sequence is cut in segments: one kernel sums k^T v of each, a second
+adds them up to the state before each, and the programs then walk their own segment from there.
 
-Exact: q, k and v are 0 and 1, so scores are integers up to d <= 128, exact in one bfloat16, and states integers
-up to S, exact in two for S <= 2^16 (and no initial state), else in three (`_digits`). All sums are integers in
-float32 accumulators, exact below 2^24. With a decay, scores and states are real and taken in digits to the
-precision of the dtype: 24 bits for float32, 16 for the others. The powers of the decay come in a table.
+Exact: q, k and v are 0 and 1, so scores are integers up to d <= 128, exact in one bfloat16, and states
+integers up to S, exact in two for S <= 2^16 (and no initial state), else in three (`_digits`). All sums are
+integers in float32 accumulators, exact below 2^24. With a decay, scores and states are real and taken in
+digits to the precision of the dtype: 24 bits for float32, 16 for the others. The powers of the decay come
+in a table.
 
 Backward, with g = dL/do: each gradient is itself a causal attention, that of k and v backwards in time,
 
@@ -23,15 +24,14 @@ Backward, with g = dL/do: each gradient is itself a causal attention, that of k 
 
 and the last two share their state R = sum q^T g (it enters as R^T in dk), so one kernel can make both.
 
-Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (BLOCK_V < d reads q and k again, from
-cache); backward 10 b, of which g, k and v a second time, where one kernel makes dk and dv (bfloat16, no decay,
-d <= 64), else 12 b: the minimum is 7 b. Segments read k and v once more.
-Arithmetic per element, forward: 2 (2 BLOCK_S + 3 d) operations, at d = BLOCK_S = 64 640 against 8 bytes: bound by
-memory bandwidth wherever the tensor cores run at a third of their rate or more.
+Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (BLOCK_V < d reads q and k again,
+from cache); backward 10 b, of which g, k and v a second time, where one kernel makes dk and dv (bfloat16,
+no decay, d <= 64), else 12 b: the minimum is 7 b. Segments read k and v once more. Arithmetic per element,
+forward: 2 (2 BLOCK_S + 3 d) operations, at d = BLOCK_S = 64 640 against 8 bytes: bound by memory bandwidth
+wherever the tensor cores run at a third of their rate or more.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
-# ruff: noqa: RUF005
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -73,7 +73,9 @@ def load_tile(
 ):  # fmt: skip
     """Tokens first to first + BLOCK_S, counted from the end if REVERSE; zeros from `stop` and column D on."""
     inside = (first + tl.arange(0, BLOCK_S) < stop)[:, None] & (column < D)[None, :]
-    return tl.load(ptr + _at(base, first, tokens, row_stride, column, REVERSE, BLOCK_S), mask=inside, other=0.0)
+    return tl.load(
+        ptr + _at(base, first, tokens, row_stride, column, REVERSE, BLOCK_S), mask=inside, other=0.0
+    )
 
 
 @triton.jit
@@ -172,7 +174,9 @@ def attention(
         v = load_tile(v_ptr, base, first, stop, tokens, row_stride, e, D, REVERSE, BLOCK_S)
         out = attend_chunk(q, k, v, state, weights, powers, Q, K, V, SCORE, STATE, DECAY, BLOCK_S, BLOCK_V)
         store_tile(out_ptr, out * scale, base, first, stop, tokens, row_stride, e, D, REVERSE, BLOCK_S)
-        state = advance_state(k, v, state, powers, tl.minimum(BLOCK_S, stop - first), K, V, KV, DECAY, BLOCK_S)
+        state = advance_state(
+            k, v, state, powers, tl.minimum(BLOCK_S, stop - first), K, V, KV, DECAY, BLOCK_S
+        )
     if final_ptr is not None and stop == tokens:
         store_state(final_ptr + head.to(tl.int64) * (D * D), state, d, e, D)
 
@@ -236,7 +240,9 @@ def segment_states(
     for first in range(start, stop, BLOCK_S):
         k = load_tile(k_ptr, base, first, stop, tokens, row_stride, d, D, REVERSE, BLOCK_S)
         v = load_tile(v_ptr, base, first, stop, tokens, row_stride, e, D, REVERSE, BLOCK_S)
-        state = advance_state(k, v, state, powers, tl.minimum(BLOCK_S, stop - first), K, V, KV, DECAY, BLOCK_S)
+        state = advance_state(
+            k, v, state, powers, tl.minimum(BLOCK_S, stop - first), K, V, KV, DECAY, BLOCK_S
+        )
     at = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (D * D)
     store_state(state_ptr + at, state, d, e, D)
 
@@ -276,7 +282,7 @@ def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> 
     if major(device) == 8:
         return Blocks(32, padded, min(padded, 32 if wide else 16))
     if dtype == torch.float32:
-        return Blocks(64, padded, 16)
+        return Blocks(64, padded, 16 if major(device) else min(padded, 64))  # fewer programs to interpret
     wide = wide and (integers or (dtype == torch.bfloat16 and major(device) == 9))
     return Blocks(64, padded, min(padded, 64 if wide else 32))
 
@@ -333,7 +339,8 @@ def states_before(
     size = blocks(d, way.dtype, way.decay is None and v_digits == 1, k.device)
     launch(
         segment_states, (programs * cdiv(d, size.columns), segments), k_ptr=k, v_ptr=v, powers_ptr=way.powers,
-        state_ptr=states, tokens=tokens, heads=heads, segment=segment, D=d, REVERSE=reverse, BLOCK_S=size.tokens,
+        state_ptr=states, tokens=tokens, heads=heads, segment=segment, D=d, REVERSE=reverse,
+        BLOCK_S=size.tokens,
         BLOCK_D=size.d, BLOCK_V=size.columns, **way.flags(k_digits, v_digits),
     )  # fmt: skip
     whole = None if way.decay is None else (way.decay.double() ** segment).float()
@@ -364,17 +371,24 @@ def walk(
     launch(
         attention, (programs, segments), q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, powers_ptr=way.powers,
         state_ptr=before, final_ptr=final, tokens=tokens, heads=heads, segment=segment, scale=scale, D=d,
-        Q=q_digits, SCORE=score_digits, STATE=state_digits, REVERSE=reverse, BLOCK_S=size.tokens, BLOCK_D=size.d,
+        Q=q_digits, SCORE=score_digits, STATE=state_digits, REVERSE=reverse, BLOCK_S=size.tokens,
+        BLOCK_D=size.d,
         BLOCK_V=size.columns, **way.flags(k_digits, v_digits),
     )  # fmt: skip
     return out
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None, return_state: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    decay: Tensor | None,
+    state: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(o [T, B, H, S, d] laid out heads last, final state in float32 if asked for)."""
-    T, batch, heads, tokens, d = q.shape
+    T, batch, heads, _, d = q.shape
     final = q.new_empty((T, batch, heads, d, d), dtype=torch.float32) if return_state else None
     if q.numel() == 0:
         if final is not None:

@@ -2,22 +2,23 @@
 
     a[t] = attention(q[t], k[t], v[t]) scale,   spikes = LIF(a)          (see `spike_attention`, `LIFParams`)
 
-q, k, v and spikes [T, B, S, H, d] in memory. A program owns one head of one sequence and BLOCK_V columns of v.
-It walks the sequence in chunks, and within a chunk all T timesteps, with the membrane potentials of the chunk
-and the T states k^T v [d, BLOCK_V] in float32 registers. a is rounded to the dtype of q before it charges the
-membrane, as if it had been written: the spikes are bit for bit those of attention and LIF one after the other.
+q, k, v and spikes [T, B, S, H, d] in memory. A program owns one head of one sequence and BLOCK_V columns of
+v. It walks the sequence in chunks, and within a chunk all T timesteps, with the membrane potentials of the
+chunk and the T states k^T v [d, BLOCK_V] in float32 registers. a is rounded to the dtype of q before it
+charges the membrane, as if it had been written: the spikes are bit for bit those of attention and LIF one
+after the other.
 
-Where T states are too large for the registers (float32, d > 64, T > 4, or 8 with d <= 16), or long sequences are
-too few to fill the device, the two kernels run one after the other. Backward always does so: it computes a
-again, then the LIF's gradient, then the attention's.
+Where T states are too large for the registers (float32, d > 64, T > 4, or 8 with d <= 16), or long
+sequences are too few to fill the device, the two kernels run one after the other. Backward always does so:
+it computes a again, then the LIF's gradient, then the attention's.
 
-Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (q and k are read again from cache by
-the d / BLOCK_V programs of a head); one after the other 6 b. Backward 17 b where attention's takes 10 b; the
-minimum is 7 b. Bound by memory bandwidth.
+Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (q and k are read again from cache
+by the d / BLOCK_V programs of a head); one after the other 6 b. Backward 17 b where attention's takes 10 b;
+the minimum is 7 b. Bound by memory bandwidth.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, B007, SIM300
 from __future__ import annotations
 
 import torch
@@ -83,7 +84,9 @@ def attention_lif_forward(
             q = load_tile(q_ptr, at_t, first, tokens, tokens, row_stride, d, D, False, BLOCK_S)
             k = load_tile(k_ptr, at_t, first, tokens, tokens, row_stride, d, D, False, BLOCK_S)
             v = load_tile(v_ptr, at_t, first, tokens, tokens, row_stride, e, D, False, BLOCK_S)
-            a = attend_chunk(q, k, v, states[t], weights, powers, 1, 1, 1, SCORE, STATE, DECAY, BLOCK_S, BLOCK_V)
+            a = attend_chunk(
+                q, k, v, states[t], weights, powers, 1, 1, 1, SCORE, STATE, DECAY, BLOCK_S, BLOCK_V
+            )
             a = (a * scale).to(q_ptr.dtype.element_ty).to(tl.float32)
             after = after + (advance_state(k, v, states[t], powers, count, K, V, KV, DECAY, BLOCK_S),)
             charged = charge(a, potential, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
@@ -98,8 +101,9 @@ def attention_lif_forward(
 def blocks(
     T: int, batch: int, tokens: int, heads: int, d: int, way: Pass, device: torch.device
 ) -> Blocks | None:
-    """The table: tiles whose T states fit the registers; None where two kernels one after the other are better:
-    states too large, or so few programs that attention alone, with T times as many, fills the device better."""
+    """The table: tiles whose T states fit the registers. None where two kernels one after the other are
+    better: states too large, or so few programs that attention alone, with T times as many, fills the
+    device better."""
     padded = max(16, power_of_2(d))
     if way.dtype == torch.float32 or padded > 64 or T > (8 if padded == 16 else 4):
         return None
@@ -140,7 +144,8 @@ def forward(
         return lif_kernels.forward(current, threshold, None, p, want_v=False)[0].transpose(2, 3)
     _, pointer, number = threshold_argument(threshold, q.shape[1:])
     launch(
-        attention_lif_forward, (batch * heads * cdiv(d, size.columns),), q_ptr=q, k_ptr=k, v_ptr=v, spikes_ptr=spikes,
+        attention_lif_forward, (batch * heads * cdiv(d, size.columns),), q_ptr=q, k_ptr=k, v_ptr=v,
+        spikes_ptr=spikes,
         powers_ptr=way.powers, threshold_ptr=pointer, batch=batch, tokens=tokens, heads=heads,
         scale=scale, threshold=number, T=T, D=d, SCORE=1 if decay is None else way.real,
         STATE=way.real if decay is not None else 2 if tokens <= 1 << 16 else 3, BLOCK_S=size.tokens,
@@ -171,5 +176,7 @@ def backward(
     if not isinstance(threshold, Tensor):
         grad_threshold = q.new_zeros((), dtype=torch.float32)
     wide = q.shape[-1] > attention.MAX_D
-    dq, dk, dv = (reference if wide else attention).backward(grad.transpose(2, 3), q, k, v, scale, decay, None)
+    dq, dk, dv = (reference if wide else attention).backward(
+        grad.transpose(2, 3), q, k, v, scale, decay, None
+    )
     return dq, dk, dv, grad_threshold

@@ -5,8 +5,8 @@ s [M, K] is packed first; then both products read words of 32 spikes and make 0 
     dW [N, K] = g^T s             the same in the gradient's; M is cut in pieces, whose sums are added
 A float32 weight or gradient is taken as three bfloat16, which lose nothing of it (`_digits`).
 
-Bytes (b = bytes of the dtype): packing b M K + M K / 8; y: M K / 8 + b (N K + M N); dW: M K / 8 + b (M N + N K)
-and 4 N K a piece. Against a dense product the input of dW shrinks 16 times in 16 bits. Bound by memory
+Bytes (b = bytes of the dtype): packing b M K + M K / 8; y: M K / 8 + b (N K + M N); dW: M K / 8 + b (M N +
+N K) and 4 N K a piece. Against a dense product the input of dW shrinks 16 times in 16 bits. Bound by memory
 bandwidth for N below some hundreds, by the tensor cores above.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["forward", "weight_grad", "why_not"]
 
 @triton.jit
 def load_bits(words_ptr, row, rows, word, words, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """0 and 1 as float32 [BLOCK_R, BLOCK_K]: the spikes of rows `row`, from word number `word` of 32 bits on."""
+    """0 and 1 as float32 [BLOCK_R, BLOCK_K]: spikes of rows `row`, from 32-bit word number `word` on."""
     w = word + tl.arange(0, BLOCK_K // 32)
     at = words_ptr + row[:, None].to(tl.int64) * words + w[None, :]
     packed = tl.load(at, mask=(row < rows)[:, None] & (w < words)[None, :], other=0)
@@ -107,7 +107,8 @@ def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     block_n = 32 if full and major(s.device) == 8 else 64 if full or outputs <= 64 else 128
     launch(
         linear_forward, (cdiv(rows, 64) * cdiv(outputs, block_n),), words_ptr=words.view(torch.int32),
-        weight_ptr=weight.contiguous(), bias_ptr=None if bias is None else bias.contiguous(), y_ptr=y, rows=rows,
+        weight_ptr=weight.contiguous(), bias_ptr=None if bias is None else bias.contiguous(), y_ptr=y,
+        rows=rows,
         inputs=inputs // align, outputs=outputs // align, words=2 * words.shape[-1], BLOCK_M=64,
         BLOCK_N=block_n, BLOCK_K=WORD, ALIGN=align,
     )  # fmt: skip
