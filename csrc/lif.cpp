@@ -40,6 +40,7 @@ double work(int64_t T, int64_t elements, double per_element) {
 
 void lif_forward(const LifForward& a) {
   const int64_t step = a.rows * a.C;
+  const bool past = past_cache(a.spikes, a.T * step, a.C);
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads_for(work(a.T, step, 0.3), a.threads), [&](int thread, int threads) {
       const F one = set1(1);
@@ -58,7 +59,7 @@ void lif_forward(const LifForward& a) {
             const F h = cell.charge(load_up_to(x + u * W, n), v[u]);
             const Mask fired = ge(h, threshold[u]);
             v[u] = cell.after(h, fired, threshold[u]);
-            store_up_to(spikes + u * W, keep(fired, one), n);
+            store_result(spikes + u * W, keep(fired, one), n, past);
           }
         }
         for (int u = 0; u < U; u++) store_up_to(a.v + row + c + u * W, v[u], n);
@@ -70,6 +71,7 @@ void lif_forward(const LifForward& a) {
 void lif_backward(const LifBackward& a) {
   const int64_t step = a.rows * a.C;
   const int most = threads_for(work(a.T, step, 0.6), a.threads);
+  const bool past = past_cache(a.grad_x, a.T * step, a.C);
   // per thread: the membrane potentials h of a few vectors of neurons, then its share of dL/dthreshold
   const int64_t potentials = round_up(a.T * AT_ONCE * W, 16);
   const int64_t own = potentials + ThresholdSum::size(a.threshold, a.C);
@@ -103,7 +105,7 @@ void lif_backward(const LifBackward& a) {
             const F grad_spike = load_up_to(a.grad_spikes + t * step + at + u * W, n);
             const F grad_x =
                 cell.back(load(hs + (t * U + u) * W), threshold[u], grad_spike, carry[u], grad_threshold[u]);
-            store_up_to(a.grad_x + t * step + at + u * W, grad_x, n);
+            store_result(a.grad_x + t * step + at + u * W, grad_x, n, past);
           }
         }
         for (int u = 0; u < U; u++) {

@@ -79,6 +79,7 @@ SPIKEDECODER_INLINE void row_statistics(const float* x, int64_t C, float eps, fl
 
 void norm_lif_forward(const NormLifForward& a) {
   const Normal p{a.kind, a.x, a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
+  const bool past = past_cache(a.spikes, p.at(a.T, 0), a.C);
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads_for(work(a.T, a.rows, a.C, 0.4), a.threads), [&](int thread, int threads) {
       const Range rows = share(a.rows, thread, threads);
@@ -104,7 +105,8 @@ void norm_lif_forward(const NormLifForward& a) {
               const F h = cell.charge(channels[u].y(channels[u].z(p, t, row, c + u * W, n)), v[u]);
               const Mask fired = ge(h, threshold[u]);
               v[u] = cell.after(h, fired, threshold[u]);
-              store_up_to(a.spikes + p.at(t, row) + c + u * W, keep(fired, one), n);
+              store_result(a.spikes + p.at(t, row) + c + u * W, keep(fired, one), n, past);
+              __builtin_prefetch(p.x + p.at(t, row + 1) + c + u * W);  // its statistics come next
             }
           }
         });
@@ -178,6 +180,7 @@ void back_through_lif(const CellType& cell, const Normal& p, const Threshold& li
         const F y = fma(load(s.z + t * s.padded + at), load_up_to(p.weight + at, n), load_up_to(p.bias + at, n));
         const F h = cell.charge(y, v[u]);
         store(s.h + (t * U + u) * W, h);
+        __builtin_prefetch(p.x + p.at(t, row + 1) + at);
         v[u] = cell.after(h, ge(h, threshold[u]), threshold[u]);
       }
     }
@@ -185,6 +188,7 @@ void back_through_lif(const CellType& cell, const Normal& p, const Threshold& li
       for (int u = 0; u < U; u++) {
         const F grad_spike = load_up_to(grad_spikes + p.at(t, row) + c + u * W, n);
         const F h = load(s.h + (t * U + u) * W);
+        __builtin_prefetch(grad_spikes + p.at(t, row + 1) + c + u * W);
         store(s.g + t * s.padded + c + u * W, cell.back(h, threshold[u], grad_spike, carry[u], grad_threshold[u]));
       }
     }
@@ -213,6 +217,7 @@ void add_to_sums(const Normal& p, const RowScratch& s, bool of_row) {
 }
 
 void gradient_of_row(const Normal& p, int64_t row, const RowScratch& s, float* grad_x) {
+  const bool past = past_cache(grad_x, p.at(p.T, 0), p.C);
   const F channels = set1(static_cast<float>(p.C));
   for (int64_t t = 0; t < p.T; t++) {
     const F mean_g = div(set1(sum(load(s.sum_g + t * W))), channels);
@@ -222,19 +227,20 @@ void gradient_of_row(const Normal& p, int64_t row, const RowScratch& s, float* g
       for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
         const F g = load(s.g + t * s.padded + c), z = load(s.z + t * s.padded + c);
         const F centred = sub(sub(mul(g, load_up_to(p.weight + c, n)), mean_g), mul(z, mean_gz));
-        store_up_to(grad_x + p.at(t, row) + c, mul(centred, rstd), n);
+        store_result(grad_x + p.at(t, row) + c, mul(centred, rstd), n, past);
       }
     });
   }
 }
 
 void gradient_by_channels(const NormLifBackward& a, const Normal& p, int64_t row, const RowScratch& s) {
+  const bool past = past_cache(a.grad_x, p.at(p.T, 0), p.C);
   for (int64_t t = 0; t < p.T; t++) {
     for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
       for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
         const F g = load(s.g + t * s.padded + c), z = load(s.z + t * s.padded + c);
         const F rest = fma(load_up_to(a.b + c, n), z, load_up_to(a.c + c, n));
-        store_up_to(a.grad_x + p.at(t, row) + c, fma(load_up_to(a.a + c, n), g, rest), n);
+        store_result(a.grad_x + p.at(t, row) + c, fma(load_up_to(a.a + c, n), g, rest), n, past);
       }
     });
   }

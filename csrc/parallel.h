@@ -14,6 +14,13 @@
 namespace spikedecoder {
 namespace {
 
+// What this thread has streamed past the caches (simd.h) is there for the others.
+inline void finish_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // body(thread, threads) on a team of up to `threads` threads; `threads` as body sees it is the team's size.
 template <class Body>
 inline void team(int threads, const Body& body) {
@@ -35,6 +42,7 @@ template <class Body>
 inline void parallel(int parts, const Body& body) {
   team(parts, [&](int thread, int threads) {
     for (int part = thread; part < parts; part += threads) body(part, parts);
+    finish_stores();
   });
 }
 

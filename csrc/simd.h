@@ -39,6 +39,7 @@ SPIKEDECODER_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 SPIKEDECODER_INLINE F load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first_n(n), p); }
 SPIKEDECODER_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
 SPIKEDECODER_INLINE void store_n(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first_n(n), a); }
+SPIKEDECODER_INLINE void stream(float* p, F a) { _mm512_stream_ps(p, a); }
 SPIKEDECODER_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 SPIKEDECODER_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 SPIKEDECODER_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -73,6 +74,7 @@ SPIKEDECODER_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 SPIKEDECODER_INLINE F load_n(const float* p, int n) { return _mm256_maskload_ps(p, first_n(n)); }
 SPIKEDECODER_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a); }
 SPIKEDECODER_INLINE void store_n(float* p, F a, int n) { _mm256_maskstore_ps(p, first_n(n), a); }
+SPIKEDECODER_INLINE void stream(float* p, F a) { _mm256_stream_ps(p, a); }
 SPIKEDECODER_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 SPIKEDECODER_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 SPIKEDECODER_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -124,6 +126,13 @@ SPIKEDECODER_INLINE void store(float* p, F a) { memcpy(p, &a, sizeof a); }
 SPIKEDECODER_INLINE void store_n(float* p, F a, int n) {
   for (int i = 0; i < n; i++) p[i] = a[i];
 }
+SPIKEDECODER_INLINE void stream(float* p, F a) {
+#if defined(__SSE2__)
+  _mm_stream_ps(p, reinterpret_cast<__m128>(a));
+#else
+  store(p, a);
+#endif
+}
 SPIKEDECODER_INLINE F add(F a, F b) { return a + b; }
 SPIKEDECODER_INLINE F sub(F a, F b) { return a - b; }
 SPIKEDECODER_INLINE F mul(F a, F b) { return a * b; }
@@ -168,6 +177,22 @@ SPIKEDECODER_INLINE void store_up_to(float* p, F a, int n) {
     store(p, a);
   } else {
     store_n(p, a, n);
+  }
+}
+
+// Whether an output of n floats, in rows of `columns`, is written past the caches: it would not stay there, and
+// a line that is written whole need not be read first. Only where all of its vectors are whole and aligned.
+SPIKEDECODER_INLINE bool past_cache(const float* out, int64_t n, int64_t columns) {
+  constexpr int64_t LARGE = 4 << 20;  // 16 MiB
+  return n >= LARGE && columns % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
+// Stores the first n lanes of an output for which past_cache said `past`.
+SPIKEDECODER_INLINE void store_result(float* p, F a, int n, bool past) {
+  if (past) {
+    stream(p, a);
+  } else {
+    store_up_to(p, a, n);
   }
 }
 

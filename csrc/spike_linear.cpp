@@ -29,6 +29,7 @@ struct Panel {
   int lanes;  // of the last vector
   const float* bias;
   bool accumulate;
+  bool past;  // see past_cache
 };
 
 // out[0 .. V vectors] = sum of the rows of the panel in list.
@@ -49,7 +50,7 @@ void sum_list(const uint16_t* list, int64_t n, const Panel& p, float* out) {
   }
   for (int j = 0; j < V; j++) {
     if (Whole || j < V - 1) {
-      store(out + j * W, sums[j]);
+      store_result(out + j * W, sums[j], W, p.past);
     } else {
       store_n(out + j * W, sums[j], last);
     }
@@ -110,7 +111,7 @@ struct Sum {
   int64_t columns;
   const float* bias;
   float* out;
-  bool accumulate;
+  bool accumulate, past;
 };
 
 // Rows begin..end of `s`, all of whose bits fit in one segment: the two phases, on this thread's share.
@@ -125,7 +126,7 @@ void sum_rows(const Sum& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_ta
     const int64_t width = smaller(vectors * W, s.columns - first);
     const int used = static_cast<int>((width + W - 1) / W);
     const Panel panel{s.source + first, s.columns, static_cast<int>(width - (used - 1) * W),
-                      s.bias ? s.bias + first : nullptr, s.accumulate};
+                      s.bias ? s.bias + first : nullptr, s.accumulate, s.past};
     const SumList sum = sum_list_of<MOST_VECTORS>(used, panel.lanes == W);
     for (int64_t r = chunk * CHUNK; r < smaller((chunk + 1) * CHUNK, s.rows); r++) {
       int64_t n;
@@ -133,6 +134,7 @@ void sum_rows(const Sum& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_ta
       sum(list, n, panel, s.out + r * s.columns + first);
     }
   }
+  finish_stores();
 }
 
 void gather_sum(const Sum& whole, double rate, int most) {
@@ -157,6 +159,7 @@ void gather_sum(const Sum& whole, double rate, int most) {
       part.source += bit * whole.columns;
       part.out += r * whole.columns;
       part.accumulate = whole.accumulate || bit > 0;
+      part.past = whole.bits <= segment && past_cache(whole.out, whole.rows * whole.columns, whole.columns);
       const Lists lists{static_cast<uint16_t*>(entries.get()), static_cast<int64_t*>(offsets.get()), part.bits};
       Tasks list_tasks((part.rows + LIST_ROWS - 1) / LIST_ROWS);
       Tasks sum_tasks((part.rows + CHUNK - 1) / CHUNK * panels);
@@ -183,7 +186,7 @@ void gather(const SumRows& a) {
     for (int64_t i = 0; i < a.rows * a.columns; i++) a.out[i] = a.bias ? a.bias[i % a.columns] : 0;
     return;
   }
-  const Sum sum{a.words, words_for(a.bits), a.rows, a.bits, a.source, a.columns, a.bias, a.out, false};
+  const Sum sum{a.words, words_for(a.bits), a.rows, a.bits, a.source, a.columns, a.bias, a.out, false, false};
   gather_sum(sum, rate_of(a.words, a.rows, a.bits), a.threads);
 }
 
@@ -200,7 +203,7 @@ void gather_weight_grad(const WeightGrad& a) {
     const double work = 0.3 * static_cast<double>(rows) * static_cast<double>(a.K);
     parallel(threads_for(work, a.threads),
              [&](int thread, int threads) { transpose_bits(words, rows, a.K, transposed, thread, threads); });
-    const Sum sum{transposed, words_for(rows), a.K, rows, a.grad + m * a.N, a.N, nullptr, by_channel.floats(), m > 0};
+    const Sum sum{transposed, words_for(rows), a.K, rows, a.grad + m * a.N, a.N, nullptr, by_channel.floats(), m > 0, false};
     gather_sum(sum, rate, a.threads);
   }
   transpose({by_channel.floats(), a.grad_weight, a.K, a.N, a.threads});
