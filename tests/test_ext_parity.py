@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spikedecoder import ext, ops
-from spikedecoder.params import LIFParams
+from spikedecoder.params import LIFParams, NormParams
 from spikedecoder.testing import Case, cases, flipped, make_inputs, run, spikes
 
 if not ext.is_built():
@@ -141,3 +141,25 @@ def test_attention_lif_of_other_neurons(variant, options):
     assert torch.equal(actual[0], expected[0])
     for a, e in zip(actual[1:], expected[1:], strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-4)
+
+
+def test_outputs_too_large_for_the_caches(variant):
+    """From 16 MiB on they are written past the caches."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 1024, 1056, generator=generator)
+    s = spikes((4096, 80), generator, 0.1)
+    weight = torch.randint(-8, 9, (1280, 80), generator=generator).float()
+    norm = NormParams("layer", torch.ones(1056), torch.zeros(1056))
+
+    def run_on(backend):
+        wanted = x.clone().requires_grad_()
+        with ops.use_backend(backend):
+            fired = ops.lif(wanted)
+            (grad,) = torch.autograd.grad(fired, wanted, x)
+            return fired, grad, ops.norm_lif(x, norm, LIFParams()), ops.spike_linear(s, weight)
+
+    actual, expected = run_on("cpu"), run_on("reference")
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=1e-6)
+    assert flipped(actual[2], expected[2]) < 1e-5
+    assert torch.equal(actual[3], expected[3])
