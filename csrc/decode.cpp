@@ -1,11 +1,11 @@
 // One token of each of B sequences through a whole fully spiking model: every block, and the head.
 //
-// A thread takes its sequences through one block after the other, so that a block's weights are read from memory
-// once and come from the cache for all but the first sequence. A Linear adds up the rows of its weight (stored by
-// inputs) at which the input spikes, for all timesteps; norm and neurons follow while the sums are in the
-// first-level cache. Attention adds v to the rows of the state at which k spikes, and adds up those at which q does.
+// A thread takes a group of its sequences through one Linear after the other. A Linear adds up the rows of its
+// weight (stored by inputs) at which the input spikes, panel by panel, so that a panel's rows come from the
+// first-level cache for all but the first timestep and sequence that need them. Norm and neurons follow. Attention adds v to the rows of the state at which k spikes, and adds up those at which q does.
 // The sums have the order of the operators' own kernels (spike_linear, norm_lif, spike_attention).
 #include "bits.h"
+#include "decode_parts.h"
 #include "kernels.h"
 #include "neuron.h"
 #include "parallel.h"
@@ -13,170 +13,6 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
-
-#if defined(SPIKEDECODER_AVX512)
-constexpr int MOST_VECTORS = 16;  // of 32 registers
-#elif defined(SPIKEDECODER_AVX2)
-constexpr int MOST_VECTORS = 10;  // of 16
-#else
-constexpr int MOST_VECTORS = 8;
-#endif
-
-struct Norm {
-  const float *weight = nullptr, *bias = nullptr, *mean = nullptr, *rstd = nullptr;  // the last two of channels
-
-  Norm from(int64_t column) const {
-    return {weight + column, bias + column, mean ? mean + column : nullptr, rstd ? rstd + column : nullptr};
-  }
-};
-
-struct Linear {
-  const float *weight, *bias;  // [inputs, columns], [columns]
-  Norm norm;
-  int64_t columns;
-};
-
-// Walks `Decode::weights`.
-struct Reader {
-  const float* at;
-  NormKind kind;
-
-  const float* take(int64_t n) {
-    const float* here = at;
-    at += n;
-    return here;
-  }
-  Norm norm(int64_t columns) {
-    Norm n;
-    n.weight = take(columns);
-    n.bias = take(columns);
-    if (kind == NormKind::channel) {
-      n.mean = take(columns);
-      n.rstd = take(columns);
-    }
-    return n;
-  }
-  Linear linear(int64_t inputs, int64_t columns) {
-    Linear l;
-    l.weight = take(inputs * columns);
-    l.bias = take(columns);
-    l.norm = norm(columns);
-    l.columns = columns;
-    return l;
-  }
-};
-
-struct BlockWeights {
-  Linear qkv, proj, fc1, fc2;
-  Norm attention;
-
-  BlockWeights(const Decode& a, Reader& r) {
-    const int64_t E = decode_padded(a.E), hidden = decode_padded(a.hidden);
-    qkv = r.linear(a.E, 3 * E);
-    if (a.attention_norm) attention = r.norm(E);
-    proj = r.linear(a.E, E);
-    fc1 = r.linear(a.E, hidden);
-    fc2 = r.linear(a.hidden, E);
-  }
-};
-
-// out[0 .. V vectors] = bias + the rows of a panel in `list`.
-template <int V>
-void sum_list(const uint16_t* list, int64_t n, const float* panel, int64_t stride, const float* bias, float* out) {
-  F sums[V];
-  for (int j = 0; j < V; j++) sums[j] = load(bias + j * W);
-  for (int64_t i = 0; i < n; i++) {
-    const float* row = panel + list[i] * stride;
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++) sums[j] = add(sums[j], load(row + j * W));
-  }
-  for (int j = 0; j < V; j++) store(out + j * W, sums[j]);
-}
-
-using SumList = void (*)(const uint16_t*, int64_t, const float*, int64_t, const float*, float*);
-
-template <int V>
-SumList sum_list_of(int vectors) {
-  if constexpr (V == 0) {
-    return nullptr;
-  } else {
-    return vectors == V ? sum_list<V> : sum_list_of<V - 1>(vectors);
-  }
-}
-
-// Bits first .. first + n of a row of words, n <= 64.
-SPIKEDECODER_INLINE uint64_t take_bits(const uint64_t* words, int64_t first, int n) {
-  const int64_t word = first / 64, shift = first % 64;
-  uint64_t bits = words[word] >> shift;
-  if (shift && shift + n > 64) bits |= words[word + 1] << (64 - shift);
-  return n == 64 ? bits : bits & ((uint64_t{1} << n) - 1);
-}
-
-// body(i) for each bit i < n that is set from bit `first` on.
-template <class Body>
-SPIKEDECODER_INLINE void for_bits(const uint64_t* words, int64_t first, int64_t n, const Body& body) {
-  for (int64_t i = 0; i < n; i += 64) {
-    uint64_t word = take_bits(words, first + i, static_cast<int>(n - i < 64 ? n - i : 64));
-    for (; word; word &= word - 1) body(i + __builtin_ctzll(word));
-  }
-}
-
-struct HeadSpikes {
-  const uint64_t *q, *k;
-  int64_t first;   // the head's first channel
-  const float* v;  // [d]
-};
-
-// One head and timestep: V vectors of the state's columns from `column` on, of which the last has `last` lanes.
-template <int V>
-SPIKEDECODER_INLINE void attend_columns(const HeadSpikes& s, int64_t d, int64_t column, int last, float decay, F scale,
-                                        float* state, float* out) {
-  F value[V], sums[V];
-  const auto lanes = [last](int j) SPIKEDECODER_INLINE_LAMBDA { return j < V - 1 ? W : last; };
-  for (int j = 0; j < V; j++) {
-    value[j] = load_up_to(s.v + column + j * W, lanes(j));
-    sums[j] = zero();
-  }
-  state += column;
-  if (decay != 1) {
-    for (int64_t row = 0; row < d; row++) {
-      for (int j = 0; j < V; j++) {
-        float* at = state + row * d + j * W;
-        store_up_to(at, mul(load_up_to(at, lanes(j)), set1(decay)), lanes(j));
-      }
-    }
-  }
-  for_bits(s.k, s.first, d, [&](int64_t row) SPIKEDECODER_INLINE_LAMBDA {
-    for (int j = 0; j < V; j++) {
-      float* at = state + row * d + j * W;
-      store_up_to(at, add(load_up_to(at, lanes(j)), value[j]), lanes(j));
-    }
-  });
-  for_bits(s.q, s.first, d, [&](int64_t row) SPIKEDECODER_INLINE_LAMBDA {
-    for (int j = 0; j < V; j++) sums[j] = add(sums[j], load_up_to(state + row * d + j * W, lanes(j)));
-  });
-  for (int j = 0; j < V; j++) store_up_to(out + column + j * W, mul(sums[j], scale), lanes(j));
-}
-
-void attend(const HeadSpikes& s, int64_t d, float decay, F scale, float* state, float* out) {
-  for (int64_t column = 0; column < d; column += 4 * W) {
-    const int64_t left = d - column;
-    const int vectors = left >= 4 * W ? 4 : static_cast<int>((left + W - 1) / W);
-    const int last = left >= 4 * W ? W : static_cast<int>(left - (vectors - 1) * W);
-    switch (vectors) {
-      case 1:
-        if (last == W) {
-          attend_columns<1>(s, d, column, W, decay, scale, state, out);
-        } else {
-          attend_columns<1>(s, d, column, last, decay, scale, state, out);
-        }
-        break;
-      case 2: attend_columns<2>(s, d, column, last, decay, scale, state, out); break;
-      case 3: attend_columns<3>(s, d, column, last, decay, scale, state, out); break;
-      default: attend_columns<4>(s, d, column, last, decay, scale, state, out);
-    }
-  }
-}
 
 // What one thread does.
 template <bool PlainCell>
@@ -188,8 +24,10 @@ class Step {
         E_(decode_padded(a.E)),
         hidden_(decode_padded(a.hidden)),
         word_stride_(words_for(larger(a.E, a.hidden))),
-        list_stride_(2 * decode_padded((larger(a.E, a.hidden) + 64) / 2 + 1)) {
+        group_(decode_group(a)) {
     const DecodeScratch parts = decode_scratch_parts(a);
+    list_stride_ = 2 * parts.list_size;
+    y_size_ = parts.y_size;
     streams_ = static_cast<float*>(a.scratch);
     float* own = streams_ + a.B * a.T * E_ + thread * parts.size;
     y_ = own;
@@ -199,8 +37,8 @@ class Step {
     statistics_ = own + parts.statistics;
     joined_ = own + parts.joined;
     words_ = reinterpret_cast<uint64_t*>(own + parts.words);
-    q_words_ = words_ + decode_padded(2 * word_stride_ * a.T) / 2;
-    k_words_ = q_words_ + decode_padded(2 * word_stride_ * a.T) / 2;
+    q_words_ = words_ + parts.words_size / 2;
+    k_words_ = q_words_ + parts.words_size / 2;
     lists_ = reinterpret_cast<uint16_t*>(own + parts.lists);
     counts_ = reinterpret_cast<int64_t*>(own + parts.counts);
     // the lanes behind the channels stay 0
@@ -208,7 +46,7 @@ class Step {
   }
 
   void embed(int64_t b) const {
-    float* x = stream(b);
+    float* x = stream(b).start;
     const int64_t width = a_.token_width, rest = a_.E - width;
     if (a_.embedded) {
       copy(a_.embedded + b * a_.E, a_.E, x);
@@ -220,48 +58,18 @@ class Step {
     for (int64_t t = 1; t < a_.T; t++) copy(x, E_, x + t * E_);
   }
 
-  void block(const BlockWeights& w, int64_t n, int64_t b) const {
-    const float* threshold = a_.thresholds + n * neurons_per_block;
-    const uint8_t* present = a_.present + n * neurons_per_block;
-    const DecodeState& state = a_.states[n];
-    const Rows x{stream(b), E_};
-    if (present[block_input]) fire(x, a_.E, threshold[block_input], x.start, nullptr);
-
-    const bool own_spikes = present[attention_input];
-    spikes_of(x, own_spikes, threshold[attention_input], state.attention_shift, a_.token_shift, b);
-    list(words_, a_.E);
-    sum(w.qkv);
-    const Rows q{y_, 3 * E_}, k{y_ + E_, 3 * E_}, v{y_ + 2 * E_, 3 * E_};
-    fire(q, a_.E, threshold[q_neuron], nullptr, q_words_, w.qkv.norm);
-    fire(k, a_.E, threshold[k_neuron], nullptr, k_words_, w.qkv.norm.from(E_));
-    fire(v, a_.E, threshold[v_neuron], values_, nullptr, w.qkv.norm.from(2 * E_));
-    attention(state.attention, b);
-    fire({z_, E_}, a_.E, threshold[attention_neuron], nullptr, words_, w.attention);
-    list(words_, a_.E);
-    sum(w.proj);
-    const Rows out{y_, E_};
-    normalise(out, a_.E, w.proj.norm);
-    if (present[attention_output]) fire(out, a_.E, threshold[attention_output], y_, nullptr);
-    if (present[attention_residual]) fire(out, a_.E, threshold[attention_residual], y_, nullptr);
-    add_to(x.start);
-    if (present[residual_sum]) fire(x, a_.E, threshold[residual_sum], x.start, nullptr);
-
-    spikes_of(x, present[mlp_input], threshold[mlp_input], state.mlp_shift, a_.mlp_token_shift, b);
-    list(words_, a_.E);
-    sum(w.fc1);
-    fire({y_, hidden_}, a_.hidden, threshold[fc1_neuron], nullptr, words_, w.fc1.norm);
-    list(words_, a_.hidden);
-    sum(w.fc2);
-    normalise(out, a_.E, w.fc2.norm);
-    if (present[mlp_output]) fire(out, a_.E, threshold[mlp_output], y_, nullptr);
-    add_to(x.start);
+  // Block n for the sequences of `mine`.
+  void block(const BlockWeights& w, int64_t n, Range mine) const {
+    for (int64_t b = mine.begin; b < mine.end; b += group_) {
+      block_of_group(w, n, {b, b + group_ < mine.end ? b + group_ : mine.end});
+    }
   }
 
   void head(Reader r, int64_t b) const {
     const int64_t columns = decode_padded(a_.V), inputs = decode_head_inputs(a_);
     const float *weight = r.take(inputs * columns), *bias = r.take(columns);
     const float threshold = a_.thresholds[a_.blocks * neurons_per_block];
-    const Rows x{stream(b), E_};
+    const Rows x = stream(b);
     if (a_.head_neuron && !a_.float_reunite) fire(x, a_.E, threshold, x.start, nullptr);
     join(x);
     if (a_.head_neuron && a_.float_reunite) {
@@ -295,7 +103,58 @@ class Step {
     float* operator[](int64_t t) const { return start + t * stride; }
   };
 
-  float* stream(int64_t b) const { return streams_ + b * a_.T * E_; }
+  void block_of_group(const BlockWeights& w, int64_t n, Range group) const {
+    const float* threshold = a_.thresholds + n * neurons_per_block;
+    const uint8_t* present = a_.present + n * neurons_per_block;
+    const DecodeState& state = a_.states[n];
+    const int64_t size = group.end - group.begin;
+    const auto fire_if = [&](BlockNeuron neuron, const Rows& x) {
+      if (present[neuron]) fire(x, a_.E, threshold[neuron], x.start, nullptr);
+    };
+
+    for (int64_t g = 0; g < size; g++) {
+      const Rows x = stream(group.begin + g);
+      fire_if(block_input, x);
+      spikes_of(x, present[attention_input], threshold[attention_input], state.attention_shift, a_.token_shift,
+                group.begin + g);
+      list(g, a_.E);
+    }
+    sum(w.qkv, a_.E, size);
+    for (int64_t g = 0; g < size; g++) {
+      float* y = y_ + g * y_size_;
+      fire({y, 3 * E_}, a_.E, threshold[q_neuron], nullptr, q_words_, w.qkv.norm);
+      fire({y + E_, 3 * E_}, a_.E, threshold[k_neuron], nullptr, k_words_, w.qkv.norm.from(E_));
+      fire({y + 2 * E_, 3 * E_}, a_.E, threshold[v_neuron], values_, nullptr, w.qkv.norm.from(2 * E_));
+      attention(state.attention, group.begin + g);
+      fire({z_, E_}, a_.E, threshold[attention_neuron], nullptr, words_, w.attention);
+      list(g, a_.E);
+    }
+    sum(w.proj, a_.E, size);
+    for (int64_t g = 0; g < size; g++) {
+      const Rows x = stream(group.begin + g), y{y_ + g * y_size_, E_};
+      normalise(y, a_.E, w.proj.norm);
+      fire_if(attention_output, y);
+      fire_if(attention_residual, y);
+      add_to(x, y);
+      fire_if(residual_sum, x);
+      spikes_of(x, present[mlp_input], threshold[mlp_input], state.mlp_shift, a_.mlp_token_shift, group.begin + g);
+      list(g, a_.E);
+    }
+    sum(w.fc1, a_.E, size);
+    for (int64_t g = 0; g < size; g++) {
+      fire({y_ + g * y_size_, hidden_}, a_.hidden, threshold[fc1_neuron], nullptr, words_, w.fc1.norm);
+      list(g, a_.hidden);
+    }
+    sum(w.fc2, a_.hidden, size);
+    for (int64_t g = 0; g < size; g++) {
+      const Rows y{y_ + g * y_size_, E_};
+      normalise(y, a_.E, w.fc2.norm);
+      fire_if(mlp_output, y);
+      add_to(stream(group.begin + g), y);
+    }
+  }
+
+  Rows stream(int64_t b) const { return {streams_ + b * a_.T * E_, E_}; }
 
   static void copy(const float* from, int64_t n, float* to) {
     memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
@@ -445,28 +304,33 @@ class Step {
     copy(now, E, past + (shift - 2) * E);
   }
 
-  // Lists of the set bits of each timestep's row.
-  void list(const uint64_t* words, int64_t C) const {
+  // The set bits of each timestep's words, as the lists of sequence g of the group.
+  void list(int64_t g, int64_t C) const {
     for (int64_t t = 0; t < a_.T; t++) {
-      uint16_t* entries = lists_ + t * list_stride_;
+      uint16_t* entries = lists_ + (g * a_.T + t) * list_stride_;
       int64_t n = 0;
       for (int64_t w = 0; w < words_for(C); w++) {
-        const uint64_t word = words[t * word_stride_ + w];
+        const uint64_t word = words_[t * word_stride_ + w];
         if (word) n += indices_of(word, static_cast<uint16_t>(64 * w), entries + n);
       }
-      counts_[t] = n;
+      counts_[g * a_.T + t] = n;
     }
   }
 
-  // y [T, columns] = the Linear of the listed spikes.
-  void sum(const Linear& l) const {
-    const int64_t vectors = l.columns / W, panels = (vectors + MOST_VECTORS - 1) / MOST_VECTORS;
+  // y [size, T, columns] = the Linear of the listed spikes of `size` sequences, C inputs.
+  void sum(const Linear& l, int64_t C, int64_t size) const {
+    const int64_t vectors = l.columns / W;
+    int64_t most = PANEL_BYTES / (C * W * static_cast<int64_t>(sizeof(float)));
+    most = most < 4 ? 4 : most > MOST_VECTORS ? MOST_VECTORS : most;
+    const int64_t panels = (vectors + most - 1) / most;
     for (int64_t p = 0; p < panels; p++) {
       const int64_t begin = vectors * p / panels, end = vectors * (p + 1) / panels, column = begin * W;
       const SumList add_up = sum_list_of<MOST_VECTORS>(static_cast<int>(end - begin));
-      for (int64_t t = 0; t < a_.T; t++) {
-        add_up(lists_ + t * list_stride_, counts_[t], l.weight + column, l.columns, l.bias + column,
-               y_ + t * l.columns + column);
+      for (int64_t g = 0; g < size; g++) {
+        for (int64_t t = 0; t < a_.T; t++) {
+          add_up(lists_ + (g * a_.T + t) * list_stride_, counts_[g * a_.T + t], l.weight + column, l.columns,
+                 l.bias + column, y_ + g * y_size_ + t * l.columns + column);
+        }
       }
     }
   }
@@ -485,8 +349,8 @@ class Step {
   }
 
   // x += y, both [T, E].
-  void add_to(float* x) const {
-    for (int64_t i = 0; i < a_.T * E_; i += W) store(x + i, add(load(x + i), load(y_ + i)));
+  void add_to(const Rows& x, const Rows& y) const {
+    for (int64_t i = 0; i < a_.T * E_; i += W) store(x.start + i, add(load(x.start + i), load(y.start + i)));
   }
 
   // joined = the head's input; lanes behind it are 0.
@@ -507,7 +371,8 @@ class Step {
 
   const Decode& a_;
   const Cell<PlainCell>& cell_;
-  const int64_t E_, hidden_, word_stride_, list_stride_;
+  const int64_t E_, hidden_, word_stride_, group_;
+  int64_t list_stride_, y_size_;
   float *streams_, *y_, *z_, *spikes_, *values_, *statistics_, *joined_;
   uint64_t *words_, *q_words_, *k_words_;
   uint16_t* lists_;
@@ -534,7 +399,7 @@ void decode(const Decode& a) {
       Reader reader{a.weights, a.norm};
       for (int64_t n = 0; n < a.blocks; n++) {
         const BlockWeights weights(a, reader);
-        for (int64_t b = mine.begin; b < mine.end; b++) step.block(weights, n, b);
+        step.block(weights, n, mine);
       }
       for (int64_t b = mine.begin; b < mine.end; b++) step.head(reader, b);
     });

@@ -80,23 +80,36 @@ static inline int64_t decode_weights(const Decode& a) {
   return a.blocks * block + decode_padded(a.V) * (decode_head_inputs(a) + 1);
 }
 
-// The parts of one thread's scratch memory, in floats: [T, columns] of a Linear's result and of the attention's,
-// [T, E] spikes, statistics [2, T], the head's input, words of bits [T], lists of set bits [T] with their lengths.
+// Sequences that a thread takes through a Linear together, so that a panel of its weight is read from memory once:
+// as many as have their results in about a quarter of the second-level cache.
+static inline int64_t decode_group(const Decode& a) {
+  const int64_t room = (64 << 10) / (a.T * larger(3 * decode_padded(a.E), decode_padded(a.hidden)));
+  return room < 1 ? 1 : room > 16 ? 16 : room;
+}
+
+// Where the parts of one thread's scratch memory begin, in floats: the results of a Linear [group, T, columns], of
+// the attention [T, E], spikes [2, T, E], statistics [2, T], the head's input, words of bits [3, T, inputs / 64],
+// lists of set bits [group, T, inputs] (16 bits each) and their lengths [group, T]. All rows are padded.
 struct DecodeScratch {
-  int64_t y, z, spikes, statistics, joined, words, lists, counts, size;
+  int64_t z, spikes, statistics, joined, words, lists, counts, size;
+  int64_t y_size, words_size, list_size;  // of one sequence; of one set of words; of one list
 };
 
 static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   const int64_t E = decode_padded(a.E), hidden = decode_padded(a.hidden), widest = larger(a.E, a.hidden);
+  const int64_t group = decode_group(a), inputs = decode_padded(decode_head_inputs(a));
   DecodeScratch s{};
-  s.z = larger(larger(3 * E, hidden) * a.T, decode_padded(a.V));
+  s.y_size = larger(3 * E, hidden) * a.T;
+  s.words_size = decode_padded(2 * words_for(widest) * a.T);
+  s.list_size = decode_padded((widest + 64) / 2 + 1);
+  s.z = group * s.y_size;
   s.spikes = s.z + E * a.T;
   s.statistics = s.spikes + 2 * E * a.T;
   s.joined = s.statistics + decode_padded(2 * a.T);
-  s.words = s.joined + decode_padded(decode_head_inputs(a));
-  s.lists = s.words + 3 * decode_padded(2 * words_for(widest) * a.T);
-  s.counts = s.lists + larger(decode_padded((widest + 64) / 2 + 1) * a.T, decode_padded(decode_head_inputs(a)));
-  s.size = s.counts + decode_padded(2 * a.T);
+  s.words = s.joined + inputs;
+  s.lists = s.words + 3 * s.words_size;
+  s.counts = s.lists + larger(group * s.list_size * a.T, inputs);
+  s.size = s.counts + decode_padded(2 * group * a.T);
   return s;
 }
 

@@ -91,6 +91,7 @@ struct Output {
   int64_t rows, columns;
   bool transposed, accumulate;
   const float* bias;
+  bool past;  // see past_cache
 
   // The sums of 16 rows from `row` on (those that exist) and `n` columns from `column` on.
   void write(const float* sums, int stride, int64_t row, int64_t column, int n) const {
@@ -111,7 +112,7 @@ struct Output {
     for (int i = 0; i < 16; i++) {
       if (i >= there) break;
       float* to = out + (row + i) * columns + column;
-      store_n(to, add(r[i], accumulate ? load_n(to, n) : start), n);
+      store_result(to, add(r[i], accumulate ? load_n(to, n) : start), n, past);
     }
   }
 };
@@ -176,7 +177,9 @@ void subset_sums(const SumRows& a) {
   parallel(threads_for(0.1 * static_cast<double>(a.rows * a.bits) / 8, a.threads), [&](int thread, int threads) {
     interleave(a.words, a.rows, a.bits, bits, share((a.rows + 15) / 16, thread, threads));
   });
-  sum_all({bits, a.rows, a.bits, a.source, a.columns}, {a.out, a.rows, a.columns, false, false, a.bias}, a.threads);
+  const bool past = a.bits <= BITS && past_cache(a.out, a.rows * a.columns, a.columns);
+  sum_all({bits, a.rows, a.bits, a.source, a.columns}, {a.out, a.rows, a.columns, false, false, a.bias, past},
+          a.threads);
 }
 
 void subset_sums_weight_grad(const WeightGrad& a) {
@@ -196,7 +199,8 @@ void subset_sums_weight_grad(const WeightGrad& a) {
       barrier();
       interleave(transposed, a.K, rows, groups, share((a.K + 15) / 16, thread, threads));
     });
-    sum_all({groups, a.K, rows, a.grad + m * a.N, a.N}, {a.grad_weight, a.K, a.N, true, m > 0, nullptr}, a.threads);
+    sum_all({groups, a.K, rows, a.grad + m * a.N, a.N}, {a.grad_weight, a.K, a.N, true, m > 0, nullptr, false},
+            a.threads);
   }
 }
 
