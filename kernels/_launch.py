@@ -44,7 +44,8 @@ class Launch:
         parts: list[object] = [self.kernel.__name__, tuple(sorted(self.options.items()))]
         for name, value in self.arguments.items():
             if isinstance(value, Tensor):
-                parts.append((name, value.dtype))
+                aligned = value.storage_offset() * value.element_size() % 16 == 0
+                parts.append((name, value.dtype, aligned))
             elif value is None or name.isupper():
                 parts.append((name, value))
             elif isinstance(value, int):

@@ -96,14 +96,14 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     bands = max(1, min(cdiv(rows, 4 * block_r), 4 * multiprocessors(x.device) // across))
     band = cdiv(cdiv(rows, bands), block_r) * block_r
     bands = cdiv(rows, band)
-    parts = x.new_empty((2, bands, channels), dtype=torch.float32)
+    means, squares = (x.new_empty((bands, channels), dtype=torch.float32) for _ in range(2))
     align = 16 if channels % 16 == 0 else 1
     launch(
-        moments_of_bands, (bands, across), x_ptr=x, mean_ptr=parts[0], square_ptr=parts[1], rows=rows,
+        moments_of_bands, (bands, across), x_ptr=x, mean_ptr=means, square_ptr=squares, rows=rows,
         channels=channels // align, band=band, CENTER=center, BLOCK_R=block_r, BLOCK_C=block_c, ALIGN=align,
     )  # fmt: skip
     launch(
-        merge_bands, (cdiv(channels, 16),), means_ptr=parts[0], squares_ptr=parts[1], mean_ptr=mean,
+        merge_bands, (cdiv(channels, 16),), means_ptr=means, squares_ptr=squares, mean_ptr=mean,
         var_ptr=var,
         bands=bands, band=band, rows=rows, channels=channels, CENTER=center, BLOCK_P=32, BLOCK_C=16,
     )  # fmt: skip

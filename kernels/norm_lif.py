@@ -330,7 +330,7 @@ def _backward(
     down = cdiv(rows, blocks["BLOCK_R"])
     if sums:  # few programs that each walk many rows, so that few partial sums are written
         down = min(down, max(1, 4 * multiprocessors(x.device) // across))
-    part = x.new_empty((2, down, channels) if sums else (0,), dtype=torch.float32)
+    sum_gz, sum_g = (x.new_empty((down, channels), dtype=torch.float32) if sums else None for _ in range(2))
     partial = threshold_partial(kind, x, x.shape[1:], down * across, down) if sums else None
     named: dict[str, Any] = {"a_ptr": None, "b_ptr": None, "c_ptr": None}
     if coefficients is not None:
@@ -340,16 +340,16 @@ def _backward(
         weight_ptr=weight.contiguous(),
         bias_ptr=bias.contiguous(), threshold_ptr=pointer, mean_ptr=mean.contiguous(),
         rstd_ptr=rstd.contiguous(),
-        grad_x_ptr=grad_x, grad_weight_ptr=part[0] if sums else None, grad_bias_ptr=part[1] if sums else None,
+        grad_x_ptr=grad_x, grad_weight_ptr=sum_gz, grad_bias_ptr=sum_g,
         grad_threshold_ptr=partial, threshold=number, T=T, LAYER=layer, SUMS=sums, THRESHOLD=kind,
         CHUNK=min(T, 2 if tight else CHUNK),
         **_sizes(x, stride_t=_stride(x), grad_stride_t=_stride(grad_spikes)), **named, **neuron(p), **blocks,
     )  # fmt: skip
     grad_threshold = threshold_gradient(kind, partial, threshold)
-    if not sums:
+    if sum_gz is None or sum_g is None:
         return grad_x, nothing, nothing, nothing
     zero = x.new_zeros((), dtype=torch.float32)
-    return grad_x, part[0].sum(0), part[1].sum(0), zero if grad_threshold is None else grad_threshold
+    return grad_x, sum_gz.sum(0), sum_g.sum(0), zero if grad_threshold is None else grad_threshold
 
 
 def backward_layer(

@@ -88,6 +88,21 @@ def test_no_shape_asks_for_another_kernel(use: Callable[..., None], major: int) 
     assert keys[0] and all(found == keys[0] for found in keys)
 
 
+def test_nor_do_channels_that_are_no_multiple_of_16() -> None:
+    """Sizes divisible by 16 by chance are the one other variant."""
+    from spikedecoder.kernels import norm_lif as k
+
+    keys = []
+    for rows in (3, 5, 7, 9, 111, 1001, 30001):
+        x, weight = meta(3, rows, 30), meta(30).float()
+        with _launch.record(9) as launches:
+            k.moments(x, True)
+            _, mean, rstd = k.forward(x, weight, weight, None, None, 1e-5, 1.0, P)
+            k.backward_layer(x, x, weight, weight, mean, rstd, 1.0, P)
+        keys.append({launch.key for launch in launches})
+    assert all(found == keys[0] for found in keys)
+
+
 @pytest.mark.parametrize("use", [attention, attention_lif], ids=lambda use: use.__name__)
 def test_long_sequences_too_few_to_fill_a_gpu_add_one_variant(use: Callable[..., None]) -> None:
     keys = set()

@@ -1,0 +1,405 @@
+"""Every operator on the GPU, beside what else computes the same.
+
+    python bench/bench_gpu_ops.py --out results.json            # all groups, within --limit seconds
+    python bench/bench_gpu_ops.py --out results.json --only lif
+    TRITON_INTERPRET=1 python bench/bench_gpu_ops.py --out results.json --dry-run    # no GPU, tiny shapes
+
+Rows of a group: these kernels, the eager reference, torch.compile of the reference, and peers where they
+are installed: SpikingJelly's neurons, causal FlashAttention by way of scaled_dot_product_attention (which
+computes another function of the same inputs), flash-linear-attention's chunked linear attention. Inputs
+have the spike rates of a trained model, about one in six. A result is compared with the reference before
+anything is timed; a row that is wrong says so and has no time.
+
+Times are medians of device events with the cache flushed between runs. GB/s counts the bytes that must move
+at the least; its share is of a large copy's, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikedecoder import ops
+from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.reference import lif as lif_reference
+from spikedecoder.reference import norm_lif as norm_lif_reference
+from spikedecoder.reference import spike_attention as attention_reference
+from spikedecoder.reference import spike_attention_lif as attention_lif_reference
+
+Calls = dict[str, Callable[[], Any]]
+P = LIFParams()
+RATE = 0.16
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@dataclass
+class Group:
+    """One operator and shape: how to call each row, the bytes and operations at the least."""
+
+    name: str
+    make: Callable[[], Calls]
+    bytes: float
+    flops: float = 0.0
+    exact: tuple[str, ...] = field(default=("ours",))  # rows that must equal "eager reference"
+
+
+def _median_ms(call: Callable[[], Any], quick: bool) -> float:
+    if CUDA:
+        from triton.testing import do_bench
+
+        return float(do_bench(call, warmup=20, rep=60 if quick else 150, return_mode="median"))
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def ceilings(dry: bool) -> dict[str, float]:
+    """Measured: GB/s of a large copy (bytes read plus written), TFLOP/s of a large bfloat16 product."""
+    n = 1 << (16 if dry else 29)
+    source = torch.randn(n // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() * 4 / _median_ms(lambda: target.copy_(source), True) / 1e6
+    side = 64 if dry else 8192
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * side**3 / _median_ms(lambda: a @ b, True) / 1e9
+    return {"copy_gb_per_s": round(copy, 2), "bf16_tflop_per_s": round(product, 6)}
+
+
+def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(fn, dynamic=False)
+
+
+def _on(backend: str, fn: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
+        with ops.use_backend(backend):
+            return fn()
+
+    return call
+
+
+def _spikes(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (torch.rand(shape, device=DEVICE) < RATE).to(dtype)
+
+
+def _currents(*shape: int) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * 0.8 + 0.3).to(torch.bfloat16)
+
+
+def lif_groups(dry: bool) -> Iterator[Group]:
+    from spikedecoder.kernels import lif as k
+
+    elements = 1 << (12 if dry else 26)
+    for T in (4,) if dry else (4, 8, 16):
+
+        def make(T: int = T) -> Calls:
+            x = _currents(T, elements // T // 512, 512)
+            calls: Calls = {
+                "ours": lambda: k.forward(x, 1.0, None, P, want_v=False)[0],
+                "eager reference": lambda: lif_reference.forward(x, 1.0, None, P)[0],
+                "ours, packed": lambda: k.forward_packed(x, 1.0, None, P),
+            }
+            if not dry:
+                compiled = _compiled(lambda x: lif_reference.forward(x, 1.0, None, P)[0])
+                calls["compiled reference"] = lambda: compiled(x)
+            return calls
+
+        yield Group(f"lif forward bf16 T={T} n={elements}", make, 4.0 * elements)
+
+        def make_both(T: int = T) -> Calls:
+            x = _currents(T, elements // T // 512, 512)
+            grad = torch.randn_like(x)
+
+            def through(neuron: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+                def call() -> Tensor:
+                    leaf = x.detach().requires_grad_()
+                    neuron(leaf).backward(grad)
+                    assert leaf.grad is not None
+                    return leaf.grad
+
+                return call
+
+            calls: Calls = {
+                "ours": _on("triton", through(lambda x: ops.lif_params(x, P))),  # type: ignore[arg-type, return-value]
+                "eager reference": through(lambda x: lif_reference.lif(x, 1.0, None, P)[0]),
+            }
+            if not dry:
+                calls["compiled reference"] = through(
+                    _compiled(lambda x: lif_reference.lif(x, 1.0, None, P)[0])
+                )
+            calls.update({name: through(neuron) for name, neuron in _spikingjelly()})
+            return calls
+
+        # forward 2 b, backward 3 b
+        yield Group(f"lif forward + backward bf16 T={T} n={elements}", make_both, 10.0 * elements, exact=())
+
+
+def _spikingjelly() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    try:
+        from spikingjelly.activation_based import functional, neuron, surrogate
+    except ImportError:
+        return
+    for backend in ("torch", "cupy", "triton"):
+        try:
+            node = neuron.LIFNode(
+                tau=2.0, surrogate_function=surrogate.Sigmoid(4.0), detach_reset=True, step_mode="m",
+                backend=backend,
+            ).to(DEVICE)  # fmt: skip
+        except (ValueError, NotImplementedError, ImportError, AttributeError):
+            continue
+
+        def call(x: Tensor, node: Any = node) -> Tensor:
+            functional.reset_net(node)
+            return node(x)
+
+        yield f"SpikingJelly {backend}", call
+
+
+def norm_lif_groups(dry: bool) -> Iterator[Group]:
+    from spikedecoder.kernels import norm_lif as k
+
+    elements, C = (1 << 12, 64) if dry else (1 << 26, 512)
+    for T in (4,) if dry else (4, 8, 16):
+
+        def make(T: int = T) -> Calls:
+            x = _currents(T, elements // T // C, C)
+            weight, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
+            calls: Calls = {
+                "ours": lambda: k.forward(x, weight, bias, None, None, 1e-5, 1.0, P)[0],
+                "eager reference": lambda: norm_lif_reference.forward(
+                    x, weight, bias, None, None, 1e-5, 1.0, P
+                )[0],
+            }
+            if not dry:
+                fn = _compiled(
+                    lambda x: norm_lif_reference.forward(x, weight, bias, None, None, 1e-5, 1.0, P)[0]
+                )
+                calls["compiled reference"] = lambda: fn(x)
+            return calls
+
+        yield Group(f"norm_lif layer forward bf16 T={T} C={C} n={elements}", make, 4.0 * elements)
+        for kind in ("layer", "batch"):
+
+            def make_both(T: int = T, kind: str = kind) -> Calls:
+                x = _currents(T, elements // T // C, C)
+                grad = torch.randn_like(x)
+                weight, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
+                running = (
+                    (torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)) if kind == "batch" else ()
+                )
+
+                def both() -> Tensor:
+                    leaf = x.detach().requires_grad_()
+                    w = weight.detach().requires_grad_()
+                    n = NormParams(kind, w, bias, running=tuple(r.clone() for r in running))
+                    ops.norm_lif(leaf, n, P).backward(grad)
+                    assert leaf.grad is not None
+                    return leaf.grad
+
+                return {"ours": _on("triton", both), "eager reference": _on("reference", both)}
+
+            bytes_ = (10.0 if kind == "layer" else 16.0) * elements
+            name = f"norm_lif {kind} forward + backward bf16 T={T} C={C} n={elements}"
+            yield Group(name, make_both, bytes_, exact=())
+
+
+def attention_groups(dry: bool) -> Iterator[Group]:
+    from spikedecoder.kernels import spike_attention as k
+    from spikedecoder.kernels import spike_attention_lif as fused
+
+    sizes = [(2, 1, 2, 40, 16)] if dry else [(4, 16, 8, 2048, 64), (4, 32, 5, 256, 16), (4, 1, 8, 65536, 64)]
+    for T, B, H, S, d in sizes:
+        shape = (T, B, S, H, d)
+        elements = math.prod(shape)
+        flops = elements * 2.0 * (2 * 64 + 2 * d)
+        name = f"T={T} BH={B * H} S={S} d={d}"
+        long = S > 4096  # the quadratic peers and the reference would take the whole time
+
+        def make(shape: tuple[int, ...] = shape, long: bool = long) -> Calls:
+            q, key, v = (_spikes(*shape).transpose(2, 3) for _ in range(3))
+            calls: Calls = {
+                "ours": lambda: k.forward(q, key, v, 0.125, None, None, False)[0],
+                "eager reference": lambda: attention_reference.forward(q, key, v, 0.125, None, None, False)[
+                    0
+                ],
+            }
+            flat = [x.flatten(0, 1) for x in (q, key, v)]
+            if not long:
+                calls["SDPA causal (softmax)"] = lambda: F.scaled_dot_product_attention(*flat, is_causal=True)
+            calls.update(_flash_linear_attention(flat))
+            return calls
+
+        yield Group(f"spike_attention forward bf16 {name}", make, 8.0 * elements, flops)
+        if long:
+            continue
+
+        def make_both(shape: tuple[int, ...] = shape) -> Calls:
+            q, key, v = (_spikes(*shape).transpose(2, 3) for _ in range(3))
+            grad = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).transpose(2, 3)
+
+            def through(fn: Callable[..., Tensor]) -> Callable[[], Tensor]:
+                def call() -> Tensor:
+                    leaves = [x.detach().requires_grad_() for x in (q, key, v)]
+                    fn(*leaves).backward(grad)
+                    return torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None])
+
+                return call
+
+            def sdpa(q: Tensor, key: Tensor, v: Tensor) -> Tensor:
+                flat = (x.flatten(0, 1) for x in (q, key, v))
+                return F.scaled_dot_product_attention(*flat, is_causal=True).unflatten(0, shape[:2])
+
+            return {
+                "ours": _on("triton", through(lambda *x: ops.spike_attention(*x))),  # type: ignore[arg-type, return-value]
+                "eager reference": _on("reference", through(lambda *x: ops.spike_attention(*x))),  # type: ignore[arg-type, return-value]
+                "SDPA causal (softmax)": through(sdpa),
+            }
+
+        name_both = f"spike_attention forward + backward bf16 {name}"
+        yield Group(name_both, make_both, 22.0 * elements, 3.5 * flops, exact=())
+
+        def make_fused(shape: tuple[int, ...] = shape) -> Calls:
+            q, key, v = (_spikes(*shape).transpose(2, 3) for _ in range(3))
+
+            def apart() -> Tensor:
+                return ops.lif_params(ops.spike_attention(q, key, v).transpose(2, 3), P).transpose(2, 3)  # type: ignore[union-attr]
+
+            return {
+                "ours": lambda: fused.forward(q, key, v, 0.125, None, 1.0, P),
+                "ours, two kernels": _on("triton", apart),
+                "eager reference": lambda: attention_lif_reference.forward(q, key, v, 0.125, None, 1.0, P),
+            }
+
+        yield Group(f"spike_attention_lif forward bf16 {name}", make_fused, 8.0 * elements, flops)
+
+
+def _flash_linear_attention(qkv: list[Tensor]) -> Calls:
+    """q, k, v [T B, H, S, d]; its kernels take [B, S, H, d]."""
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError:
+        return {}
+    q, k, v = (x.transpose(1, 2).contiguous() for x in qkv)
+    return {"flash-linear-attention": lambda: chunk_linear_attn(q, k, v, scale=0.125, normalize=False)[0]}
+
+
+def linear_groups(dry: bool) -> Iterator[Group]:
+    from spikedecoder.kernels import spike_linear as k
+
+    for M, K, N in [(64, 80, 32)] if dry else [(32768, 80, 1280), (32768, 512, 2048), (131072, 1024, 1024)]:
+
+        def make(M: int = M, K: int = K, N: int = N) -> Calls:
+            s = _spikes(M, K)
+            weight = torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) / K**0.5
+            return {
+                "ours": lambda: k.forward(s, weight, None)[0],
+                "dense": lambda: F.linear(s, weight),
+                "eager reference": lambda: F.linear(s.float(), weight.float()).to(torch.bfloat16),
+            }
+
+        name = f"spike_linear forward bf16 M={M} K={K} N={N}"
+        yield Group(name, make, 2.0 * (M * K + N * K + M * N) + M * K / 8, 2.0 * M * K * N, exact=())
+
+        def make_grad(M: int = M, K: int = K, N: int = N) -> Calls:
+            s = _spikes(M, K)
+            grad = torch.randn(M, N, device=DEVICE, dtype=torch.bfloat16)
+            with ops.use_backend("triton"):
+                words = ops.pack_spikes(s)
+            return {
+                "ours": lambda: k.weight_grad(words, K, grad),
+                "dense": lambda: grad.T @ s,
+                "eager reference": lambda: (grad.float().T @ s.float()).to(torch.bfloat16),
+            }
+
+        name = f"spike_linear weight gradient bf16 M={M} K={K} N={N}"
+        yield Group(name, make_grad, 2.0 * (M * N + N * K) + M * K / 8, 2.0 * M * K * N, exact=())
+
+
+GROUPS: dict[str, Callable[[bool], Iterator[Group]]] = {
+    "lif": lif_groups,
+    "spike_attention": attention_groups,
+    "norm_lif": norm_lif_groups,
+    "spike_linear": linear_groups,
+}
+
+
+def _agrees(row: str, got: Tensor, want: Tensor, group: Group) -> str | None:
+    """What is wrong with a row's result, None if nothing is."""
+    if row not in ("ours", "ours, two kernels", "compiled reference", "dense"):
+        return None  # another function, or another layout
+    got, want = got.double(), want.double()
+    if row in group.exact or row == "ours, two kernels":
+        differ = (got != want).double().mean().item()
+        return f"{differ:.2%} of the elements differ" if differ > 2e-3 else None
+    error = ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
+    return None if error < 3e-2 else f"relative error {error:.2g}"
+
+
+def bench(group: Group, dry: bool, ceiling: dict[str, float]) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    calls = group.make()
+    want = calls["eager reference"]()
+    rows = []
+    for name, call in calls.items():
+        row: dict[str, Any] = {"group": group.name, "row": name}
+        try:
+            wrong = _agrees(name, call(), want, group)
+            if wrong:
+                row["wrong"] = wrong
+            else:
+                if CUDA:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                    call()
+                    torch.cuda.synchronize()
+                    row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+                ms = _median_ms(call, dry)
+                row["ms"] = round(ms, 4)
+                row["gb_per_s"] = round(group.bytes / ms / 1e6, 1)
+                row["of_copy"] = round(group.bytes / ms / 1e6 / ceiling["copy_gb_per_s"], 3)
+                if group.flops:
+                    row["tflop_per_s"] = round(group.flops / ms / 1e9, 2)
+        except Exception as error:  # a row that can't run must not take the others with it
+            row["failed"] = f"{type(error).__name__}: {error}"[:500]
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=tuple(GROUPS))
+    parser.add_argument("--limit", type=float, default=170, help="seconds; groups after that are left out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes, on the CPU under the interpreter"
+    )
+    options = parser.parse_args()
+    end = time.monotonic() + options.limit
+    result: dict[str, Any] = {"ceilings": ceilings(options.dry_run), "rows": [], "left_out": []}
+    for operator, groups in GROUPS.items():
+        if options.only not in (None, operator):
+            continue
+        for group in groups(options.dry_run):
+            if time.monotonic() > end:
+                result["left_out"].append(group.name)
+                continue
+            result["rows"] += bench(group, options.dry_run, result["ceilings"])
+            if CUDA:
+                torch.cuda.empty_cache()
+            options.out.write_text(json.dumps(result, indent=1))  # what is done survives a time limit
+    options.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

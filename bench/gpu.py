@@ -1,0 +1,293 @@
+"""The whole GPU run in one call, within ten minutes: environment, build, parity, benchmarks, profiles.
+
+    python bench/gpu.py --out results/gpu                # on a machine with a GPU
+    python bench/gpu.py --out /tmp/gpu --dry-run         # on any machine: the same stages, tiny, interpreted
+
+Each stage is a process with a time limit of its own; one that fails or runs out is noted and the next
+begins. Everything is written under --out: results.json, results.md, each stage's log, traces, and, where
+matplotlib is installed, a roofline. The exit status is 0 if every stage came to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+TOTAL = 590.0  # seconds of the whole run
+
+_ENVIRONMENT = """
+import json, platform, importlib.metadata as m, torch
+def version(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return None
+names = ("spikedecoder", "torch", "triton", "numpy", "spikingjelly", "flash-linear-attention", "pytest")
+gpu = None
+if torch.cuda.is_available():
+    p = torch.cuda.get_device_properties(0)
+    gpu = {"name": p.name, "capability": f"{p.major}.{p.minor}",
+           "memory_gib": round(p.total_memory / 2**30, 1),
+           "multiprocessors": p.multi_processor_count, "cuda": torch.version.cuda}
+print(json.dumps({"python": platform.python_version(), "system": platform.platform(), "gpu": gpu,
+                  "versions": {n: version(n) for n in names}}))
+"""
+
+
+@dataclass
+class Stage:
+    """Processes that run side by side, as [name, arguments], and the seconds they get together."""
+
+    name: str
+    limit: float
+    processes: list[tuple[str, list[str]]]
+
+
+@dataclass
+class Outcome:
+    stage: str
+    seconds: float = 0.0
+    status: dict[str, str] = field(default_factory=dict)  # of each process: "ok", "exit N", "time limit", ...
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.status) and all(s == "ok" for s in self.status.values())
+
+
+def stages(out: Path, dry: bool) -> list[Stage]:
+    """In this order; what answers the most comes first."""
+    python = [sys.executable]
+    tiny = ["--dry-run"] if dry else []
+    model = [*python, str(HERE / "bench_gpu_model.py"), *tiny]
+    ops = [*python, str(HERE / "bench_gpu_ops.py"), *tiny, "--out", str(out / "operators.json")]
+    build = "from spikedecoder import ops; import torch; x = torch.ones(4, 8, device={!r}); "
+    build += "ops.use_backend('triton'); print(ops.lif(x).sum())"
+    pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
+    kernels = [str(ROOT / "tests/test_kernels_parity.py"), str(ROOT / "tests/test_kernels_launch.py")]
+    if dry:
+        parity = [("parity", [*pytest, kernels[0], "-k", "is_the_reference and lif-one"])]
+    else:  # compiling takes most of the time: spread over processes
+        groups = {
+            "lif-float32": "not norm_lif and not attention and float32",
+            "lif-half": "not norm_lif and not attention and (float16 or bfloat16)",
+            "norm": "norm_lif",
+            "attention-float32": "attention and not attention_lif and float32",
+            "attention-half": "attention and not attention_lif and (float16 or bfloat16)",
+            "attention-lif-float32": "attention_lif and float32",
+            "attention-lif-half": "attention_lif and (float16 or bfloat16)",
+            "rest": "not float32 and not float16 and not bfloat16 and not norm_lif",
+        }
+        parity = [(name, [*pytest, *kernels, "-k", expression]) for name, expression in groups.items()]
+        others = ["tests/test_convergence.py", "tests/test_ext_cuda.py"]
+        parity += [("others", [*pytest, "-m", "gpu", *(str(ROOT / path) for path in others)])]
+    rows = [("triton", None), ("reference", None), ("triton", "reduce-overhead"), ("reference", "default")]
+    steps = [
+        Stage(
+            f"model-{row}" + (f"-{mode}" if mode else ""),
+            60 if mode is None else 90,
+            [("step", [*model, "--row", row, *(["--compile", mode] if mode else [])])],
+        )
+        for row, mode in (rows[:2] if dry else rows)
+    ]
+    profiles = [
+        Stage(
+            f"profile-{row}",
+            40,
+            [("trace", [*model, "--row", row, "--profile", str(out / f"trace-{row}.json")])],
+        )
+        for row in (("triton",) if dry else ("triton", "reference"))
+    ]
+    return [
+        Stage("environment", 60, [("report", [*python, "-c", _ENVIRONMENT])]),
+        Stage("build", 60, [("lif", [*python, "-c", build.format("cpu" if dry else "cuda")])]),
+        Stage("parity", 200, parity),
+        *steps[:2],
+        Stage("operators", 190, [("operators", [*ops, "--limit", "30" if dry else "150"])]),
+        *profiles,
+        *steps[2:],
+    ]
+
+
+def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
+    """Run the processes side by side; each writes STAGE-NAME.log. All are ended at the limit."""
+    outcome, start = Outcome(stage.name), time.monotonic()
+    running = []
+    for name, command in stage.processes:
+        log = (out / f"{stage.name}-{name}.log").open("w")
+        try:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment
+            )
+        except OSError as error:
+            outcome.status[name] = str(error)
+            log.close()
+            continue
+        running.append((name, process, log))
+    for name, process, log in running:
+        try:
+            code = process.wait(max(0.1, start + seconds - time.monotonic()))
+            outcome.status[name] = "ok" if code == 0 else f"exit {code}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            outcome.status[name] = f"time limit of {seconds:.0f} s"
+        log.close()
+    outcome.seconds = round(time.monotonic() - start, 1)
+    return outcome
+
+
+def _last_json(path: Path) -> Any:
+    """The last line of a log that is JSON."""
+    if not path.exists():
+        return None
+    for line in reversed(path.read_text(errors="replace").splitlines()):
+        if line.startswith("{"):
+            try:
+                return json.loads(line)
+            except json.JSONDecodeError:
+                continue
+    return None
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1].strip("= ") if lines else ""
+
+
+def gather(out: Path, outcomes: list[Outcome], dry: bool) -> dict[str, Any]:
+    operators = out / "operators.json"
+    parity = {path.stem: _last_line(path) for path in sorted(out.glob("parity-*.log"))}
+    return {
+        "dry_run": dry,
+        "environment": _last_json(out / "environment-report.log"),
+        "stages": [asdict(o) | {"ok": o.ok} for o in outcomes],
+        "parity": parity,
+        "model": {
+            o.stage.removeprefix("model-"): _last_json(out / f"{o.stage}-step.log")
+            for o in outcomes
+            if o.stage.startswith("model-")
+        },
+        "operators": json.loads(operators.read_text()) if operators.exists() else None,
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    environment = result["environment"] or {}
+    gpu = environment.get("gpu") or {"name": "no GPU"}
+    versions = ", ".join(f"{k} {v}" for k, v in environment.get("versions", {}).items() if v)
+    lines = [f"# GPU run: {gpu['name']}", "", f"{json.dumps(gpu)}; {versions}", ""]
+    if result["dry_run"]:
+        lines += ["**Dry run: tiny shapes under the interpreter. The times mean nothing.**", ""]
+    lines += ["| stage | seconds | processes |", "|---|---|---|"]
+    for stage in result["stages"]:
+        status = ", ".join(f"{name}: {s}" for name, s in stage["status"].items())
+        lines.append(f"| {stage['stage']} | {stage['seconds']} | {status} |")
+    lines += ["", "## Parity", ""]
+    lines += [f"- {name}: {line}" for name, line in result["parity"].items()]
+    lines += ["", "## Training step of the README character model", ""]
+    lines += [
+        "| row | ms | tokens/s | peak MiB | activations MiB | first losses |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, found in result["model"].items():
+        found = found or {}
+        cells = (found.get(k, "-") for k in ("ms", "tokens_per_s", "peak_mib", "activations_mib", "losses"))
+        lines.append(f"| {row} | " + " | ".join(map(str, cells)) + " |")
+    operators = result["operators"] or {"rows": [], "ceilings": {}, "left_out": []}
+    lines += ["", "## Operators", "", f"Measured ceilings: {json.dumps(operators['ceilings'])}", ""]
+    for group in dict.fromkeys(row["group"] for row in operators["rows"]):
+        rows = [row for row in operators["rows"] if row["group"] == group]
+        slowest = next((r["ms"] for r in rows if r["row"] == "eager reference" and "ms" in r), None)
+        lines += [
+            f"### {group}",
+            "",
+            "| row | ms | GB/s | of copy | TFLOP/s | peak MiB | times the reference |",
+        ]
+        lines.append("|---|---|---|---|---|---|---|")
+        for row in rows:
+            if "ms" not in row:
+                lines.append(f"| {row['row']} | {row.get('wrong') or row.get('failed')} | | | | | |")
+                continue
+            times = f"{slowest / row['ms']:.2f}" if slowest else "-"
+            cells = (row.get(k, "-") for k in ("ms", "gb_per_s", "of_copy", "tflop_per_s", "peak_mib"))
+            lines.append(f"| {row['row']} | " + " | ".join(map(str, cells)) + f" | {times} |")
+        lines.append("")
+    if operators["left_out"]:
+        lines += ["Left out for lack of time: " + "; ".join(operators["left_out"]), ""]
+    return "\n".join(lines)
+
+
+def roofline(result: dict[str, Any], path: Path) -> None:
+    """Arithmetic intensity against TFLOP/s of our rows that have operations counted."""
+    operators = result["operators"]
+    if not operators:
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ceiling = operators["ceilings"]
+    bandwidth, peak = (max(v, 1e-6) for v in (ceiling["copy_gb_per_s"] / 1e3, ceiling["bf16_tflop_per_s"]))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    intensity = [2.0**i for i in range(0, 12)]
+    axes.loglog(intensity, [min(peak, bandwidth * i) for i in intensity], "k-", label="measured ceilings")
+    for row in operators["rows"]:
+        if row["row"] == "ours" and row.get("tflop_per_s") and row["gb_per_s"]:
+            x = row["tflop_per_s"] / (row["gb_per_s"] / 1e3)
+            axes.loglog([x], [row["tflop_per_s"]], "o", label=row["group"][:48])
+    axes.set_xlabel("operations per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
+    parser.add_argument("--limit", type=float, default=TOTAL, help="seconds of the whole run")
+    parser.add_argument(
+        "--only", action="append", help="a stage, or the beginning of its name; may be repeated"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny shapes on the CPU, under the interpreter"
+    )
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if options.dry_run:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    else:
+        environment.pop("TRITON_INTERPRET", None)
+    end = time.monotonic() + options.limit
+    outcomes: list[Outcome] = []
+    for stage in stages(out, options.dry_run):
+        if options.only and not any(stage.name.startswith(name) for name in options.only):
+            continue
+        seconds = min(stage.limit, end - time.monotonic())
+        if seconds < 1:
+            outcomes.append(Outcome(stage.name, 0.0, {"all": "left out: no time left"}))
+        else:
+            outcomes.append(run_stage(stage, out, seconds, environment))
+        print(f"{stage.name}: {outcomes[-1].status} in {outcomes[-1].seconds} s", flush=True)
+        result = gather(out, outcomes, options.dry_run)  # after every stage: a cut run leaves its results
+        (out / "results.json").write_text(json.dumps(result, indent=1))
+        (out / "results.md").write_text(render(result))
+    roofline(result, out / "roofline.png")
+    print((out / "results.md").read_text())
+    return 0 if outcomes and all(o.ok for o in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

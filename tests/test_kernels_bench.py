@@ -1,0 +1,114 @@
+"""The GPU run's own machinery, without a GPU: every stage ends, is noted, and stops no other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.mark.expression import Expression
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parent.parent / "bench" / "gpu.py"
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu = load()
+
+
+def dry_run(out: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPT), "--out", str(out), "--dry-run", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    logs = "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in out.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.triton_interpreter
+def test_a_dry_run_of_some_stages(tmp_path: Path) -> None:
+    result = dry_run(tmp_path / "out", "--only", "environment", "--only", "build", "--only", "parity")
+    assert [s["stage"] for s in result["stages"]] == ["environment", "build", "parity"]
+    assert all(s["ok"] for s in result["stages"])
+    assert result["environment"]["versions"]["triton"]
+    assert "passed" in result["parity"]["parity-parity"]
+
+
+@pytest.mark.slow
+@pytest.mark.triton_interpreter
+def test_a_dry_run_of_everything(tmp_path: Path) -> None:
+    result = dry_run(tmp_path / "out")
+    assert {s.name for s in gpu.stages(tmp_path, True)} == {s["stage"] for s in result["stages"]}
+    rows = result["operators"]["rows"]
+    assert {row["row"] for row in rows} >= {"ours", "eager reference"}
+    assert not [row for row in rows if "failed" in row or "wrong" in row]
+    assert result["model"]["triton"]["losses"] == pytest.approx(
+        result["model"]["reference"]["losses"], rel=1e-3
+    )
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "The times mean nothing" in page
+    assert (tmp_path / "out" / "trace-triton.json").stat().st_size > 0
+
+
+def test_a_failing_or_endless_process_is_noted_and_others_end_well(tmp_path: Path) -> None:
+    processes = [
+        ("good", [sys.executable, "-c", "print('{\"a\": 1}')"]),
+        ("bad", [sys.executable, "-c", "raise SystemExit(3)"]),
+        ("endless", [sys.executable, "-c", "import time; time.sleep(60)"]),
+        ("absent", [str(tmp_path / "nothing")]),
+    ]
+    outcome = gpu.run_stage(gpu.Stage("mixed", 5, processes), tmp_path, 5, dict(os.environ))
+    assert outcome.status["good"] == "ok"
+    assert outcome.status["bad"] == "exit 3"
+    assert outcome.status["endless"].startswith("time limit")
+    assert "No such file" in outcome.status["absent"]
+    assert not outcome.ok and outcome.seconds < 30
+    result = gpu.gather(tmp_path, [outcome], False)
+    assert result["operators"] is None and result["environment"] is None
+    page = gpu.render(result)
+    assert "bad: exit 3" in page and "Dry run" not in page
+
+
+def test_rows_that_failed_or_were_wrong_have_no_time_in_the_table() -> None:
+    rows = [
+        {"group": "g", "row": "eager reference", "ms": 2.0, "gb_per_s": 1.0, "of_copy": 0.1},
+        {"group": "g", "row": "ours", "ms": 0.5, "gb_per_s": 4.0, "of_copy": 0.4},
+        {"group": "g", "row": "peer", "wrong": "relative error 1"},
+    ]
+    result = {
+        "dry_run": False, "environment": None, "stages": [], "parity": {}, "model": {},
+        "operators": {"rows": rows, "ceilings": {}, "left_out": ["h"]},
+    }  # fmt: skip
+    page = gpu.render(result)
+    assert "| ours | 0.5 | 4.0 | 0.4 | - | - | 4.00 |" in page
+    assert "| peer | relative error 1 | | | | | |" in page
+    assert "Left out for lack of time: h" in page
+
+
+def test_a_real_run_fits_ten_minutes_and_looks_at_every_kernel_test(tmp_path: Path) -> None:
+    assert gpu.TOTAL < 600
+    parity = next(s for s in gpu.stages(tmp_path, False) if s.name == "parity")
+    tests = [str(SCRIPT.parent.parent / "tests" / f"test_kernels_{n}.py") for n in ("parity", "launch")]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    nodes = {line for line in done.stdout.splitlines() if "::" in line}
+    chosen: set[str] = set()
+    for name, arguments in parity.processes:
+        if "-k" in arguments:
+            expression = Expression.compile(arguments[arguments.index("-k") + 1])
+            found = {node for node in nodes if expression.evaluate(lambda word, node=node: word in node)}
+            assert found, name
+            chosen |= found
+    assert nodes and chosen == nodes

@@ -1,0 +1,55 @@
+"""A whole model on the Triton kernels: the losses and gradients of the reference, step for step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [] if DEVICE == "cuda" else [pytest.mark.triton_interpreter]
+
+
+def losses(backend: str, steps: int, **changes: object) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of each step, and the last step's gradients."""
+    torch.manual_seed(0)
+    config = SpikeDecoderConfig.preset(
+        "original-char", blocks=1, heads=2, token_dim=12, position_dim=4, mlp_ratio=2, timesteps=2, **changes
+    )
+    model = SpikeDecoder(config).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    generator = torch.Generator().manual_seed(1)
+    found, gradients = [], {}
+    with use_backend(backend):
+        for _ in range(steps):
+            tokens = torch.randint(0, 28, (2, 9), generator=generator).to(DEVICE)
+            loss = model.loss(tokens, tokens.roll(-1, 1))
+            optimizer.zero_grad()
+            loss.backward()
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            optimizer.step()
+            found.append(loss.item())
+    return found, gradients
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "batch", "learn_threshold": True},
+        {"spiking_residuals": 2, "surrogate": "atan", "surrogate_alpha": 2.0, "v_reset": None},
+    ],
+    ids=["layer", "batch", "spiking residuals"],
+)
+def test_a_model_learns_the_same(changes: dict[str, object]) -> None:
+    expected, want = losses("reference", 3, **changes)
+    actual, got = losses("triton", 3, **changes)
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert got.keys() == want.keys()
+    # some are zero but for rounding, as that of a bias before a BatchNorm
+    largest = max(gradient.norm() for gradient in want.values())
+    for name, gradient in want.items():
+        error = (got[name] - gradient).norm() / gradient.norm().clamp(min=0.05 * largest)
+        assert error < 1e-3, f"{name}: relative error {error:.2g}"
