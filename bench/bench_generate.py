@@ -4,10 +4,10 @@
     python bench/bench_generate.py --walk 100000       # time and memory of a token along the way
     python bench/bench_generate.py --serve 16          # streams over HTTP beside the engine alone
 
-Rows of a run share the machine's mood: compare rows, not runs. "window" recomputes the context for each token,
-as the original does; "step" is the model's step, "native" one call of the extension. "window" and "step" run on
-the backend that is chosen by itself, "window-eager" and "eager" on the reference, plain PyTorch. Logits are
-compared before anything is timed.
+Rows of a run share the machine's mood: compare rows, not runs. "window" recomputes the context for each
+token, as the original does; "step" is the model's step, "native" one call of the extension. "window" and
+"step" run on the backend that is chosen by itself, "window-eager" and "eager" on the reference, plain
+PyTorch. Logits are compared before anything is timed.
 """
 
 from __future__ import annotations

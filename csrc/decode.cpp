@@ -321,7 +321,7 @@ class Step {
   void sum(const Linear& l, int64_t C, int64_t size) const {
     const int64_t vectors = l.columns / W;
     int64_t most = PANEL_BYTES / (C * W * static_cast<int64_t>(sizeof(float)));
-    most = most < 4 ? 4 : most > MOST_VECTORS ? MOST_VECTORS : most;
+    if (most < 4 || most > MOST_VECTORS) most = MOST_VECTORS;  // where no useful panel stays, long rows do better
     const int64_t panels = (vectors + most - 1) / most;
     for (int64_t p = 0; p < panels; p++) {
       const int64_t begin = vectors * p / panels, end = vectors * (p + 1) / panels, column = begin * W;

@@ -16,7 +16,7 @@ constexpr int MOST_VECTORS = 10;  // of 16
 #else
 constexpr int MOST_VECTORS = 8;
 #endif
-constexpr int64_t PANEL_BYTES = 24 << 10;  // of a weight: most of a first-level cache
+constexpr int64_t PANEL_BYTES = 28 << 10;  // of a weight: most of a first-level cache
 
 struct Norm {
   const float *weight = nullptr, *bias = nullptr, *mean = nullptr, *rstd = nullptr;  // the last two of channels
