@@ -54,7 +54,7 @@ def check(compiled: list[dict[str, Any]], targets: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_compile_well_for_hopper(operator: str, tmp_path: Path) -> None:
-    compiled = compile_for((90,), tmp_path, "--only", operator, "--first", "4")
+    compiled = compile_for((90,), tmp_path, "--only", operator, "--first", "2")
     assert {c["operator"] for c in compiled} == {operator}
     check(compiled, (90,))
 
@@ -69,7 +69,7 @@ def test_all_kernels_compile_well_for_all_targets(tmp_path: Path) -> None:
 def example(**changes: Any) -> Any:
     values = {
         "operator": "lif", "call": "forward", "dtype": "bf16", "size": "", "kernel": "k", "target": 90,
-        "needs": (*aot.STREAM, *aot.DOT), "registers": 40, "shared": 0, "local": 0, "moved": 0.0,
+        "needs": (*aot.ROUNDED, *aot.DOT), "registers": 40, "shared": 0, "local": 0, "moved": 0.0,
         "opcodes": {"LDG.E.128": 4, "LDG.E.LTC128B.128": 1, "STG.E.128": 4, "HGMMA.64x64x16.F32.BF16": 2},
     }  # fmt: skip
     return aot.Compiled(**{**values, **changes})
@@ -84,10 +84,14 @@ def test_the_reader_sees_what_is_wrong() -> None:
     assert narrow.widths("LDG") == [16, 32, 64]
     assert aot.faults(narrow) == ["widest load is 64 bits", "widest store is 32 bits"]
     assert any("spills" in fault for fault in aot.faults(example(local=8)))
+    assert any(
+        "one rounding" in fault for fault in aot.faults(example(opcodes={**good.opcodes, "FFMA.FTZ": 1}))
+    )
+    assert any("shared memory" in fault for fault in aot.faults(example(shared=300 * 1024)))
     assert any("spills" in fault for fault in aot.faults(example(opcodes={**good.opcodes, "LDL.LU": 2})))
     assert any(
         "tensor-core" in fault
-        for fault in aot.faults(example(opcodes={"LDG.E.128": 1, "STG.E.128": 1, "FFMA": 9}))
+        for fault in aot.faults(example(opcodes={"LDG.E.128": 1, "STG.E.128": 1, "IADD3": 9}))
     )
 
 

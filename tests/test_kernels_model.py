@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
+from spikedecoder.testing import Case, cases, make_inputs
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,3 +54,34 @@ def test_a_model_learns_the_same(changes: dict[str, object]) -> None:
     for name, gradient in want.items():
         error = (got[name] - gradient).norm() / gradient.norm().clamp(min=0.05 * largest)
         assert error < 1e-3, f"{name}: relative error {error:.2g}"
+
+
+def test_compiled_is_eager() -> None:
+    """The whole model in one graph; the operators stay calls of the kernels."""
+    torch.manual_seed(0)
+    config = SpikeDecoderConfig.preset(
+        "original-char", blocks=1, heads=2, token_dim=12, position_dim=4, mlp_ratio=1, timesteps=2
+    )
+    model = SpikeDecoder(config).to(DEVICE)
+    tokens = torch.randint(0, 28, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with use_backend("triton"):
+        eager = model.loss(tokens, tokens.roll(-1, 1))
+        want = torch.autograd.grad(eager, list(model.parameters()), allow_unused=True)
+        compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")(tokens, tokens.roll(-1, 1))
+        got = torch.autograd.grad(compiled, list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(compiled, eager)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", cases("lif")[3:4] + cases("spike_attention")[:1], ids=str)
+def test_opcheck(case: Case) -> None:
+    inputs = make_inputs(case, torch.float32, DEVICE)
+    if case.operator == "lif":
+        arguments = (inputs["x"], None, None, 2.0, 1.0, 0.0, True, "sigmoid", 4.0, True, "triton", False)
+        torch.library.opcheck(torch.ops.spikedecoder.lif.default, arguments)
+    else:
+        arguments = (inputs["q"], inputs["k"], inputs["v"], 0.125, None, None, True, "triton")
+        torch.library.opcheck(torch.ops.spikedecoder.spike_attention.default, arguments)

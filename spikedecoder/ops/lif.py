@@ -90,6 +90,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, threshold, v_init)
     ctx.rest = tuple(rest)
     ctx.set_materialize_grads(False)
+    if output[1].shape != x.shape[1:]:  # no state was asked for
+        ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad_spikes, grad_v):
