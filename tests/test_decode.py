@@ -345,3 +345,12 @@ def test_bad_input():
         _, state = decoder.step(TOKENS[:, 0], state)
     with pytest.raises(ValueError, match="state: got one of 12 tokens, takes one of fewer than 12"):
         decoder.step(TOKENS[:, 0], state)
+
+
+def test_a_watched_model_is_stepped_module_by_module():
+    model = _model({}).eval()
+    assert why_not(model) is None
+    handle = model.blocks[0].register_forward_hook(lambda *_: None)
+    assert "forward hooks" in why_not(model)
+    handle.remove()
+    assert why_not(model) is None

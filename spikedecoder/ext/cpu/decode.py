@@ -42,6 +42,8 @@ def why_not(model: SpikeDecoder) -> str | None:
         return f"it takes float32, the model is in {model.dtype}"
     if not (c.spiking_attention and c.spiking_mlp):
         return f"it takes spiking attention and MLP (spike_degree 3 or 4), got spike_degree {c.spike_degree}"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "somebody watches its modules with forward hooks, which one call for all of them would pass by"
     widest = max(c.embed_dim, c.hidden_dim)
     if widest > _MOST_CHANNELS:
         return f"it takes at most {_MOST_CHANNELS} channels, the model has {widest}"
