@@ -58,7 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many GPU tests were not run, so that a run without a GPU is never taken for one with."""
-    skipped = [report for report in terminalreporter.getreports("skipped") if "gpu" in getattr(report, "keywords", ())]
+    # a module that was skipped whole is reported without keywords
+    reports = terminalreporter.getreports("skipped")
+    skipped = [report for report in reports if "gpu" in getattr(report, "keywords", ())]
     deselected = [
         item for item in terminalreporter.stats.get("deselected", []) if item.get_closest_marker("gpu")
     ]
