@@ -49,6 +49,18 @@ class LIFParams:
             raise ValueError(f"alpha: got {self.alpha!r}, takes a finite number > 0")
         get_surrogate(self.surrogate)
 
+    def flat(self) -> tuple[float, float, float | None, bool, str, float, bool]:
+        """The fields in order, for an operator's schema; ``LIFParams(*p.flat())`` is p again."""
+        return (
+            self.tau,
+            self.v_threshold,
+            self.v_reset,
+            self.decay_input,
+            self.surrogate,
+            self.alpha,
+            self.detach_reset,
+        )
+
 
 @dataclass(frozen=True)
 class NormParams:

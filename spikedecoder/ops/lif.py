@@ -10,13 +10,6 @@ from spikedecoder.ops._dispatch import Call, requested_backend, select
 from spikedecoder.params import LIFParams
 from spikedecoder.reference.lif import compute_dtype
 
-# Schema order of the neuron's parameters; LIFParams(*args) puts them together again.
-_Params = tuple[float, float, float | None, bool, str, float, bool]
-
-
-def _flat(p: LIFParams) -> _Params:
-    return (p.tau, p.v_threshold, p.v_reset, p.decay_input, p.surrogate, p.alpha, p.detach_reset)
-
 
 @torch.library.custom_op("spikedecoder::lif", mutates_args=())
 def _lif(
@@ -172,5 +165,5 @@ def lif_params(
         raise ValueError(
             f"v_init: got shape {tuple(v_init.shape)}, takes that of a timestep, {tuple(x.shape[1:])}"
         )
-    spikes, v = _lif(x, threshold, v_init, *_flat(p), requested_backend(), return_state)
+    spikes, v = _lif(x, threshold, v_init, *p.flat(), requested_backend(), return_state)
     return (spikes, v) if return_state else spikes

@@ -177,7 +177,6 @@ def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None
         rstd, rstd_batch = power_statistics(x, n)
         mean = torch.zeros_like(rstd)
         ema_gz = n.running[1] if n.training else None
-    flat = (p.tau, p.v_threshold, p.v_reset, p.decay_input, p.surrogate, p.alpha, p.detach_reset)
     spikes, _, _ = _norm_lif(
         x,
         n.weight,
@@ -189,7 +188,7 @@ def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None
         ema_gz,
         n.eps,
         n.training,
-        *flat,
+        *p.flat(),
         requested_backend(),
     )
     return spikes

@@ -128,5 +128,4 @@ def spike_attention_lif(
         spikes = lif_params(current.transpose(2, 3), p, threshold=threshold)
         assert isinstance(spikes, Tensor)
         return spikes.transpose(2, 3)
-    flat = (p.tau, p.v_threshold, p.v_reset, p.decay_input, p.surrogate, p.alpha, p.detach_reset)
-    return _spike_attention_lif(q, k, v, float(scale), decay, threshold, *flat, backend)
+    return _spike_attention_lif(q, k, v, float(scale), decay, threshold, *p.flat(), backend)
