@@ -18,7 +18,7 @@ import torch
 
 from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.config import PRESETS
-from spikedecoder.data import Corpus, prepare_corpus
+from spikedecoder.data import Corpus, held_out_batches, prepare_corpus
 from spikedecoder.spike_stats import SpikeCounter
 from spikedecoder.training import (
     TRAIN_PRESETS,
@@ -31,6 +31,7 @@ from spikedecoder.training import (
     train,
 )
 from spikedecoder.training.checkpoints import STATE, latest, publish, read_step, save_checkpoint
+from spikedecoder.viz import record
 
 STORY = "the cat sat on the mat. the dog ate the hat. a rat ran to the cat and sat. " * 40
 
@@ -549,6 +550,29 @@ def test_tensorboard(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyP
     events.Reload()
     assert [e.step for e in events.Scalars("train/loss")] == [3, 6]
     assert [e.step for e in events.Scalars("held_out/bits")] == [5, 6]
+    layer, tags = "blocks.0.mlp.fc1", events.Tags()
+    assert {f"{name}/{layer}" for name in ("dead", "saturated", "spike_rate_at_timestep_2")} <= set(
+        tags["scalars"]
+    )
+    assert not any("timestep_3" in tag for tag in tags["scalars"])
+    # what it says is what the last model does on the same text
+    model = SpikeDecoder.from_pretrained(tmp_path / "run" / "last")
+    tokens, _ = next(held_out_batches(corpus.val, 16, 2))
+    activity = record(model, tokens, potentials=True)
+    for tag, value in (
+        (f"dead/{layer}", activity.dead()[layer]),
+        (f"saturated/{layer}", activity.saturated()[layer]),
+        (f"spike_rate_at_timestep_2/{layer}", float(activity.rates()[layer][1])),
+    ):
+        assert [e.step for e in events.Scalars(tag)] == [5, 6]
+        assert events.Scalars(tag)[-1].value == pytest.approx(value), tag
+    potentials = activity.potentials[layer]
+    histogram = events.Histograms(f"membrane_potential/{layer}")[-1].histogram_value
+    assert histogram.num == potentials.numel() and histogram.max == pytest.approx(float(potentials.max()))
+    train(tiny(corpus, spike_degree=0), corpus, settings(steps=1, tensorboard=True), out=tmp_path / "ann")
+    train(tiny(corpus), corpus, settings(steps=6), out=tmp_path / "plain")
+    watched, plain = ((tmp_path / name / "last" / "model.safetensors") for name in ("run", "plain"))
+    assert watched.read_bytes() == plain.read_bytes()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"tensorboard: not installed.*pip install"):
         train(tiny(corpus), corpus, settings(steps=1, tensorboard=True), out=tmp_path / "no")

@@ -81,7 +81,18 @@ def test_the_record_holds_what_fired(model, tokens, activity):
     assert activity.saturated()["blocks.0.mlp.fc1"] == pytest.approx(full / s.shape[-1])
 
 
-def test_a_neuron_fires_where_its_potential_reaches_the_threshold(activity):
+@pytest.mark.parametrize(
+    "attention", [{}, {"attention_norm": True, "decay_fastest": 0.5, "decay_slowest": 0.9}]
+)
+def test_a_neuron_fires_where_its_potential_reaches_the_threshold(model, tokens, attention):
+    torch.manual_seed(0)
+    other = SpikeDecoder(model.config.replace(attention_scale=1.0, **attention)).eval()
+    other.load_state_dict(model.state_dict(), strict=False)
+    for block in other.blocks:
+        if block.attention.attention_lif.norm is not None:
+            torch.nn.init.constant_(block.attention.attention_lif.norm.bias, 1.5)
+    activity = viz.record(other, tokens, potentials=True)
+    assert activity.spikes["blocks.1.attention.attention_lif"].any()
     assert activity.potentials.keys() == activity.spikes.keys()
     for name, h in activity.potentials.items():
         fires = h >= activity.thresholds[name]

@@ -1,4 +1,4 @@
-"""The command line: ``spikedecoder train | generate | convert | doctor``."""
+"""The command line: ``spikedecoder train | generate | serve | energy | plot | convert | doctor``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from spikedecoder.cli.convert import convert
 from spikedecoder.cli.doctor import doctor
 from spikedecoder.cli.energy import energy
 from spikedecoder.cli.generate import generate
+from spikedecoder.cli.plot import plot
 from spikedecoder.cli.serve import serve
 from spikedecoder.cli.train import train
 
@@ -26,6 +27,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(serve)
 app.command()(energy)
+app.command()(plot)
 app.command()(convert)
 app.command()(doctor)
 

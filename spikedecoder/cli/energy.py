@@ -75,7 +75,7 @@ def energy(
 
     if (text is None) == (prompt is None):
         raise ValueError(f"--text, --prompt: got {'neither' if text is None else 'both'}, takes one of them")
-    words = prompt if prompt is not None else _read(text)
+    words = prompt if prompt is not None else read_text(text)
     prices = EnergyTable.load(table)
     if picture is not None:
         from spikedecoder.viz import check_picture
@@ -103,7 +103,7 @@ def energy(
     _show(ledgers, comparison, originals, counted, per_layer, memory)
 
 
-def _read(path: Path | None) -> str:
+def read_text(path: Path | None) -> str:
     assert path is not None
     try:
         return path.read_text(encoding="utf-8")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from spikedecoder.config import SpikeDecoderConfig
-from spikedecoder.data import Corpus, WindowSampler, check_context, ngram_bits
+from spikedecoder.data import Corpus, WindowSampler, check_context, held_out_batches, ngram_bits
 from spikedecoder.model import SpikeDecoder
+from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.training.checkpoints import (
     BEST,
     LAST,
@@ -32,8 +33,10 @@ from spikedecoder.training.report import MetricsFile, Reporter, Several, TensorB
 from spikedecoder.training.result import TrainingError, TrainResult
 from spikedecoder.training.run_folder import RunInfo, check_same, check_unused, locked
 from spikedecoder.training.signals import Stop, stop_on_signals
+from spikedecoder.viz.activity import record
 
 _RECENT = 20  # steps whose mean is the reported training loss
+_WATCHED = 2  # windows on which each neuron is watched at an evaluation
 
 
 def train(
@@ -272,6 +275,7 @@ class _Run:
             raise self._failed(f"the held-out loss became {evaluation.loss} after step {self.step}")
         self.evaluation, self.evaluated, self.saved = evaluation, self.step, -1
         self.report.evaluated(self.step, evaluation)
+        self._watch()
         known, self.warnings = self.warnings, health(evaluation)
         for warning in self.warnings:
             if warning not in known:
@@ -284,6 +288,14 @@ class _Run:
             }
             self._save(BEST)
         return False
+
+    def _watch(self) -> None:
+        """Show what the neurons do on the first held-out windows to a reporter that wants to know."""
+        if not self.report.wants_activity or not any(spiking_layers(self.model)):
+            return
+        c, pad = self.model.config, self.model.config.pad_id or 0
+        tokens, _ = next(held_out_batches(self.corpus.val, c.max_len, _WATCHED, pad_id=pad))
+        self.report.activity(self.step, record(self.model, tokens, potentials=True))
 
     def _save(self, *names: str) -> None:
         """Write a checkpoint of this step, unless there is one, and let "last" and `names` stand for it."""

@@ -14,12 +14,19 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from spikedecoder.checkpoint import write_bytes
 from spikedecoder.training.evaluate import Evaluation
+from spikedecoder.viz.activity import Activity
 
 METRICS = "metrics.jsonl"
 
 
 class Reporter:
-    """Receives what happens in a run. This one ignores it: override what is of interest."""
+    """Receives what happens in a run. This one ignores it: override what is of interest.
+
+    wants_activity: whether to be told what the neurons do at each evaluation, which costs a forward pass of a
+    few windows.
+    """
+
+    wants_activity = False
 
     def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
         """Before the first step; `step` is where a resumed run goes on."""
@@ -33,6 +40,9 @@ class Reporter:
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""
 
+    def activity(self, step: int, activity: Activity) -> None:
+        """After it, where `wants_activity`: spikes and membrane potentials on a little held-out text."""
+
     def message(self, text: str) -> None:
         """Something that a person should read."""
 
@@ -45,6 +55,7 @@ class Several(Reporter):
 
     def __init__(self, *reporters: Reporter) -> None:
         self.reporters = reporters
+        self.wants_activity = any(reporter.wants_activity for reporter in reporters)
 
     def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
         for reporter in self.reporters:
@@ -61,6 +72,11 @@ class Several(Reporter):
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         for reporter in self.reporters:
             reporter.evaluated(step, evaluation)
+
+    def activity(self, step: int, activity: Activity) -> None:
+        for reporter in self.reporters:
+            if reporter.wants_activity:
+                reporter.activity(step, activity)
 
     def message(self, text: str) -> None:
         for reporter in self.reporters:
@@ -170,7 +186,14 @@ class MetricsFile(Reporter):
 
 
 class TensorBoard(Reporter):
-    """OUT/tensorboard, for ``tensorboard --logdir``."""
+    """OUT/tensorboard, for ``tensorboard --logdir``.
+
+    At each evaluation, by layer: the mean spike rate, that of each timestep, the shares of neurons that never
+    fired (dead) and that fired at every timestep of every token (saturated), and a histogram of membrane
+    potentials before the reset. All but the mean are of the first windows of the held-out text.
+    """
+
+    wants_activity = True
 
     def __init__(self, out: Path) -> None:
         try:
@@ -200,6 +223,16 @@ class TensorBoard(Reporter):
             self._writer.add_scalar(f"held_out/{name}", value, step)
         for layer, rate in evaluation.spike_rates.items():
             self._writer.add_scalar(f"spike_rate/{layer}", rate, step)
+
+    def activity(self, step: int, activity: Activity) -> None:
+        for layer, rates in activity.rates().items():
+            for t, rate in enumerate(rates.tolist(), start=1):
+                self._writer.add_scalar(f"spike_rate_at_timestep_{t}/{layer}", rate, step)
+        for name, shares in (("dead", activity.dead()), ("saturated", activity.saturated())):
+            for layer, share in shares.items():
+                self._writer.add_scalar(f"{name}/{layer}", share, step)
+        for layer, potentials in activity.potentials.items():
+            self._writer.add_histogram(f"membrane_potential/{layer}", potentials.float(), step)
 
     def close(self) -> None:
         if self._writer is not None:

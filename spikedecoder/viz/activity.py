@@ -102,9 +102,10 @@ def _current(module: nn.Module, inputs: tuple[Any, ...], linears: dict[nn.Module
         return ops.norm(linears.pop(module.linear), module.norm.params())
     if isinstance(module, AttentionLIF):
         q, k, v = (x.unflatten(-1, (module.heads, -1)).transpose(2, 3) for x in inputs[:3])
-        current = ops.spike_attention(q, k, v, module.scale)
+        current = ops.spike_attention(q, k, v, module.scale, module.decay)
         assert isinstance(current, Tensor)
-        return current.transpose(2, 3).flatten(-2)
+        current = current.transpose(2, 3).flatten(-2)
+        return current if module.norm is None else ops.norm(current, module.norm.params())
     current = inputs[0]
     assert isinstance(current, Tensor)
     return current

@@ -1,0 +1,150 @@
+"""`spikedecoder plot`: the pictures of `spikedecoder.viz`, from checkpoints and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from spikedecoder.model import SpikeDecoder
+
+FIGURES = ("raster", "rates", "potentials", "attention", "predictions", "energy", "loss")
+_SEVERAL = ("energy", "loss")
+
+
+def plot(
+    figure: Annotated[
+        str,
+        typer.Argument(
+            help="raster (which neuron fires at which token), rates (of each layer and timestep, dead, "
+            "saturated), potentials (histograms), attention (scores by head), predictions (probabilities of "
+            "generated tokens), energy (estimates side by side), or loss (training curves of runs)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: .png, .svg or .pdf.")],
+    checkpoint: Annotated[
+        list[str],
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            help="A model's folder, a run's (its best model), or a name on the hub; for energy and loss "
+            "repeat it to compare. loss takes runs.",
+        ),
+    ],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text that the model reads.")] = None,
+    text: Annotated[Path | None, typer.Option("--text", help="File with that text.")] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer to draw (blocks.0.mlp.fc1); repeat for potentials. Default: the first."),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-n", min=1, help="predictions: tokens to generate.")
+    ] = 32,
+    temperature: Annotated[float, typer.Option(help="predictions: as in generate.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="predictions: same seed, same text.")] = 0,
+    memory: Annotated[bool, typer.Option("--memory", help="energy: bill moving data too.")] = False,
+    errors: Annotated[
+        str, typer.Option(help="Characters or words that the model does not know: strict, drop or replace.")
+    ] = "strict",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
+    ] = "auto",
+) -> None:
+    """Draw what a model does: its spikes, its attention, its predictions, its energy; or how runs learned."""
+    from spikedecoder import viz
+
+    if figure not in FIGURES:
+        raise ValueError(f"figure: got {figure!r}, takes one of {', '.join(FIGURES)}")
+    if len(checkpoint) > 1 and figure not in _SEVERAL:
+        raise ValueError(f"--checkpoint: got {len(checkpoint)}, {figure} takes one")
+    viz.check_picture(out)
+    if figure == "loss":
+        fig = viz.loss_curves(list(dict.fromkeys(checkpoint)))
+    else:
+        words = _words(prompt, text)
+        if figure == "energy":
+            fig = _energy(checkpoint, words, errors, memory, device)
+        elif figure == "predictions":
+            fig = _predictions(checkpoint[0], words, errors, device, tokens, temperature, seed)
+        else:
+            fig = _activity(figure, checkpoint[0], words, errors, device, layer)
+    print(viz.save(fig, out))
+
+
+def _words(prompt: str | None, text: Path | None) -> str:
+    from spikedecoder.cli.energy import read_text
+
+    if (text is None) == (prompt is None):
+        raise ValueError(f"--prompt, --text: got {'neither' if text is None else 'both'}, takes one of them")
+    return prompt if prompt is not None else read_text(text)
+
+
+def _load(checkpoint: str, words: str, errors: str, device: str) -> tuple[SpikeDecoder, list[int]]:
+    """The model and the text's ids."""
+    from spikedecoder.cli.generate import load
+    from spikedecoder.generation import encode_prompt
+
+    model, where = load(checkpoint, device)
+    if model.tokenizer is None:
+        raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
+    ids = encode_prompt(model.tokenizer, words, errors)
+    if not ids:
+        raise ValueError(f"the text holds no token that {where} knows")
+    return model, ids
+
+
+def _activity(
+    figure: str, checkpoint: str, words: str, errors: str, device: str, layers: list[str] | None
+) -> Figure:
+    import torch
+
+    from spikedecoder import viz
+
+    if layers and len(layers) > 1 and figure != "potentials":
+        raise ValueError(f"--layer: got {len(layers)}, {figure} takes one")
+    model, ids = _load(checkpoint, words, errors, device)
+    ids = ids[: model.config.max_len]
+    wanted: dict[str, Any] = {"potentials": figure == "potentials", "scores": figure == "attention"}
+    activity = viz.record(model, torch.tensor([ids]), **wanted)
+    labels = [model.tokenizer.tokens[i] for i in ids]
+    layer = layers[0] if layers else None
+    if figure == "raster":
+        return viz.raster(activity, layer, labels=labels)
+    if figure == "rates":
+        return viz.spike_rates(activity)
+    if figure == "potentials":
+        return viz.potentials(activity, layers or None)
+    return viz.attention_map(activity, layer, labels=labels)
+
+
+def _predictions(
+    checkpoint: str, words: str, errors: str, device: str, tokens: int, temperature: float, seed: int
+) -> Figure:
+    from spikedecoder import viz
+    from spikedecoder.generation import SamplingParams, generate
+
+    sampling = SamplingParams(temperature, seed=seed)
+    model, ids = _load(checkpoint, words, errors, device)
+    result = generate(model, [ids], tokens, sampling, top=12)
+    return viz.predictions(result.tokens[0], result.predictions[0], model.tokenizer.tokens)
+
+
+def _energy(checkpoints: list[str], words: str, errors: str, memory: bool, device: str) -> Figure:
+    import torch
+
+    from spikedecoder import energy, viz
+
+    ledgers = {}
+    for given in dict.fromkeys(checkpoints):
+        model, ids = _load(given, words, errors, device)
+        batches = [torch.tensor([part]) for part in _parts(ids, model.config.max_len)]
+        ledgers[given] = energy.measure(model, batches, name=given)
+    return viz.energy_bars(energy.compare(ledgers, memory=memory))
+
+
+def _parts(ids: list[int], length: int) -> list[list[int]]:
+    return [ids[i : i + length] for i in range(0, len(ids), length)]

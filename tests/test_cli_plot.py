@@ -1,0 +1,87 @@
+"""`spikedecoder plot` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.cli import main
+from spikedecoder.data import CharTokenizer
+
+pytest.importorskip("matplotlib")
+TEXT = "the cat sat"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder that looks like a run's: best/ and metrics.jsonl."""
+    tokenizer = CharTokenizer.from_text(TEXT)
+    torch.manual_seed(0)
+    config = SpikeDecoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        max_len=8,
+        token_dim=6,
+        position_dim=4,
+        heads=2,
+        blocks=1,
+        timesteps=2,
+        embedding_gain=2.0,
+    )
+    model = SpikeDecoder(config)
+    model.tokenizer = tokenizer
+    folder = tmp_path_factory.mktemp("plot") / "run"
+    model.save_pretrained(folder / "best")
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "val_loss": 1.9}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def plot(capsys, *arguments, code=0):
+    with pytest.raises(SystemExit) as exit_:
+        main(["plot", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert exit_.value.code == code, captured.err
+    return captured
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["raster", "-p", TEXT, "--layer", "blocks.0.mlp.fc1"],
+        ["rates", "-p", TEXT],
+        ["potentials", "-p", TEXT, "--layer", "head.lif", "--layer", "blocks.0.mlp.fc1"],
+        ["attention", "-p", TEXT],
+        ["predictions", "-p", TEXT, "-n", "4"],
+        ["energy", "-p", TEXT, "--memory"],
+        ["loss"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_every_figure(run: Path, capsys, tmp_path: Path, arguments) -> None:
+    out = tmp_path / "figure.png"
+    said = plot(capsys, *arguments, "-c", run, "-o", out)
+    assert said.out.strip() == str(out) and out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input_is_one_line(run: Path, capsys, tmp_path: Path) -> None:
+    out = tmp_path / "figure.png"
+    for arguments, message in (
+        (["rasters", "-p", TEXT, "-c", run, "-o", out], "figure: got 'rasters', takes one of raster"),
+        (["raster", "-c", run, "-o", out], "--prompt, --text: got neither"),
+        (["raster", "-p", TEXT, "-c", run, "-c", run, "-o", out], "--checkpoint: got 2, raster takes one"),
+        (["raster", "-p", TEXT, "-c", run, "-o", tmp_path / "figure.bmp"], "ends in .png"),
+        (["raster", "-p", "", "-c", run, "-o", out], "holds no token"),
+        (["raster", "-p", "xyz", "-c", run, "-o", out], "outside the model's vocabulary"),
+        (["raster", "-p", TEXT, "--layer", "none", "-c", run, "-o", out], "layer: got 'none', takes one of"),
+        (["loss", "-c", tmp_path / "none", "-o", out], "no such file"),
+        (["energy", "-p", TEXT, "-c", tmp_path / "none", "-o", out], "no such folder"),
+    ):
+        captured = plot(capsys, *arguments, code=2)
+        lines = captured.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
+    assert not out.exists()
