@@ -71,6 +71,11 @@ class NormParams:
         (running_mean, running_var), updated in training with `momentum`, used in evaluation.
     kind="power": PowerNorm (Shen et al., 2020), no mean: `running` is (running_phi, ema_gz, iters);
         `momentum` is alpha, `warmup` the number of passes that use the batch's own second moment.
+
+    `group`: the name of a process group (`spikedecoder.sync.name_of`) whose processes share the statistics of
+    kinds "batch" and "power" in training, as torch.nn.SyncBatchNorm does: those of all processes' rows, each
+    row counted once. The gradients of weight and bias stay each process's own, for data parallelism to
+    average. None: every process by itself.
     """
 
     kind: str
@@ -81,7 +86,13 @@ class NormParams:
     running: tuple[Tensor, ...] = ()
     momentum: float = 0.1
     warmup: int = 10_000
+    group: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in NORMS:
             raise ValueError(f"norm: got {self.kind!r}, takes one of {', '.join(NORMS)}")
+
+    @property
+    def synced(self) -> str | None:
+        """The group that shares this pass's statistics, None where each process has its own."""
+        return self.group if self.training and self.kind != "layer" else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -157,6 +159,24 @@ def test_norm_lif_is_norm_then_lif(case):
     expected = _by_autograd(composed, make_inputs(case, torch.float64))
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", cases("norm_lif"), ids=str)
+def test_norm_lif_with_parameters_in_half_precision_computes_in_float32(case, dtype):
+    inputs = make_inputs(case, dtype)
+    actual = run(case, inputs)
+    wide = make_inputs(case, dtype)
+    n = wide["n"]
+    tensors = {"weight": n.weight.detach().float(), "bias": n.bias.detach().float()}
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    wide["n"] = dataclasses.replace(n, **tensors, running=tuple(t.float() for t in n.running))
+    expected = run(case, wide)
+    assert flipped(actual["out"], expected["out"]) < 0.02
+    for name in ("grad.x", "grad.n.weight", "grad.n.bias"):
+        assert actual[name].dtype == dtype and actual[name].isfinite().all()
+        error = (actual[name].float() - expected[name].float()).norm() / expected[name].float().norm()
+        assert error < 0.05, f"{name}: {error:.3f}"
 
 
 def test_power_norm_after_its_warm_up_uses_the_running_moment():

@@ -598,12 +598,15 @@ def test_two_processes_share_a_batch(corpus: Corpus, tmp_path: Path) -> None:
         "4",
     ]
     command += ["--batch-size", "2", "--max-len", "16", "--heads", "2", "--blocks", "1", "--timesteps", "2"]
-    for assignment in ("token_dim=12", "position_dim=4", "warmup=0"):
+    # a BatchNorm whose statistics the processes share; currents that meet no threshold exactly
+    changes = {"norm": "batch", "v_threshold": 0.97, "attention_scale": 1.0}
+    assignments = ["token_dim=12", "position_dim=4", "warmup=0", "sync_norm=true"]
+    for assignment in [*assignments, *(f"{name}={value}" for name, value in changes.items())]:
         command += ["--set", assignment]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["steps"] == 4  # one process speaks
-    train(tiny(corpus), corpus, settings(steps=4, batch_size=4, warmup=0), out=tmp_path / "one")
+    train(tiny(corpus, **changes), corpus, settings(steps=4, batch_size=4, warmup=0), out=tmp_path / "one")
     two = json.loads((tmp_path / "two" / "last" / "trainer.json").read_text())
     # sums in another order, and then a spike here and there
     ours = json.loads((tmp_path / "one" / "last" / "trainer.json").read_text())

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from spikedecoder import sync
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, requested_backend, select
 from spikedecoder.params import NormParams
 from spikedecoder.reference.lif import compute_dtype
+from spikedecoder.reference.norm import move_running
 from spikedecoder.reference.norm import norm as _reference
 
 
 @torch.library.custom_op("spikedecoder::moments", mutates_args=())
 def _moments(x: Tensor, center: bool, backend: str) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:  # a process without rows, among others
+        nothing = x.new_zeros(x.shape[-1], dtype=compute_dtype(x.dtype))
+        return nothing, nothing.clone()
     return select("norm_lif", Call(x.device, x.dtype, tuple(x.shape), {"rows": False}), backend).moments(
         x, center
     )
@@ -25,34 +32,43 @@ def _(x, center, backend):
     return mean, torch.empty_like(mean)
 
 
-@torch.no_grad()
-def batch_statistics(x: Tensor, n: NormParams) -> tuple[Tensor, Tensor]:
-    """BatchNorm's (mean, 1 / sqrt(var + eps)) [C] of this pass; moves the running ones in training.
+@dataclass(frozen=True)
+class Statistics:
+    """Channel statistics of one pass: y = (x - mean) rstd weight + bias.
 
-    running = (1 - momentum) running + momentum batch, the variance unbiased there (torch's convention).
+    rstd_batch and ema_gz: of PowerNorm in training, see `reference.norm`. rows: how many rows the statistics
+    are of, where processes share them.
     """
-    running_mean, running_var = n.running
-    if not n.training:
-        return running_mean.clone(), (running_var + n.eps).rsqrt()
-    mean, var = _moments(x.detach(), True, requested_backend())
-    rows = x.numel() // x.shape[-1]
-    running_mean.lerp_(mean.to(running_mean.dtype), n.momentum)
-    running_var.lerp_((var * (rows / (rows - 1))).to(running_var.dtype), n.momentum)
-    return mean, (var + n.eps).rsqrt()
+
+    mean: Tensor
+    rstd: Tensor
+    rstd_batch: Tensor | None = None
+    ema_gz: Tensor | None = None
+    rows: Tensor | None = None
 
 
 @torch.no_grad()
-def power_statistics(x: Tensor, n: NormParams) -> tuple[Tensor, Tensor | None]:
-    """PowerNorm's (scale of z [C], 1 / sqrt(E[x^2] + eps) of the batch); see `reference.norm`."""
-    phi, _, iters = n.running
+def statistics(x: Tensor, n: NormParams) -> Statistics | None:
+    """Of BatchNorm and PowerNorm, whose running ones move on in training; None for LayerNorm (rows' own)."""
+    if n.kind == "layer":
+        return None
     if not n.training:
-        return (phi + n.eps).rsqrt(), None
-    _, var = _moments(x.detach(), False, requested_backend())
+        if n.kind == "power":
+            return Statistics(torch.zeros_like(n.running[0]), (n.running[0] + n.eps).rsqrt())
+        return Statistics(n.running[0].clone(), (n.running[1] + n.eps).rsqrt())
+    mean, var = _moments(x.detach(), n.kind == "batch", requested_backend())
+    rows, count = None, x.numel() // x.shape[-1]
+    if n.synced is not None:
+        mean, var, rows = sync.moments_over(mean, var, count, n.synced)
+    if n.kind == "batch":
+        move_running(n, mean, var, count if rows is None else rows)
+        return Statistics(mean, (var + n.eps).rsqrt(), rows=rows)
+    phi, ema_gz, iters = n.running
     iters += 1
     scale = torch.where(iters <= n.warmup, var, phi).add(n.eps).rsqrt()
     mean_so_far = phi * ((iters - 1) / iters) + var / iters
     phi.copy_(torch.lerp(torch.where(iters < n.warmup, mean_so_far, phi), var, n.momentum))
-    return scale, (var + n.eps).rsqrt()
+    return Statistics(mean, scale, (var + n.eps).rsqrt(), ema_gz, rows)
 
 
 def check_norm(x: Tensor, n: NormParams) -> None:
@@ -60,9 +76,10 @@ def check_norm(x: Tensor, n: NormParams) -> None:
     _check.floating("x", x, min_dims=2)
     if n.weight.shape != x.shape[-1:]:
         raise ValueError(f"x: got {x.shape[-1]} channels (shape {tuple(x.shape)}), takes {n.weight.shape[0]}")
-    if n.kind == "batch" and n.training and x.numel() < 2 * x.shape[-1]:
+    least = {"layer": 0, "batch": 2, "power": 1}[n.kind]
+    if n.training and n.synced is None and x.numel() < least * x.shape[-1]:
         raise ValueError(
-            f"x: got shape {tuple(x.shape)}, takes at least two rows for batch statistics in training"
+            f"x: got shape {tuple(x.shape)}, takes at least {least} rows for {n.kind} statistics in training"
         )
 
 
@@ -70,8 +87,9 @@ def norm(x: Tensor, n: NormParams) -> Tensor:
     """LayerNorm, BatchNorm or PowerNorm of x [..., C] over its channels; see `NormParams`.
 
     Updates the running statistics in ``n.running`` in training. Batch and power statistics run over all
-    of T, B and S, so in training a position's output depends on later positions: choose "layer" where a
-    strictly causal training loss matters (in evaluation all three are causal).
+    of T, B and S (and, with ``n.group``, over all processes), so in training a position's output depends on
+    later positions: choose "layer" where a strictly causal training loss matters (in evaluation all three
+    are causal).
     """
     check_norm(x, n)
     return _reference(x, n)

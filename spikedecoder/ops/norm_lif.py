@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from spikedecoder import sync
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, requested_backend, select
-from spikedecoder.ops.norm import batch_statistics, check_norm, power_statistics
+from spikedecoder.ops.norm import Statistics, check_norm, statistics
 from spikedecoder.params import LIFParams, NormParams
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.norm import ALPHA_BACKWARD
@@ -23,8 +26,10 @@ def _norm_lif(
     threshold: Tensor | None,
     rstd_batch: Tensor | None,
     ema_gz: Tensor | None,
+    rows: Tensor | None,
     eps: float,
     batch_gradient: bool,
+    group: str | None,
     tau: float,
     v_threshold: float,
     v_reset: float | None,
@@ -67,8 +72,10 @@ def _norm_lif_backward(
     threshold: Tensor | None,
     rstd_batch: Tensor | None,
     ema_gz: Tensor | None,
+    rows: Tensor | None,
     channel: bool,
     batch_gradient: bool,
+    group: str | None,
     tau: float,
     v_threshold: float,
     v_reset: float | None,
@@ -89,8 +96,11 @@ def _norm_lif_backward(
         if ema_gz is not None and rstd_batch is not None:  # PowerNorm in training
             a, b = weight * rstd_batch, (ALPHA_BACKWARD - 1) * ema_gz * rstd_batch
         elif batch_gradient:  # BatchNorm in training: the statistics are functions of x
-            rows = x.numel() // x.shape[-1]
-            b, c = -a * grad_weight / rows, -a * grad_bias / rows
+            sum_gz, sum_g = grad_weight, grad_bias
+            if group is not None:
+                sum_gz, sum_g = sync.sum_over(torch.stack([grad_weight, grad_bias]), group)
+            count = x.numel() // x.shape[-1] if rows is None else rows
+            b, c = -a * sum_gz / count, -a * sum_g / count
         grad_x = impl.backward_apply(*args, a, b, c)
     else:
         grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_layer(*args)
@@ -106,41 +116,39 @@ def _(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, eps, *rest = inputs
+    x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, eps, *rest = inputs
     _, row_mean, row_rstd = output
     ctx.channel = mean is not None
     if mean is None:
         mean, rstd = row_mean, row_rstd
     # the running ema_gz is read, and moved on, when the gradient arrives
     ctx.ema_gz, ctx.eps = ema_gz, eps
-    ctx.save_for_backward(x, weight, bias, mean, rstd, threshold, rstd_batch)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, threshold, rstd_batch, rows)
     ctx.rest = tuple(rest)
     ctx.mark_non_differentiable(row_mean, row_rstd)
 
 
-def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
-    x, weight, bias, mean, rstd, threshold, rstd_batch = ctx.saved_tensors
+def backward(grad_spikes, saved, ema_gz, eps, channel, rest):
+    """(grad_x, grad_weight, grad_bias, grad_threshold | None) from what forward kept; moves ema_gz on."""
+    x, weight, bias, mean, rstd, threshold, rstd_batch, rows = saved
     grad_x, grad_weight, grad_bias, grad_threshold = _norm_lif_backward(
-        grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ctx.ema_gz, ctx.channel, *ctx.rest
+        grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, channel, *rest
     )
-    if ctx.ema_gz is not None:
+    if ema_gz is not None:
         # mean over rows of ga z, from what is known: ga = g weight - (1 - alpha) ema_gz z
-        rows = x.numel() // x.shape[-1]
-        second = rstd.square() * (rstd_batch**-2 - ctx.eps)
-        ctx.ema_gz += weight * grad_weight / rows - (1 - ALPHA_BACKWARD) * ctx.ema_gz * second
-    threshold_grad = None if threshold is None else grad_threshold.to(threshold.dtype)
-    return (
-        grad_x,
-        grad_weight,
-        grad_bias,
-        None,
-        None,
-        threshold_grad,
-        None,
-        None,
-        None,
-        *(None,) * len(ctx.rest),
+        _, group, *_ = rest
+        sum_gz = grad_weight if group is None else sync.sum_over(grad_weight, group)
+        count = x.numel() // x.shape[-1] if rows is None else rows
+        second = rstd.square() * (rstd_batch**-2 - eps)
+        ema_gz += weight * sum_gz / count - (1 - ALPHA_BACKWARD) * ema_gz * second
+    return grad_x, grad_weight, grad_bias, None if threshold is None else grad_threshold.to(threshold.dtype)
+
+
+def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
+    grad_x, grad_weight, grad_bias, grad_threshold = backward(
+        grad_spikes, ctx.saved_tensors, ctx.ema_gz, ctx.eps, ctx.channel, ctx.rest
     )
+    return grad_x, grad_weight, grad_bias, None, None, grad_threshold, *(None,) * (4 + len(ctx.rest))
 
 
 _norm_lif.register_autograd(_autograd, setup_context=_setup_context)
@@ -170,25 +178,15 @@ def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None
     _check.same_device(x=x, weight=n.weight, v_threshold=threshold)
     if threshold is not None:
         _check.broadcasts("v_threshold", threshold, x.shape[1:])
-    mean = rstd = rstd_batch = ema_gz = None
-    if n.kind == "batch":
-        mean, rstd = batch_statistics(x, n)
-    elif n.kind == "power":
-        rstd, rstd_batch = power_statistics(x, n)
-        mean = torch.zeros_like(rstd)
-        ema_gz = n.running[1] if n.training else None
-    spikes, _, _ = _norm_lif(
-        x,
-        n.weight,
-        n.bias,
-        mean,
-        rstd,
-        threshold,
-        rstd_batch,
-        ema_gz,
-        n.eps,
-        n.training,
-        *p.flat(),
-        requested_backend(),
-    )
+    found = statistics(x, n)
+    spikes, _, _ = _norm_lif(x, n.weight, n.bias, *flat(found, n, p, threshold), requested_backend())
     return spikes
+
+
+def flat(found: Statistics | None, n: NormParams, p: LIFParams, threshold: Tensor | None) -> tuple[Any, ...]:
+    """What the operators take after weight and bias, in order, but for the backend."""
+    mean = rstd = rstd_batch = ema_gz = rows = None
+    if found is not None:
+        mean, rstd, rstd_batch, ema_gz = found.mean, found.rstd, found.rstd_batch, found.ema_gz
+        rows = found.rows
+    return (mean, rstd, threshold, rstd_batch, ema_gz, rows, n.eps, n.training, n.synced, *p.flat())

@@ -6,9 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spikedecoder import sync
 from spikedecoder.params import NormParams
+from spikedecoder.reference.lif import compute_dtype
 
 ALPHA_BACKWARD = 0.9
+
+
+def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] over all rows of x [..., C] (0 of no row); without `center` 0, E[x^2]."""
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x.dtype))
+    if x.numel() == 0:
+        return rows.new_zeros(x.shape[-1]), rows.new_zeros(x.shape[-1])
+    if center:
+        var, mean = torch.var_mean(rows, 0, correction=0)
+        return mean, var
+    return rows.new_zeros(x.shape[-1]), rows.square().mean(0)
 
 
 class _PowerNorm(torch.autograd.Function):
@@ -18,20 +31,22 @@ class _PowerNorm(torch.autograd.Function):
     z = x / sqrt(running_phi + eps);  y = weight z + bias.  Before pass `warmup` running_phi is the mean
     of all var so far, and in every pass it moves to alpha running_phi + (1 - alpha) var.
     Backward: g = dy weight;  ga = g - (1 - alpha) ema_gz z;  ema_gz += mean(ga z);
-    dx = ga / sqrt(var + eps).
+    dx = ga / sqrt(var + eps).  Both means run over the rows of every process of `group`.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_phi, ema_gz, iters, eps, alpha, warmup):
-        rows = x.reshape(-1, x.shape[-1])
+    def forward(ctx, x, weight, bias, running_phi, ema_gz, iters, eps, alpha, warmup, group):
         iters += 1
-        var = rows.square().mean(0)
+        mean, var = moments(x, center=False)
+        ctx.count = x.numel() // x.shape[-1]
+        if group is not None:
+            _, var, ctx.count = sync.moments_over(mean, var, ctx.count, group)
         z_scale = torch.where(iters <= warmup, var, running_phi).add(eps).rsqrt()
         mean_so_far = running_phi * ((iters - 1) / iters) + var / iters
         phi = torch.where(iters < warmup, mean_so_far, running_phi)
         running_phi.copy_(alpha * phi + (1 - alpha) * var)
         ctx.save_for_backward(x, weight, z_scale, (var + eps).rsqrt())
-        ctx.ema_gz = ema_gz
+        ctx.ema_gz, ctx.group = ema_gz, group
         return x * (z_scale * weight) + bias
 
     @staticmethod
@@ -40,14 +55,56 @@ class _PowerNorm(torch.autograd.Function):
         rows = tuple(range(x.dim() - 1))
         z = x * z_scale
         ga = grad * weight - (1 - ALPHA_BACKWARD) * ctx.ema_gz * z
-        ctx.ema_gz += (ga * z).mean(rows)
-        return ga * rstd, (grad * z).sum(rows), grad.sum(rows), None, None, None, None, None, None
+        moved = (ga * z).sum(rows)
+        if ctx.group is not None:
+            moved = sync.sum_over(moved, ctx.group)
+        ctx.ema_gz += moved / ctx.count
+        return ga * rstd, (grad * z).sum(rows), grad.sum(rows), *(None,) * 7
+
+
+class _SyncedBatchNorm(torch.autograd.Function):
+    """y = weight (x - mean) rstd + bias with statistics of all processes' rows, N in number.
+
+    With z = (x - mean) rstd and sums over all processes:
+    dx = weight rstd (dy - sum dy / N - z sum(dy z) / N);
+    dweight = sum dy z and dbias = sum dy over this process's rows.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, rstd, count, group):
+        ctx.save_for_backward(x, weight, mean, rstd, count)
+        ctx.group = group
+        return ((x.to(mean.dtype) - mean) * rstd * weight + bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, rstd, count = ctx.saved_tensors
+        rows = tuple(range(x.dim() - 1))
+        grad = grad.to(mean.dtype)
+        z = (x.to(mean.dtype) - mean) * rstd
+        sum_gz, sum_g = (grad * z).sum(rows), grad.sum(rows)
+        all_gz, all_g = sync.sum_over(torch.stack([sum_gz, sum_g]), ctx.group) / count
+        grad_x = (weight * rstd * (grad - all_g - z * all_gz)).to(x.dtype)
+        return grad_x, sum_gz.to(weight.dtype), sum_g.to(weight.dtype), None, None, None, None
+
+
+def move_running(n: NormParams, mean: Tensor, var: Tensor, rows: Tensor | int) -> None:
+    """BatchNorm: running = (1 - momentum) running + momentum batch, the variance unbiased (torch's way)."""
+    running_mean, running_var = n.running
+    running_mean.lerp_(mean.to(running_mean.dtype), n.momentum)
+    running_var.lerp_((var * (rows / (rows - 1))).to(running_var.dtype), n.momentum)
 
 
 def norm(x: Tensor, p: NormParams) -> Tensor:
     """y [..., C] for x [..., C]; updates ``p.running`` in training."""
     if p.kind == "layer":
         return F.layer_norm(x, x.shape[-1:], p.weight, p.bias, p.eps)
+    if p.kind == "batch" and p.synced is not None:
+        with torch.no_grad():
+            mean, var = moments(x, center=True)
+            mean, var, count = sync.moments_over(mean, var, x.numel() // x.shape[-1], p.synced)
+            move_running(p, mean, var, count)
+        return _SyncedBatchNorm.apply(x, p.weight, p.bias, mean, (var + p.eps).rsqrt(), count, p.synced)
     if p.kind == "batch":
         rows = x.reshape(-1, x.shape[-1])
         y = F.batch_norm(rows, p.running[0], p.running[1], p.weight, p.bias, p.training, p.momentum, p.eps)
@@ -55,6 +112,6 @@ def norm(x: Tensor, p: NormParams) -> Tensor:
     running_phi, ema_gz, iters = p.running
     if p.training:
         return _PowerNorm.apply(
-            x, p.weight, p.bias, running_phi, ema_gz, iters, p.eps, 1 - p.momentum, p.warmup
+            x, p.weight, p.bias, running_phi, ema_gz, iters, p.eps, 1 - p.momentum, p.warmup, p.synced
         )
     return x * (running_phi + p.eps).rsqrt() * p.weight + p.bias

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from spikedecoder.params import LIFParams, NormParams
 from spikedecoder.reference import lif as _lif
-from spikedecoder.reference.norm import norm
+from spikedecoder.reference.norm import moments, norm
+
+__all__ = ["backward_apply", "backward_layer", "backward_reduce", "forward", "moments", "norm_lif"]
 
 Threshold = Tensor | float
 
@@ -19,15 +21,6 @@ Threshold = Tensor | float
 def norm_lif(x: Tensor, n: NormParams, threshold: Threshold, p: LIFParams) -> Tensor:
     """Spikes [T, ..., C] for x [T, ..., C], by autograd."""
     return _lif.lif(norm(x, n), threshold, None, p)[0]
-
-
-def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] over all rows of x [..., C]; without `center` 0 and E[x^2]."""
-    rows = x.reshape(-1, x.shape[-1]).to(_lif.compute_dtype(x.dtype))
-    if center:
-        var, mean = torch.var_mean(rows, 0, correction=0)
-        return mean, var
-    return torch.zeros_like(rows[0]), rows.square().mean(0)
 
 
 def forward(
@@ -42,6 +35,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(spikes, mean, rstd): statistics per row if none are handed in, else those handed in."""
     x_ = x.to(_lif.compute_dtype(x.dtype))
+    weight, bias = weight.to(x_.dtype), bias.to(x_.dtype)
     if mean is None or rstd is None:
         y, mean, rstd = torch.native_layer_norm(x_, x.shape[-1:], weight, bias, eps)
         mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
@@ -53,9 +47,8 @@ def forward(
 def _gradient_of_y(
     grad_spikes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, threshold: Threshold, p: LIFParams
 ) -> tuple[Tensor, Tensor]:
-    grad_y, grad_threshold, _ = _lif.backward(
-        grad_spikes.to(z.dtype), None, torch.addcmul(bias, z, weight), threshold, None, p
-    )
+    y = torch.addcmul(bias.to(z.dtype), z, weight.to(z.dtype))
+    grad_y, grad_threshold, _ = _lif.backward(grad_spikes.to(z.dtype), None, y, threshold, None, p)
     return grad_y, grad_threshold
 
 
@@ -74,7 +67,7 @@ def backward_layer(
     With g = dL/dy, z = (x - mean) rstd and <.> the mean over channels:
         dx = rstd (g weight - <g weight> - z <g weight z>),  dweight = sum g z,  dbias = sum g.
     """
-    x_ = x.to(mean.dtype)
+    x_, weight, bias = (a.to(mean.dtype) for a in (x, weight, bias))
     z = (x_ - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     g, grad_threshold = _gradient_of_y(grad_spikes, z, weight, bias, threshold, p)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(

@@ -30,6 +30,8 @@ class TrainConfig:
     mixed_precision: "no", "bf16" or "fp16" for the matrix products.
     device: "auto", "cpu", "cuda", "cuda:N" or "mps". threads: CPU threads of torch; None leaves them.
     compile: whether the training step passes torch.compile.
+    sync_norm: with several processes, whether BatchNorm and PowerNorm take their statistics over all of them
+        (`spikedecoder.nn.norm.sync_norms`); False, as in torch: each process over its own batch.
     tensorboard: whether to write OUT/tensorboard too.
     tokenizer, min_count, val_fraction: how the text is encoded and split, see
         `spikedecoder.data.prepare_corpus`.
@@ -54,6 +56,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     compile: bool = False
+    sync_norm: bool = False
     tensorboard: bool = False
     tokenizer: Literal["char", "original-char", "word", "original-word"] = "char"
     min_count: int = 1

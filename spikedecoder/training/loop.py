@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data import Corpus, WindowSampler, check_context, held_out_batches, ngram_bits
 from spikedecoder.model import SpikeDecoder
+from spikedecoder.nn.norm import sync_norms
 from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.training.checkpoints import (
     BEST,
@@ -124,6 +125,8 @@ class _Run:
         self.model = SpikeDecoder(config)
         self.model.tokenizer = corpus.tokenizer
         self.model.to(accelerator.device).train()
+        if settings.sync_norm and accelerator.num_processes > 1:
+            sync_norms(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameter_groups(settings.weight_decay),
             lr=settings.lr,
