@@ -1,7 +1,7 @@
 """What makes spikes learn: equal text, parameters and tokens, one change at a time, beside ANN twins.
 
     python bench/quality.py --seeds 2 --steps 800 --out bench/results/quality-small      (about 25 minutes)
-    python bench/quality.py --only "default,ann + shift" --text book.txt --tokenizer original-char
+    python bench/quality.py --only "default; ann + shift" --text book.txt --tokenizer original-char
 
 Each row of LADDER is trained through `spikedecoder.training.train` with every seed. Reported: held-out bits
 per token at the end of the run, mean and (from two seeds on) a 95 % confidence half-width by Student's t, the
@@ -166,10 +166,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--only", help="rows, separated by commas; default: all")
+    parser.add_argument("--only", help="rows, separated by semicolons; default: all")
     parser.add_argument("--out", default="bench/results/quality-small")
     options = parser.parse_args()
-    names = [n.strip() for n in options.only.split(",")] if options.only else list(LADDER)
+    names = [n.strip() for n in options.only.split(";")] if options.only else list(LADDER)
     for name in names:
         if name not in LADDER:
             parser.error(f"--only: got {name!r}, takes rows of: {'; '.join(LADDER)}")
