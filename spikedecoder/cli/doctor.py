@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,14 +26,34 @@ _SHAPE = (4, 1, 128, 96)
 
 
 def doctor(
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            help="Examine this model instead: a model's folder, a run's (its best model), or a hub name.",
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="With --checkpoint: text for it to read. Default: the built-in text."),
+    ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one line: a JSON object with all of it.")
     ] = False,
 ) -> None:
     """Show what this machine has, and which backend computes each operator here, and why.
 
-    Runs a small training step, so that "works" means tried.
+    Runs a small training step, so that "works" means tried. With --checkpoint, show instead which layers of
+    a model are dead or saturated, where gradients vanish and thresholds drift, and what to change.
     """
+    if checkpoint is not None:
+        from spikedecoder.cli.diagnosis import examine_checkpoint
+
+        examine_checkpoint(checkpoint, text, json_output)
+        return
+    if text is not None:
+        raise ValueError("--text: got a text without --checkpoint, takes both or neither")
     report = examine()
     if json_output:
         print(json.dumps(report))

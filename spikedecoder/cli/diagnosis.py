@@ -1,0 +1,66 @@
+"""``spikedecoder doctor --checkpoint``: what ails a model, layer by layer, and what to change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spikedecoder.diagnosis import Diagnosis
+
+_WINDOWS = 4  # how many windows of the model's context are read
+
+
+def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) -> None:
+    """Read a little text with the model (None: the built-in one) and say how its neurons fared."""
+    import torch
+
+    from spikedecoder.cli.energy import read_text
+    from spikedecoder.cli.generate import load
+    from spikedecoder.data import builtin_text
+    from spikedecoder.diagnosis import diagnose
+
+    model, where = load(checkpoint, "auto")
+    if model.tokenizer is None:
+        raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
+    length = model.config.max_len
+    # at most some 20 characters a token
+    words = (builtin_text() if text is None else read_text(text))[: 20 * _WINDOWS * (length + 1)]
+    ids = model.tokenizer.encode(words, errors="drop")[: _WINDOWS * length + 1]
+    if len(ids) < 2:
+        raise ValueError(f"--text: holds {len(ids)} tokens that {where} knows, takes two or more")
+    length = min(length, len(ids) - 1)
+    count = (len(ids) - 1) // length * length
+    read = torch.from_numpy(ids[: count + 1].astype("int64"))
+    tokens, targets = read[:-1].reshape(-1, length), read[1:].reshape(-1, length)
+    diagnosis = diagnose(model, tokens, targets)
+    if json_output:
+        print(json.dumps({"checkpoint": where, "tokens": count, **diagnosis.to_dict()}))
+    else:
+        _show(where, count, diagnosis)
+
+
+def _show(where: str, tokens: int, diagnosis: Diagnosis) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=f"{where}, reading {tokens:,} tokens", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for title in ("fires", "dead", "saturated", "flat", "gradient", "threshold"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for x in diagnosis.layers:
+        shares = (f"{100 * share:.1f} %" for share in (x.rate, x.dead, x.saturated, x.flat))
+        gradient = "none" if x.gradient is None else f"{x.gradient:.1e}"
+        table.add_row(x.name, *shares, gradient, f"{x.threshold:.3g}")
+    console.print(table)
+    console.print(
+        "fires: spikes per neuron and timestep. dead, saturated: neurons that never, or always, fired. "
+        "flat: membrane potentials where the surrogate has less than 1 % of its steepest slope. "
+        "gradient: root mean square of what reaches the spikes."
+    )
+    if not diagnosis.findings:
+        console.print("Nothing is wrong.")
+    for finding in diagnosis.findings:
+        console.print(finding, markup=False)

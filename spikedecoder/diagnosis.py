@@ -1,0 +1,159 @@
+"""What ails a spiking model: dead and saturated layers, gradients that vanish, thresholds that drift."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikedecoder.generation.window import evaluating
+from spikedecoder.model import SpikeDecoder
+from spikedecoder.spike_stats import spiking_layers
+from spikedecoder.surrogate import get_surrogate
+from spikedecoder.viz.activity import record
+
+MOST = 0.5  # share of a layer's neurons from which the layer is named
+FULL_RATE = 0.9  # spikes per neuron and timestep
+FLAT_SLOPE = 0.01  # of the surrogate's largest derivative
+FLAT_SHARE = 0.95  # of potentials in the flat part
+SMALL_GRADIENT = 1e-3  # of the largest layer's, root mean square per spike
+DRIFT = 2.0  # factor between a learned threshold and where it started
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """One layer of neurons on the text that was read.
+
+    rate: spikes per neuron and timestep. dead, saturated: shares of neurons that never fired, and that fired
+    at every timestep of every token. flat: share of membrane potentials at which the surrogate's derivative
+    is below 1 % of its largest. gradient: root mean square of dL/ds over the layer's spikes, L the summed
+    loss; None where no targets were given or none arrives. threshold: now; v_threshold: the
+    configuration's, where training started.
+    """
+
+    name: str
+    rate: float
+    dead: float
+    saturated: float
+    flat: float
+    gradient: float | None
+    threshold: float
+    v_threshold: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """layers: in the model's order. findings: what is wrong and what to change, in words; none if healthy."""
+
+    layers: list[LayerHealth]
+    findings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None) -> Diagnosis:
+    """Watch every neuron of `model` while it reads tokens [B, S]; with targets [B, S], its gradients too.
+
+    The model is left as it was: its mode, its gradients. Raises ValueError for a model without a spiking
+    layer, and for spikes that are NaN.
+    """
+    activity = record(model, tokens, potentials=True)
+    gradients = {} if targets is None else _gradients(model, tokens, targets)
+    c = model.config
+    surrogate = get_surrogate(c.surrogate)
+    steepest = float(surrogate.derivative(torch.zeros(()), c.surrogate_alpha))
+    dead, saturated = activity.dead(), activity.saturated()
+    layers = []
+    for name, spikes in activity.spikes.items():
+        threshold = activity.thresholds[name]
+        slope = surrogate.derivative(activity.potentials[name].float() - threshold, c.surrogate_alpha)
+        layers.append(
+            LayerHealth(
+                name=name,
+                rate=float(spikes.float().mean()),
+                dead=dead[name],
+                saturated=saturated[name],
+                flat=float((slope < FLAT_SLOPE * steepest).float().mean()),
+                gradient=gradients.get(name),
+                threshold=threshold,
+                v_threshold=c.v_threshold,
+            )
+        )
+    return Diagnosis(layers, _findings(layers))
+
+
+def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> dict[str, float]:
+    """By layer, the root mean square of dL/ds over its spikes s, L the loss summed over targets."""
+    found: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, spikes: Tensor) -> None:
+            if spikes.requires_grad:
+                spikes.register_hook(lambda g: found.update({name: float(g.float().square().mean().sqrt())}))
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in spiking_layers(model)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with evaluating(model), torch.enable_grad():
+            loss = model.loss(tokens.to(model.device), targets.to(model.device)) * targets.numel()
+            # the gradients of the parameters are computed and dropped: a caller's own stay what they are
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _findings(layers: list[LayerHealth]) -> list[str]:
+    found = []
+    dead = [x.name for x in layers if x.rate == 0]
+    if dead:
+        found.append(
+            f"dead: no neuron of {_list(dead)} fires, so nothing passes there. Try embedding_gain=2 (where "
+            "the first block is silent), a larger attention_scale or attention_norm=true (where an "
+            "attention_lif is), a lower v_threshold, more timesteps, or a lower lr"
+        )
+    dying = [x.name for x in layers if x.rate > 0 and x.dead > MOST]
+    if dying:
+        found.append(
+            f"dying: more than half of the neurons of {_list(dying)} never fired. Try a lower v_threshold, "
+            "a wider surrogate (smaller surrogate_alpha), or a lower lr"
+        )
+    full = [x.name for x in layers if x.saturated > MOST or x.rate > FULL_RATE]
+    if full:
+        found.append(
+            f"saturated: {_list(full)} fire nearly always, so they tell little. Try attention_norm=true or a "
+            "decay (where an attention_lif is: its sum grows with the context), a higher v_threshold, or a "
+            "smaller embedding_gain"
+        )
+    flat = [x.name for x in layers if x.flat > FLAT_SHARE]
+    if flat:
+        found.append(
+            f"flat: nearly all membrane potentials of {_list(flat)} lie where the surrogate's derivative is "
+            "below 1 % of its largest, so their inputs hardly learn. Try a smaller surrogate_alpha, or the "
+            "atan surrogate, whose tails are longer"
+        )
+    largest = max((x.gradient for x in layers if x.gradient is not None), default=0.0)
+    vanishing = [x.name for x in layers if x.gradient is not None and x.gradient < SMALL_GRADIENT * largest]
+    if vanishing:
+        found.append(
+            f"vanishing gradient: what reaches the spikes of {_list(vanishing)} is below a thousandth of the "
+            "largest layer's. Try a smaller surrogate_alpha, fewer blocks, or spiking_residuals=0"
+        )
+    drifted = [x for x in layers if not x.v_threshold / DRIFT <= x.threshold <= x.v_threshold * DRIFT]
+    if drifted:
+        said = ", ".join(f"{x.name} ({x.threshold:.3g})" for x in drifted[:4])
+        found.append(
+            f"drifting thresholds: {said}{' and more' if len(drifted) > 4 else ''}, from "
+            f"{drifted[0].v_threshold:.3g} at the start. Try learn_threshold=false, or a lower lr"
+        )
+    return found
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more layers" if len(names) > 4 else "")

@@ -1,0 +1,144 @@
+"""What `diagnose` and ``spikedecoder doctor --checkpoint`` say of healthy and broken models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.cli import main
+from spikedecoder.data import CharTokenizer
+from spikedecoder.diagnosis import diagnose
+
+TOKENIZER = CharTokenizer.from_text("the quick brown fox jumps over the lazy dog. ")
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(a) for a in arguments])
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+def make(**changes: object) -> SpikeDecoder:
+    torch.manual_seed(0)
+    settings = {"max_len": 16, "token_dim": 24, "position_dim": 8, "blocks": 2, "pad_id": TOKENIZER.pad_id}
+    config = SpikeDecoderConfig.preset(
+        "default", **{**settings, "vocab_size": TOKENIZER.vocab_size, **changes}
+    )
+    model = SpikeDecoder(config)
+    model.tokenizer = TOKENIZER
+    with torch.no_grad():  # embeddings of both signs, as after training
+        for table in (model.embedding.token, model.embedding.position):
+            if table is not None:
+                table.weight.normal_()
+    return model
+
+
+def text(model: SpikeDecoder) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(
+        0, model.config.vocab_size - 2, (4, 17), generator=torch.Generator().manual_seed(1)
+    )
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def test_a_layer_that_never_fires_is_named() -> None:
+    model = make(embedding_gain=1.0)  # 1 - 2^-T never reaches the threshold 1
+    diagnosis = diagnose(model, *text(model))
+    layers = {x.name: x for x in diagnosis.layers}
+    first = layers["blocks.0.attention.input_lif"]
+    assert first.rate == 0 and first.dead == 1
+    (dead,) = (f for f in diagnosis.findings if f.startswith("dead:"))
+    assert "blocks.0.attention.input_lif" in dead and "embedding_gain=2" in dead
+    healthy = diagnose(make(), *text(model))
+    assert "blocks.0.attention.input_lif" not in str(healthy.findings)
+
+
+def test_a_layer_that_always_fires_is_named() -> None:
+    model = make()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.norm.bias.fill_(50.0)
+    diagnosis = diagnose(model, *text(model))
+    layers = {x.name: x for x in diagnosis.layers}
+    assert layers["blocks.1.mlp.fc1"].rate == 1 and layers["blocks.1.mlp.fc1"].saturated == 1
+    assert any(f.startswith("saturated:") and "blocks.1.mlp.fc1" in f for f in diagnosis.findings)
+    # fifty thresholds above it, the surrogate is flat too
+    assert layers["blocks.1.mlp.fc1"].flat == 1
+    assert any(f.startswith("flat:") and "blocks.1.mlp.fc1" in f for f in diagnosis.findings)
+
+
+def test_gradients_are_those_of_the_loss_and_leave_no_trace() -> None:
+    model = make().train()
+    tokens, targets = text(model)
+    model.loss(tokens, targets).backward()
+    kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    seen: list[torch.Tensor] = []
+
+    def watch(_module: object, _inputs: object, spikes: torch.Tensor) -> None:
+        spikes.register_hook(seen.append)
+
+    handle = model.head.lif.register_forward_hook(watch)
+    model.eval()
+    (model.loss(tokens, targets) * targets.numel()).backward()
+    handle.remove()
+    for name, parameter in model.named_parameters():
+        parameter.grad = kept.get(name)
+    model.train()
+
+    diagnosis = diagnose(model, tokens, targets)
+    layers = {x.name: x for x in diagnosis.layers}
+    assert layers["head.lif"].gradient == pytest.approx(float(seen[0].square().mean().sqrt()), rel=1e-5)
+    assert model.training
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            torch.testing.assert_close(parameter.grad, kept[name], rtol=0, atol=0)
+
+
+def test_a_gradient_that_vanishes_is_named() -> None:
+    model = make()
+    with torch.no_grad():  # nothing comes back through the second block's MLP
+        model.blocks[1].mlp.fc2.norm.weight.fill_(1e-9)
+    diagnosis = diagnose(model, *text(model))
+    assert any(f.startswith("vanishing gradient:") and "blocks.1.mlp" in f for f in diagnosis.findings)
+
+
+def test_a_threshold_that_drifted_is_named() -> None:
+    model = make(learn_threshold=True)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.lif.v_threshold.fill_(0.2)
+    diagnosis = diagnose(model, *text(model))
+    (drift,) = (f for f in diagnosis.findings if f.startswith("drifting thresholds:"))
+    assert "blocks.0.mlp.fc1 (0.2)" in drift and "from 1 at the start" in drift
+
+
+def test_a_model_without_neurons_is_refused() -> None:
+    model = make(spike_degree=0, embedding_gain=1.0)
+    with pytest.raises(ValueError, match="no spiking layer"):
+        diagnose(model, *text(model))
+
+
+def test_doctor_examines_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(embedding_gain=1.0)
+    model.save_pretrained(tmp_path / "m")
+    assert run("doctor", "--checkpoint", tmp_path / "m", "--json") == 0
+    got = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert got["tokens"] == 64 and any("embedding_gain=2" in f for f in got["findings"])
+    assert {x["name"] for x in got["layers"]} >= {"blocks.0.attention.input_lif", "head.lif"}
+
+    assert run("doctor", "--checkpoint", tmp_path / "m") == 0
+    assert "blocks.1.mlp.fc1" in capsys.readouterr().out
+
+
+def test_doctor_names_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "--checkpoint", tmp_path / "none") != 0
+    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "text.txt").write_text("§")
+    assert run("doctor", "--text", tmp_path / "text.txt") != 0
+    assert "--checkpoint" in capsys.readouterr().err
+    make().save_pretrained(tmp_path / "m")
+    assert run("doctor", "-c", tmp_path / "m", "--text", tmp_path / "text.txt") != 0
+    assert "takes two or more" in capsys.readouterr().err
