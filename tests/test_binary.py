@@ -1,0 +1,96 @@
+"""Accumulate-only is a fact: every matrix product of a fully spiking model has an operand of 0 and 1.
+
+The whole forward pass is walked operator by operator, so that no product can hide in a module; every
+operator that isn't known to do without products must show a binary operand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_model import VARIANTS, _config, _model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spikedecoder import SpikeDecoder
+from spikedecoder.kinds import kind_of
+from spikedecoder.ops import use_backend
+
+# operators of ours that hold a product, and the arguments that must be binary
+SPIKING_PRODUCTS = {
+    "spikedecoder::spike_linear": (0,),
+    "spikedecoder::spike_attention": (0, 1, 2),
+    "spikedecoder::spike_attention_lif": (0, 1, 2),
+}
+# torch's, whose two operands are the last of the first three arguments
+DENSE_PRODUCTS = ("mm", "bmm", "matmul", "addmm", "baddbmm", "linear", "einsum", "addmv", "mv", "dot")
+TOKENS = torch.randint(0, 11, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+def is_binary(x: torch.Tensor) -> bool:
+    return bool(((x == 0) | (x == 1)).all())
+
+
+class Products(TorchDispatchMode):
+    """Collects, for every matrix product that runs, its name and whether it accumulates only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        short = name.partition("::")[2]
+        if "attention" in short or "linear" in short or "conv" in short:
+            binary = name in SPIKING_PRODUCTS and all(is_binary(args[i]) for i in SPIKING_PRODUCTS[name])
+            self.seen.append((name, binary))
+        elif short in DENSE_PRODUCTS:
+            self.seen.append((name, any(is_binary(x) for x in args if isinstance(x, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def products(model: SpikeDecoder, backend: str = "reference") -> list[tuple[str, bool]]:
+    with torch.no_grad(), use_backend(backend), Products() as mode:
+        model.eval()(TOKENS)
+    return mode.seen
+
+
+def expected(model: SpikeDecoder) -> int:
+    """Products of the architecture: q, k, v, the attention, its projection, two of the MLP; and the head."""
+    return 7 * model.config.blocks + 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_product_of_a_fully_spiking_model_accumulates_only(variant: dict[str, Any]) -> None:
+    model = _model(variant)
+    with torch.no_grad():  # neurons that fire, at rates that differ
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    seen = products(model)
+    floats = [name for name, binary in seen if not binary]
+    if kind_of(model.config) == "fully spiking":
+        assert len(seen) == expected(model) and not floats
+    elif kind_of(model.config) == "SpikeDecoder":
+        # its head reads means or sums over timesteps, or the real-valued stream: one product, and no other
+        assert len(seen) == expected(model) and len(floats) <= 1
+    elif model.config.spike_degree == 0 and not model.config.attention_only:
+        assert len(floats) == len(seen)
+
+
+def test_the_walk_finds_a_product_of_floats() -> None:
+    model = _model({"reunite": "concatenate"})
+    assert kind_of(model.config) == "fully spiking"
+    fc1 = model.blocks[1].mlp.fc1.linear
+    hook = fc1.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 0.5,))
+    assert ("spikedecoder::spike_linear", False) in products(model)
+    hook.remove()
+    assert all(binary for _, binary in products(model))
+    # computed by torch instead of by an operator of ours, it is found too
+    fc1.forward = lambda s: torch.nn.functional.linear(s * 0.5, fc1.weight, fc1.bias)
+    assert ("aten::addmm", False) in products(model)
+
+
+def test_there_are_fully_spiking_models_among_the_variants() -> None:
+    kinds = [kind_of(_config(**v.values[0])) for v in VARIANTS]
+    assert kinds.count("fully spiking") > 5 and "SpikeDecoder" in kinds and "non-spiking" in kinds
