@@ -1,4 +1,4 @@
-"""The command line: ``spikedecoder train | generate | serve | energy | plot | convert | doctor``."""
+"""The command line: ``spikedecoder train | generate | serve | energy | plot | sweep | convert | doctor``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from spikedecoder.cli.energy import energy
 from spikedecoder.cli.generate import generate
 from spikedecoder.cli.plot import plot
 from spikedecoder.cli.serve import serve
+from spikedecoder.cli.sweep import sweep
 from spikedecoder.cli.train import train
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(generate)
 app.command()(serve)
 app.command()(energy)
 app.command()(plot)
+app.command()(sweep)
 app.command()(convert)
 app.command()(doctor)
 

@@ -10,6 +10,7 @@ from spikedecoder.viz._figure import check_picture, save
 from spikedecoder.viz.activity import Activity, record
 from spikedecoder.viz.reports import energy_bars, loss_curves, predictions, read_metrics
 from spikedecoder.viz.spikes import attention_map, potentials, raster, spike_rates
+from spikedecoder.viz.sweeps import sweep_history, sweep_slices
 
 __all__ = [
     "Activity",
@@ -24,4 +25,6 @@ __all__ = [
     "record",
     "save",
     "spike_rates",
+    "sweep_history",
+    "sweep_slices",
 ]

@@ -1,0 +1,13 @@
+"""Search for settings: trials of any field of the model or the training, kept in one SQLite study.
+
+search = Search.from_dict(tomllib.loads(text))
+result = sweep(search, out="runs/sweep", texts=["book.txt"], jobs=2)
+result.best["bits"], result.best_file
+
+Optuna is imported at the first trial; without it that raises ValueError saying how to get it.
+"""
+
+from spikedecoder.sweep.run import SweepResult, sweep
+from spikedecoder.sweep.space import Dimension, Search
+
+__all__ = ["Dimension", "Search", "SweepResult", "sweep"]

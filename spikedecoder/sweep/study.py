@@ -1,0 +1,209 @@
+"""The study file: one SQLite database that several processes share, and who works on which trial.
+
+    OUT/study.db             every trial: its values, its evaluations, its end
+    OUT/trials/0007/         the training run of trial 7 (once it is over: checkpoints of the best one only)
+    OUT/trials/0007.lock     held by the process that trains it; the system drops it with the process
+
+A trial that is "running" while nobody holds its lock was killed. It is closed and put in the queue again,
+with its folder, so that its training goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from spikedecoder.sweep.space import Search
+
+STUDY, TRIALS = "study.db", "trials"
+_NAME, _VERSION = "spikedecoder-sweep", 1
+_ATTEMPTS = 3  # of a trial whose process dies
+
+
+def optuna() -> Any:
+    try:
+        import optuna as module
+    except ImportError:
+        raise ValueError(
+            "sweep needs optuna, which is not installed: pip install 'spikedecoder[sweep]'"
+        ) from None
+    module.logging.set_verbosity(module.logging.WARNING)
+    return module
+
+
+def open_study(out: Path, search: Search, fingerprint: str) -> Any:
+    """The study in `out`, made if there is none; ValueError where it is not this search's.
+
+    fingerprint: of the text and its tokens.
+    """
+    o, path = optuna(), out / STUDY
+    new = not path.exists()
+    if new and (out / TRIALS).exists():
+        raise ValueError(f"{out}: holds trials but no {STUDY}; takes a new folder, or the study file back")
+    if not new:
+        _check_file(path)
+    out.mkdir(parents=True, exist_ok=True)
+    storage = _storage(o, path)
+    names = o.study.get_all_study_names(storage)
+    if names and names != [_NAME]:
+        raise ValueError(f"{path}: holds the study {names[0]!r}, takes one that spikedecoder sweep made")
+    study = o.create_study(storage=storage, study_name=_NAME, direction="minimize", load_if_exists=True)
+    wanted = {"version": _VERSION, **search.identity(), "text": fingerprint}
+    found = study.user_attrs.get(_NAME)
+    if found is None:
+        if study.get_trials(deepcopy=False):
+            raise ValueError(f"{path}: holds trials that spikedecoder sweep did not make; takes a new folder")
+        study.set_user_attr(_NAME, wanted)
+    else:
+        _check_same(path, found, wanted)
+    study.pruner = (
+        o.pruners.MedianPruner(n_startup_trials=search.startup) if search.prune else o.pruners.NopPruner()
+    )
+    return study
+
+
+def _storage(o: Any, path: Path) -> Any:
+    try:
+        # other processes write too: wait for them
+        return o.storages.RDBStorage(
+            f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 100}}
+        )
+    except Exception as error:  # optuna's own, SQLAlchemy's and sqlite's, by version
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path}: a study file of another schema, or broken ({reason}); takes one that this version of "
+            "optuna reads, or a new --out"
+        ) from None
+
+
+def _check_file(path: Path) -> None:
+    """ValueError where the file is no SQLite database of Optuna's."""
+    try:
+        with sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True) as database:
+            tables = {name for (name,) in database.execute("select name from sqlite_master")}
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{path}: not a study file ({error}); takes a new --out") from None
+    if tables and not {"studies", "trials", "version_info"} <= tables:
+        raise ValueError(f"{path}: a database of another schema, not a study; takes a new --out")
+
+
+def _check_same(path: Path, found: Any, wanted: dict[str, Any]) -> None:
+    known = found if isinstance(found, dict) else {}
+    if known.get("version") != _VERSION:
+        raise ValueError(
+            f"{path}: a study of schema {known.get('version')!r}, takes {_VERSION}; choose a new --out"
+        )
+    for name, value in wanted.items():
+        theirs = known.get(name)
+        if theirs == value:
+            continue
+        if name == "text":
+            raise ValueError(f"{path}: the study is of another text; give that one, or a new --out")
+        if isinstance(value, dict) and isinstance(theirs, dict):
+            for part in dict.fromkeys((*value, *theirs)):
+                if value.get(part) != theirs.get(part):
+                    raise ValueError(
+                        f"{path}: the study has {name}: {part} = {_short(theirs.get(part))}, the search file "
+                        f"{_short(value.get(part))}; keep the study's, or choose a new --out"
+                    )
+        raise ValueError(
+            f"{path}: the study has {name} = {theirs!r}, the search file {value!r}; keep the study's, or "
+            "choose a new --out"
+        )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        if value.get("choices"):
+            return str(value["choices"])
+        return f"{value['low']} to {value['high']}{' (log)' if value.get('log') else ''}"
+    return "nothing" if value is None else repr(value)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of that file; False where another process does and `wait` is not set."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        yield _lock(file, wait)  # closing the file drops the lock
+
+
+def _lock(file: TextIO, wait: bool) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: there one process at a time
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def claiming(out: Path) -> Any:
+    """The lock under which trials are handed out."""
+    return locked(out / ".claim")
+
+
+def trial_lock(out: Path, folder: str) -> Path:
+    return out / TRIALS / f"{folder}.lock"
+
+
+def folder_of(trial: Any) -> str:
+    """The name of a trial's run in OUT/trials: its own number's, or the one that it goes on with."""
+    name = trial.user_attrs.get("folder") or f"{trial.number:04d}"
+    assert isinstance(name, str)
+    return name
+
+
+def counted(study: Any) -> list[Any]:
+    """The trials, without those that another one goes on with."""
+    return [t for t in study.get_trials(deepcopy=False) if not t.user_attrs.get("went_on")]
+
+
+def requeue_stale(study: Any, out: Path) -> list[int]:
+    """Close trials whose process is gone and put them in the queue again; their numbers. Under `claiming`."""
+    o = optuna()
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=(o.trial.TrialState.RUNNING,)):
+        folder = folder_of(trial)
+        with locked(trial_lock(out, folder), wait=False) as free:
+            if not free:
+                continue
+            attempt = int(trial.user_attrs.get("attempt", 1))
+            own = o.trial.Trial(study, trial._trial_id)
+            own.set_user_attr("error", "its process ended before it did")
+            # a process that died before it had chosen any value left nothing to go on with
+            if trial.params and attempt < _ATTEMPTS:
+                own.set_user_attr("went_on", True)
+                study.enqueue_trial(trial.params, user_attrs={"folder": folder, "attempt": attempt + 1})
+            elif not trial.params:
+                own.set_user_attr("went_on", True)
+            study.tell(trial.number, state=o.trial.TrialState.FAIL)
+            found.append(trial.number)
+    return found
+
+
+def fill_grid(study: Any, search: Search) -> None:
+    """Put every point of the grid in the queue, once. Under `claiming`."""
+    for point in search.grid():
+        study.enqueue_trial(point, skip_if_exists=True)
+
+
+def claim(study: Any, search: Search) -> Any:
+    """The next trial, or None where all are handed out. Under `claiming`."""
+    o = optuna()
+    trials = counted(study)
+    waiting = any(t.state == o.trial.TrialState.WAITING for t in trials)
+    if not waiting and (search.sampler == "grid" or len(trials) >= search.trials):
+        return None
+    # seeded anew for each trial: a study that was stopped goes on as one that was not
+    seed = (search.seed * 1_000_003 + len(study.get_trials(deepcopy=False))) % 2**32
+    if search.sampler == "tpe":
+        study.sampler = o.samplers.TPESampler(seed=seed, n_startup_trials=search.startup)
+    else:
+        study.sampler = o.samplers.RandomSampler(seed=seed)
+    return study.ask()

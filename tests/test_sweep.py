@@ -1,0 +1,306 @@
+"""Search: every trial once, whoever runs it and whatever kills it; the best is a file that trains."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikedecoder.cli import main
+from spikedecoder.sweep import Search, sweep
+from spikedecoder.training.checkpoints import read_step
+
+optuna = pytest.importorskip("optuna")
+
+STORY = "the cat sat on the mat. the dog ate the hat. a rat ran to the cat and sat. " * 40
+TINY = """
+[model]
+blocks = 1
+heads = 2
+max_len = 16
+token_dim = 12
+position_dim = 4
+[train]
+steps = {steps}
+batch_size = 2
+eval_tokens = 200
+threads = 1
+save_every = 2
+"""
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(STORY)
+    return path
+
+
+def search_file(folder: Path, rest: str, steps: int = 6) -> Path:
+    path = folder / "search.toml"
+    path.write_text(TINY.format(steps=steps) + rest)
+    return path
+
+
+def search(rest: str, steps: int = 6) -> Search:
+    from spikedecoder.cli.settings import tomllib
+
+    return Search.from_dict(tomllib.loads(TINY.format(steps=steps) + rest))
+
+
+def run(capsys, *arguments, code=0):
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    assert exit_.value.code == code, captured.err
+    return captured
+
+
+def test_a_grid_from_file_to_a_config_that_trains_the_same(story, tmp_path, capsys):
+    file = search_file(
+        tmp_path,
+        """
+        [space]
+        lr = { low = 1e-3, high = 1e-2, log = true, points = 2 }
+        timesteps = { choices = [1, 2] }
+        v_reset = { choices = ["none"] }
+        [study]
+        sampler = "grid"
+        """,
+    )
+    out = tmp_path / "sweep"
+    said = run(capsys, "sweep", file, "--text", story, "--out", out).out
+    with open(out / "results.csv") as f:
+        rows = list(csv.DictReader(f))
+    points = {(round(float(r["lr"]), 6), r["timesteps"]) for r in rows}
+    assert points == {(0.001, "1"), (0.001, "2"), (0.01, "1"), (0.01, "2")} and len(rows) == 4
+    best = min(rows, key=lambda r: float(r["bits"]))
+    assert "best.toml" in said and f"{float(best['bits']):.4f}" in said
+    assert {p.name for p in out.glob("*.png")} == {"history.png", "slices.png", "curves.png"}
+    kept = [p.parent.name for p in (out / "trials").glob("*/checkpoints")]
+    assert kept == [best["folder"]]
+
+    config = ["--config", out / "best.toml", "--text", story, "--out", tmp_path / "again", "--json"]
+    again = json.loads(run(capsys, "train", *config).out.splitlines()[-1])
+    assert again["best"]["val_bits_per_token"] == float(best["bits"])  # the very same run
+
+    # nothing is left to do
+    result = json.loads(run(capsys, "sweep", file, "--text", story, "--out", out, "--json").out)
+    assert len(result["trials"]) == 4 and result["best"]["bits"] == float(best["bits"])
+
+
+SPACE = """
+[space]
+lr = { low = 1e-3, high = 1e-2, log = true }
+timesteps = { low = 1, high = 3 }
+[study]
+startup = 2
+prune = false
+"""
+
+
+def test_a_study_that_stops_between_trials_goes_on_as_if_it_had_not(story, tmp_path):
+    import dataclasses
+
+    whole = search(SPACE, steps=2)
+    options = {"texts": [str(story)], "say": lambda _: None}
+    at_once = sweep(dataclasses.replace(whole, trials=4), tmp_path / "one", **options)
+    sweep(dataclasses.replace(whole, trials=3), tmp_path / "two", **options)
+    later = sweep(dataclasses.replace(whole, trials=4), tmp_path / "two", **options)
+    same = [[(t["params"], t["bits"]) for t in result.trials] for result in (at_once, later)]
+    assert len(same[0]) == 4 and same[0] == same[1]
+    assert len({t["params"]["lr"] for t in later.trials}) == 4
+
+
+def test_bad_trials_are_stopped_and_impossible_ones_said(story, tmp_path):
+    said: list[str] = []
+    found = sweep(
+        search(
+            """
+            [space]
+            lr = { choices = [1e-2, 8e-3, 1e-6] }
+            token_shift = { choices = [1, 40] }
+            [study]
+            sampler = "grid"
+            startup = 2
+            """,
+            steps=20,
+        ),
+        tmp_path / "sweep",
+        texts=[str(story)],
+        say=said.append,
+    )
+    states = {(t["params"]["lr"], t["params"]["token_shift"]): t for t in found.trials}
+    assert {key: t["state"] for key, t in states.items()} == {
+        (1e-2, 1): "complete",
+        (8e-3, 1): "complete",
+        (1e-6, 1): "pruned",
+        **{(lr, 40): "fail" for lr in (1e-2, 8e-3, 1e-6)},
+    }
+    pruned = states[1e-6, 1]
+    assert pruned["step"] == 4  # at the first look, of five
+    assert metrics(tmp_path / "sweep", pruned)[-1]["step"] == 4
+    assert "token_shift: got 40, takes 1 to" in states[1e-2, 40]["error"]
+    assert any("stopped at step 4" in line for line in said)
+    assert found.best["bits"] == min(t["bits"] for t in found.trials if t["state"] == "complete")
+
+
+def metrics(out: Path, trial: dict) -> list[dict]:
+    lines = (out / "trials" / trial["folder"] / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
+def test_a_stop_a_kill_and_several_processes(story, tmp_path):
+    """Stopped, then killed with -9, then finished: each point of the grid is done once, none anew."""
+    rest = """
+    [space]
+    seed = { choices = [1, 2, 3, 4] }
+    [study]
+    sampler = "grid"
+    prune = false
+    """
+    whole, out, told = search(rest, steps=60), tmp_path / "sweep", []
+    options = {"texts": [str(story)], "say": told.append}
+
+    def steps() -> dict[str, int]:
+        return {p.parent.name: read_step(p) for p in out.glob("trials/*/last")}
+
+    def interrupt() -> None:
+        while not steps():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    stopped = sweep(whole, out, **options)
+    thread.join()
+    assert stopped.interrupted and stopped.best is None
+    begun = steps()
+    assert len(begun) == 1 and 0 < begun["0000"] < 60
+
+    program = "from spikedecoder.cli import main; main()"
+    file = search_file(tmp_path, rest, steps=60)
+    command = [sys.executable, "-c", program, "sweep", file, "--text", story, "--out", out, "--jobs", "2"]
+    parent = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: sum(begun.get(name, 0) < step < 60 for name, step in steps().items()) >= 2, parent)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(int(pid), signal.SIGKILL)
+    _, errors = parent.communicate(timeout=60)
+    assert parent.returncode == 1 and "a process ended with code -9; the same command takes up" in errors
+
+    told.clear()
+    result = sweep(whole, out, **options)
+    assert any("taken up again" in line for line in told)
+    assert sorted(t["params"]["seed"] for t in result.trials) == [1, 2, 3, 4]
+    assert [t["error"] for t in result.trials if t["state"] != "complete"] == [] and not result.interrupted
+    for trial in result.trials:
+        evaluated = [x["step"] for x in metrics(out, trial) if "val_loss" in x]
+        assert evaluated == [12, 24, 36, 48, 60], evaluated  # one history, no step done twice in it
+    assert len(list(out.glob("trials/*/run.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("", "space: got no field to search"),
+        ("[space]\nlearn = { choices = [1] }", "space: unknown field 'learn'"),
+        ("[space]\nlr = 3", "space: lr: got 3, takes"),
+        ("[space]\nlr = { low = 1 }", "lr: high: got None"),
+        ("[space]\nlr = { low = 1, high = 1 }", "takes low < high"),
+        ("[space]\nlr = { low = 0, high = 1, log = true }", "low: got 0.0 with log"),
+        ("[space]\nlr = { low = 1, high = 2, lo = 3 }", "lr: unknown field 'lo'; did you mean low"),
+        ("[space]\ntimesteps = { low = 1.5, high = 2 }", "timesteps: low: got 1.5"),
+        ("[space]\ntimesteps = { choices = [1, 1] }", "stands there twice"),
+        ("[space]\ntimesteps = { choices = ['a'] }", "timesteps: got 'a'"),
+        ("[space]\nnorm = { low = 1, high = 2 }", "norm: takes choices"),
+        ("[space]\nnorm = { choices = [] }", "takes a list of values"),
+        ("[space]\ntokenizer = { choices = ['char', 'word'] }", "changes what is measured"),
+        ("[space]\nblocks = { choices = [1, 2] }", "blocks: stands in [space] and in [model]"),
+        ("[space]\nlr = { low = 1, high = 2 }\n[study]\nsampler = 'grid'", "a grid needs choices, step, or"),
+        ("[space]\nlr = { low = 1, high = 2 }\n[study]\nsampler = 'gp'", "sampler: got 'gp', takes tpe"),
+        ("[space]\nlr = { low = 1, high = 2 }\n[study]\ntrials = 0", "trials: got 0"),
+        ("[space]\nlr = { low = 1, high = 2 }\n[study]\ntrial = 1", "did you mean trials"),
+        ("[space]\nlr = { low = 1, high = 2 }\n[other]\na = 1", "unknown field 'other'"),
+    ],
+)
+def test_bad_searches_are_named(rest, message):
+    with pytest.raises(ValueError) as error:
+        search(rest)
+    assert message in str(error.value)
+
+
+def test_a_study_of_another_schema_space_or_text(story, tmp_path, capsys):
+    rest, quick = SPACE + "trials = 1\n", 1
+    file, out = search_file(tmp_path, rest, steps=quick), tmp_path / "sweep"
+
+    def fails(message: str, *arguments) -> None:
+        captured = run(capsys, *arguments, code=2)
+        lines = captured.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
+
+    command = ["sweep", file, "--text", story, "--out", out]
+    out.mkdir()
+    (out / "study.db").write_text("no database at all, but long enough to be taken for one" * 20)
+    fails("not a study file", *command)
+    (out / "study.db").unlink()
+    with sqlite3.connect(out / "study.db") as database:
+        database.execute("create table cats (name text)")
+    fails("a database of another schema", *command)
+    (out / "study.db").unlink()
+    optuna.create_study(storage=f"sqlite:///{out / 'study.db'}", study_name="mine")
+    fails("holds the study 'mine'", *command)
+    (out / "study.db").unlink()
+
+    run(capsys, *command)
+    search_file(tmp_path, rest.replace("high = 3", "high = 4"), steps=quick)
+    fails("the study has space: timesteps = 1 to 3, the search file 1 to 4", *command)
+    search_file(tmp_path, rest, steps=quick + 1)
+    fails("the study has train: steps = 1, the search file 2", *command)
+    search_file(tmp_path, rest, steps=quick)
+    other = tmp_path / "other.txt"
+    other.write_text(STORY.replace("cat", "cow"))
+    fails("the study is of another text", "sweep", file, "--text", other, "--out", out)
+    with sqlite3.connect(out / "study.db") as database:  # a later version of Optuna's tables
+        database.execute("update alembic_version set version_num = 'v99'")
+    fails("a study file of another schema", *command)
+    (out / "study.db").unlink()
+    fails("holds trials but no study.db", *command)
+    fails("no such file", "sweep", tmp_path / "none.toml", "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_optuna_the_way_to_get_it_is_said(story, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ValueError, match=r"pip install 'spikedecoder\[sweep\]'"):
+        sweep(search(SPACE), tmp_path / "sweep", texts=[str(story)])
+    assert not (tmp_path / "sweep").exists()
