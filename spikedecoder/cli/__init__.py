@@ -1,4 +1,4 @@
-"""The command line: ``spikedecoder train | generate | serve | energy | plot | sweep | convert | doctor``."""
+"""The command line: ``spikedecoder train``, ``generate`` and the others; one module each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from spikedecoder.cli.convert import convert
 from spikedecoder.cli.doctor import doctor
 from spikedecoder.cli.energy import energy
 from spikedecoder.cli.generate import generate
+from spikedecoder.cli.gui import gui
 from spikedecoder.cli.plot import plot
 from spikedecoder.cli.serve import serve
 from spikedecoder.cli.sweep import sweep
@@ -30,6 +31,7 @@ app.command()(serve)
 app.command()(energy)
 app.command()(plot)
 app.command()(sweep)
+app.command()(gui)
 app.command()(convert)
 app.command()(doctor)
 

@@ -6,7 +6,7 @@
 matplotlib is imported at the first picture; without it that raises ValueError saying how to get it.
 """
 
-from spikedecoder.viz._figure import check_picture, save
+from spikedecoder.viz._figure import check_picture, render, save
 from spikedecoder.viz.activity import Activity, record
 from spikedecoder.viz.reports import energy_bars, loss_curves, predictions, read_metrics
 from spikedecoder.viz.spikes import attention_map, potentials, raster, spike_rates
@@ -23,6 +23,7 @@ __all__ = [
     "raster",
     "read_metrics",
     "record",
+    "render",
     "save",
     "spike_rates",
     "sweep_history",

@@ -64,11 +64,16 @@ def save(fig: Figure, path: str | Path) -> Path:
     from spikedecoder.checkpoint import write_bytes
 
     path = check_picture(path)
+    write_bytes(path, render(fig, path.suffix[1:].lower()))
+    return path
+
+
+def render(fig: Figure, kind: str = "png") -> bytes:
+    """The figure as the bytes of a file: png, svg or pdf."""
     buffer = io.BytesIO()
     with look():
-        fig.savefig(buffer, format=path.suffix[1:].lower())
-    write_bytes(path, buffer.getvalue())
-    return path
+        fig.savefig(buffer, format=kind)
+    return buffer.getvalue()
 
 
 def check_picture(path: str | Path) -> Path:

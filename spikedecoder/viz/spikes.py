@@ -15,18 +15,24 @@ if TYPE_CHECKING:
 
 
 def raster(
-    activity: Activity, layer: str | None = None, *, labels: Sequence[str] | None = None, sequence: int = 0
+    activity: Activity,
+    layer: str | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    sequence: int = 0,
+    columns: int | None = None,
 ) -> Figure:
     """Which neuron of a layer fired at which token: one panel for each timestep.
 
     labels: the tokens as text, one each. layer: None is the first. sequence: which one of the batch.
+    columns: panels side by side; None: as many as are well read.
     """
     name = activity.layer(layer)
     spikes = activity.spikes[name]
     _check_sequence(sequence, spikes.shape[1])
     t, _, s, n = spikes.shape
     with look():
-        columns = min(t, 4 if s <= 40 else 2)
+        columns = min(t, columns or (4 if s <= 40 else 2))
         rows = -(-t // columns)
         width = max(2.2, min(4.5, 0.5 + 0.11 * s))
         fig = figure(max(4.5, width * columns + 0.6), max(2.4, min(4.0, 0.9 + n * 0.025)) * rows + 0.4)
