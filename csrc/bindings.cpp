@@ -350,6 +350,7 @@ void finish_step(Decode& a, uintptr_t states, uintptr_t logits, uintptr_t scratc
 
 void bind_decode(py::module_& m) {
   static_assert(sizeof(DecodeState) == 3 * sizeof(int64_t), "states arrive as rows of three addresses");
+  m.def("decode_panel", &decode_panel, py::arg("inputs"));
   py::class_<Decode>(m, "DecodeModel")
       .def(py::init(&make_decode_model))
       .def("scratch_bytes",

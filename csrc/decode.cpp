@@ -1,11 +1,12 @@
 // One token of each of B sequences through a whole fully spiking model: every block, and the head.
 //
-// A thread takes a group of its sequences through one Linear after the other. A Linear adds up the rows of its
-// weight (stored by inputs) at which the input spikes, panel by panel, so that a panel's rows come from the
-// first-level cache for all but the first timestep and sequence that need them. Norm and neurons follow. Attention adds v to the rows of the state at which k spikes, and adds up those at which q does.
-// The sums have the order of the operators' own kernels (spike_linear, norm_lif, spike_attention).
+// A thread takes its sequences through one block after the other, and a group of them through one Linear after the
+// other. A Linear adds up the rows of its weight (stored by inputs) at which the input spikes, see decode_sums.h, panel
+// by panel, so that a panel's rows come from the first-level cache for all but the first sequences that need them. Norm
+// and neurons follow. Attention adds v to the rows of the state at which k spikes, and adds up those at which q does.
 #include "bits.h"
 #include "decode_parts.h"
+#include "decode_sums.h"
 #include "kernels.h"
 #include "neuron.h"
 #include "parallel.h"
@@ -13,6 +14,8 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
+
+constexpr int64_t FETCH_FOR = 4;  // sequences
 
 // What one thread does.
 template <bool PlainCell>
@@ -24,23 +27,20 @@ class Step {
         E_(decode_padded(a.E)),
         hidden_(decode_padded(a.hidden)),
         word_stride_(words_for(larger(a.E, a.hidden))),
-        group_(decode_group(a)) {
-    const DecodeScratch parts = decode_scratch_parts(a);
-    list_stride_ = 2 * parts.list_size;
-    y_size_ = parts.y_size;
-    streams_ = static_cast<float*>(a.scratch);
-    float* own = streams_ + a.B * a.T * E_ + thread * parts.size;
-    y_ = own;
-    z_ = own + parts.z;
-    spikes_ = own + parts.spikes;
+        group_(decode_group(a)),
+        chunk_(decode_chunk(a)),
+        parts_(decode_scratch_parts(a)),
+        streams_(static_cast<float*>(a.scratch)),
+        own_(streams_ + a.B * a.T * E_ + thread * parts_.size) {
+    y_ = own_;
+    z_ = own_ + parts_.z;
+    spikes_ = own_ + parts_.spikes;
     values_ = spikes_ + a.T * E_;
-    statistics_ = own + parts.statistics;
-    joined_ = own + parts.joined;
-    words_ = reinterpret_cast<uint64_t*>(own + parts.words);
-    q_words_ = words_ + parts.words_size / 2;
-    k_words_ = q_words_ + parts.words_size / 2;
-    lists_ = reinterpret_cast<uint16_t*>(own + parts.lists);
-    counts_ = reinterpret_cast<int64_t*>(own + parts.counts);
+    statistics_ = own_ + parts_.statistics;
+    joined_ = own_ + parts_.joined;
+    words_ = reinterpret_cast<uint64_t*>(own_ + parts_.words);
+    q_words_ = words_ + parts_.words_size / 2;
+    k_words_ = q_words_ + parts_.words_size / 2;
     // the lanes behind the channels stay 0
     for (int64_t i = 0; i < a.T * E_; i++) z_[i] = spikes_[i] = 0;
   }
@@ -60,8 +60,11 @@ class Step {
 
   // Block n for the sequences of `mine`.
   void block(const BlockWeights& w, int64_t n, Range mine) const {
-    for (int64_t b = mine.begin; b < mine.end; b += group_) {
-      block_of_group(w, n, {b, b + group_ < mine.end ? b + group_ : mine.end});
+    for (int64_t b = mine.begin; b < mine.end; b += chunk_) {
+      const Range chunk{b, b + chunk_ < mine.end ? b + chunk_ : mine.end};
+      by_groups(chunk, [&](Range group, int64_t first) { attention_of(w, n, group, first); });
+      by_groups(chunk, [&](Range group, int64_t first) { hidden_of(w, n, group, first); });
+      by_groups(chunk, [&](Range group, int64_t first) { output_of(w, n, group, first); });
     }
   }
 
@@ -80,7 +83,7 @@ class Step {
     }
     // the inputs that are not 0 come first, their values in place
     int64_t n = 0;
-    int32_t* rows = reinterpret_cast<int32_t*>(lists_);
+    int32_t* rows = reinterpret_cast<int32_t*>(own_ + parts_.lists);
     for (int64_t i = 0; i < inputs; i++) {
       const float value = joined_[i];
       joined_[n] = value;
@@ -103,7 +106,16 @@ class Step {
     float* operator[](int64_t t) const { return start + t * stride; }
   };
 
-  void block_of_group(const BlockWeights& w, int64_t n, Range group) const {
+  // body(sequences, place of the first one's lists) for the groups of a chunk.
+  template <class Body>
+  void by_groups(Range chunk, const Body& body) const {
+    for (int64_t b = chunk.begin; b < chunk.end; b += group_) {
+      body(Range{b, b + group_ < chunk.end ? b + group_ : chunk.end}, b - chunk.begin);
+    }
+  }
+
+  // The attention's half of a block, up to the spikes that fc1 reads.
+  void attention_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const float* threshold = a_.thresholds + n * neurons_per_block;
     const uint8_t* present = a_.present + n * neurons_per_block;
     const DecodeState& state = a_.states[n];
@@ -114,42 +126,58 @@ class Step {
 
     for (int64_t g = 0; g < size; g++) {
       const Rows x = stream(group.begin + g);
+      if (a_.B > 1) {  // more states than the caches keep from token to token
+        const int64_t floats = a_.E * (a_.E / a_.H);
+        for (int64_t t = 0; t < a_.T; t++) {
+          fetch(state.attention + (t * a_.B + group.begin + g) * floats, floats, 0, 1);
+        }
+      }
       fire_if(block_input, x);
       spikes_of(x, present[attention_input], threshold[attention_input], state.attention_shift, a_.token_shift,
                 group.begin + g);
-      list(g, a_.E);
+      list(first + g, a_.E);
     }
-    sum(w.qkv, a_.E, size);
+    sum(w.qkv, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
-      float* y = y_ + g * y_size_;
+      float* y = y_ + g * parts_.y_size;
       fire({y, 3 * E_}, a_.E, threshold[q_neuron], nullptr, q_words_, w.qkv.norm);
       fire({y + E_, 3 * E_}, a_.E, threshold[k_neuron], nullptr, k_words_, w.qkv.norm.from(E_));
       fire({y + 2 * E_, 3 * E_}, a_.E, threshold[v_neuron], values_, nullptr, w.qkv.norm.from(2 * E_));
       attention(state.attention, group.begin + g);
       fire({z_, E_}, a_.E, threshold[attention_neuron], nullptr, words_, w.attention);
-      list(g, a_.E);
+      list(first + g, a_.E);
     }
-    sum(w.proj, a_.E, size);
+    sum(w.proj, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
-      const Rows x = stream(group.begin + g), y{y_ + g * y_size_, E_};
+      const Rows x = stream(group.begin + g), y{y_ + g * parts_.y_size, E_};
       normalise(y, a_.E, w.proj.norm);
       fire_if(attention_output, y);
       fire_if(attention_residual, y);
       add_to(x, y);
       fire_if(residual_sum, x);
       spikes_of(x, present[mlp_input], threshold[mlp_input], state.mlp_shift, a_.mlp_token_shift, group.begin + g);
-      list(g, a_.E);
+      list(first + g, a_.E);
     }
-    sum(w.fc1, a_.E, size);
+  }
+
+  // The MLP, up to the spikes that fc2 reads.
+  void hidden_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
+    const float threshold = a_.thresholds[n * neurons_per_block + fc1_neuron];
+    const int64_t size = group.end - group.begin;
+    sum(w.fc1, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
-      fire({y_ + g * y_size_, hidden_}, a_.hidden, threshold[fc1_neuron], nullptr, words_, w.fc1.norm);
-      list(g, a_.hidden);
+      fire({y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, nullptr, words_, w.fc1.norm);
+      list(first + g, a_.hidden);
     }
-    sum(w.fc2, a_.hidden, size);
+  }
+
+  void output_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
+    const int64_t neuron = n * neurons_per_block + mlp_output, size = group.end - group.begin;
+    sum(w.fc2, a_.hidden, first, size);
     for (int64_t g = 0; g < size; g++) {
-      const Rows y{y_ + g * y_size_, E_};
+      const Rows y{y_ + g * parts_.y_size, E_};
       normalise(y, a_.E, w.fc2.norm);
-      fire_if(mlp_output, y);
+      if (a_.present[neuron]) fire(y, a_.E, a_.thresholds[neuron], y.start, nullptr);
       add_to(stream(group.begin + g), y);
     }
   }
@@ -304,32 +332,35 @@ class Step {
     copy(now, E, past + (shift - 2) * E);
   }
 
-  // The set bits of each timestep's words, as the lists of sequence g of the group.
-  void list(int64_t g, int64_t C) const {
-    for (int64_t t = 0; t < a_.T; t++) {
-      uint16_t* entries = lists_ + (g * a_.T + t) * list_stride_;
-      int64_t n = 0;
-      for (int64_t w = 0; w < words_for(C); w++) {
-        const uint64_t word = words_[t * word_stride_ + w];
-        if (word) n += indices_of(word, static_cast<uint16_t>(64 * w), entries + n);
-      }
-      counts_[g * a_.T + t] = n;
-    }
+  // Asks for part g of `size` of the `floats` that will be read soon.
+  static void fetch(const float* from, int64_t floats, int64_t g, int64_t size) {
+    const int64_t lines = floats / 16;
+    for (int64_t i = lines * g / size; i < lines * (g + 1) / size; i++) __builtin_prefetch(from + 16 * i, 0, 2);
   }
 
-  // y [size, T, columns] = the Linear of the listed spikes of `size` sequences, C inputs.
-  void sum(const Linear& l, int64_t C, int64_t size) const {
-    const int64_t vectors = l.columns / W;
-    int64_t most = PANEL_BYTES / (C * W * static_cast<int64_t>(sizeof(float)));
-    if (most < 4 || most > MOST_VECTORS) most = MOST_VECTORS;  // where no useful panel stays, long rows do better
-    const int64_t panels = (vectors + most - 1) / most;
-    for (int64_t p = 0; p < panels; p++) {
-      const int64_t begin = vectors * p / panels, end = vectors * (p + 1) / panels, column = begin * W;
-      const SumList add_up = sum_list_of<MOST_VECTORS>(static_cast<int>(end - begin));
-      for (int64_t g = 0; g < size; g++) {
-        for (int64_t t = 0; t < a_.T; t++) {
-          add_up(lists_ + (g * a_.T + t) * list_stride_, counts_[g * a_.T + t], l.weight + column, l.columns,
-                 l.bias + column, y_ + g * y_size_ + t * l.columns + column);
+  SpikeLists lists(int64_t place) const {
+    return {reinterpret_cast<uint16_t*>(own_ + parts_.lists + place * parts_.list_size),
+            reinterpret_cast<int32_t*>(own_ + parts_.ends + place * parts_.ends_size)};
+  }
+
+  // The spikes of words_ (C a timestep), as the lists of one sequence of the chunk.
+  void list(int64_t place, int64_t C) const { list_spikes(words_, a_.T, word_stride_, words_for(C), lists(place)); }
+
+  // y [size, T, columns] = the Linear of the listed spikes of `size` sequences from place `first` on, C inputs.
+  void sum(const Linear& l, int64_t C, int64_t first, int64_t size) const {
+    const int64_t width = decode_panel(C);
+    for (int64_t begin = 0; begin < l.columns; begin += width) {
+      const int64_t columns = l.columns - begin < width ? l.columns - begin : width;
+      const float* panel = l.weight + begin * C;
+      // one sequence needs only some of the next panel's rows, many need nearly all of them
+      const int64_t soon = size >= FETCH_FOR && l.columns - begin > width ? columns * C : 0;
+      for (int64_t c = 0; c < columns; c += MOST_VECTORS * W) {
+        const int64_t left = (columns - c) / W;
+        const SumTrees add_up = sum_trees_of<MOST_VECTORS>(left < MOST_VECTORS ? left : MOST_VECTORS);
+        const Strip strip{panel + c, l.bias + begin + c, columns};
+        for (int64_t g = 0; g < size; g++) {
+          if (!c) fetch(panel + columns * C, soon, g, size);
+          add_up(strip, lists(first + g), a_.T, y_ + g * parts_.y_size + begin + c, l.columns);
         }
       }
     }
@@ -371,12 +402,11 @@ class Step {
 
   const Decode& a_;
   const Cell<PlainCell>& cell_;
-  const int64_t E_, hidden_, word_stride_, group_;
-  int64_t list_stride_, y_size_;
-  float *streams_, *y_, *z_, *spikes_, *values_, *statistics_, *joined_;
+  const int64_t E_, hidden_, word_stride_, group_, chunk_;
+  const DecodeScratch parts_;
+  float *const streams_, *const own_;
+  float *y_, *z_, *spikes_, *values_, *statistics_, *joined_;
   uint64_t *words_, *q_words_, *k_words_;
-  uint16_t* lists_;
-  int64_t* counts_;
 };
 
 // Nanoseconds of one sequence on one thread, at a guess: a sixth of the neurons spikes.

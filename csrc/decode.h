@@ -34,7 +34,8 @@ struct DecodeState {
 //
 // weights: per block  q, k and v side by side, [attention norm], projection, fc1, fc2; then the head. Each is a
 // matrix [inputs, outputs], its bias, and (but for the head) its norm: weight, bias and, of channels, mean and
-// rstd. Outputs are padded with zeros to a multiple of 16, q, k and v each on its own. `decode_weights` counts.
+// rstd. Outputs are padded with zeros to a multiple of 16, q, k and v each on its own. The blocks' matrices are cut
+// into panels of `decode_panel` columns, one behind the other. `decode_weights` counts.
 struct Decode {
   // the model
   Neuron neuron;
@@ -80,36 +81,55 @@ static inline int64_t decode_weights(const Decode& a) {
   return a.blocks * block + decode_padded(a.V) * (decode_head_inputs(a) + 1);
 }
 
-// Sequences that a thread takes through a Linear together, so that a panel of its weight is read from memory once:
-// as many as have their results in about a quarter of the second-level cache.
+// Columns of a panel of a weight with this many inputs: what stays in most of a first-level cache, so that a panel is
+// read from farther away once for all sequences; where no useful panel does, long rows do better.
+static inline int64_t decode_panel(int64_t inputs) {
+  const int64_t columns = (28 << 10) / (inputs * 64) * 16;
+  return columns < 64 || columns > 128 ? 128 : columns;
+}
+
+// Nodes of the trees of timesteps (decode_sums.h), at most.
+static constexpr int64_t decode_nodes(int64_t T) { return 2 * T; }
+
+// Sequences that a thread takes through a block together, so that its weights are read from memory once; bounded by
+// their lists of spikes.
+static inline int64_t decode_chunk(const Decode& a) {
+  const int64_t room = (1 << 21) / (a.T * larger(a.E, a.hidden));
+  return room < 1 ? 1 : room > 32 ? 32 : room;
+}
+
+// Sequences of those that go through a Linear together: as many as have their results in a part of the second-level
+// cache.
 static inline int64_t decode_group(const Decode& a) {
-  const int64_t room = (64 << 10) / (a.T * larger(3 * decode_padded(a.E), decode_padded(a.hidden)));
+  const int64_t room = (96 << 10) / (a.T * larger(3 * decode_padded(a.E), decode_padded(a.hidden)));
   return room < 1 ? 1 : room > 16 ? 16 : room;
 }
 
 // Where the parts of one thread's scratch memory begin, in floats: the results of a Linear [group, T, columns], of
-// the attention [T, E], spikes [2, T, E], statistics [2, T], the head's input, words of bits [3, T, inputs / 64],
-// lists of set bits [group, T, inputs] (16 bits each) and their lengths [group, T]. All rows are padded.
+// the attention [T, E], spikes [2, T, E], statistics [2, T], the head's input, words of bits
+// [3, T, inputs / 64], lists of spikes [chunk, T * inputs] (16 bits each) and where a node's ends [chunk, nodes]. All
+// rows are padded.
 struct DecodeScratch {
-  int64_t z, spikes, statistics, joined, words, lists, counts, size;
-  int64_t y_size, words_size, list_size;  // of one sequence; of one set of words; of one list
+  int64_t z, spikes, statistics, joined, words, lists, ends, size;
+  int64_t y_size, words_size, list_size, ends_size;  // of one sequence; of one set of words; of one sequence's lists
 };
 
 static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   const int64_t E = decode_padded(a.E), hidden = decode_padded(a.hidden), widest = larger(a.E, a.hidden);
-  const int64_t group = decode_group(a), inputs = decode_padded(decode_head_inputs(a));
+  const int64_t chunk = decode_chunk(a), inputs = decode_padded(decode_head_inputs(a));
   DecodeScratch s{};
   s.y_size = larger(3 * E, hidden) * a.T;
   s.words_size = decode_padded(2 * words_for(widest) * a.T);
-  s.list_size = decode_padded((widest + 64) / 2 + 1);
-  s.z = group * s.y_size;
+  s.list_size = decode_padded((a.T * widest + 64) / 2 + 1);
+  s.ends_size = decode_padded(decode_nodes(a.T));
+  s.z = decode_group(a) * s.y_size;
   s.spikes = s.z + E * a.T;
   s.statistics = s.spikes + 2 * E * a.T;
   s.joined = s.statistics + decode_padded(2 * a.T);
   s.words = s.joined + inputs;
   s.lists = s.words + 3 * s.words_size;
-  s.counts = s.lists + larger(group * s.list_size * a.T, inputs);
-  s.size = s.counts + decode_padded(2 * group * a.T);
+  s.ends = s.lists + larger(chunk * s.list_size, inputs);
+  s.size = s.ends + chunk * s.ends_size;
   return s;
 }
 

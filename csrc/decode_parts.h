@@ -1,4 +1,4 @@
-// The parts of decode.cpp that know nothing of a model's course: its weights, sums of rows, one head's attention.
+// The parts of decode.cpp that know nothing of a model's course: its weights, one head's attention.
 #pragma once
 
 #include "bits.h"
@@ -9,15 +9,6 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-#if defined(SPIKEDECODER_AVX512)
-constexpr int MOST_VECTORS = 16;  // of 32 registers
-#elif defined(SPIKEDECODER_AVX2)
-constexpr int MOST_VECTORS = 10;  // of 16
-#else
-constexpr int MOST_VECTORS = 8;
-#endif
-constexpr int64_t PANEL_BYTES = 28 << 10;  // of a weight: most of a first-level cache
-
 struct Norm {
   const float *weight = nullptr, *bias = nullptr, *mean = nullptr, *rstd = nullptr;  // the last two of channels
 
@@ -27,7 +18,7 @@ struct Norm {
 };
 
 struct Linear {
-  const float *weight, *bias;  // [inputs, columns], [columns]
+  const float *weight, *bias;  // in panels of decode_panel columns, each [inputs, its columns]; [columns]
   Norm norm;
   int64_t columns;
 };
@@ -75,30 +66,6 @@ struct BlockWeights {
     fc2 = r.linear(a.hidden, E);
   }
 };
-
-// out[0 .. V vectors] = bias + the rows of a panel in `list`.
-template <int V>
-void sum_list(const uint16_t* list, int64_t n, const float* panel, int64_t stride, const float* bias, float* out) {
-  F sums[V];
-  for (int j = 0; j < V; j++) sums[j] = load(bias + j * W);
-  for (int64_t i = 0; i < n; i++) {
-    const float* row = panel + list[i] * stride;
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++) sums[j] = add(sums[j], load(row + j * W));
-  }
-  for (int j = 0; j < V; j++) store(out + j * W, sums[j]);
-}
-
-using SumList = void (*)(const uint16_t*, int64_t, const float*, int64_t, const float*, float*);
-
-template <int V>
-SumList sum_list_of(int vectors) {
-  if constexpr (V == 0) {
-    return nullptr;
-  } else {
-    return vectors == V ? sum_list<V> : sum_list_of<V - 1>(vectors);
-  }
-}
 
 // Bits first .. first + n of a row of words, n <= 64.
 SPIKEDECODER_INLINE uint64_t take_bits(const uint64_t* words, int64_t first, int n) {

@@ -244,13 +244,13 @@ def _weights(model: SpikeDecoder) -> Iterator[Tensor]:
     for block in model.blocks:
         attention, mlp = block.attention, block.mlp
         qkv = (attention.q, attention.k, attention.v)
-        yield torch.cat([_by_inputs(part.linear) for part in qkv], dim=1)
+        yield from _panels(torch.cat([_by_inputs(part.linear) for part in qkv], dim=1))
         for part in zip(*(_beside_inputs(p.linear, p.norm) for p in qkv), strict=True):
             yield from part
         if attention.attention_lif.norm is not None:
             yield from _norm(attention.attention_lif.norm)
         for layer in (attention.proj, mlp.fc1, mlp.fc2):
-            yield _by_inputs(layer.linear)
+            yield from _panels(_by_inputs(layer.linear))
             yield from _beside_inputs(layer.linear, layer.norm)
     yield _by_inputs(model.head.linear)
     yield _padded(model.head.linear.bias)
@@ -263,6 +263,12 @@ def _padded(x: Tensor) -> Tensor:
 def _by_inputs(linear: nn.Linear) -> Tensor:
     """The weight [inputs, outputs], outputs padded."""
     return _padded(linear.weight.detach().t())
+
+
+def _panels(weight: Tensor) -> tuple[Tensor, ...]:
+    """A weight [inputs, outputs] as the panels that csrc/decode.h takes it in."""
+    assert native is not None
+    return weight.split(native.decode_panel(len(weight)), dim=1)
 
 
 def _beside_inputs(linear: nn.Linear, norm: Norm) -> list[Tensor]:

@@ -1,0 +1,129 @@
+// Sums of a Linear's weight rows for one token's spikes at T timesteps, each shared row added once.
+//
+// A neuron whose current hardly changes spikes at the same timesteps again and again: at all of them, or at every
+// second. So up to four timesteps form a tree: all of them; the even and the odd ones; each by itself. An input that
+// spikes at all timesteps of a node is listed there and nowhere below, and a node's sum goes on from its parent's:
+//
+//     sum(root) = bias + rows(root);   sum(node) = sum(parent) + rows(node);   y[t] = sum(leaf of t)
+//
+// More than four timesteps are several trees. The order of a sum depends on nothing but the sequence's own spikes:
+// neither on its neighbours nor on threads.
+#pragma once
+
+#include "bits.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+namespace {
+
+#if defined(SPIKEDECODER_AVX512)
+constexpr int MOST_VECTORS = 8;  // three sums of as many are in registers together, of 32
+#else
+constexpr int MOST_VECTORS = 4;  // of 16
+#endif
+constexpr int TREE = 4;  // timesteps of a tree
+
+// The nodes of T <= TREE timesteps are first, first + stride, ... < T, a node before its children (first, 2 stride) and
+// (first + stride, 2 stride); one of a single timestep has none.
+template <int T, int First = 0, int Stride = 1>
+constexpr bool is_leaf = First + Stride >= T;
+
+// Where the lists of inputs are: those of a tree's nodes one behind the other, ascending each, ending at `ends`.
+struct SpikeLists {
+  uint16_t* entries;
+  int32_t* ends;  // [nodes of all trees]
+};
+
+// Lists bits, set in n words at each of a node's timesteps, for the node and those below it; clears them.
+template <int T, int First = 0, int Stride = 1>
+void list_node(uint64_t* words, int64_t row, int64_t n, const SpikeLists& lists, int64_t& node, int64_t& end) {
+  for (int64_t w = 0; w < n; w++) {
+    uint64_t shared = words[First * row + w];
+    for (int t = First + Stride; t < T; t += Stride) shared &= words[t * row + w];
+    for (int t = First; t < T; t += Stride) words[t * row + w] &= ~shared;
+    end += indices_of(shared, static_cast<uint16_t>(64 * w), lists.entries + end);
+  }
+  lists.ends[node++] = static_cast<int32_t>(end);
+  if constexpr (!is_leaf<T, First, Stride>) {
+    list_node<T, First, 2 * Stride>(words, row, n, lists, node, end);
+    list_node<T, First + Stride, 2 * Stride>(words, row, n, lists, node, end);
+  }
+}
+
+// Lists the set bits of `words` [T, row], of which `n` words a timestep are read; clears them.
+inline void list_spikes(uint64_t* words, int64_t T, int64_t row, int64_t n, const SpikeLists& lists) {
+  int64_t node = 0, end = 0;
+  for (int64_t t = 0; t < T; t += TREE, words += TREE * row) {
+    switch (T - t) {
+      case 1: list_node<1>(words, row, n, lists, node, end); break;
+      case 2: list_node<2>(words, row, n, lists, node, end); break;
+      case 3: list_node<3>(words, row, n, lists, node, end); break;
+      default: list_node<TREE>(words, row, n, lists, node, end);
+    }
+  }
+}
+
+// V vectors of columns of a panel.
+struct Strip {
+  const float *panel, *bias;
+  int64_t width;  // of the panel's rows
+};
+
+// Adds a node's rows to `start`, goes on to the nodes below it, and stores a leaf's sums at y[t].
+template <int V, int T, int First = 0, int Stride = 1>
+SPIKEDECODER_INLINE void sum_node(const Strip& strip, const F* start, const uint16_t*& entry, const uint16_t* entries,
+                                  const int32_t*& ends, float* y, int64_t row) {
+  F sums[V];
+  for (int j = 0; j < V; j++) sums[j] = start[j];
+  for (const uint16_t* end = entries + *ends++; entry < end; entry++) {
+    const float* weights = strip.panel + *entry * strip.width;
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) sums[j] = add(sums[j], load(weights + j * W));
+  }
+  if constexpr (is_leaf<T, First, Stride>) {
+    for (int j = 0; j < V; j++) store(y + First * row + j * W, sums[j]);
+  } else {
+    sum_node<V, T, First, 2 * Stride>(strip, sums, entry, entries, ends, y, row);
+    sum_node<V, T, First + Stride, 2 * Stride>(strip, sums, entry, entries, ends, y, row);
+  }
+}
+
+template <int V, int T>
+void sum_tree(const Strip& strip, const uint16_t*& entry, const uint16_t* entries, const int32_t*& ends, float* y,
+              int64_t row) {
+  F bias[V];
+  for (int j = 0; j < V; j++) bias[j] = load(strip.bias + j * W);
+  sum_node<V, T>(strip, bias, entry, entries, ends, y, row);
+}
+
+// y [T, row] = the sums of all timesteps.
+template <int V>
+void sum_trees(const Strip& strip, const SpikeLists& lists, int64_t T, float* y, int64_t row) {
+  const uint16_t* entry = lists.entries;
+  const int32_t* ends = lists.ends;
+  for (int64_t t = 0; t < T; t += TREE, y += TREE * row) {
+    switch (T - t) {
+      case 1: sum_tree<V, 1>(strip, entry, lists.entries, ends, y, row); break;
+      case 2: sum_tree<V, 2>(strip, entry, lists.entries, ends, y, row); break;
+      case 3: sum_tree<V, 3>(strip, entry, lists.entries, ends, y, row); break;
+      default: sum_tree<V, TREE>(strip, entry, lists.entries, ends, y, row);
+    }
+  }
+}
+
+using SumTrees = void (*)(const Strip&, const SpikeLists&, int64_t, float*, int64_t);
+
+template <int V>
+SumTrees sum_trees_of(int64_t vectors) {
+  if constexpr (V == 0) {
+    return nullptr;
+  } else {
+    return vectors == V ? sum_trees<V> : sum_trees_of<V - 1>(vectors);
+  }
+}
+
+}  // namespace
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder
