@@ -339,13 +339,16 @@ void check_indices(const int64_t* values, int64_t n, int64_t first, int64_t end,
   }
 }
 
-void finish_step(Decode& a, uintptr_t states, uintptr_t logits, uintptr_t scratch, int64_t B, int threads) {
+void finish_step(Decode& a, uintptr_t states, uintptr_t logits, bool last_only, uintptr_t scratch, int64_t B, int64_t S,
+                 int threads) {
   a.states = array<const DecodeState>(states, a.blocks, "states");
-  a.logits = array<float>(logits, elements({B, a.V}), "logits");
+  a.logits = array<float>(logits, elements({B, S, a.V}), "logits");
+  a.last_only = last_only;
   a.scratch = array<float>(scratch, 1, "scratch");
   a.B = B;
+  a.S = S;
   a.threads = checked_threads(threads);
-  run(kernels().decode, a);
+  if (B && S) run(kernels().decode, a);
 }
 
 void bind_decode(py::module_& m) {
@@ -354,10 +357,7 @@ void bind_decode(py::module_& m) {
   py::class_<Decode>(m, "DecodeModel")
       .def(py::init(&make_decode_model))
       .def("scratch_bytes",
-           [](const Decode& a, int64_t B, int threads) {
-             elements({B, a.T, a.E});
-             return decode_scratch(a, B, checked_threads(threads));
-           })
+           [](const Decode& a, int threads) { return decode_scratch(a, checked_threads(threads)); })
       .def("step_tokens",
            [](const Decode& model, uintptr_t token_rows, int64_t token_count, uintptr_t position_rows,
               int64_t position_count, int64_t first_position, uintptr_t tokens, uintptr_t positions,
@@ -370,13 +370,13 @@ void bind_decode(py::module_& m) {
              a.first_position = first_position;
              check_indices(a.tokens, B, 0, token_count, "tokens");
              check_indices(a.positions, B, first_position, first_position + position_count, "positions");
-             finish_step(a, states, logits, scratch, B, threads);
+             finish_step(a, states, logits, true, scratch, B, 1, threads);
            })
-      .def("step_embedded", [](const Decode& model, uintptr_t embedded, uintptr_t states, uintptr_t logits,
-                               uintptr_t scratch, int64_t B, int threads) {
+      .def("read_embedded", [](const Decode& model, uintptr_t embedded, uintptr_t states, uintptr_t logits,
+                               bool last_only, uintptr_t scratch, int64_t B, int64_t S, int threads) {
         Decode a = model;
-        a.embedded = array<const float>(embedded, elements({B, a.E}), "embedded");
-        finish_step(a, states, logits, scratch, B, threads);
+        a.embedded = array<const float>(embedded, elements({B, S, a.E}), "embedded");
+        finish_step(a, states, logits, last_only, scratch, B, S, threads);
       });
 }
 

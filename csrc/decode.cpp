@@ -1,10 +1,18 @@
-// One token of each of B sequences through a whole fully spiking model: every block, and the head.
+// The next tokens of sequences through a whole fully spiking model, every block and the head: one token of each of many
+// sequences, or many of one.
 //
-// A thread takes its sequences through one block after the other, and a group of them through one Linear after the
+// A thread takes a chunk of tokens through one block after the other, and a group of them through one Linear after the
 // other. A Linear adds up the rows of its weight (stored by inputs) at which the input spikes, see decode_sums.h, panel
-// by panel, so that a panel's rows come from the first-level cache for all but the first sequences that need them. Norm
+// by panel, so that a panel's rows come from the first-level cache for all but the first tokens that need them. Norm
 // and neurons follow. Attention adds v to the rows of the state at which k spikes, and adds up those at which q does.
+//
+// Where there are fewer sequences than threads, the chunks of a sequence go to the threads in turn. Only attention and
+// token shift need the chunk before, at the same block: a thread waits for that, and the threads work side by side,
+// each some blocks behind the one before it.
+#include <sched.h>
+
 #include "bits.h"
+#include "decode_neurons.h"
 #include "decode_parts.h"
 #include "decode_sums.h"
 #include "kernels.h"
@@ -15,28 +23,27 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-constexpr int64_t FETCH_FOR = 4;  // sequences
+constexpr int64_t FETCH_FOR = 4;  // tokens
 
 // What one thread does.
 template <bool PlainCell>
 class Step {
  public:
-  Step(const Decode& a, const Cell<PlainCell>& cell, int thread)
+  // own: this thread's scratch memory.
+  Step(const Decode& a, const Cell<PlainCell>& cell, float* own)
       : a_(a),
         cell_(cell),
         E_(decode_padded(a.E)),
         hidden_(decode_padded(a.hidden)),
         word_stride_(words_for(larger(a.E, a.hidden))),
         group_(decode_group(a)),
-        chunk_(decode_chunk(a)),
         parts_(decode_scratch_parts(a)),
-        streams_(static_cast<float*>(a.scratch)),
-        own_(streams_ + a.B * a.T * E_ + thread * parts_.size) {
-    y_ = own_;
+        own_(own),
+        neurons_(a, cell, word_stride_, own + parts_.statistics) {
+    y_ = own_ + parts_.y;
     z_ = own_ + parts_.z;
     spikes_ = own_ + parts_.spikes;
     values_ = spikes_ + a.T * E_;
-    statistics_ = own_ + parts_.statistics;
     joined_ = own_ + parts_.joined;
     words_ = reinterpret_cast<uint64_t*>(own_ + parts_.words);
     q_words_ = words_ + parts_.words_size / 2;
@@ -45,35 +52,49 @@ class Step {
     for (int64_t i = 0; i < a.T * E_; i++) z_[i] = spikes_[i] = 0;
   }
 
-  void embed(int64_t b) const {
-    float* x = stream(b).start;
+  // The chunk's tokens, numbered through all sequences. before(n) and behind(n) are called around what needs block n
+  // of the tokens before.
+  template <class Before, class Behind>
+  void run(Range chunk, const Before& before, const Behind& behind) const {
+    for (int64_t i = chunk.begin; i < chunk.end; i++) embed(i, i - chunk.begin);
+    Reader reader{a_.weights, a_.norm};
+    for (int64_t n = 0; n < a_.blocks; n++) {
+      const BlockWeights w(a_, reader);
+      before(n);
+      by_groups(chunk, [&](Range group, int64_t first) { attention_of(w, n, group, first); });
+      behind(n);
+      by_groups(chunk, [&](Range group, int64_t first) { hidden_of(w, n, group, first); });
+      by_groups(chunk, [&](Range group, int64_t first) { output_of(w, n, group, first); });
+    }
+    for (int64_t i = chunk.begin; i < chunk.end; i++) {
+      if (!a_.last_only) {
+        head(reader, i - chunk.begin, a_.logits + i * a_.V);
+      } else if (i % a_.S == a_.S - 1) {
+        head(reader, i - chunk.begin, a_.logits + i / a_.S * a_.V);
+      }
+    }
+  }
+
+ private:
+  void embed(int64_t i, int64_t place) const {
+    float* x = stream(place).start;
     const int64_t width = a_.token_width, rest = a_.E - width;
     if (a_.embedded) {
-      copy(a_.embedded + b * a_.E, a_.E, x);
+      copy(a_.embedded + i * a_.E, a_.E, x);
     } else {
-      copy(a_.token_rows + a_.tokens[b] * width, width, x);
-      copy(a_.position_rows + (a_.positions[b] - a_.first_position) * rest, rest, x + width);
+      copy(a_.token_rows + a_.tokens[i] * width, width, x);
+      copy(a_.position_rows + (a_.positions[i] - a_.first_position) * rest, rest, x + width);
     }
     for (int64_t c = a_.E; c < E_; c++) x[c] = 0;
     for (int64_t t = 1; t < a_.T; t++) copy(x, E_, x + t * E_);
   }
 
-  // Block n for the sequences of `mine`.
-  void block(const BlockWeights& w, int64_t n, Range mine) const {
-    for (int64_t b = mine.begin; b < mine.end; b += chunk_) {
-      const Range chunk{b, b + chunk_ < mine.end ? b + chunk_ : mine.end};
-      by_groups(chunk, [&](Range group, int64_t first) { attention_of(w, n, group, first); });
-      by_groups(chunk, [&](Range group, int64_t first) { hidden_of(w, n, group, first); });
-      by_groups(chunk, [&](Range group, int64_t first) { output_of(w, n, group, first); });
-    }
-  }
-
-  void head(Reader r, int64_t b) const {
+  void head(Reader r, int64_t place, float* logits) const {
     const int64_t columns = decode_padded(a_.V), inputs = decode_head_inputs(a_);
     const float *weight = r.take(inputs * columns), *bias = r.take(columns);
     const float threshold = a_.thresholds[a_.blocks * neurons_per_block];
-    const Rows x = stream(b);
-    if (a_.head_neuron && !a_.float_reunite) fire(x, a_.E, threshold, x.start, nullptr);
+    const Rows x = stream(place);
+    if (a_.head_neuron && !a_.float_reunite) neurons_.fire(x, a_.E, threshold, x.start, nullptr);
     join(x);
     if (a_.head_neuron && a_.float_reunite) {
       for (int64_t i = 0; i < inputs; i += W) {
@@ -94,19 +115,11 @@ class Step {
       F total = load(bias + c);
       for (int64_t i = 0; i < n; i++) total = fma(set1(joined_[i]), load(weight + rows[i] * columns + c), total);
       const int64_t left = a_.V - c;
-      if (left > 0) store_up_to(a_.logits + b * a_.V + c, total, static_cast<int>(left < W ? left : W));
+      if (left > 0) store_up_to(logits + c, total, static_cast<int>(left < W ? left : W));
     }
   }
 
- private:
-  struct Rows {
-    float* start;
-    int64_t stride;
-
-    float* operator[](int64_t t) const { return start + t * stride; }
-  };
-
-  // body(sequences, place of the first one's lists) for the groups of a chunk.
+  // body(tokens, place of the first one in the chunk) for the groups of a chunk.
   template <class Body>
   void by_groups(Range chunk, const Body& body) const {
     for (int64_t b = chunk.begin; b < chunk.end; b += group_) {
@@ -121,12 +134,12 @@ class Step {
     const DecodeState& state = a_.states[n];
     const int64_t size = group.end - group.begin;
     const auto fire_if = [&](BlockNeuron neuron, const Rows& x) {
-      if (present[neuron]) fire(x, a_.E, threshold[neuron], x.start, nullptr);
+      if (present[neuron]) neurons_.fire(x, a_.E, threshold[neuron], x.start, nullptr);
     };
 
     for (int64_t g = 0; g < size; g++) {
-      const Rows x = stream(group.begin + g);
-      if (a_.B > 1) {  // more states than the caches keep from token to token
+      const Rows x = stream(first + g);
+      if (a_.B > 1 && a_.S == 1) {  // more states than the caches keep from token to token
         const int64_t floats = a_.E * (a_.E / a_.H);
         for (int64_t t = 0; t < a_.T; t++) {
           fetch(state.attention + (t * a_.B + group.begin + g) * floats, floats, 0, 1);
@@ -134,28 +147,29 @@ class Step {
       }
       fire_if(block_input, x);
       spikes_of(x, present[attention_input], threshold[attention_input], state.attention_shift, a_.token_shift,
-                group.begin + g);
+                (group.begin + g) / a_.S);
       list(first + g, a_.E);
     }
     sum(w.qkv, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
       float* y = y_ + g * parts_.y_size;
-      fire({y, 3 * E_}, a_.E, threshold[q_neuron], nullptr, q_words_, w.qkv.norm);
-      fire({y + E_, 3 * E_}, a_.E, threshold[k_neuron], nullptr, k_words_, w.qkv.norm.from(E_));
-      fire({y + 2 * E_, 3 * E_}, a_.E, threshold[v_neuron], values_, nullptr, w.qkv.norm.from(2 * E_));
-      attention(state.attention, group.begin + g);
-      fire({z_, E_}, a_.E, threshold[attention_neuron], nullptr, words_, w.attention);
+      neurons_.fire({y, 3 * E_}, a_.E, threshold[q_neuron], nullptr, q_words_, w.qkv.norm);
+      neurons_.fire({y + E_, 3 * E_}, a_.E, threshold[k_neuron], nullptr, k_words_, w.qkv.norm.from(E_));
+      neurons_.fire({y + 2 * E_, 3 * E_}, a_.E, threshold[v_neuron], values_, nullptr, w.qkv.norm.from(2 * E_));
+      attention(state.attention, (group.begin + g) / a_.S);
+      neurons_.fire({z_, E_}, a_.E, threshold[attention_neuron], nullptr, words_, w.attention);
       list(first + g, a_.E);
     }
     sum(w.proj, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
-      const Rows x = stream(group.begin + g), y{y_ + g * parts_.y_size, E_};
-      normalise(y, a_.E, w.proj.norm);
+      const Rows x = stream(first + g), y{y_ + g * parts_.y_size, E_};
+      neurons_.normalise(y, a_.E, w.proj.norm);
       fire_if(attention_output, y);
       fire_if(attention_residual, y);
       add_to(x, y);
       fire_if(residual_sum, x);
-      spikes_of(x, present[mlp_input], threshold[mlp_input], state.mlp_shift, a_.mlp_token_shift, group.begin + g);
+      spikes_of(x, present[mlp_input], threshold[mlp_input], state.mlp_shift, a_.mlp_token_shift,
+                (group.begin + g) / a_.S);
       list(first + g, a_.E);
     }
   }
@@ -166,7 +180,7 @@ class Step {
     const int64_t size = group.end - group.begin;
     sum(w.fc1, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
-      fire({y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, nullptr, words_, w.fc1.norm);
+      neurons_.fire({y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, nullptr, words_, w.fc1.norm);
       list(first + g, a_.hidden);
     }
   }
@@ -176,136 +190,24 @@ class Step {
     sum(w.fc2, a_.hidden, first, size);
     for (int64_t g = 0; g < size; g++) {
       const Rows y{y_ + g * parts_.y_size, E_};
-      normalise(y, a_.E, w.fc2.norm);
-      if (a_.present[neuron]) fire(y, a_.E, a_.thresholds[neuron], y.start, nullptr);
-      add_to(stream(group.begin + g), y);
+      neurons_.normalise(y, a_.E, w.fc2.norm);
+      if (a_.present[neuron]) neurons_.fire(y, a_.E, a_.thresholds[neuron], y.start, nullptr);
+      add_to(stream(first + g), y);
     }
   }
 
-  Rows stream(int64_t b) const { return {streams_ + b * a_.T * E_, E_}; }
+  Rows stream(int64_t place) const { return {own_ + place * a_.T * E_, E_}; }
 
   static void copy(const float* from, int64_t n, float* to) {
     memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
   }
 
-  // Mean and 1 / sqrt(variance + eps) of each row.
-  void row_statistics(const Rows& y, int64_t C) const {
-    const float n = static_cast<float>(C);
-    for (int64_t t = 0; t < a_.T; t++) {
-      const float* row = y[t];
-      F sums[4] = {zero(), zero(), zero(), zero()};
-      int64_t c = 0;
-      for (; c + 4 * W <= C; c += 4 * W) {
-        for (int i = 0; i < 4; i++) sums[i] = add(sums[i], load(row + c + i * W));
-      }
-      for (; c < C; c += W) sums[0] = add(sums[0], load_up_to(row + c, static_cast<int>(C - c < W ? C - c : W)));
-      const float mean = spikedecoder::SPIKEDECODER_VARIANT::sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) / n;
-      const F m = set1(mean);
-      for (F& s : sums) s = zero();
-      for (c = 0; c + 4 * W <= C; c += 4 * W) {
-        for (int i = 0; i < 4; i++) {
-          const F d = sub(load(row + c + i * W), m);
-          sums[i] = fma(d, d, sums[i]);
-        }
-      }
-      for (; c < C; c += W) {
-        const int64_t k = C - c;
-        F d = sub(load(row + c), m);
-        if (k < W) d = keep(mask_of((1u << k) - 1), d);
-        sums[0] = fma(d, d, sums[0]);
-      }
-      const float squares =
-          spikedecoder::SPIKEDECODER_VARIANT::sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-      statistics_[t] = mean;
-      statistics_[a_.T + t] = 1 / __builtin_sqrtf(squares / n + a_.eps);
-    }
-  }
-
-  // One vector of channels of a norm.
-  struct Normed {
-    F weight, bias, mean, rstd;
-    bool rows;
-
-    SPIKEDECODER_INLINE_MEMBER void read(const Norm& n, int64_t c) {
-      rows = !n.mean;
-      weight = load(n.weight + c);
-      bias = load(n.bias + c);
-      mean = rows ? zero() : load(n.mean + c);
-      rstd = rows ? zero() : load(n.rstd + c);
-    }
-    SPIKEDECODER_INLINE_MEMBER F operator()(F y, float row_mean, float row_rstd) const {
-      const F z = rows ? mul(sub(y, set1(row_mean)), set1(row_rstd)) : mul(sub(y, mean), rstd);
-      return fma(z, weight, bias);
-    }
-  };
-
-  // No norm.
-  struct Plain {
-    SPIKEDECODER_INLINE_MEMBER void read(const Norm&, int64_t) {}
-    SPIKEDECODER_INLINE_MEMBER F operator()(F y, float, float) const { return y; }
-  };
-
-  // y = norm(y), in place.
-  void normalise(const Rows& y, int64_t C, const Norm& norm) const {
-    if (!norm.mean) row_statistics(y, C);
-    for (int64_t c = 0; c < C; c += W) {
-      Normed normed;
-      normed.read(norm, c);
-      for (int64_t t = 0; t < a_.T; t++) {
-        store(y[t] + c, normed(load(y[t] + c), statistics_[t], statistics_[a_.T + t]));
-      }
-    }
-  }
-
-  // The spikes of neurons with input norm(y), or y itself, as floats [T, E] and as bits; either may be null.
-  void fire(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm = {}) const {
-    if (words) clear(words);
-    if (!norm.weight) {
-      fire_with<Plain>(y, C, threshold, spikes, words, norm);
-    } else {
-      if (!norm.mean) row_statistics(y, C);
-      fire_with<Normed>(y, C, threshold, spikes, words, norm);
-    }
-  }
-
-  template <class Input>
-  void fire_with(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm) const {
-    for_channels(decode_padded(C), [&](auto vectors, int64_t c, int) SPIKEDECODER_INLINE_LAMBDA {
-      constexpr int U = decltype(vectors)::count;
-      Input input[U];
-      F limit[U], v[U];
-      for (int u = 0; u < U; u++) {
-        input[u].read(norm, c + u * W);
-        const int64_t left = C - c - u * W;
-        limit[u] = set1(threshold);
-        if (left < W) limit[u] = select(mask_of(left > 0 ? (1u << left) - 1 : 0), limit[u], set1(__builtin_inff()));
-        v[u] = zero();
-      }
-      for (int64_t t = 0; t < a_.T; t++) {
-        uint64_t word = 0;
-        for (int u = 0; u < U; u++) {
-          const F x = input[u](load(y[t] + c + u * W), statistics_[t], statistics_[a_.T + t]);
-          const F h = cell_.charge(x, v[u]);
-          const Mask fired = ge(h, limit[u]);
-          v[u] = cell_.after(h, fired, limit[u]);
-          if (spikes) store(spikes + t * E_ + c + u * W, keep(fired, set1(1)));
-          word |= static_cast<uint64_t>(bits(fired)) << (u * W);
-        }
-        if (words) words[t * word_stride_ + c / 64] |= word << (c % 64);
-      }
-    });
-  }
-
-  void clear(uint64_t* words) const {
-    for (int64_t i = 0; i < word_stride_ * a_.T; i++) words[i] = 0;
-  }
-
   // words_ = the spikes that a Linear reads: those of x, or x itself, after the token shift.
   void spikes_of(const Rows& x, bool own, float threshold, float* history, int64_t shift, int64_t b) const {
-    if (own) fire(x, a_.E, threshold, shift > 1 ? spikes_ : nullptr, words_);
+    if (own) neurons_.fire(x, a_.E, threshold, shift > 1 ? spikes_ : nullptr, words_);
     if (own && shift == 1) return;
     const Rows s{own ? spikes_ : x.start, E_};
-    clear(words_);
+    neurons_.clear(words_);
     for (int64_t t = 0; t < a_.T; t++) {
       const float* row = s[t];
       if (shift > 1) {
@@ -343,16 +245,16 @@ class Step {
             reinterpret_cast<int32_t*>(own_ + parts_.ends + place * parts_.ends_size)};
   }
 
-  // The spikes of words_ (C a timestep), as the lists of one sequence of the chunk.
+  // The spikes of words_ (C a timestep), as the lists of one token of the chunk.
   void list(int64_t place, int64_t C) const { list_spikes(words_, a_.T, word_stride_, words_for(C), lists(place)); }
 
-  // y [size, T, columns] = the Linear of the listed spikes of `size` sequences from place `first` on, C inputs.
+  // y [size, T, columns] = the Linear of the listed spikes of `size` tokens from place `first` on, C inputs.
   void sum(const Linear& l, int64_t C, int64_t first, int64_t size) const {
     const int64_t width = decode_panel(C);
     for (int64_t begin = 0; begin < l.columns; begin += width) {
       const int64_t columns = l.columns - begin < width ? l.columns - begin : width;
       const float* panel = l.weight + begin * C;
-      // one sequence needs only some of the next panel's rows, many need nearly all of them
+      // one token needs only some of the next panel's rows, many need nearly all of them
       const int64_t soon = size >= FETCH_FOR && l.columns - begin > width ? columns * C : 0;
       for (int64_t c = 0; c < columns; c += MOST_VECTORS * W) {
         const int64_t left = (columns - c) / W;
@@ -402,36 +304,80 @@ class Step {
 
   const Decode& a_;
   const Cell<PlainCell>& cell_;
-  const int64_t E_, hidden_, word_stride_, group_, chunk_;
+  const int64_t E_, hidden_, word_stride_, group_;
   const DecodeScratch parts_;
-  float *const streams_, *const own_;
-  float *y_, *z_, *spikes_, *values_, *statistics_, *joined_;
+  float* const own_;
+  const Neurons<PlainCell> neurons_;
+  float *y_, *z_, *spikes_, *values_, *joined_;
   uint64_t *words_, *q_words_, *k_words_;
 };
 
-// Nanoseconds of one sequence on one thread, at a guess: a sixth of the neurons spikes.
+// Nanoseconds of one token on one thread, at a guess: a sixth of the neurons spikes.
 double work(const Decode& a) {
   const double E = static_cast<double>(a.E), hidden = static_cast<double>(a.hidden);
   const double sums = 4 * E * E + 2 * E * hidden, neurons = 8 * E + 2 * hidden;
   return 0.1 * static_cast<double>(a.blocks * a.T) * (sums / 6 + 4 * neurons) / W;
 }
 
+// The n-th look at what another thread is to do: soon, unless it has no core of its own.
+void pause(int64_t n) {
+  if (n % 64 == 63) {
+    sched_yield();
+  } else {
+#if defined(__SSE2__)
+    _mm_pause();
+#endif
+  }
+}
+
+// Chunks of each block that one sequence has behind it, seen by all threads.
+struct Progress {
+  int64_t* done;  // [blocks]
+
+  void wait_for(int64_t block, int64_t chunks) const {
+    for (int64_t n = 0; __atomic_load_n(done + block, __ATOMIC_ACQUIRE) < chunks; n++) pause(n);
+  }
+  void set(int64_t block, int64_t chunks) const { __atomic_store_n(done + block, chunks, __ATOMIC_RELEASE); }
+};
+
 }  // namespace
 
 void decode(const Decode& a) {
-  int threads = threads_for(work(a) * static_cast<double>(a.B), a.threads);
-  if (threads > a.B) threads = static_cast<int>(a.B);
+  const int64_t tokens = a.B * a.S, most = decode_chunk(a);
+  int threads = threads_for(work(a) * static_cast<double>(tokens), a.threads);
+  // a sequence shared by threads: chunks so small that all have some, but not so small that nothing is shared in them
+  const bool shared = a.B < threads && a.S > 1;
+  int64_t size = most;
+  if (shared) {
+    const int64_t even = (a.S + threads - 1) / threads;
+    size = even < 8 ? larger(1, most < 8 ? most : 8) : even < most ? even : most;
+  } else if (threads > a.B) {
+    threads = static_cast<int>(a.B);
+  }
+  const int64_t own = decode_scratch_parts(a).size, counts = decode_padded(2 * a.blocks);
+  float* scratch = static_cast<float*>(a.scratch);
+  if (shared) memset(scratch + threads * own, 0, static_cast<size_t>(threads * counts) * sizeof(float));
   with_cell(a.neuron, [&](const auto& cell) {
-    parallel(threads, [&](int thread, int all) {
-      const Range mine = share(a.B, thread, all);
-      const Step step(a, cell, thread);
-      for (int64_t b = mine.begin; b < mine.end; b++) step.embed(b);
-      Reader reader{a.weights, a.norm};
-      for (int64_t n = 0; n < a.blocks; n++) {
-        const BlockWeights weights(a, reader);
-        step.block(weights, n, mine);
+    team(threads, [&](int thread, int all) {
+      const Step step(a, cell, scratch + thread * own);
+      const auto nothing = [](int64_t) {};
+      if (!shared) {
+        const Range mine = share(a.B, thread, all);
+        for (int64_t i = mine.begin * a.S; i < mine.end * a.S; i += size) {
+          step.run({i, i + size < mine.end * a.S ? i + size : mine.end * a.S}, nothing, nothing);
+        }
+        return;
       }
-      for (int64_t b = mine.begin; b < mine.end; b++) step.head(reader, b);
+      const int64_t chunks = (a.S + size - 1) / size;
+      for (int64_t b = 0; b < a.B; b++) {
+        const Progress progress{reinterpret_cast<int64_t*>(scratch + threads * own + b * counts)};
+        // in turn through all sequences, so that none waits at the end of one
+        for (int64_t c = (thread + all - b * chunks % all) % all; c < chunks; c += all) {
+          const int64_t begin = b * a.S + c * size, end = b * a.S + (c + 1 < chunks ? (c + 1) * size : a.S);
+          step.run({begin, end}, [&](int64_t n) { progress.wait_for(n, c); },
+                   [&](int64_t n) { progress.set(n, c + 1); });
+        }
+      }
     });
   });
 }

@@ -30,7 +30,7 @@ struct DecodeState {
   float *attention, *attention_shift, *mlp_shift;
 };
 
-// A model, and one token of each of B sequences. Sizes as in spikedecoder/config.py.
+// A model, and the next S tokens of each of B sequences. Sizes as in spikedecoder/config.py.
 //
 // weights: per block  q, k and v side by side, [attention norm], projection, fc1, fc2; then the head. Each is a
 // matrix [inputs, outputs], its bias, and (but for the head) its norm: weight, bias and, of channels, mean and
@@ -48,15 +48,16 @@ struct Decode {
   const uint8_t* present;                     // as thresholds, but for the head's
   int64_t token_width;
 
-  // the token: `embedded` [B, E], or null, and then the rows tokens[b] of `token_rows` [, token_width] and
+  // the tokens: `embedded` [B, S, E], or null, and then (S = 1) the rows tokens[b] of `token_rows` [, token_width] and
   // positions[b] - first_position of `position_rows` [, E - token_width]
   const float *embedded, *token_rows, *position_rows;
   const int64_t *tokens, *positions;  // [B]
   int64_t first_position;
   const DecodeState* states;          // [blocks]
-  float* logits;                      // [B, V]
+  float* logits;                      // [B, S, V], or behind the last token only: [B, V]
+  bool last_only;
   void* scratch;                      // decode_scratch bytes, 64-byte aligned
-  int64_t B;
+  int64_t B, S;
   int threads;
 };
 
@@ -91,27 +92,26 @@ static inline int64_t decode_panel(int64_t inputs) {
 // Nodes of the trees of timesteps (decode_sums.h), at most.
 static constexpr int64_t decode_nodes(int64_t T) { return 2 * T; }
 
-// Sequences that a thread takes through a block together, so that its weights are read from memory once; bounded by
-// their lists of spikes.
+// Tokens that a thread takes through the blocks together, so that the weights are read from memory once for all of
+// them: one of each of several sequences, or neighbours of one; bounded by their lists of spikes.
 static inline int64_t decode_chunk(const Decode& a) {
   const int64_t room = (1 << 21) / (a.T * larger(a.E, a.hidden));
   return room < 1 ? 1 : room > 32 ? 32 : room;
 }
 
-// Sequences of those that go through a Linear together: as many as have their results in a part of the second-level
-// cache.
+// Those of them that go through a Linear together: as many as have their results in a part of the second-level cache.
 static inline int64_t decode_group(const Decode& a) {
   const int64_t room = (96 << 10) / (a.T * larger(3 * decode_padded(a.E), decode_padded(a.hidden)));
   return room < 1 ? 1 : room > 16 ? 16 : room;
 }
 
-// Where the parts of one thread's scratch memory begin, in floats: the results of a Linear [group, T, columns], of
-// the attention [T, E], spikes [2, T, E], statistics [2, T], the head's input, words of bits
+// Where the parts of one thread's scratch memory begin, in floats: the residual streams [chunk, T, E], the
+// results of a Linear [group, T, columns], of the attention [T, E], spikes [2, T, E], statistics [2, T], the head's input, words of bits
 // [3, T, inputs / 64], lists of spikes [chunk, T * inputs] (16 bits each) and where a node's ends [chunk, nodes]. All
 // rows are padded.
 struct DecodeScratch {
-  int64_t z, spikes, statistics, joined, words, lists, ends, size;
-  int64_t y_size, words_size, list_size, ends_size;  // of one sequence; of one set of words; of one sequence's lists
+  int64_t y, z, spikes, statistics, joined, words, lists, ends, size;
+  int64_t y_size, words_size, list_size, ends_size;  // of one token; of one set of words; of one token's lists
 };
 
 static inline DecodeScratch decode_scratch_parts(const Decode& a) {
@@ -122,7 +122,8 @@ static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   s.words_size = decode_padded(2 * words_for(widest) * a.T);
   s.list_size = decode_padded((a.T * widest + 64) / 2 + 1);
   s.ends_size = decode_padded(decode_nodes(a.T));
-  s.z = decode_group(a) * s.y_size;
+  s.y = chunk * a.T * E;
+  s.z = s.y + decode_group(a) * s.y_size;
   s.spikes = s.z + E * a.T;
   s.statistics = s.spikes + 2 * E * a.T;
   s.joined = s.statistics + decode_padded(2 * a.T);
@@ -133,10 +134,10 @@ static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   return s;
 }
 
-// Bytes of scratch memory for B sequences: the residual streams [B, T, E], then each thread's own.
-static inline int64_t decode_scratch(const Decode& a, int64_t B, int threads) {
-  const int64_t own = decode_scratch_parts(a).size;
-  return static_cast<int64_t>(sizeof(float)) * (B * a.T * decode_padded(a.E) + threads * own);
+// Bytes of scratch memory: each thread's own, and for each thread how far each block has come.
+static inline int64_t decode_scratch(const Decode& a, int threads) {
+  const int64_t own = decode_scratch_parts(a).size + decode_padded(2 * a.blocks);
+  return static_cast<int64_t>(sizeof(float)) * threads * own;
 }
 
 }  // namespace spikedecoder

@@ -73,10 +73,12 @@ def same_states(actual: DecoderState, expected: DecoderState) -> None:
 
 
 def same_steps(model: SpikeDecoder, tokens: torch.Tensor, split: int) -> None:
-    """Read `split` tokens, then step natively and in PyTorch side by side, and once more across a fork."""
+    """Read `split` tokens, natively and in PyTorch, then step side by side."""
     decoder = Decoder(model)
-    _, expected_state = model.prefill(tokens[:, :split])
-    state = expected_state.clone()
+    expected, expected_state = model.prefill(tokens[:, :split])
+    actual, state = decoder.prefill(tokens[:, :split])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    same_states(state, expected_state)
     for i in range(split, tokens.shape[1]):
         expected, expected_state = model.step(tokens[:, i], expected_state)
         actual, state = decoder.step(tokens[:, i], state)
@@ -103,7 +105,7 @@ def test_steps_equal_the_models(variant):
 @settings(max_examples=40, deadline=None)
 @given(
     degree=st.integers(3, 4),
-    timesteps=st.integers(1, 6),
+    timesteps=st.integers(1, 9),
     heads=st.sampled_from([1, 2, 3, 4]),
     head_size=st.sampled_from([1, 3, 7, 8, 16, 20, 40, 70]),
     ratio=st.integers(1, 5),
@@ -159,20 +161,40 @@ def test_every_variant_of_the_cpu(name):
         native.use_variant(before)
 
 
-def test_any_number_of_threads_gives_the_same_bits():
-    model = _model({"token_dim": 150, "blocks": 4, "mlp_ratio": 8}).eval()
-    tokens = torch.randint(0, 11, (40, 6), generator=torch.Generator().manual_seed(1))
-    _, start = model.prefill(tokens)
+@pytest.mark.parametrize("batch, length", [(40, 6), (1, 75), (2, 75)])
+def test_any_number_of_threads_gives_the_same_bits(batch, length):
+    """Several sequences to a thread, and chunks of one sequence that threads take in turn."""
+    options = {"token_dim": 150, "blocks": 4, "mlp_ratio": 8, "token_shift": 3, "mlp_token_shift": 2}
+    model = _model({**options, "max_len": 80}).eval()
+    tokens = torch.randint(0, 11, (batch, length), generator=torch.Generator().manual_seed(1))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            logits, state = Decoder(model).step(tokens[:, 0].contiguous(), start.clone())
-            results.append((logits, state.layers[-1]["attention.state"]))
+            read, state = Decoder(model).prefill(tokens)
+            last, _ = Decoder(model).prefill(tokens, last_only=True)
+            assert torch.equal(last, read[:, -1])
+            logits, state = Decoder(model).step(tokens[:, 0].contiguous(), state)
+            results.append((torch.cat([read, logits[:, None]], 1), state.layers[-1]["attention.state"]))
     finally:
         torch.set_num_threads(before)
     for logits, sums in results[1:]:
         assert torch.equal(logits, results[0][0]) and torch.equal(sums, results[0][1])
+
+
+def test_tokens_one_by_one_or_together_give_the_same_bits():
+    """The order of a token's sums depends on its own spikes only: not on how many are read with it."""
+    model = _model({"token_shift": 3, "mlp_token_shift": 2, "timesteps": 7, "norm": "batch"}).eval()
+    decoder = Decoder(model)
+    whole, end = decoder.prefill(TOKENS)
+    part, state = decoder.prefill(TOKENS[:, :5])
+    parts = [part]
+    for i in range(5, 12):
+        part, state = decoder.step(TOKENS[:, i], state)
+        parts.append(part[:, None])
+    assert torch.equal(torch.cat(parts, 1), whole)
+    for a, b in zip(state.layers, end.layers, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours():
@@ -343,8 +365,16 @@ def test_bad_input():
             decoder.step(TOKENS[:, 0], broken)
     for _ in range(2):
         _, state = decoder.step(TOKENS[:, 0], state)
-    with pytest.raises(ValueError, match="state: got one of 12 tokens, takes one of fewer than 12"):
+    with pytest.raises(ValueError, match="state: got one of 12 tokens, takes one of at most 11 where 1 more"):
         decoder.step(TOKENS[:, 0], state)
+    with pytest.raises(ValueError, match="state: got one of 0 tokens, takes one of at most -1 where 13 more"):
+        decoder.prefill(torch.zeros(1, 13, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"tokens: takes an int64 tensor \[B, S\] on the CPU"):
+        decoder.prefill([[1, 2]])
+    with pytest.raises(ValueError, match=r"tokens: got shape \(3,\), takes \[3, S\] as the state has"):
+        decoder.prefill(TOKENS[:, 0])
+    with pytest.raises(ValueError, match="tokens: got ids from 0 to 11, takes 0 to 10"):
+        decoder.prefill(torch.tensor([[0, 11]]))
 
 
 def test_a_watched_model_is_stepped_module_by_module():

@@ -35,10 +35,10 @@ def why_not(model: SpikeDecoder) -> str | None:
 
 
 class Native(Recurrent):
-    """`Recurrent`, its steps computed by `spikedecoder.ext.cpu.decode.Decoder`.
+    """`Recurrent`, computed by `spikedecoder.ext.cpu.decode.Decoder`.
 
-    Prompts, and windows that are read anew, go through the model itself, and so does a step whose sums
-    float32 would not hold exactly. Takes a copy of the weights: for a model that has changed, open another.
+    Prompts, windows that are read anew and steps alike; where float32 would not hold the sums exactly, the
+    model itself goes on. Takes a copy of the weights: for a model that has changed, open another.
 
     Raises:
         ValueError: `why_not` has a reason.
@@ -54,3 +54,8 @@ class Native(Recurrent):
         if not self.decoder.takes(state):
             return super()._advance(tokens, state)
         return self.decoder.step(torch.tensor(tokens), state)
+
+    def _read_part(self, part: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        if state is not None and not self.decoder.takes(state, part.shape[1]):
+            return super()._read_part(part, state)
+        return self.decoder.prefill(part, state, last_only=True)

@@ -74,9 +74,14 @@ class Recurrent:
         """Logits [1, V] behind the window, and the state there."""
         tokens = torch.tensor([window], device=self.model.device)
         state = None
-        with evaluating(self.modules):
-            # in parts, so that the memory for reading does not grow with the prompt either
-            for part in tokens.split(max(self.context.longest, 256), dim=1):
-                logits, state = self.model.prefill(part, state)
+        # in parts, so that the memory for reading does not grow with the prompt either
+        for part in tokens.split(max(self.context.longest, 256), dim=1):
+            logits, state = self._read_part(part, state)
         assert state is not None
+        return logits, state
+
+    def _read_part(self, part: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
+        """Logits [1, V] behind tokens [1, S], and the state there."""
+        with evaluating(self.modules):
+            logits, state = self.model.prefill(part, state)
         return logits[:, -1], state

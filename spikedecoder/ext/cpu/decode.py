@@ -1,4 +1,4 @@
-"""One token through a whole fully spiking model in one call (csrc/decode.cpp)."""
+"""The next tokens through a whole fully spiking model in one call (csrc/decode.cpp)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def why_not(model: SpikeDecoder) -> str | None:
 
 
 class Decoder:
-    """`SpikeDecoder.step` of a fully spiking model on the CPU, all blocks and the head in one call.
+    """`step` and `prefill` of a fully spiking SpikeDecoder on the CPU, all blocks and the head in one call.
 
     Takes a copy of the weights as they are at construction: make a new one after they have changed. Always
     computes what the model does in evaluation mode. Calls from several threads wait for each other.
@@ -92,15 +92,15 @@ class Decoder:
             decay=address(self._decay),
         )
         self._scratch = torch.empty(0)
-        self._room = (0, 0)  # sequences and threads that it is for
+        self._room = 0  # threads that it is for
         self._known: list[Tensor] = []  # the state's tensors whose addresses these are
         self._addresses = torch.empty(0)
         self._bounded = c.position_encoding != "static" or c.token_encoding == "one-hot"
 
-    def takes(self, state: DecoderState) -> bool:
-        """Whether `step` can go on from here: the sums of spikes still fit float32 exactly."""
+    def takes(self, state: DecoderState, more: int = 1) -> bool:
+        """Whether `more` tokens can follow here: the sums of spikes still fit float32 exactly."""
         c = self.config
-        exact = (state.longest + 1) * (c.embed_dim // c.heads) <= 2**24
+        exact = (state.longest + more) * (c.embed_dim // c.heads) <= 2**24
         sums = state.layers[0].get("attention.state")
         return exact and (sums is None or sums.dtype == torch.float32)
 
@@ -113,53 +113,87 @@ class Decoder:
             TypeError, ValueError: token or state of another shape, dtype, device or model; ids or positions
                 out of range; a state for which `takes` is false.
         """
-        c = self.config
-        if not isinstance(token, Tensor) or token.dtype != torch.int64 or token.device.type != "cpu":
-            raise TypeError("token: takes an int64 tensor [B] on the CPU")
-        if not isinstance(state, DecoderState) or (state.config is not c and state.config != c):
-            raise ValueError("state: got one of another model, takes a DecoderState of this one's")
-        if token.dim() != 1 or len(token) != state.batch_size or not len(token):
-            raise ValueError(
-                f"token: got shape {tuple(token.shape)}, takes [{state.batch_size}] as the state has"
-            )
-        if self._bounded and state.longest >= c.max_len:
-            raise ValueError(f"state: got one of {state.longest} tokens, takes one of fewer than {c.max_len}")
-        if not self.takes(state):
-            raise ValueError(
-                f"state: got one of {state.longest} tokens, takes one whose sums stay exact in float32; "
-                "go on with SpikeDecoder.step"
-            )
+        self._check("token", token, 1, state)
+        logits = torch.empty(len(token), self.config.vocab_size)
         with self._lock:
-            logits = self._step(token.contiguous(), state)
+            table = self._embedding.position_rows(state)
+            if table is None:
+                self._read(token[:, None], state, logits, True)
+            else:
+                token, token_rows, (rows, first) = token.contiguous(), self._embedding.token_rows, table
+                self._native.step_tokens(
+                    *(address(token_rows), len(token_rows), address(rows), len(rows), first),
+                    *(address(token), address(state.position), self._point_to(state), address(logits)),
+                    *(self._room_for_threads(), len(token), torch.get_num_threads()),
+                )
         state.position = state.position + 1
         state.longest += 1
         return logits, state
 
-    def _step(self, token: Tensor, state: DecoderState) -> Tensor:
-        batch, threads = len(token), torch.get_num_threads()
-        self._point_to(state)
-        if batch > self._room[0] or threads > self._room[1]:
-            self._scratch = torch.empty(self._native.scratch_bytes(batch, threads) // 4)
-            self._room = (batch, threads)
-        logits = torch.empty(batch, self.config.vocab_size)
-        rest = (address(self._addresses), address(logits), address(self._scratch), batch, threads)
-        table = self._embedding.position_rows(state)
-        if table is None:
-            embedded = self._embedding(token, state.position)
-            self._native.step_embedded(address(embedded), *rest)
-        else:
-            token_rows, (rows, first) = self._embedding.token_rows, table
-            self._native.step_tokens(
-                *(address(token_rows), len(token_rows), address(rows), len(rows), first),
-                *(address(token), address(state.position), *rest),
-            )
-        return logits
+    def prefill(
+        self, tokens: Tensor, state: DecoderState | None = None, last_only: bool = False
+    ) -> tuple[Tensor, DecoderState]:
+        """Read tokens [B, S] int64, from the beginning or `state` on: logits [B, S, V] and the state behind.
 
-    def _point_to(self, state: DecoderState) -> None:
-        """Fills `_addresses`, unless the state's tensors are those of the step before."""
+        last_only: only the logits [B, V] behind the last token. Otherwise, and in what it raises, as `step`.
+        """
+        if state is None:
+            batch = len(tokens) if isinstance(tokens, Tensor) and tokens.dim() else 0
+            state = DecoderState.empty(self.config, batch, torch.device("cpu"))
+        self._check("tokens", tokens, 2, state)
+        b, s = tokens.shape
+        logits = torch.empty((b, self.config.vocab_size) if last_only else (b, s, self.config.vocab_size))
+        with self._lock:
+            self._read(tokens, state, logits, last_only)
+        state.position = state.position + s
+        state.longest += s
+        return logits, state
+
+    def _check(self, name: str, tokens: Tensor, dims: int, state: DecoderState) -> None:
+        c = self.config
+        shape = "[B]" if dims == 1 else "[B, S]"
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
+            raise TypeError(f"{name}: takes an int64 tensor {shape} on the CPU")
+        if not isinstance(state, DecoderState) or (state.config is not c and state.config != c):
+            raise ValueError("state: got one of another model, takes a DecoderState of this one's")
+        if tokens.dim() != dims or len(tokens) != state.batch_size or not tokens.numel():
+            takes = f"[{state.batch_size}]" if dims == 1 else f"[{state.batch_size}, S]"
+            raise ValueError(f"{name}: got shape {tuple(tokens.shape)}, takes {takes} as the state has")
+        more = 1 if dims == 1 else tokens.shape[1]
+        if self._bounded and state.longest + more > c.max_len:
+            raise ValueError(
+                f"state: got one of {state.longest} tokens, takes one of at most {c.max_len - more}"
+                f" where {more} more come"
+            )
+        if not self.takes(state, more):
+            raise ValueError(
+                f"state: got one of {state.longest} tokens, takes one whose sums stay exact in float32; "
+                f"go on with SpikeDecoder.{'step' if dims == 1 else 'prefill'}"
+            )
+
+    def _read(self, tokens: Tensor, state: DecoderState, logits: Tensor, last_only: bool) -> None:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"tokens: got ids from {low} to {high}, takes 0 to {self.config.vocab_size - 1}")
+        embedded = self._embedding(tokens, state.position[:, None] + torch.arange(tokens.shape[1]))
+        self._native.read_embedded(
+            *(address(embedded), self._point_to(state), address(logits), last_only),
+            *(self._room_for_threads(), *tokens.shape, torch.get_num_threads()),
+        )
+
+    def _room_for_threads(self) -> int:
+        """The address of scratch memory."""
+        threads = torch.get_num_threads()
+        if threads > self._room:
+            self._scratch = torch.empty(self._native.scratch_bytes(threads) // 4)
+            self._room = threads
+        return address(self._scratch)
+
+    def _point_to(self, state: DecoderState) -> int:
+        """Where the addresses of a state's tensors are; known, where they are those of the step before."""
         tensors = [tensor for layer in state.layers for tensor in layer.values()]
         if self._known and len(tensors) == len(self._known) and all(map(is_, tensors, self._known)):
-            return
+            return address(self._addresses)
         self._known = []
         c, d = self.config, self.config.embed_dim // self.config.heads
         shapes: dict[str, tuple[int, ...]] = {
@@ -180,6 +214,7 @@ class Decoder:
         addresses = [[address(layer.get(name)) for name in _STATE] for layer in state.layers]
         self._addresses = torch.tensor(addresses, dtype=torch.int64)
         self._known = [tensor for layer in state.layers for tensor in layer.values()]
+        return address(self._addresses)
 
 
 class _Embedding:
@@ -192,18 +227,18 @@ class _Embedding:
         self._near: Tensor | None = None
         self._far, self._first = torch.empty(0), 0
         if c.position_width:  # else they are added, or one
-            everything = self(torch.arange(c.vocab_size), torch.zeros(c.vocab_size, dtype=torch.int64))
-            self.token_rows = everything[:, : c.token_width].contiguous()
+            tokens = torch.arange(c.vocab_size)[None]
+            self.token_rows = self(tokens, torch.zeros_like(tokens))[0, :, : c.token_width].contiguous()
             self._near = self._rows(0, c.max_len)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """[B, E] for tokens [B] at positions [B]."""
+        """[B, S, E] for tokens [B, S] at positions [B, S]."""
         with torch.no_grad():
-            return self._module(tokens[:, None], positions[:, None], torch.float32)[:, 0].contiguous()
+            return self._module(tokens, positions, torch.float32).contiguous()
 
     def _rows(self, first: int, count: int) -> Tensor:
-        positions = torch.arange(first, first + count)
-        return self(torch.zeros_like(positions), positions)[:, self.config.token_width :].contiguous()
+        positions = torch.arange(first, first + count)[None]
+        return self(torch.zeros_like(positions), positions)[0, :, self.config.token_width :].contiguous()
 
     def position_rows(self, state: DecoderState) -> tuple[Tensor, int] | None:
         """Rows for all the positions of a state, and the position of the first; None where there is no table.

@@ -1,0 +1,147 @@
+// Norms and neurons of one token, inside decode.cpp.
+#pragma once
+
+#include "decode_parts.h"
+#include "kernels.h"
+#include "neuron.h"
+#include "simd.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+namespace {
+
+struct Rows {
+  float* start;
+  int64_t stride;
+
+  float* operator[](int64_t t) const { return start + t * stride; }
+};
+
+template <bool PlainCell>
+class Neurons {
+ public:
+  // statistics: room for [2, T]. Bits are written in rows of `word_stride` words a timestep, spikes in rows of E.
+  Neurons(const Decode& a, const Cell<PlainCell>& cell, int64_t word_stride, float* statistics)
+      : a_(a), cell_(cell), E_(decode_padded(a.E)), word_stride_(word_stride), statistics_(statistics) {}
+
+  // y = norm(y), in place.
+  void normalise(const Rows& y, int64_t C, const Norm& norm) const {
+    if (!norm.mean) row_statistics(y, C);
+    for (int64_t c = 0; c < C; c += W) {
+      Normed normed;
+      normed.read(norm, c);
+      for (int64_t t = 0; t < a_.T; t++) {
+        store(y[t] + c, normed(load(y[t] + c), statistics_[t], statistics_[a_.T + t]));
+      }
+    }
+  }
+
+  // The spikes of neurons with input norm(y), or y itself, as floats [T, E] and as bits; either may be null.
+  void fire(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm = {}) const {
+    if (words) clear(words);
+    if (!norm.weight) {
+      fire_with<Plain>(y, C, threshold, spikes, words, norm);
+    } else {
+      if (!norm.mean) row_statistics(y, C);
+      fire_with<Normed>(y, C, threshold, spikes, words, norm);
+    }
+  }
+
+  void clear(uint64_t* words) const {
+    for (int64_t i = 0; i < word_stride_ * a_.T; i++) words[i] = 0;
+  }
+
+ private:
+  // Mean and 1 / sqrt(variance + eps) of each row.
+  void row_statistics(const Rows& y, int64_t C) const {
+    const float n = static_cast<float>(C);
+    for (int64_t t = 0; t < a_.T; t++) {
+      const float* row = y[t];
+      F sums[4] = {zero(), zero(), zero(), zero()};
+      int64_t c = 0;
+      for (; c + 4 * W <= C; c += 4 * W) {
+        for (int i = 0; i < 4; i++) sums[i] = add(sums[i], load(row + c + i * W));
+      }
+      for (; c < C; c += W) sums[0] = add(sums[0], load_up_to(row + c, static_cast<int>(C - c < W ? C - c : W)));
+      const float mean = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) / n;
+      const F m = set1(mean);
+      for (F& s : sums) s = zero();
+      for (c = 0; c + 4 * W <= C; c += 4 * W) {
+        for (int i = 0; i < 4; i++) {
+          const F d = sub(load(row + c + i * W), m);
+          sums[i] = fma(d, d, sums[i]);
+        }
+      }
+      for (; c < C; c += W) {
+        const int64_t k = C - c;
+        F d = sub(load(row + c), m);
+        if (k < W) d = keep(mask_of((1u << k) - 1), d);
+        sums[0] = fma(d, d, sums[0]);
+      }
+      const float squares = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+      statistics_[t] = mean;
+      statistics_[a_.T + t] = 1 / __builtin_sqrtf(squares / n + a_.eps);
+    }
+  }
+
+  // One vector of channels of a norm.
+  struct Normed {
+    F weight, bias, mean, rstd;
+    bool rows;
+
+    SPIKEDECODER_INLINE_MEMBER void read(const Norm& n, int64_t c) {
+      rows = !n.mean;
+      weight = load(n.weight + c);
+      bias = load(n.bias + c);
+      mean = rows ? zero() : load(n.mean + c);
+      rstd = rows ? zero() : load(n.rstd + c);
+    }
+    SPIKEDECODER_INLINE_MEMBER F operator()(F y, float row_mean, float row_rstd) const {
+      const F z = rows ? mul(sub(y, set1(row_mean)), set1(row_rstd)) : mul(sub(y, mean), rstd);
+      return fma(z, weight, bias);
+    }
+  };
+
+  // No norm.
+  struct Plain {
+    SPIKEDECODER_INLINE_MEMBER void read(const Norm&, int64_t) {}
+    SPIKEDECODER_INLINE_MEMBER F operator()(F y, float, float) const { return y; }
+  };
+
+  template <class Input>
+  void fire_with(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm) const {
+    for_channels(decode_padded(C), [&](auto vectors, int64_t c, int) SPIKEDECODER_INLINE_LAMBDA {
+      constexpr int U = decltype(vectors)::count;
+      Input input[U];
+      F limit[U], v[U];
+      for (int u = 0; u < U; u++) {
+        input[u].read(norm, c + u * W);
+        const int64_t left = C - c - u * W;
+        limit[u] = set1(threshold);
+        if (left < W) limit[u] = select(mask_of(left > 0 ? (1u << left) - 1 : 0), limit[u], set1(__builtin_inff()));
+        v[u] = zero();
+      }
+      for (int64_t t = 0; t < a_.T; t++) {
+        uint64_t word = 0;
+        for (int u = 0; u < U; u++) {
+          const F x = input[u](load(y[t] + c + u * W), statistics_[t], statistics_[a_.T + t]);
+          const F h = cell_.charge(x, v[u]);
+          const Mask fired = ge(h, limit[u]);
+          v[u] = cell_.after(h, fired, limit[u]);
+          if (spikes) store(spikes + t * E_ + c + u * W, keep(fired, set1(1)));
+          word |= static_cast<uint64_t>(bits(fired)) << (u * W);
+        }
+        if (words) words[t * word_stride_ + c / 64] |= word << (c % 64);
+      }
+    });
+  }
+
+  const Decode& a_;
+  const Cell<PlainCell>& cell_;
+  const int64_t E_, word_stride_;
+  float* const statistics_;
+};
+
+}  // namespace
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder
