@@ -22,7 +22,7 @@ from spikedecoder.kernels._digits import digit, dot_digits
 from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, major, multiprocessors, why_not
 from spikedecoder.kernels.pack_spikes import WORD, pack, unpack_tile
 
-__all__ = ["forward", "weight_grad", "why_not"]
+__all__ = ["forward", "from_words", "weight_grad", "why_not"]
 
 
 @triton.jit
@@ -97,14 +97,19 @@ def linear_weight_grad(
 def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(y [..., N] in the weight's dtype, the spikes as int64 words [..., ceil(K / 64)])."""
     words = pack(s)
-    outputs, inputs = weight.shape
-    y = weight.new_empty(*s.shape[:-1], outputs)
-    rows = s.numel() // inputs if inputs else 0
+    return from_words(words, s.shape[-1], weight, bias), words
+
+
+def from_words(words: Tensor, inputs: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y from spikes that are packed already: the same launch, so the same y bit for bit."""
+    words, outputs = words.contiguous(), weight.shape[0]
+    y = weight.new_empty(*words.shape[:-1], outputs)
+    rows = words.numel() // words.shape[-1] if inputs else 0
     if y.numel() == 0 or rows == 0:
-        return y.zero_() if bias is None else y.copy_(bias.expand_as(y)), words
+        return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     align = alignment(inputs, outputs)
     full = weight.dtype == torch.float32
-    block_n = 32 if full and major(s.device) == 8 else 64 if full or outputs <= 64 else 128
+    block_n = 32 if full and major(weight.device) == 8 else 64 if full or outputs <= 64 else 128
     launch(
         linear_forward, (cdiv(rows, 64) * cdiv(outputs, block_n),), words_ptr=words.view(torch.int32),
         weight_ptr=weight.contiguous(), bias_ptr=None if bias is None else bias.contiguous(), y_ptr=y,
@@ -112,7 +117,7 @@ def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
         inputs=inputs // align, outputs=outputs // align, words=2 * words.shape[-1], BLOCK_M=64,
         BLOCK_N=block_n, BLOCK_K=WORD, ALIGN=align,
     )  # fmt: skip
-    return y, words
+    return y
 
 
 def weight_grad(words: Tensor, inputs: int, grad: Tensor) -> Tensor:

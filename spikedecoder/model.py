@@ -13,6 +13,7 @@ from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.attention import SoftmaxAttention, SpikingAttention
 from spikedecoder.nn.embedding import Embedding, FloatEmbedding
 from spikedecoder.nn.head import Head
+from spikedecoder.nn.linear import LinearNorm, LinearNormLIF
 from spikedecoder.nn.mlp import MLP, SpikingMLP
 from spikedecoder.nn.neuron import LIF
 from spikedecoder.nn.state import DecoderState, LayerState
@@ -190,6 +191,16 @@ class SpikeDecoder(nn.Module, FolderMixin):
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= c.vocab_size:
                 raise ValueError(f"tokens: got ids from {low} to {high}, takes 0 to {c.vocab_size - 1}")
+
+    def recompute_activations(self, on: bool = True) -> None:
+        """For backward keep spikes as bits and statistics of norms only, and compute Linears again there.
+
+        Same results; what a training step keeps shrinks several times, for one more product a Linear. A
+        setting of this object: in no config and no checkpoint.
+        """
+        for module in self.modules():
+            if isinstance(module, (LinearNorm, LinearNormLIF)):
+                module.recompute = on
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """For the optimiser: decay on Linear weights and thresholds, none on biases, norms, embeddings."""

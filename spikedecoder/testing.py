@@ -72,6 +72,10 @@ def _rows() -> Iterator[Case]:
     yield Case("norm_lif", "wide", (4, 2, 3, 200), {"norm": "layer"}, exact=False)
     yield Case("norm_lif", "threshold", (4, 2, 3, 36), {"norm": "layer", "threshold": ()}, exact=False)
 
+    for norm in ("layer", "batch", "power"):
+        yield Case("linear_norm_lif", norm, (3, 2, 5, 70, 36), {"norm": norm}, exact=False)
+    yield Case("linear_norm", "layer", (3, 2, 5, 70, 36), {"norm": "layer"}, exact=False)
+
     for op in ("spike_attention", "spike_attention_lif"):
         for s, d in ((1, 8), (5, 16), (64, 16), (65, 18), (130, 20), (96, 32), (70, 64)):
             yield Case(op, f"S{s}-d{d}", (2, 2, 3, s, d))
@@ -189,6 +193,20 @@ def _linear_inputs(case: Case, generator: torch.Generator) -> Inputs:
     }
 
 
+def _linear_norm_inputs(case: Case, generator: torch.Generator) -> Inputs:
+    *rows, k, n = case.shape
+    inputs: Inputs = {
+        "s": spikes((*rows, k), generator).requires_grad_(),
+        "weight": (torch.randn(n, k, generator=generator) / k**0.5).requires_grad_(),
+        "bias": torch.randn(n, generator=generator).requires_grad_(),
+        "n": _norm_params(case, generator),
+    }
+    if case.operator == "linear_norm_lif":
+        inputs["p"] = LIFParams()
+        inputs["threshold"] = torch.tensor(0.75).requires_grad_()
+    return inputs
+
+
 _MAKERS: dict[str, Callable[[Case, torch.Generator], Inputs]] = {
     "lif": _lif_inputs,
     "binarize": lambda case, g: {"x": torch.randn(case.shape, generator=g).requires_grad_()},
@@ -198,6 +216,8 @@ _MAKERS: dict[str, Callable[[Case, torch.Generator], Inputs]] = {
     "spike_attention": _attention_inputs,
     "spike_attention_lif": _attention_inputs,
     "spike_linear": _linear_inputs,
+    "linear_norm": _linear_norm_inputs,
+    "linear_norm_lif": _linear_norm_inputs,
 }
 
 CALLS: dict[str, Callable[..., Any]] = {name: getattr(ops, name) for name in _MAKERS}

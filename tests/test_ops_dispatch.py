@@ -145,7 +145,7 @@ def test_opcheck(case):
         op, args = torch.ops.spikedecoder.pack_spikes.default, (inputs["spikes"], "reference")
     else:
         op = torch.ops.spikedecoder.spike_attention.default
-        rest = (inputs.get("decay"), inputs.get("state"), inputs.get("return_state", False), "reference")
+        rest = (inputs.get("decay"), inputs.get("state"), [], inputs.get("return_state", False), "reference")
         args = (inputs["q"], inputs["k"], inputs["v"], 0.125, *rest)
     torch.library.opcheck(op, args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from spikedecoder import ops
@@ -24,8 +25,11 @@ class LinearNorm(nn.Module):
         super().__init__()
         self.linear = SpikeLinear(inputs, outputs) if spikes else nn.Linear(inputs, outputs)
         self.norm = Norm(norm, outputs)
+        self.recompute = False  # see SpikeDecoder.recompute_activations
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and isinstance(self.linear, SpikeLinear) and torch.is_grad_enabled():
+            return ops.linear_norm(x, self.linear.weight, self.linear.bias, self.norm.params())
         return self.norm(self.linear(x))
 
 
@@ -37,7 +41,13 @@ class LinearNormLIF(nn.Module):
         self.linear = SpikeLinear(inputs, outputs)
         self.norm = Norm(norm, outputs)
         self.lif = LIF(lif, learn_threshold)
+        self.recompute = False  # see SpikeDecoder.recompute_activations
 
     def forward(self, s: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            n, threshold = self.norm.params(), self.lif.v_threshold
+            return ops.linear_norm_lif(
+                s, self.linear.weight, self.linear.bias, n, self.lif.params, threshold=threshold
+            )
         current = self.linear(s)
         return ops.norm_lif(current, self.norm.params(), self.lif.params, threshold=self.lif.v_threshold)

@@ -3,6 +3,8 @@
 from spikedecoder.ops._dispatch import BackendError, use_backend
 from spikedecoder.ops.binarize import binarize
 from spikedecoder.ops.lif import lif, lif_params
+from spikedecoder.ops.linear_norm import linear_norm
+from spikedecoder.ops.linear_norm_lif import linear_norm_lif
 from spikedecoder.ops.norm import norm
 from spikedecoder.ops.norm_lif import norm_lif
 from spikedecoder.ops.pack_spikes import pack_spikes, unpack_spikes
@@ -15,6 +17,8 @@ __all__ = [
     "binarize",
     "lif",
     "lif_params",
+    "linear_norm",
+    "linear_norm_lif",
     "norm",
     "norm_lif",
     "pack_spikes",

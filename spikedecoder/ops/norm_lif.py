@@ -40,6 +40,11 @@ def _norm_lif(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    return forward(x, weight, bias, mean, rstd, threshold, eps, p, backend)
+
+
+def forward(x, weight, bias, mean, rstd, threshold, eps, p, backend):
+    """(spikes, row mean, row rstd), the last two empty where statistics were handed in."""
     impl = select("norm_lif", _call(x, mean), backend)
     limit = p.v_threshold if threshold is None else threshold
     spikes, row_mean, row_rstd = impl.forward(x, weight, bias, mean, rstd, eps, limit, p)
@@ -173,14 +178,18 @@ def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None
 
     Source: Ba et al., 2016; Ioffe & Szegedy, 2015; Shen et al., 2020; and the LIF's.
     """
+    check_norm_lif(x, n, threshold)
+    found = statistics(x, n)
+    spikes, _, _ = _norm_lif(x, n.weight, n.bias, *flat(found, n, p, threshold), requested_backend())
+    return spikes
+
+
+def check_norm_lif(x: Tensor, n: NormParams, threshold: Tensor | None) -> None:
     check_norm(x, n)
     _check.timesteps("x", x)
     _check.same_device(x=x, weight=n.weight, v_threshold=threshold)
     if threshold is not None:
         _check.broadcasts("v_threshold", threshold, x.shape[1:])
-    found = statistics(x, n)
-    spikes, _, _ = _norm_lif(x, n.weight, n.bias, *flat(found, n, p, threshold), requested_backend())
-    return spikes
 
 
 def flat(found: Statistics | None, n: NormParams, p: LIFParams, threshold: Tensor | None) -> tuple[Any, ...]:

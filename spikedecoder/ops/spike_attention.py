@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spikedecoder.ops import _check
-from spikedecoder.ops._dispatch import Call, requested_backend, select
+from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
+from spikedecoder.ops.pack_spikes import _pack, _unpack
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.spike_attention import decay_matrix
 
@@ -31,6 +34,7 @@ def _spike_attention(
     scale: float,
     decay: Tensor | None,
     state: Tensor | None,
+    words: Sequence[Tensor],
     return_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -42,7 +46,7 @@ def _spike_attention(
 
 
 @_spike_attention.register_fake
-def _(q, k, v, scale, decay, state, return_state, backend):
+def _(q, k, v, scale, decay, state, words, return_state, backend):
     t, b, h, _, d = q.shape
     dtype = compute_dtype(q.dtype)
     return heads_last(q), q.new_empty(t, b, h, d, d, dtype=dtype) if return_state else q.new_empty(0)
@@ -71,17 +75,43 @@ def _(grad, q, k, v, *_):
     return heads_last(q), heads_last(q), heads_last(q)
 
 
+def as_words(q: Tensor, k: Tensor, v: Tensor, backend: str) -> list[Tensor]:
+    """Bits [T, B, S, ceil(H d / 64)] of q, k, v; none where backward keeps them as they are."""
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not wanted or backend == "reference":
+        return []
+    with torch.no_grad():
+        return [_pack(x.transpose(2, 3).flatten(-2), "auto") for x in (q, k, v)]
+
+
+def keep(ctx, qkv, words, first, second):
+    """For backward: q, k, v as bits where there are `words`, and two tensors more."""
+    ctx.packed, ctx.no_words_grad = len(words) > 0, [None] * len(words)
+    ctx.size, ctx.dtype = qkv[0].shape, qkv[0].dtype
+    ctx.save_for_backward(*(words or qkv), first, second)
+
+
+def kept(ctx):
+    """What `keep` was given but for the words; q, k, v laid out heads last where they were bits."""
+    *qkv, first, second = ctx.saved_tensors
+    if ctx.packed:
+        _, _, h, _, d = ctx.size
+        spikes = (_unpack(x, h * d, ctx.dtype, "auto") for x in qkv)
+        qkv = [x.unflatten(-1, (h, d)).transpose(2, 3) for x in spikes]
+    return *qkv, first, second
+
+
 def _setup_context(ctx, inputs, output):
-    q, k, v, scale, decay, state, _return_state, backend = inputs
-    ctx.save_for_backward(q, k, v, decay, state)
+    q, k, v, scale, decay, state, words, _return_state, backend = inputs
+    keep(ctx, (q, k, v), words, decay, state)
     ctx.scale, ctx.backend = scale, backend
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad, _grad_state):
-    q, k, v, decay, state = ctx.saved_tensors
+    q, k, v, decay, state = kept(ctx)
     dq, dk, dv = _spike_attention_backward(grad, q, k, v, ctx.scale, decay, state, ctx.backend)
-    return dq, dk, dv, None, None, None, None, None
+    return dq, dk, dv, None, None, None, ctx.no_words_grad, None, None
 
 
 _spike_attention.register_autograd(_autograd, setup_context=_setup_context)
@@ -123,10 +153,12 @@ def spike_attention(
     """o[i] = scale * (sum_{j<=i} decay^(i-j) (q[i] . k[j]) v[j] + decay^(i+1) q[i] state).
 
     Exact without decay: q, k, v hold 0 and 1, so every sum is an integer. Cost linear in S (chunks with
-    the state carried between them). Kept for backward: q, k, v.
+    the state carried between them). Kept for backward: q, k and v, as bits
+    on every backend but the reference.
 
     Args:
-        q, k, v: spikes [T, B, H, S, d], any strides.
+        q, k, v: spikes [T, B, H, S, d], exactly 0 and 1 (only the reference takes anything else), in any
+            strides.
         scale: factor of the result.
         decay: per head [H], in (0, 1]; None for 1. Gets no gradient.
         state: the past's sum of k^T v, [T, B, H, d, d]; None for no past. Gets no gradient.
@@ -152,5 +184,7 @@ def spike_attention(
         if state is not None or return_state:
             raise ValueError("dropout: takes 0 where the state is given or asked for")
         return _with_dropout(q, k, v, scale, decay, dropout)
-    out, final = _spike_attention(q, k, v, float(scale), decay, state, return_state, requested_backend())
+    backend = requested_backend()
+    words = as_words(q, k, v, resolve("spike_attention", q.device.type, q.dtype, backend))
+    out, final = _spike_attention(q, k, v, float(scale), decay, state, words, return_state, backend)
     return (out, final) if return_state else out

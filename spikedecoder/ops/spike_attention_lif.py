@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.lif import lif_params
-from spikedecoder.ops.spike_attention import check_attention, heads_last, laid_out, spike_attention
+from spikedecoder.ops.spike_attention import (
+    as_words,
+    check_attention,
+    heads_last,
+    keep,
+    kept,
+    laid_out,
+    spike_attention,
+)
 from spikedecoder.params import LIFParams
 
 
@@ -20,6 +30,7 @@ def _spike_attention_lif(
     scale: float,
     decay: Tensor | None,
     threshold: Tensor | None,
+    words: Sequence[Tensor],
     tau: float,
     v_threshold: float,
     v_reset: float | None,
@@ -78,16 +89,16 @@ def _(grad_spikes, q, k, v, scale, decay, threshold, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.scale, decay, threshold, *rest = inputs
+    q, k, v, ctx.scale, decay, threshold, words, *rest = inputs
     ctx.rest = tuple(rest)
-    ctx.save_for_backward(q, k, v, decay, threshold)
+    keep(ctx, (q, k, v), words, decay, threshold)
 
 
 def _autograd(ctx, grad_spikes):
-    q, k, v, decay, threshold = ctx.saved_tensors
+    q, k, v, decay, threshold = kept(ctx)
     dq, dk, dv, grad_threshold = _backward(grad_spikes, q, k, v, ctx.scale, decay, threshold, *ctx.rest)
     threshold_grad = None if threshold is None else grad_threshold.to(threshold.dtype)
-    return dq, dk, dv, None, None, threshold_grad, *(None,) * len(ctx.rest)
+    return dq, dk, dv, None, None, threshold_grad, ctx.no_words_grad, *(None,) * len(ctx.rest)
 
 
 _spike_attention_lif.register_autograd(_autograd, setup_context=_setup_context)
@@ -112,7 +123,7 @@ def spike_attention_lif(
 
     Returns:
         spikes in q's dtype, laid out so that ``.transpose(2, 3)`` is contiguous. Kept for backward:
-        q, k, v (the reference backend also keeps the current).
+        q, k and v as bits (the reference backend keeps them as they are, and the current).
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -128,4 +139,5 @@ def spike_attention_lif(
         spikes = lif_params(current.transpose(2, 3), p, threshold=threshold)
         assert isinstance(spikes, Tensor)
         return spikes.transpose(2, 3)
-    return _spike_attention_lif(q, k, v, float(scale), decay, threshold, *p.flat(), backend)
+    words = as_words(q, k, v, backend)
+    return _spike_attention_lif(q, k, v, float(scale), decay, threshold, words, *p.flat(), backend)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
-from spikedecoder.ops.pack_spikes import WORD
+from spikedecoder.ops.pack_spikes import WORD, _unpack
 
 
 def _impl(x: Tensor, shape: tuple[int, ...], backend: str):
@@ -37,6 +37,27 @@ def _(words, channels, grad, backend):
     return grad.new_empty(grad.shape[-1], channels)
 
 
+@torch.library.custom_op("spikedecoder::spike_linear_from_words", mutates_args=())
+def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """y [..., N] from the spikes' bits: that of `spike_linear`, bit for bit."""
+    impl = _impl(weight, (*words.shape[:-1], channels), backend)
+    if hasattr(impl, "from_words"):
+        return impl.from_words(words, channels, weight, bias)
+    return impl.forward(_unpack(words, channels, weight.dtype, "auto"), weight, bias)[0]
+
+
+@from_words.register_fake
+def _(words, channels, weight, bias, backend):
+    return weight.new_empty(*words.shape[:-1], weight.shape[0])
+
+
+def backward(grad, words, weight, channels, dtype, backend, wanted):
+    """Gradients of (s in `dtype`, weight, bias) from that of y, None for those that nobody wants."""
+    grad_s = (grad @ weight).to(dtype) if wanted[0] else None
+    grad_weight = _weight_grad(words, channels, grad, backend) if wanted[1] else None
+    return grad_s, grad_weight, grad.flatten(0, -2).sum(0) if wanted[2] else None
+
+
 def _setup_context(ctx, inputs, output):
     s, weight, bias, ctx.backend = inputs
     ctx.channels, ctx.has_bias, ctx.dtype = s.shape[-1], bias is not None, s.dtype
@@ -46,13 +67,30 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad, _grad_words):
     words, weight = ctx.saved_tensors
-    grad_s = (grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-    grad_weight = _weight_grad(words, ctx.channels, grad, ctx.backend) if ctx.needs_input_grad[1] else None
-    grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
-    return grad_s, grad_weight, grad_bias, None
+    wanted = (*ctx.needs_input_grad[:2], ctx.has_bias)
+    return *backward(grad, words, weight, ctx.channels, ctx.dtype, ctx.backend, wanted), None
 
 
 _spike_linear.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def check_linear(s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """s [..., K], weight [N, K], bias [N]."""
+    _check.floating("s", s)
+    _check.floating("weight", weight, dims=2)
+    if s.shape[-1] != weight.shape[1]:
+        raise ValueError(f"s: got {s.shape[-1]} channels (shape {tuple(s.shape)}), takes {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, takes ({weight.shape[0]},)")
+    _check.same_device(s=s, weight=weight, bias=bias)
+
+
+def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, str]:
+    """(weight, bias, backend) in the dtype that the product runs in: autocast's where that is on."""
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    backend = resolve("spike_linear", device, dtype, requested_backend())
+    return weight.to(dtype), None if bias is None else bias.to(dtype), backend
 
 
 def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,18 +107,9 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check.floating("s", s)
-    _check.floating("weight", weight, dims=2)
-    if s.shape[-1] != weight.shape[1]:
-        raise ValueError(f"s: got {s.shape[-1]} channels (shape {tuple(s.shape)}), takes {weight.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, takes ({weight.shape[0]},)")
-    _check.same_device(s=s, weight=weight, bias=bias)
-    autocast = torch.is_autocast_enabled(s.device.type)
-    dtype = torch.get_autocast_dtype(s.device.type) if autocast else weight.dtype
-    backend = resolve("spike_linear", s.device.type, dtype, requested_backend())
+    check_linear(s, weight, bias)
+    *product, backend = as_product(weight, bias)
     if backend == "reference":
         return F.linear(s, weight, bias)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    y, _ = _spike_linear(s, weight, bias, backend)
+    y, _ = _spike_linear(s, *product, backend)
     return y

@@ -18,6 +18,11 @@ def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     return F.linear(s.to(weight.dtype), weight, bias), pack(s)
 
 
+def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y [..., N] from bits."""
+    return F.linear(unpack(words, channels, weight.dtype), weight, bias)
+
+
 def weight_grad(words: Tensor, channels: int, grad: Tensor) -> Tensor:
     """dW = dy^T s, [N, K], from bits."""
     s = unpack(words, channels, grad.dtype).reshape(-1, channels)

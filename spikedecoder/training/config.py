@@ -30,6 +30,8 @@ class TrainConfig:
     mixed_precision: "no", "bf16" or "fp16" for the matrix products.
     device: "auto", "cpu", "cuda", "cuda:N" or "mps". threads: CPU threads of torch; None leaves them.
     compile: whether the training step passes torch.compile.
+    recompute: whether Linears are computed again in backward, so that only bits of their input are kept: less
+        memory, same results (`SpikeDecoder.recompute_activations`).
     sync_norm: with several processes, whether BatchNorm and PowerNorm take their statistics over all of them
         (`spikedecoder.nn.norm.sync_norms`); False, as in torch: each process over its own batch.
     tensorboard: whether to write OUT/tensorboard too.
@@ -56,6 +58,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     compile: bool = False
+    recompute: bool = False
     sync_norm: bool = False
     tensorboard: bool = False
     tokenizer: Literal["char", "original-char", "word", "original-word"] = "char"

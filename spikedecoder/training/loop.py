@@ -125,6 +125,7 @@ class _Run:
         self.model = SpikeDecoder(config)
         self.model.tokenizer = corpus.tokenizer
         self.model.to(accelerator.device).train()
+        self.model.recompute_activations(settings.recompute)
         if settings.sync_norm and accelerator.num_processes > 1:
             sync_norms(self.model)
         self.optimizer = torch.optim.AdamW(

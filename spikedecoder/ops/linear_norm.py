@@ -1,0 +1,103 @@
+"""Linear on spikes and LayerNorm, of which only bits and statistics are kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ops.norm import check_norm, norm
+from spikedecoder.ops.spike_linear import _spike_linear, as_product, check_linear, from_words, spike_linear
+from spikedecoder.ops.spike_linear import backward as linear_backward
+from spikedecoder.params import NormParams
+
+
+@torch.library.custom_op("spikedecoder::linear_norm", mutates_args=())
+def _linear_norm(
+    s: Tensor,
+    current: Tensor,
+    words: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y in `dtype`, mean, rstd); `current`, the Linear's result, comes in for forward and is let go."""
+    x = current.to(dtype)
+    return torch.ops.aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+@_linear_norm.register_fake
+def _(s, current, words, linear_weight, linear_bias, weight, bias, eps, dtype, backend):
+    return torch.ops.aten.native_layer_norm(current.to(dtype), current.shape[-1:], weight, bias, eps)
+
+
+@torch.library.custom_op("spikedecoder::linear_norm_backward", mutates_args=())
+def _norm_backward(
+    grad: Tensor, current: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, shape = current.to(grad.dtype), current.shape[-1:]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad.contiguous(), x, shape, mean, rstd, weight, bias, [True, True, True]
+    )
+    return grad_x.to(current.dtype), grad_weight, grad_bias
+
+
+@_norm_backward.register_fake
+def _(grad, current, mean, rstd, weight, bias):
+    grad_x = torch.empty_like(current, memory_format=torch.contiguous_format)
+    return grad_x, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output):
+    s, _, words, linear_weight, linear_bias, weight, bias, _, _, ctx.backend = inputs
+    _, mean, rstd = output
+    ctx.channels, ctx.dtype = s.shape[-1], s.dtype
+    ctx.save_for_backward(words, linear_weight, linear_bias, weight, bias, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _autograd(ctx, grad, _grad_mean, _grad_rstd):
+    words, linear_weight, linear_bias, weight, bias, mean, rstd = ctx.saved_tensors
+    current = from_words(words, ctx.channels, linear_weight, linear_bias, ctx.backend)
+    grad, grad_weight, grad_bias = _norm_backward(grad, current, mean, rstd, weight, bias)
+    del current
+    wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], linear_bias is not None)
+    grad_s, grad_linear, grad_linear_bias = linear_backward(
+        grad, words, linear_weight, ctx.channels, ctx.dtype, ctx.backend, wanted
+    )
+    return grad_s, None, None, grad_linear, grad_linear_bias, grad_weight, grad_bias, None, None, None
+
+
+_linear_norm.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def linear_norm(
+    s: Tensor, weight: Tensor, bias: Tensor | None, n: NormParams, *, recompute: bool = True
+) -> Tensor:
+    """norm(s W^T + b): `spike_linear`, then `norm`.
+
+    Args:
+        s: spikes [..., K], exactly 0 and 1. weight: [N, K]; bias: [N] or None. n: the norm of N channels.
+        recompute: keep for backward only s as bits and, a row, mean and 1 / standard deviation; s W^T + b is
+            computed again there. For LayerNorm; the other kinds keep s W^T + b whatever is said here.
+
+    Returns:
+        y [..., N]. Same result and gradients with and without `recompute`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not recompute or n.kind != "layer":
+        return norm(spike_linear(s, weight, bias), n)
+    check_linear(s, weight, bias)
+    weight, bias, backend = as_product(weight, bias)
+    with torch.no_grad():
+        current, words = _spike_linear(s, weight, bias, backend)
+    check_norm(current, n)
+    # autocast takes a layer norm to float32 on CUDA, and leaves it alone on CPU
+    wide = current.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    dtype = torch.float32 if wide else current.dtype
+    return _linear_norm(s, current, words, weight, bias, n.weight, n.bias, n.eps, dtype, backend)[0]

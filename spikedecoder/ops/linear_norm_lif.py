@@ -1,0 +1,134 @@
+"""Linear on spikes, normalisation and LIF, of which only bits and statistics are kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ops._dispatch import requested_backend
+from spikedecoder.ops.norm import statistics
+from spikedecoder.ops.norm_lif import backward as norm_lif_backward
+from spikedecoder.ops.norm_lif import check_norm_lif, flat, forward, norm_lif
+from spikedecoder.ops.spike_linear import _spike_linear, as_product, check_linear, from_words, spike_linear
+from spikedecoder.ops.spike_linear import backward as linear_backward
+from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.reference.lif import compute_dtype
+
+
+@torch.library.custom_op("spikedecoder::linear_norm_lif", mutates_args=())
+def _linear_norm_lif(
+    s: Tensor,
+    current: Tensor,
+    words: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    threshold: Tensor | None,
+    rstd_batch: Tensor | None,
+    ema_gz: Tensor | None,
+    rows: Tensor | None,
+    eps: float,
+    batch_gradient: bool,
+    group: str | None,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+    linear_backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`current`, the Linear's result, comes in for forward and is let go; gradients pass by it, to s."""
+    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    return forward(current, weight, bias, mean, rstd, threshold, eps, p, backend)
+
+
+@_linear_norm_lif.register_fake
+def _(s, current, words, linear_weight, linear_bias, weight, bias, mean, *_):
+    spikes = torch.empty_like(current, memory_format=torch.contiguous_format)
+    if mean is not None:
+        return spikes, current.new_empty(0), current.new_empty(0)
+    rows = current.new_empty(current.shape[:-1], dtype=compute_dtype(current.dtype))
+    return spikes, rows, torch.empty_like(rows)
+
+
+def _setup_context(ctx, inputs, output):
+    s, _, words, linear_weight, linear_bias, weight, bias, mean, rstd, threshold, *rest = inputs
+    rstd_batch, ema_gz, rows, eps, *rest = rest
+    _, row_mean, row_rstd = output
+    ctx.channel = mean is not None
+    if mean is None:
+        mean, rstd = row_mean, row_rstd
+    ctx.ema_gz, ctx.eps = ema_gz, eps
+    ctx.channels, ctx.dtype = s.shape[-1], s.dtype
+    *rest, ctx.linear_backend = rest
+    ctx.rest = tuple(rest)
+    ctx.save_for_backward(
+        words, linear_weight, linear_bias, weight, bias, mean, rstd, threshold, rstd_batch, rows
+    )
+    ctx.mark_non_differentiable(row_mean, row_rstd)
+
+
+def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
+    words, linear_weight, linear_bias, *saved = ctx.saved_tensors
+    backend = ctx.linear_backend
+    current = from_words(words, ctx.channels, linear_weight, linear_bias, backend)
+    grad, grad_weight, grad_bias, grad_threshold = norm_lif_backward(
+        grad_spikes, (current, *saved), ctx.ema_gz, ctx.eps, ctx.channel, ctx.rest
+    )
+    del current
+    grad_s, grad_linear, grad_linear_bias = linear_backward(
+        grad, words, linear_weight, ctx.channels, ctx.dtype, backend,
+        wanted=(ctx.needs_input_grad[0], ctx.needs_input_grad[3], linear_bias is not None),
+    )  # fmt: skip
+    return (
+        *(grad_s, None, None, grad_linear, grad_linear_bias, grad_weight, grad_bias, None, None),
+        *(grad_threshold, None, None, None, None, *(None,) * len(ctx.rest), None),
+    )
+
+
+_linear_norm_lif.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def linear_norm_lif(
+    s: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    n: NormParams,
+    p: LIFParams,
+    *,
+    threshold: Tensor | None = None,
+    recompute: bool = True,
+) -> Tensor:
+    """Spikes of LIF(norm(s W^T + b)): `spike_linear`, then `norm_lif`.
+
+    Args:
+        s: spikes [T, ..., K], exactly 0 and 1. weight: [N, K]; bias: [N] or None.
+        n, p, threshold: as in `spikedecoder.ops.norm_lif`, of N channels.
+        recompute: keep for backward only s as bits (K / 8 bytes a row) and the norm's statistics, and compute
+            s W^T + b again there: for one more product, the N floats a row that `norm_lif` keeps are gone.
+            Same spikes and gradients either way.
+
+    Returns:
+        spikes [T, ..., N] in the dtype of the product.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not recompute:
+        return norm_lif(spike_linear(s, weight, bias), n, p, threshold=threshold)
+    check_linear(s, weight, bias)
+    weight, bias, backend = as_product(weight, bias)
+    with torch.no_grad():
+        current, words = _spike_linear(s, weight, bias, backend)
+    check_norm_lif(current, n, threshold)
+    settings = flat(statistics(current, n), n, p, threshold)
+    spikes, _, _ = _linear_norm_lif(
+        s, current, words, weight, bias, n.weight, n.bias, *settings, requested_backend(), backend
+    )
+    return spikes
