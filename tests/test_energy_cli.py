@@ -137,3 +137,20 @@ def test_nan_weights_are_named(folders, capsys, tmp_path):
     model.save_pretrained(tmp_path / "nan")
     message = fails(capsys, "-c", tmp_path / "nan", "--prompt", "the cat")
     assert "blocks.0.mlp.fc1 holds NaN" in message
+
+
+def test_measured_joules_beside_the_estimate_or_why_not(folders, capsys, tmp_path, monkeypatch):
+    real, flags = energy.measured_joules, ["-c", folders[0], "--prompt", "the cat", "--measured"]
+    monkeypatch.setattr(energy, "measured_joules", lambda run, **o: real(run, **o, rapl=tmp_path))
+    said = run(capsys, *flags).out
+    assert f"no RAPL counters in {tmp_path}; the estimates above stand alone" in said and "fp32" in said
+    found = json.loads(run(capsys, *flags, "--json").out)["models"][str(folders[0])]["measured"]
+    assert found["joules"] is None and "no RAPL counters" in found["reason"]
+
+    (tmp_path / "intel-rapl:0").mkdir()
+    for name, value in (("energy_uj", 5), ("max_energy_range_uj", 100)):
+        (tmp_path / "intel-rapl:0" / name).write_text(f"{value}\n")
+    monkeypatch.setattr(energy, "measured_joules", lambda run, **o: real(run, **o, seconds=0, rapl=tmp_path))
+    assert (
+        "measured while this program computed it: 0 J a pass (RAPL, 1 CPU package" in run(capsys, *flags).out
+    )

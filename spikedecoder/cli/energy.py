@@ -82,13 +82,16 @@ def energy(
 
         check_picture(picture)
     ledgers: dict[str, Ledger] = {}
-    counted: dict[str, Measured] = {}
+    counted: dict[str, Measured | str] = {}  # or why there is none
     for given in dict.fromkeys(checkpoint):
         model, where = load(given, device)
         batches = _tokens(model, where, words, errors, max_tokens)
         ledgers[given] = measure(model, batches, mode=_mode(mode), name=given)
         if measured:
-            counted[given] = _measure_joules(model, batches)
+            try:
+                counted[given] = _measure_joules(model, batches)
+            except ValueError as error:
+                counted[given] = str(error)
     comparison = compare(ledgers, prices, memory)
     if csv_file is not None:
         _write_csv(csv_file, ledgers, prices, memory)
@@ -178,7 +181,7 @@ def _as_json(
     ledgers: dict[str, Ledger],
     comparison: Comparison,
     originals: dict[str, dict[str, Any]],
-    counted: dict[str, Measured],
+    counted: dict[str, Measured | str],
     per_layer: bool,
     memory: bool,
 ) -> dict[str, Any]:
@@ -196,7 +199,10 @@ def _as_json(
         if name in originals:
             values["compat"] = originals[name]
         if name in counted:
-            values["measured"] = {**asdict(counted[name]), "per_run": counted[name].per_run}
+            m = counted[name]
+            values["measured"] = (
+                {"joules": None, "reason": m} if isinstance(m, str) else {**asdict(m), "per_run": m.per_run}
+            )
         models[name] = values
     return {**comparison.to_dict(), "models": models}
 
@@ -205,7 +211,7 @@ def _show(
     ledgers: dict[str, Ledger],
     comparison: Comparison,
     originals: dict[str, dict[str, Any]],
-    counted: dict[str, Measured],
+    counted: dict[str, Measured | str],
     per_layer: bool,
     memory: bool,
 ) -> None:
@@ -254,7 +260,10 @@ def _title(name: str, ledger: Ledger) -> str:
 
 
 def _say_more(
-    name: str, comparison: Comparison, originals: dict[str, dict[str, Any]], counted: dict[str, Measured]
+    name: str,
+    comparison: Comparison,
+    originals: dict[str, dict[str, Any]],
+    counted: dict[str, Measured | str],
 ) -> None:
     from spikedecoder.energy.units import si
 
@@ -264,8 +273,10 @@ def _say_more(
     if name in originals:
         found = originals[name]
         _say(f"  compat: {found.get('reason') or si(found['joules']) + ' in all; ' + found['label']}")
-    if name in counted:
-        m = counted[name]
+    m = counted.get(name)
+    if isinstance(m, str):
+        _say(f"  {m}; the estimates above stand alone")
+    elif m is not None:
         _say(
             f"  measured while this program computed it: {si(m.per_run)} a pass ({m.source}; {m.runs} passes "
             f"in {m.seconds:.1f} s; the whole package, idle power included)"
