@@ -1,11 +1,13 @@
-"""What makes spikes learn: equal text, parameters and tokens, one change at a time, beside ANN twins.
+"""What makes spikes learn: equal text, shapes, parameters and tokens, one change at a time, beside ANN twins.
 
-    python bench/quality.py --seeds 2 --steps 800 --out bench/results/quality-small      (about 25 minutes)
-    python bench/quality.py --only "default; ann + shift" --text book.txt --tokenizer original-char
+    python bench/quality.py --out bench/results/quality-small                      (every row, two seeds)
+    python bench/quality.py --rows "default; GPT, shifts, ALiBi" --seeds 0,1,2 --text book.txt
 
-Each row of LADDER is trained through `spikedecoder.training.train` with every seed. Reported: held-out bits
-per token at the end of the run, mean and (from two seeds on) a 95 % confidence half-width by Student's t, the
-mean spike rate, and tokens per second. Finished rows are kept in OUT.json, so an interrupted study goes on.
+Every row of `quality_rows.py` is trained with every seed by the same loop: windows, optimiser and schedule
+of `TrainConfig`. Kept of each run: held-out bits per token, over training and at the end; bits where the
+context is 4 and 16 times the training length; spike rate; estimated energy; tokens per second. A run is one
+file under OUT/, so that an interrupted study goes on, and several processes may work on it at once. The table
+and the pictures are drawn from those files.
 """
 
 from __future__ import annotations
@@ -13,148 +15,107 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
-import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from quality_report import draw, render
+from quality_rows import ROWS, Row
+from quality_twin import GPT
 
-from spikedecoder import SpikeDecoderConfig, __version__
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, __version__, energy
 from spikedecoder.checkpoint import write_bytes, write_json
-from spikedecoder.data import Corpus, ngram_bits, prepare_corpus
-from spikedecoder.training import TrainConfig, train
+from spikedecoder.data import Corpus, WindowSampler, held_out_batches, ngram_bits, prepare_corpus
+from spikedecoder.spike_stats import SpikeCounter
+from spikedecoder.training import TrainConfig
 
-ORIGINAL: dict[str, Any] = {"token_shift": 1, "mlp_token_shift": 1, "embedding_gain": 1.0}
-SHIFT4: dict[str, Any] = {**ORIGINAL, "token_shift": 4}
-SHIFTS: dict[str, Any] = {**SHIFT4, "mlp_token_shift": 2}
-DECAY: dict[str, Any] = {"decay_fastest": 0.75, "decay_slowest": 0.99}
-ANN: dict[str, Any] = {"spike_degree": 0}
-
-# name -> (changes to the "default" preset, changes to the training)
-LADDER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "original recipe": (ORIGINAL, {}),
-    "original recipe, BatchNorm": ({**ORIGINAL, "norm": "batch"}, {}),
-    "+ embedding gain 2": ({**ORIGINAL, "embedding_gain": 2.0}, {}),
-    "+ decay per head": ({**ORIGINAL, "embedding_gain": 2.0, **DECAY}, {}),
-    "token shift 4": (SHIFT4, {}),
-    "token shift 4, MLP 2": (SHIFTS, {}),
-    "default": ({}, {}),
-    "default + decay": (DECAY, {}),
-    "default + attention norm": ({"attention_norm": True}, {}),
-    "default + decay + attention norm": ({**DECAY, "attention_norm": True}, {}),
-    "default + decay, MLP shift 4": ({**DECAY, "mlp_token_shift": 4}, {}),
-    "default + learned thresholds": ({"learn_threshold": True}, {}),
-    "ann": ({**ANN, **ORIGINAL}, {"lr": 2e-3}),
-    "ann + shift": ({**ANN, "embedding_gain": 1.0}, {"lr": 2e-3}),
-    "ann + shift, lr 4e-3": ({**ANN, "embedding_gain": 1.0}, {"lr": 4e-3}),
-}
-
-# two-sided 95 % quantiles of Student's t by degrees of freedom
-_T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}
+LONGER = (1, 4, 16)  # contexts, in training lengths
+CURVE = 8  # points of the curve of held-out bits
+PRICES = "horowitz-45nm"
 
 
-def run(name: str, seed: int, corpus: Corpus, steps: int, length: int) -> dict[str, Any]:
-    """Train one row with one seed."""
-    model_changes, train_changes = LADDER[name]
-    tokenizer = corpus.tokenizer
-    config = SpikeDecoderConfig.preset(
-        "default",
-        vocab_size=tokenizer.vocab_size,
-        pad_id=tokenizer.pad_id,
-        max_len=length,
-        **model_changes,
+def build(row: Row, corpus: Corpus, length: int) -> SpikeDecoder | GPT:
+    vocabulary = corpus.tokenizer.vocab_size
+    if row.kind == "gpt":
+        return GPT(vocabulary, max_len=length, **row.model)
+    fixed = {"vocab_size": vocabulary, "pad_id": corpus.tokenizer.pad_id, "max_len": length}
+    if row.kind == "preset":
+        return SpikeDecoder(SpikeDecoderConfig.preset(**row.model, **fixed))
+    return SpikeDecoder(SpikeDecoderConfig(**row.model, **fixed))
+
+
+@torch.no_grad()
+def held_out_bits(model: SpikeDecoder | GPT, corpus: Corpus, length: int, limit: int | None = None) -> float:
+    """Mean bits per held-out token, in windows of `length` that start without context."""
+    total, count = 0.0, 0
+    model.eval()
+    batch = max(1, 2048 // length)
+    for tokens, targets in held_out_batches(
+        corpus.val, length, batch, limit, pad_id=corpus.tokenizer.pad_id or 0
+    ):
+        counted = int((targets != -100).sum())
+        total += float(model.loss(tokens, targets)) * counted
+        count += counted
+    model.train()
+    return total / count / math.log(2)
+
+
+def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int) -> dict[str, Any]:
+    """Train one row with one seed, and judge it."""
+    settings = TrainConfig(steps=steps, seed=seed, **row.train)
+    torch.manual_seed(seed)
+    model = build(row, corpus, length)
+    optimizer = torch.optim.AdamW(
+        model.parameter_groups(settings.weight_decay), settings.lr, betas=(settings.beta1, settings.beta2)
     )
-    settings = TrainConfig.preset(
-        "default", steps=steps, seed=seed, eval_every=0, save_every=0, eval_tokens=None, **train_changes
-    )
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(config, corpus, settings, out=Path(folder) / "run").to_dict()
-    rates = list(result["spike_rates"].values())
-    return {
+    sampler = WindowSampler(corpus.train, length, settings.batch_size, seed)
+    per_step, curve, seconds = settings.batch_size * length, [], 0.0
+    for step in range(steps):
+        begin = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr_at(step)
+        loss = model.loss(*sampler.batch(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - begin
+        if (step + 1) % max(1, steps // CURVE) == 0:
+            curve.append(((step + 1) * per_step, held_out_bits(model, corpus, length, 16_384)))
+    longer = {str(n): held_out_bits(model, corpus, n * length) for n in LONGER if row.reads_past(length, n)}
+    result = {
+        "row": row.name,
         "seed": seed,
-        "bits": result["val_bits_per_token"],
-        "spike_rate": statistics.mean(rates) if rates else None,
-        "tokens_per_second": round(result["tokens_per_second"]),
-        "seconds": round(time.perf_counter() - begin, 1),
-        "parameters": result["parameters"],
+        "bits": longer["1"],
+        "curve": curve,
+        "longer": longer,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens_per_second": round(steps * per_step / seconds),
+        "spike_rate": None,
+        "energy": {},
     }
+    if isinstance(model, SpikeDecoder) and model.config.spiking_attention:
+        result |= spikes_and_energy(model.eval(), corpus, length)
+    return result
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    bits = [r["bits"] for r in runs]
-    n = len(bits)
-    half = _T95.get(n - 1, 1.96) * statistics.stdev(bits) / math.sqrt(n) if n > 1 else None
-    return {
-        "bits": statistics.mean(bits),
-        "half_width": half,
-        "low": min(bits),
-        "high": max(bits),
-        "seeds": n,
-    }
-
-
-def render(study: dict[str, Any]) -> str:
-    """The study as Markdown, best first."""
-    rows = sorted(
-        ((name, summary(runs), runs) for name, runs in study["runs"].items() if runs),
-        key=lambda row: row[1]["bits"],
-    )
-    best_ann = min((s["bits"] for name, s, _ in rows if name.startswith("ann")), default=None)
-    lines = [
-        f"{study['date']}: {study['text']} ({study['characters']:,} characters, "
-        f"{study['vocabulary']} different tokens), "
-        f"{study['steps']} steps of 8 x {study['length']} tokens; held-out bits per token over all "
-        f"{study['held_out']:,} held-out tokens. {study['machine']}.",
-        "",
-        f"`{study['command']}`",
-        "",
-        "n-gram models of the same text: "
-        + ", ".join(f"{name} {bits:.3f}" for name, bits in study["baselines"].items())
-        + ".",
-        "",
-        "| model | bits per token | 95 % ± | seeds | over the best ANN | spikes | parameters | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, s, runs in rows:
-        over = "" if best_ann is None else f"{100 * (s['bits'] / best_ann - 1):+.1f} %"
-        half = "" if s["half_width"] is None else f"{s['half_width']:.3f}"
-        rate = runs[0]["spike_rate"]
-        spikes = "" if rate is None else f"{100 * statistics.mean(r['spike_rate'] for r in runs):.1f} %"
-        speed = max(r["tokens_per_second"] for r in runs)
-        lines.append(
-            f"| {name} | {s['bits']:.3f} | {half} | {s['seeds']} | {over} | {spikes} | "
-            f"{runs[0]['parameters']:,} | {speed:,} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def draw(study: dict[str, Any], path: Path) -> None:
-    """Bits per token of every row, spiking and not, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = sorted(((n, summary(r)) for n, r in study["runs"].items() if r), key=lambda row: -row[1]["bits"])
-    fig, ax = plt.subplots(figsize=(8, 0.38 * len(rows) + 1.4), constrained_layout=True)
-    for i, (name, s) in enumerate(rows):
-        color = "tab:gray" if name.startswith("ann") else "tab:orange"
-        ax.barh(i, s["bits"], color=color)
-        ax.plot([s["low"], s["high"]], [i, i], color="black", linewidth=2)
-        ax.text(s["high"] + 0.02, i, f"{s['bits']:.2f}", va="center", fontsize=9)
-    for name, bits in study["baselines"].items():
-        if name != "unigram":
-            ax.axvline(bits, color="tab:blue", linestyle=":", linewidth=1)
-            ax.text(bits, len(rows) - 0.35, name, color="tab:blue", fontsize=8, ha="center", va="bottom")
-    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
-    ax.set_xlim(left=min(s["low"] for _, s in rows) - 0.3)
-    ax.set_xlabel("held-out bits per token (black: range over seeds; gray: non-spiking)")
-    ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path, dpi=130)
+@torch.no_grad()
+def spikes_and_energy(model: SpikeDecoder, corpus: Corpus, length: int) -> dict[str, Any]:
+    """Mean spike rate, and estimated joules a token: its own, and of the same shapes without spikes."""
+    tokens, _ = next(held_out_batches(corpus.val, length, 16))
+    with SpikeCounter(model) as counter:
+        model(tokens)
+    rates = counter.rates()
+    ledger = energy.measure(model, tokens)
+    estimates: dict[str, dict[str, float]] = {}
+    for entry in energy.compare({"": ledger}, PRICES).entries:
+        estimates.setdefault(entry.variant, {})["arithmetic"] = entry.estimate.per_token
+    for entry in energy.compare({"": ledger}, PRICES, memory=True).entries:
+        estimates[entry.variant]["with memory"] = entry.estimate.per_token
+    return {"spike_rate": sum(rates.values()) / len(rates), "energy": estimates}
 
 
 def main() -> None:
@@ -163,55 +124,81 @@ def main() -> None:
     )
     parser.add_argument("--text", nargs="*", help="text files; default: the built-in text")
     parser.add_argument("--tokenizer", default="char")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--only", help="rows, separated by semicolons; default: all")
-    parser.add_argument("--out", default="bench/results/quality-small")
+    parser.add_argument("--steps", type=int, default=800, help="of 8 windows")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a window")
+    parser.add_argument("--seeds", default="0,1", help="separated by commas")
+    parser.add_argument("--rows", help="their names, separated by semicolons; default: all")
+    parser.add_argument("--out", default="bench/results/quality-small", help="folder; also .md and .png")
+    parser.add_argument(
+        "--draw", action="store_true", help="only the table and the pictures, from what is there"
+    )
     options = parser.parse_args()
-    names = [n.strip() for n in options.only.split(";")] if options.only else list(LADDER)
+    rows = {row.name: row for row in ROWS}
+    names = [n.strip() for n in options.rows.split(";")] if options.rows else list(rows)
     for name in names:
-        if name not in LADDER:
-            parser.error(f"--only: got {name!r}, takes rows of: {'; '.join(LADDER)}")
-
-    corpus = prepare_corpus(options.text, tokenizer=options.tokenizer)
+        if name not in rows:
+            parser.error(f"--rows: got {name!r}, takes {'; '.join(rows)}")
     out = Path(options.out)
-    study: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"python bench/quality.py --seeds {options.seeds} --steps {options.steps} "
-        f"--length {options.length} --tokenizer {options.tokenizer}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"spikedecoder {__version__}",
+    if not options.draw:
+        corpus = prepare_corpus(options.text, tokenizer=options.tokenizer)
+        study = describe(corpus, options)
+        prepare(out, study, parser)
+        for seed in map(int, options.seeds.split(",")):
+            for name in names:
+                work(out, rows[name], seed, corpus, options)
+    study = json.loads((out / "study.json").read_text())
+    runs = [json.loads(p.read_text()) for p in sorted(out.glob("run-*.json"))]
+    table = render(study, runs, [row for row in ROWS])
+    write_bytes(out.with_suffix(".md"), table.encode())
+    print(table)
+    draw(study, runs, [row for row in ROWS], out.with_suffix(".png"))
+
+
+def describe(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
+    """What all runs of a study have in common."""
+    return {
         "text": corpus.name,
         "characters": corpus.characters,
         "vocabulary": corpus.tokenizer.vocab_size,
         "held_out": len(corpus.val) - 1,
+        "tokenizer": options.tokenizer,
         "steps": options.steps,
         "length": options.length,
         "baselines": ngram_bits(corpus.train, corpus.val, corpus.tokenizer.vocab_size),
-        "runs": {},
+        "prices": PRICES,
     }
-    json_path = out.with_suffix(".json")
-    if json_path.exists():
-        earlier = json.loads(json_path.read_text())
-        same = all(earlier[k] == study[k] for k in ("text", "characters", "vocabulary", "steps", "length"))
-        if not same:
-            parser.error(f"--out: {json_path} holds another study; takes a name of its own")
-        study["runs"] = earlier["runs"]
-    for seed in range(options.seeds):
-        for name in names:
-            runs = study["runs"].setdefault(name, [])
-            if any(r["seed"] == seed for r in runs):
-                continue
-            runs.append(run(name, seed, corpus, options.steps, options.length))
-            print(f"seed {seed}  {name}: {runs[-1]}", flush=True)
-            write_json(json_path, study)
-            write_bytes(out.with_suffix(".md"), render(study).encode())
-    print(render(study))
+
+
+def prepare(out: Path, study: dict[str, Any], parser: argparse.ArgumentParser) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "study.json"
+    if not path.exists():
+        machine = f"{platform.machine()}, torch {torch.__version__}, spikedecoder {__version__}"
+        write_json(path, {**study, "date": time.strftime("%Y-%m-%d"), "machine": machine})
+        return
+    earlier = json.loads(path.read_text())
+    for key, value in study.items():
+        if json.loads(json.dumps(value)) != earlier[key]:
+            parser.error(f"--out: {out} holds a study of another {key}; takes a folder of its own")
+
+
+def work(out: Path, row: Row, seed: int, corpus: Corpus, options: argparse.Namespace) -> None:
+    """Run one row with one seed, unless it is there or another process is at it."""
+    path = out / f"run-{row.slug}-{seed}.json"
+    claim = path.with_suffix(".claim")
     try:
-        draw(study, out.with_suffix(".png"))
-    except ImportError:
-        print("matplotlib is not installed: no picture")
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        if not path.exists():
+            print(f"seed {seed}  {row.name}: another process is at it (else delete {claim})", flush=True)
+        return
+    try:
+        if not path.exists():
+            result = run(row, seed, corpus, options.steps, options.length)
+            write_json(path, result)
+            print(f"seed {seed}  {row.name}: {result['bits']:.4f}", flush=True)
+    finally:
+        claim.unlink()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""The study's table and pictures, from the files of its runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+from quality_rows import Row
+
+# two-sided 95 % quantiles of Student's t by degrees of freedom
+_T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}
+
+
+def collect(runs: list[dict[str, Any]], rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each row that has any, in the order of the rows."""
+    by_row: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
+    for result in runs:
+        by_row.setdefault(result["row"], []).append(result)
+    return {name: found for name, found in by_row.items() if found}
+
+
+def mean(runs: list[dict[str, Any]], key: str = "bits") -> float:
+    return statistics.mean(r[key] for r in runs)
+
+
+def half_width(runs: list[dict[str, Any]]) -> float | None:
+    """Of the 95 % confidence interval of the mean; None for one seed."""
+    n = len(runs)
+    if n < 2:
+        return None
+    return _T95.get(n - 1, 1.96) * statistics.stdev(r["bits"] for r in runs) / math.sqrt(n)
+
+
+def best_ann(by_row: dict[str, list[dict[str, Any]]], rows: list[Row]) -> str | None:
+    names = [row.name for row in rows if row.ann and row.name in by_row]
+    return min(names, key=lambda name: mean(by_row[name]), default=None)
+
+
+def render(study: dict[str, Any], runs: list[dict[str, Any]], rows: list[Row]) -> str:
+    """The study as Markdown."""
+    by_row = collect(runs, rows)
+    twin = best_ann(by_row, rows)
+    factors = sorted({int(n) for r in runs for n in r["longer"]})
+    lines = [
+        f"{study['date']}: {study['text']} ({study['characters']:,} characters, {study['vocabulary']} "
+        f"different tokens), {study['steps']} steps of 8 x {study['length']} tokens; held-out bits per token "
+        f"over all {study['held_out']:,} held-out tokens. {study['machine']}.",
+        "",
+        "n-gram models of the same text: "
+        + ", ".join(f"{name} {bits:.3f}" for name, bits in study["baselines"].items())
+        + ".",
+        "",
+        "± is the 95 % confidence interval over seeds (Student's t; two seeds make it wide). Columns with a "
+        "factor: bits where windows are so many times as long as in training. Energy: estimated arithmetic "
+        f"per token ({study['prices']}, fp32), and with memory. Speeds are of runs that shared the machine.",
+        "",
+        "| model | bits | ± | seeds | over the best ANN | "
+        + " | ".join(f"{n}x" for n in factors if n > 1)
+        + " | spikes | nJ | nJ with memory | parameters |",
+        "|---" * (9 + len(factors) - 1) + "|",
+    ]
+    for name, found in by_row.items():
+        bits, half = mean(found), half_width(found)
+        over = "" if twin is None else f"{100 * (bits / mean(by_row[twin]) - 1):+.1f} %"
+        longer = [
+            f"{statistics.mean(r['longer'][str(n)] for r in found):.3f}"
+            if str(n) in found[0]["longer"]
+            else ""
+            for n in factors
+            if n > 1
+        ]
+        rate = "" if found[0]["spike_rate"] is None else f"{100 * mean(found, 'spike_rate'):.1f} %"
+        joules = [own_energy(found, kind) for kind in ("arithmetic", "with memory")]
+        cells = [name, f"{bits:.3f}", "" if half is None else f"{half:.3f}", str(len(found)), over, *longer]
+        cells += [
+            rate,
+            *("" if j is None else f"{1e9 * j:.0f}" for j in joules),
+            f"{found[0]['parameters']:,}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *twins_energy(by_row)]) + "\n"
+
+
+def own_energy(runs: list[dict[str, Any]], kind: str) -> float | None:
+    """Joules a token of the model itself, in fp32."""
+    values = [r["energy"]["this model, fp32"][kind] for r in runs if r["energy"]]
+    return statistics.mean(values) if values else None
+
+
+def twins_energy(by_row: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What the same shapes cost without spikes, per token, beside the default's own."""
+    runs = by_row.get("default") or next((r for r in by_row.values() if r[0]["energy"]), None)
+    if not runs or not runs[0]["energy"]:
+        return []
+    lines = [
+        f'The shapes of "{runs[0]["row"]}", estimated nJ per token:',
+        "",
+        "| | arithmetic | with memory |",
+        "|---|---|---|",
+    ]
+    for variant in runs[0]["energy"]:
+        values = [
+            statistics.mean(r["energy"][variant][kind] for r in runs)
+            for kind in ("arithmetic", "with memory")
+        ]
+        lines.append(f"| {variant} | {1e9 * values[0]:.0f} | {1e9 * values[1]:.0f} |")
+    return lines
+
+
+def draw(study: dict[str, Any], runs: list[dict[str, Any]], rows: list[Row], path: Path) -> None:
+    """Four panels: every row's bits; bits against tokens seen, against energy, and against T."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no picture")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    by_row, anns = collect(runs, rows), {row.name for row in rows if row.ann}
+    fig, axes = plt.subplots(2, 2, figsize=(13, 11), constrained_layout=True, width_ratios=[1.25, 1])
+    _bars(axes[0, 0], by_row, anns, study["baselines"])
+    _curves(axes[0, 1], by_row, anns)
+    _against_energy(axes[1, 0], by_row, best_ann(by_row, rows))
+    _against_timesteps(axes[1, 1], by_row, rows)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def _bars(
+    ax: Any, by_row: dict[str, list[dict[str, Any]]], anns: set[str], baselines: dict[str, float]
+) -> None:
+    names = sorted(by_row, key=lambda name: -mean(by_row[name]))
+    for i, name in enumerate(names):
+        bits = [r["bits"] for r in by_row[name]]
+        ax.barh(i, mean(by_row[name]), color="tab:gray" if name in anns else "tab:orange")
+        ax.plot([min(bits), max(bits)], [i, i], color="black", linewidth=2)
+        ax.text(max(bits) + 0.02, i, f"{mean(by_row[name]):.2f}", va="center", fontsize=8)
+    ax.axvline(baselines["trigram"], color="tab:blue", linestyle=":", linewidth=1)
+    ax.text(baselines["trigram"], len(names) - 0.4, "trigram", color="tab:blue", fontsize=8, ha="center")
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_xlim(left=min(mean(r) for r in by_row.values()) - 0.3)
+    ax.set_xlabel("held-out bits per token (black: range over seeds; gray: non-spiking)")
+
+
+def _curves(ax: Any, by_row: dict[str, list[dict[str, Any]]], anns: set[str]) -> None:
+    shown = ("original recipe", "+ token shift 4, MLP 2", "default", *anns)
+    for name, found in by_row.items():
+        if name in shown:
+            tokens = [point[0] / 1e6 for point in found[0]["curve"]]
+            bits = [statistics.mean(r["curve"][i][1] for r in found) for i in range(len(tokens))]
+            ax.plot(tokens, bits, "--" if name in anns else "-", marker=".", label=name)
+    ax.set_xlabel("million tokens seen")
+    ax.set_ylabel("bits per token on the first 16 384 held out")
+    ax.legend(fontsize=8, frameon=False)
+
+
+def _against_energy(ax: Any, by_row: dict[str, list[dict[str, Any]]], twin: str | None) -> None:
+    for name, found in by_row.items():
+        joules = own_energy(found, "arithmetic")
+        if joules is not None:
+            ax.plot(1e9 * joules, mean(found), "o", color="tab:orange")
+            ax.annotate(
+                name, (1e9 * joules, mean(found)), fontsize=7, xytext=(4, 2), textcoords="offset points"
+            )
+    runs = by_row.get("default")
+    if runs and twin is not None:
+        for variant in (v for v in runs[0]["energy"] if v.startswith("ANN")):
+            joules = statistics.mean(r["energy"][variant]["arithmetic"] for r in runs)
+            ax.plot(1e9 * joules, mean(by_row[twin]), "s", color="tab:gray")
+            ax.annotate(
+                variant,
+                (1e9 * joules, mean(by_row[twin])),
+                fontsize=7,
+                xytext=(4, -9),
+                textcoords="offset points",
+            )
+    ax.set_xscale("log")
+    ax.set_xlabel("estimated nJ per token, arithmetic (gray: the best ANN's bits at its shapes' energy)")
+    ax.set_ylabel("held-out bits per token")
+
+
+def _against_timesteps(ax: Any, by_row: dict[str, list[dict[str, Any]]], rows: list[Row]) -> None:
+    points = sorted(
+        (row.model.get("timesteps", 4), mean(by_row[row.name]))
+        for row in rows
+        if row.name in by_row and (row.name.startswith("T = ") or row.name == "+ learning rate 8e-3")
+    )
+    if points:
+        ax.plot(*zip(*points, strict=True), marker="o", color="tab:orange")
+    ax.set_xlabel("T, timesteps")
+    ax.set_ylabel("held-out bits per token")

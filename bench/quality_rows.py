@@ -1,0 +1,70 @@
+"""The rows of the study: what each changes, and in which order they are told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# the original's recipe in the study's shape: 66 + 30 channels, 4 heads, 3 blocks, T = 4, LayerNorm
+ORIGINAL: dict[str, Any] = {"token_dim": 66, "position_dim": 30, "heads": 4, "blocks": 3, "mlp_ratio": 4}
+GAIN: dict[str, Any] = {**ORIGINAL, "embedding_gain": 2.0}
+SHIFT: dict[str, Any] = {**GAIN, "token_shift": 4, "mlp_token_shift": 2}
+SOFT: dict[str, Any] = {**SHIFT, "v_reset": None}
+DECAY: dict[str, Any] = {"decay_fastest": 0.75, "decay_slowest": 0.99}
+HELPS: dict[str, Any] = {"shift": 4, "mlp_shift": 2}
+SLOW: dict[str, Any] = {"lr": 4e-3}
+FAST: dict[str, Any] = {"lr": 8e-3}
+
+
+@dataclass(frozen=True)
+class Row:
+    """kind: "spike" (fields of a `SpikeDecoderConfig`), "preset" (its name and changes), "gpt" (those of `GPT`)."""
+
+    name: str
+    kind: Literal["spike", "preset", "gpt"]
+    model: dict[str, Any]
+    train: dict[str, Any] = field(default_factory=lambda: dict(SLOW))
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+
+    @property
+    def ann(self) -> bool:
+        return self.kind == "gpt" or self.model.get("spike_degree") == 0
+
+    def reads_past(self, length: int, times: int) -> bool:
+        """Whether a context of `times` the training length has positions."""
+        return times == 1 or self.model.get("position") != "learned"
+
+
+ROWS: list[Row] = [
+    # the ladder: each adds to the one before
+    Row("original recipe", "spike", ORIGINAL),
+    Row("+ embedding gain 2", "spike", GAIN),
+    Row("+ token shift 4, MLP 2", "spike", SHIFT),
+    Row("+ soft reset", "spike", SOFT),
+    Row("+ learning rate 8e-3", "spike", SOFT, FAST),
+    Row("default", "preset", {"name": "default"}, FAST),
+    # single changes to the last rung
+    Row("BatchNorm, original recipe", "spike", {**ORIGINAL, "norm": "batch"}),
+    Row("T = 1", "spike", {**SOFT, "timesteps": 1}, FAST),
+    Row("T = 2", "spike", {**SOFT, "timesteps": 2}, FAST),
+    Row("T = 8", "spike", {**SOFT, "timesteps": 8}, FAST),
+    Row("decay", "spike", {**SOFT, **DECAY}, FAST),
+    Row("attention norm", "spike", {**SOFT, "attention_norm": True}, FAST),
+    Row("decay, attention norm", "spike", {**SOFT, **DECAY, "attention_norm": True}, FAST),
+    Row("learned thresholds", "spike", {**SOFT, "learn_threshold": True}, FAST),
+    # twins that do not spike
+    Row("GPT, learned positions", "gpt", {"position": "learned"}),
+    Row("GPT, ALiBi", "gpt", {"position": "alibi"}),
+    Row("GPT, ALiBi, convolution 4", "gpt", {"position": "alibi", "convolution": 4}),
+    Row("GPT, ALiBi, shifts", "gpt", {"position": "alibi", **HELPS}),
+    Row("GPT, ALiBi, shifts, lr 8e-3", "gpt", {"position": "alibi", **HELPS}, FAST),
+    Row(
+        "the original's baseline, shifts",
+        "spike",
+        {**SHIFT, "spike_degree": 0, "embedding_gain": 1.0},
+    ),
+]
