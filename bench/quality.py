@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from quality_report import draw, render
 from quality_rows import ROWS, Row
+from quality_tried import TRIED
 from quality_twin import GPT
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, __version__, energy
@@ -68,6 +69,9 @@ def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int) -> dict[st
     settings = TrainConfig(steps=steps, seed=seed, **row.train)
     torch.manual_seed(seed)
     model = build(row, corpus, length)
+    if row.tried is not None:
+        assert isinstance(model, SpikeDecoder)
+        TRIED[row.tried](model)
     optimizer = torch.optim.AdamW(
         model.parameter_groups(settings.weight_decay), settings.lr, betas=(settings.beta1, settings.beta2)
     )
@@ -97,7 +101,7 @@ def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int) -> dict[st
         "spike_rate": None,
         "energy": {},
     }
-    if isinstance(model, SpikeDecoder) and model.config.spiking_attention:
+    if isinstance(model, SpikeDecoder) and model.config.spiking_attention and row.tried is None:
         result |= spikes_and_energy(model.eval(), corpus, length)
     return result
 

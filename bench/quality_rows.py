@@ -19,12 +19,17 @@ FAST: dict[str, Any] = {"lr": 8e-3}
 
 @dataclass(frozen=True)
 class Row:
-    """kind: "spike" (fields of a `SpikeDecoderConfig`), "preset" (its name and changes), "gpt" (those of `GPT`)."""
+    """One model of the study.
+
+    kind: what `model` holds: "spike" fields of a `SpikeDecoderConfig`, "preset" its name and changes to it,
+    "gpt" arguments of `GPT`. train: fields of a `TrainConfig`. tried: a change of `quality_tried.TRIED`.
+    """
 
     name: str
     kind: Literal["spike", "preset", "gpt"]
     model: dict[str, Any]
     train: dict[str, Any] = field(default_factory=lambda: dict(SLOW))
+    tried: str | None = None
 
     @property
     def slug(self) -> str:
@@ -56,6 +61,16 @@ ROWS: list[Row] = [
     Row("attention norm", "spike", {**SOFT, "attention_norm": True}, FAST),
     Row("decay, attention norm", "spike", {**SOFT, **DECAY, "attention_norm": True}, FAST),
     Row("learned thresholds", "spike", {**SOFT, "learn_threshold": True}, FAST),
+    # tried, and left out of the package
+    Row("PLIF", "spike", SOFT, FAST, tried="learned tau"),
+    Row("thresholds per channel", "spike", SOFT, FAST, tried="channel thresholds"),
+    Row(
+        "I-LIF, 4 levels",
+        "spike",
+        {**SHIFT, "timesteps": 1, "attention_scale": 1 / 64},
+        FAST,
+        tried="integer",
+    ),
     # twins that do not spike
     Row("GPT, learned positions", "gpt", {"position": "learned"}),
     Row("GPT, ALiBi", "gpt", {"position": "alibi"}),

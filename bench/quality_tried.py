@@ -1,0 +1,116 @@
+"""Neurons that were tried and did not earn a place in the package: prototypes, so that their figures stay.
+
+Each function changes a built `SpikeDecoder` in place, for training only, in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spikedecoder import SpikeDecoder, ops
+from spikedecoder.nn.attention import AttentionLIF
+from spikedecoder.nn.linear import LinearNormLIF, SpikeLinear
+from spikedecoder.nn.neuron import LIF
+from spikedecoder.surrogate import get_surrogate
+
+Neuron = Callable[[Tensor, LIF], Tensor]
+
+
+class _Integer(torch.autograd.Function):
+    """round(u) between 0 and `levels`; the gradient passes where u is within half a level of that."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, levels: int) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.levels = levels
+        return u.round().clamp(0, levels)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (u,) = ctx.saved_tensors
+        return grad * ((u >= -0.5) & (u <= ctx.levels + 0.5)), None
+
+
+class _Fire(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, surrogate: str, alpha: float) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.derivative = lambda x: get_surrogate(surrogate).derivative(x, alpha)
+        return (u >= 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.derivative(*ctx.saved_tensors), None, None
+
+
+def integer_neurons(model: SpikeDecoder, levels: int = 4, unit: float = 0.5) -> None:
+    """I-LIF (Luo et al., 2024): one step of integers 0 to `levels`, later run as so many binary steps."""
+    _replace(model, lambda x, _lif: _Integer.apply(x / unit, levels))
+    for module in model.modules():
+        if isinstance(module, SpikeLinear):  # sums of spikes: what the unrolled steps add up to
+            module.forward = lambda s, m=module: F.linear(s, m.weight, m.bias)  # type: ignore[method-assign]
+
+
+def learned_tau(model: SpikeDecoder) -> None:
+    """PLIF (Fang et al., 2021): 1 / tau = sigmoid(w), w learned per layer, from tau = 2."""
+
+    def neuron(x: Tensor, lif: LIF) -> Tensor:
+        p, v, spikes = lif.params, torch.zeros_like(x[0]), []
+        for current in x:
+            h = v + (current - v) * torch.sigmoid(lif.w)
+            s = _Fire.apply(h - p.v_threshold, p.surrogate, p.alpha)
+            v = h - s.detach() * p.v_threshold
+            spikes.append(s)
+        return torch.stack(spikes)
+
+    for module in model.modules():
+        if isinstance(module, LIF):
+            assert module.params.v_reset is None and module.params.decay_input
+            module.w = nn.Parameter(torch.zeros(()))
+    _replace(model, neuron)
+
+
+def channel_thresholds(model: SpikeDecoder) -> None:
+    """A learned threshold for every neuron behind a Linear, instead of none."""
+    for module in model.modules():
+        if isinstance(module, LinearNormLIF):
+            start = torch.full((module.linear.out_features,), module.lif.params.v_threshold)
+            module.lif.v_threshold = nn.Parameter(start)
+
+
+def _replace(model: SpikeDecoder, neuron: Neuron) -> None:
+    """Every layer of neurons computes `neuron` of its current."""
+    for module in model.modules():
+        if isinstance(module, AttentionLIF):
+            module.forward = _attention(module, neuron)  # type: ignore[method-assign]
+        elif isinstance(module, LinearNormLIF):
+            module.forward = lambda s, m=module: neuron(  # type: ignore[method-assign]
+                ops.norm(m.linear(s), m.norm.params()), m.lif
+            )
+        elif isinstance(module, LIF):
+            module.forward = lambda x, m=module: neuron(x, m)  # type: ignore[method-assign]
+
+
+def _attention(module: AttentionLIF, neuron: Neuron) -> Callable[..., Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, _layer: Any = None) -> Tensor:
+        q, k, v = (x.unflatten(-1, (module.heads, -1)).transpose(2, 3) for x in (q, k, v))
+        current = ops.spike_attention(q, k, v, module.scale, module.decay)
+        assert isinstance(current, Tensor)
+        current = current.transpose(2, 3).flatten(-2)
+        if module.norm is not None:
+            current = ops.norm(current, module.norm.params())
+        return neuron(current, module.lif)
+
+    return forward
+
+
+TRIED: dict[str, Callable[[SpikeDecoder], None]] = {
+    "integer": integer_neurons,
+    "learned tau": learned_tau,
+    "channel thresholds": channel_thresholds,
+}
