@@ -148,7 +148,7 @@ def _bars(
 
 
 def _curves(ax: Any, by_row: dict[str, list[dict[str, Any]]], anns: set[str]) -> None:
-    shown = ("original recipe", "+ token shift 4, MLP 2", "default", *anns)
+    shown = ("original recipe", "+ token shift 4", "default", *anns)
     for name, found in by_row.items():
         if name in shown:
             tokens = [point[0] / 1e6 for point in found[0]["curve"]]
@@ -188,7 +188,7 @@ def _against_timesteps(ax: Any, by_row: dict[str, list[dict[str, Any]]], rows: l
     points = sorted(
         (row.model.get("timesteps", 4), mean(by_row[row.name]))
         for row in rows
-        if row.name in by_row and (row.name.startswith("T = ") or row.name == "+ learning rate 8e-3")
+        if row.name in by_row and (row.name.startswith("T = ") or row.name == "default")
     )
     if points:
         ax.plot(*zip(*points, strict=True), marker="o", color="tab:orange")

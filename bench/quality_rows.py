@@ -9,10 +9,10 @@ from typing import Any, Literal
 # the original's recipe in the study's shape: 66 + 30 channels, 4 heads, 3 blocks, T = 4, LayerNorm
 ORIGINAL: dict[str, Any] = {"token_dim": 66, "position_dim": 30, "heads": 4, "blocks": 3, "mlp_ratio": 4}
 GAIN: dict[str, Any] = {**ORIGINAL, "embedding_gain": 2.0}
-SHIFT: dict[str, Any] = {**GAIN, "token_shift": 4, "mlp_token_shift": 2}
+SHIFT: dict[str, Any] = {**GAIN, "token_shift": 4, "mlp_token_shift": 4}
 SOFT: dict[str, Any] = {**SHIFT, "v_reset": None}
-DECAY: dict[str, Any] = {"decay_fastest": 0.75, "decay_slowest": 0.99}
-HELPS: dict[str, Any] = {"shift": 4, "mlp_shift": 2}
+BEST: dict[str, Any] = {**SOFT, "decay_fastest": 0.75, "decay_slowest": 0.99}
+HELPS: dict[str, Any] = {"shift": 4, "mlp_shift": 4}
 SLOW: dict[str, Any] = {"lr": 4e-3}
 FAST: dict[str, Any] = {"lr": 8e-3}
 
@@ -48,22 +48,26 @@ ROWS: list[Row] = [
     # the ladder: each adds to the one before
     Row("original recipe", "spike", ORIGINAL),
     Row("+ embedding gain 2", "spike", GAIN),
-    Row("+ token shift 4, MLP 2", "spike", SHIFT),
+    Row("+ token shift 4", "spike", SHIFT),
     Row("+ soft reset", "spike", SOFT),
-    Row("+ learning rate 8e-3", "spike", SOFT, FAST),
-    Row("default", "preset", {"name": "default"}, FAST),
-    # single changes to the last rung
-    Row("BatchNorm, original recipe", "spike", {**ORIGINAL, "norm": "batch"}),
-    Row("T = 1", "spike", {**SOFT, "timesteps": 1}, FAST),
-    Row("T = 2", "spike", {**SOFT, "timesteps": 2}, FAST),
-    Row("T = 8", "spike", {**SOFT, "timesteps": 8}, FAST),
-    Row("decay", "spike", {**SOFT, **DECAY}, FAST),
-    Row("attention norm", "spike", {**SOFT, "attention_norm": True}, FAST),
-    Row("decay, attention norm", "spike", {**SOFT, **DECAY, "attention_norm": True}, FAST),
-    Row("learned thresholds", "spike", {**SOFT, "learn_threshold": True}, FAST),
+    Row("+ decay per head", "spike", BEST),
+    Row("default", "preset", {"name": "default"}, FAST),  # + learning rate 8e-3
+    # single changes
+    Row("original recipe, BatchNorm", "spike", {**ORIGINAL, "norm": "batch"}),
+    Row("default without decay", "spike", SOFT, FAST),
+    Row("default without decay, attention norm", "spike", {**SOFT, "attention_norm": True}, FAST),
+    Row("default, MLP shift 2", "spike", {**BEST, "mlp_token_shift": 2}, FAST),
+    Row("default, attention norm", "spike", {**BEST, "attention_norm": True}, FAST),
+    Row("default, learned thresholds", "spike", {**BEST, "learn_threshold": True}, FAST),
+    Row("default, surrogate alpha 2", "spike", {**BEST, "surrogate_alpha": 2.0}, FAST),
+    Row("default, surrogate alpha 8", "spike", {**BEST, "surrogate_alpha": 8.0}, FAST),
+    Row("default, real-valued MLP and head", "spike", {**BEST, "spike_degree": 2}, FAST),
+    Row("T = 1", "spike", {**BEST, "timesteps": 1}, FAST),
+    Row("T = 2", "spike", {**BEST, "timesteps": 2}, FAST),
+    Row("T = 8", "spike", {**BEST, "timesteps": 8}, FAST),
     # tried, and left out of the package
-    Row("PLIF", "spike", SOFT, FAST, tried="learned tau"),
-    Row("thresholds per channel", "spike", SOFT, FAST, tried="channel thresholds"),
+    Row("default, PLIF", "spike", BEST, FAST, tried="learned tau"),
+    Row("default, thresholds per channel", "spike", BEST, FAST, tried="channel thresholds"),
     Row(
         "I-LIF, 4 levels",
         "spike",
