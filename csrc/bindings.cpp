@@ -76,6 +76,27 @@ Threshold make_threshold(double value, uintptr_t values, int kind) {
   return t;
 }
 
+Element make_element(int type, int most) {
+  require(type >= 0 && type <= most, "type: takes 0 (float32), 1 (bfloat16), or 2 (byte) or 3 (bits) where they can be");
+  return static_cast<Element>(type);
+}
+
+// An array of float32, bfloat16, bytes, or rows of bits.
+const void* typed_array(uintptr_t address, Element type, int64_t rows, int64_t columns, const char* name) {
+  const int64_t n = elements({rows, columns});
+  switch (type) {
+    case Element::float32: return array<const float>(address, n, name);
+    case Element::bfloat16: return array<const uint16_t>(address, n, name);
+    case Element::byte: return array<const uint8_t>(address, n, name);
+    case Element::bits: break;
+  }
+  return array<const uint64_t>(address, n, name);
+}
+
+void* typed_output(uintptr_t address, Element type, int64_t rows, int64_t columns, const char* name) {
+  return const_cast<void*>(typed_array(address, type, rows, columns, name));
+}
+
 template <class Arguments>
 void run(void (*kernel)(const Arguments&), const Arguments& arguments) {
   py::gil_scoped_release release;
@@ -83,29 +104,29 @@ void run(void (*kernel)(const Arguments&), const Arguments& arguments) {
 }
 
 void bind_lif(py::module_& m) {
-  m.def(
-      "lif_forward",
-      [](const Neuron& neuron, const Threshold& threshold, uintptr_t x, uintptr_t v_init, uintptr_t spikes,
-         uintptr_t v, int64_t T, int64_t rows, int64_t C, int threads) {
-        const int64_t step = elements({rows, C}), all = elements({T, rows, C});
-        LifForward a{neuron, threshold, array<const float>(x, all, "x"),
-                     optional_array<const float>(v_init, "v_init"), array<float>(spikes, all, "spikes"),
-                     array<float>(v, step, "v"), T, rows, C, checked_threads(threads)};
-        run(kernels().lif_forward, a);
-      });
-  m.def(
-      "lif_backward",
-      [](const Neuron& neuron, const Threshold& threshold, uintptr_t grad_spikes, uintptr_t grad_v, uintptr_t x,
-         uintptr_t v_init, uintptr_t grad_x, uintptr_t grad_threshold, uintptr_t grad_v_init, int64_t T,
-         int64_t rows, int64_t C, int threads) {
-        const int64_t all = elements({T, rows, C});
-        LifBackward a{neuron, threshold, array<const float>(grad_spikes, all, "grad_spikes"),
-                      optional_array<const float>(grad_v, "grad_v"), array<const float>(x, all, "x"),
-                      optional_array<const float>(v_init, "v_init"), array<float>(grad_x, all, "grad_x"),
-                      optional_array<float>(grad_threshold, "grad_threshold"),
-                      optional_array<float>(grad_v_init, "grad_v_init"), T, rows, C, checked_threads(threads)};
-        run(kernels().lif_backward, a);
-      });
+  m.def("lif_forward",
+        [](const Neuron& neuron, const Threshold& threshold, int type, uintptr_t x, uintptr_t v_init, uintptr_t spikes,
+           uintptr_t v, int64_t T, int64_t rows, int64_t C, int threads) {
+          const Element of_x = make_element(type, 1);
+          const int64_t step = elements({rows, C});
+          LifForward a{neuron, threshold, of_x, typed_array(x, of_x, T, step, "x"),
+                       optional_array<const float>(v_init, "v_init"), typed_output(spikes, of_x, T, step, "spikes"),
+                       array<float>(v, step, "v"), T, rows, C, checked_threads(threads)};
+          run(kernels().lif_forward, a);
+        });
+  m.def("lif_backward",
+        [](const Neuron& neuron, const Threshold& threshold, int type, uintptr_t grad_spikes, uintptr_t grad_v,
+           uintptr_t x, uintptr_t v_init, uintptr_t grad_x, uintptr_t grad_threshold, uintptr_t grad_v_init, int64_t T,
+           int64_t rows, int64_t C, int threads) {
+          const Element of_x = make_element(type, 1);
+          const int64_t step = elements({rows, C});
+          LifBackward a{neuron, threshold, of_x, typed_array(grad_spikes, of_x, T, step, "grad_spikes"),
+                        optional_array<const float>(grad_v, "grad_v"), typed_array(x, of_x, T, step, "x"),
+                        optional_array<const float>(v_init, "v_init"), typed_output(grad_x, of_x, T, step, "grad_x"),
+                        optional_array<float>(grad_threshold, "grad_threshold"),
+                        optional_array<float>(grad_v_init, "grad_v_init"), T, rows, C, checked_threads(threads)};
+          run(kernels().lif_backward, a);
+        });
   m.def("binarize", [](uintptr_t x, uintptr_t grad, uintptr_t out, double alpha, int64_t n, int threads) {
     elements({n});
     Binarize a{array<const float>(x, n, "x"), optional_array<const float>(grad, "grad"),
@@ -120,42 +141,45 @@ NormKind make_kind(int kind) {
 }
 
 void bind_norm_lif(py::module_& m) {
-  m.def("moments", [](uintptr_t x, bool center, uintptr_t mean, uintptr_t var, int64_t rows, int64_t C, int threads) {
-    const int64_t all = elements({rows, C});
+  m.def("moments", [](int type, uintptr_t x, bool center, uintptr_t mean, uintptr_t var, int64_t rows, int64_t C,
+                      int threads) {
+    const Element of_x = make_element(type, 1);
     require(rows > 0, "rows: takes at least 1");
-    Moments a{array<const float>(x, all, "x"), center, array<float>(mean, C, "mean"), array<float>(var, C, "var"),
-              rows, C, checked_threads(threads)};
+    Moments a{of_x, typed_array(x, of_x, rows, C, "x"), center, array<float>(mean, C, "mean"),
+              array<float>(var, C, "var"), rows, C, checked_threads(threads)};
     run(kernels().moments, a);
   });
   m.def("norm_lif_forward",
-        [](const Neuron& neuron, const Threshold& threshold, int kind, uintptr_t x, uintptr_t weight, uintptr_t bias,
-           double eps, uintptr_t mean, uintptr_t rstd, uintptr_t spikes, int64_t T, int64_t rows, int64_t C,
-           int threads) {
-          const int64_t all = elements({T, rows, C}), statistics = kind ? C : elements({T, rows});
+        [](const Neuron& neuron, const Threshold& threshold, int kind, int type, uintptr_t x, uintptr_t weight,
+           uintptr_t bias, double eps, uintptr_t mean, uintptr_t rstd, uintptr_t spikes, int64_t T, int64_t rows,
+           int64_t C, int threads) {
+          const Element of_x = make_element(type, 1);
+          const int64_t step = elements({rows, C}), statistics = kind ? C : elements({T, rows});
           require(eps >= 0, "eps: takes a number >= 0");
-          NormLifForward a{neuron, threshold, make_kind(kind), array<const float>(x, all, "x"),
+          NormLifForward a{neuron, threshold, make_kind(kind), of_x, typed_array(x, of_x, T, step, "x"),
                            array<const float>(weight, C, "weight"), array<const float>(bias, C, "bias"),
                            static_cast<float>(eps), array<float>(mean, statistics, "mean"),
-                           array<float>(rstd, statistics, "rstd"), array<float>(spikes, all, "spikes"), T, rows, C,
-                           checked_threads(threads)};
+                           array<float>(rstd, statistics, "rstd"), typed_output(spikes, of_x, T, step, "spikes"), T,
+                           rows, C, checked_threads(threads)};
           run(kernels().norm_lif_forward, a);
         });
   m.def("norm_lif_backward",
-        [](const Neuron& neuron, const Threshold& threshold, int kind, int part, uintptr_t grad_spikes, uintptr_t x,
-           uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t rstd, uintptr_t a_, uintptr_t b, uintptr_t c,
-           uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t grad_threshold, int64_t T,
-           int64_t rows, int64_t C, int threads) {
-          const int64_t all = elements({T, rows, C}), statistics = kind ? C : elements({T, rows});
+        [](const Neuron& neuron, const Threshold& threshold, int kind, int part, int type, uintptr_t grad_spikes,
+           uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t rstd, uintptr_t a_, uintptr_t b,
+           uintptr_t c, uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t grad_threshold,
+           int64_t T, int64_t rows, int64_t C, int threads) {
+          const Element of_x = make_element(type, 1);
+          const int64_t step = elements({rows, C}), statistics = kind ? C : elements({T, rows});
           require(part >= 0 && part <= 2, "part: takes 0 (whole), 1 (reduce) or 2 (apply)");
           require(part != 0 || kind == 0, "part: whole is for row statistics");
           const int64_t sums = part == 2 ? 0 : C, coefficients = part == 2 ? C : 0;
-          NormLifBackward a{neuron, threshold, make_kind(kind), static_cast<NormLifPart>(part),
-                            array<const float>(grad_spikes, all, "grad_spikes"), array<const float>(x, all, "x"),
+          NormLifBackward a{neuron, threshold, make_kind(kind), static_cast<NormLifPart>(part), of_x,
+                            typed_array(grad_spikes, of_x, T, step, "grad_spikes"), typed_array(x, of_x, T, step, "x"),
                             array<const float>(weight, C, "weight"), array<const float>(bias, C, "bias"),
                             array<const float>(mean, statistics, "mean"), array<const float>(rstd, statistics, "rstd"),
                             array<const float>(a_, coefficients, "a"), array<const float>(b, coefficients, "b"),
                             array<const float>(c, coefficients, "c"),
-                            array<float>(grad_x, part == 1 ? 0 : all, "grad_x"),
+                            typed_output(grad_x, of_x, part == 1 ? 0 : T, step, "grad_x"),
                             array<float>(grad_weight, sums, "grad_weight"), array<float>(grad_bias, sums, "grad_bias"),
                             optional_array<float>(grad_threshold, "grad_threshold"), T, rows, C,
                             checked_threads(threads)};
@@ -166,12 +190,12 @@ void bind_norm_lif(py::module_& m) {
 void bind_pack(py::module_& m) {
   m.def(
       "pack",
-      [](uintptr_t values, bool bytes, uintptr_t words, int64_t rows, int64_t C, int threads) {
+      [](uintptr_t values, int type, uintptr_t words, int64_t rows, int64_t C, int threads) {
+        const Element element = make_element(type, 2);
         const int64_t n = elements({rows, C});
         int64_t count = 0;
-        Pack a{nullptr, bytes, array<uint64_t>(words, n, "words"), &count, rows, C, checked_threads(threads)};
-        a.values = bytes ? static_cast<const void*>(array<const uint8_t>(values, n, "values"))
-                         : static_cast<const void*>(array<const float>(values, n, "values"));
+        Pack a{typed_array(values, element, rows, C, "values"), element, array<uint64_t>(words, n, "words"), &count, rows,
+               C, checked_threads(threads)};
         run(kernels().pack, a);
         return count;
       },
@@ -236,46 +260,57 @@ void bind_attention(py::module_& m) {
   });
 }
 
-SumRows make_sum_rows(uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows, int64_t bits,
-                      int64_t columns, int threads) {
+SumRows make_sum_rows(uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int out_type, int64_t rows,
+                      int64_t bits, int64_t columns, int threads) {
+  const Element type = make_element(out_type, 1);
   return {array<const uint64_t>(words, elements({rows, words_for(bits)}), "words"),
           array<const float>(source, elements({bits, columns}), "source"),
-          optional_array<const float>(bias, "bias"), array<float>(out, elements({rows, columns}), "out"), rows, bits,
-          columns, checked_threads(threads)};
-}
-
-WeightGrad make_weight_grad(uintptr_t words, uintptr_t grad, uintptr_t grad_weight, int64_t M, int64_t K, int64_t N,
-                            int threads) {
-  return {array<const uint64_t>(words, elements({M, words_for(K)}), "words"),
-          array<const float>(grad, elements({M, N}), "grad"),
-          array<float>(grad_weight, elements({N, K}), "grad_weight"), M, K, N, checked_threads(threads)};
+          optional_array<const float>(bias, "bias"),
+          typed_output(out, type, rows, columns, "out"), type, rows, bits, columns,
+          checked_threads(threads)};
 }
 
 void bind_spike_linear(py::module_& m) {
-  m.def("gather", [](uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows, int64_t bits,
-                     int64_t columns, int threads) {
-    run(kernels().gather, make_sum_rows(words, source, bias, out, rows, bits, columns, threads));
-  });
   m.def("pack_and_gather", [](uintptr_t s, uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out,
                               int64_t rows, int64_t bits, int64_t columns, int threads) {
-    const SumRows sum = make_sum_rows(words, source, bias, out, rows, bits, columns, threads);
-    const Pack packing{array<const float>(s, elements({rows, bits}), "s"), false, array<uint64_t>(words, rows, "words"),
-                       nullptr, rows, bits, threads};
+    const SumRows sum = make_sum_rows(words, source, bias, out, 0, rows, bits, columns, threads);
+    const Pack packing{array<const float>(s, elements({rows, bits}), "s"), Element::float32,
+                       array<uint64_t>(words, rows, "words"), nullptr, rows, bits, threads};
     py::gil_scoped_release release;
     kernels().pack(packing);
     kernels().gather(sum);
   });
-  m.def("subset_sums", [](uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows, int64_t bits,
-                          int64_t columns, int threads) {
-    run(kernels().subset_sums, make_sum_rows(words, source, bias, out, rows, bits, columns, threads));
-  });
-  m.def("gather_weight_grad", [](uintptr_t words, uintptr_t grad, uintptr_t grad_weight, int64_t M, int64_t K,
-                                 int64_t N, int threads) {
-    run(kernels().gather_weight_grad, make_weight_grad(words, grad, grad_weight, M, K, N, threads));
-  });
-  m.def("subset_sums_weight_grad", [](uintptr_t words, uintptr_t grad, uintptr_t grad_weight, int64_t M, int64_t K,
-                                      int64_t N, int threads) {
-    run(kernels().subset_sums_weight_grad, make_weight_grad(words, grad, grad_weight, M, K, N, threads));
+  const auto def_sum = [&](const char* name, auto kernel) {
+    m.def(name, [kernel](uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int out_type, int64_t rows,
+                         int64_t bits, int64_t columns, int threads) {
+      run(kernels().*kernel, make_sum_rows(words, source, bias, out, out_type, rows, bits, columns, threads));
+    });
+  };
+  def_sum("gather", &Kernels::gather);
+  def_sum("subset_sums", &Kernels::subset_sums);
+  const auto def_weight_grad = [&](const char* name, auto kernel) {
+    m.def(name, [kernel](uintptr_t words, uintptr_t grad, int grad_type, uintptr_t grad_weight, int64_t M, int64_t K,
+                         int64_t N, int threads) {
+      const Element type = make_element(grad_type, 1);
+      const WeightGrad a{array<const uint64_t>(words, elements({M, words_for(K)}), "words"),
+                         typed_array(grad, type, M, N, "grad"), type,
+                         array<float>(grad_weight, elements({N, K}), "grad_weight"), M, K, N, checked_threads(threads)};
+      run(kernels().*kernel, a);
+    });
+  };
+  def_weight_grad("gather_weight_grad", &Kernels::gather_weight_grad);
+  def_weight_grad("subset_sums_weight_grad", &Kernels::subset_sums_weight_grad);
+  def_weight_grad("matmul_weight_grad", &Kernels::matmul_weight_grad);
+  m.def("matmul", [](uintptr_t a, int a_type, uintptr_t b, int b_type, uintptr_t bias, uintptr_t c, int c_type,
+                     uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads) {
+    const Element of_a = make_element(a_type, 3), of_b = make_element(b_type, 1), of_c = make_element(c_type, 1);
+    require(of_a != Element::byte, "a_type: takes 0 (float32), 1 (bfloat16) or 3 (bits)");
+    const Matmul p{typed_array(a, of_a, M, of_a == Element::bits ? words_for(K) : K, "a"),
+                   typed_array(b, of_b, K, N, "b"), optional_array<const float>(bias, "bias"),
+                   typed_output(c, of_c, M, N, "c"),
+                   optional_array<float>(a_sums, "a_sums"), of_a, of_b, of_c, M, K, N,
+                   checked_threads(threads)};
+    run(kernels().matmul, p);
   });
   m.def("transpose", [](uintptr_t x, uintptr_t out, int64_t rows, int64_t columns, int threads) {
     const int64_t n = elements({rows, columns});
@@ -406,6 +441,7 @@ void bind_runtime(py::module_& m) {
 #else
     d["openmp"] = py::none();
 #endif
+    d["bfloat16_products"] = bfloat16_products();
     return d;
   });
 }

@@ -17,6 +17,9 @@ enum class ThresholdKind : int { scalar = 0, channel = 1, element = 2 };
 // Numbered as in spikedecoder/surrogate.py.
 enum class Surrogate : int { sigmoid = 0, atan = 1, rectangular = 2, triangle = 3, fast_sigmoid = 4 };
 
+// What an array that is not said to be float32 holds. Numbered as in spikedecoder/ext/cpu/_arguments.py.
+enum class Element : int { float32 = 0, bfloat16 = 1, byte = 2, bits = 3 };
+
 // A LIF neuron; equations in spikedecoder/params.py.
 struct Neuron {
   float tau = 2, v_reset = 0, alpha = 4;
@@ -31,22 +34,32 @@ struct Threshold {
   const float* values = nullptr;  // channel, element
 };
 
-// x, spikes [T, rows, C]; v, v_init (or null: zeros) [rows, C]. One timestep is [rows, C].
+// x, spikes [T, rows, C] of `type`, float32 or bfloat16; v, v_init (or null: zeros) [rows, C]. One timestep is
+// [rows, C].
 struct LifForward {
   Neuron neuron;
   Threshold threshold;
-  const float *x, *v_init;
-  float *spikes, *v;
+  Element type;
+  const void* x;
+  const float* v_init;
+  void* spikes;
+  float* v;
   int64_t T, rows, C;
   int threads;
 };
 
-// grad_v and grad_v_init may be null. grad_threshold: null, or [1], [C] or [rows, C] by the threshold's kind.
+// grad_spikes, x and grad_x are of `type`. grad_v and grad_v_init may be null. grad_threshold: null, or [1], [C]
+// or [rows, C] by the threshold's kind.
 struct LifBackward {
   Neuron neuron;
   Threshold threshold;
-  const float *grad_spikes, *grad_v, *x, *v_init;
-  float *grad_x, *grad_threshold, *grad_v_init;
+  Element type;
+  const void* grad_spikes;
+  const float* grad_v;
+  const void* x;
+  const float* v_init;
+  void* grad_x;
+  float *grad_threshold, *grad_v_init;
   int64_t T, rows, C;
   int threads;
 };
@@ -59,10 +72,10 @@ struct Binarize {
   int threads;
 };
 
-// values [rows, C], float32 or bytes -> words [rows, words_for(C)]; `count` gets the number of set bits.
+// values [rows, C], float32, bfloat16 or bytes -> words [rows, words_for(C)]; `count` gets the number of set bits.
 struct Pack {
   const void* values;
-  bool bytes;
+  Element type;
   uint64_t* words;
   int64_t* count;
   int64_t rows, C;
@@ -78,7 +91,8 @@ struct Unpack {
 
 // x [rows, C] -> mean, variance (biased) of each channel; without centring mean = 0, var = mean of x^2.
 struct Moments {
-  const float* x;
+  Element type;  // of x
+  const void* x;
   bool center;
   float *mean, *var;
   int64_t rows, C;
@@ -88,15 +102,18 @@ struct Moments {
 // Which statistics normalise an element: those of its row [T, rows], or those of its channel [C].
 enum class NormKind : int { row = 0, channel = 1 };
 
-// spikes = LIF(y), y = z weight + bias, z = (x - mean) rstd. x, spikes [T, rows, C].
+// spikes = LIF(y), y = z weight + bias, z = (x - mean) rstd. x, spikes [T, rows, C] of `type`.
 // Row statistics are computed and written here, channel statistics are read.
 struct NormLifForward {
   Neuron neuron;
   Threshold threshold;
   NormKind kind;
-  const float *x, *weight, *bias;
+  Element type;
+  const void* x;
+  const float *weight, *bias;
   float eps;
-  float *mean, *rstd, *spikes;
+  float *mean, *rstd;
+  void* spikes;
   int64_t T, rows, C;
   int threads;
 };
@@ -112,8 +129,11 @@ struct NormLifBackward {
   Threshold threshold;
   NormKind kind;
   NormLifPart part;
-  const float *grad_spikes, *x, *weight, *bias, *mean, *rstd, *a, *b, *c;
-  float *grad_x, *grad_weight, *grad_bias, *grad_threshold;
+  Element type;  // of grad_spikes, x and grad_x
+  const void *grad_spikes, *x;
+  const float *weight, *bias, *mean, *rstd, *a, *b, *c;
+  void* grad_x;
+  float *grad_weight, *grad_bias, *grad_threshold;
   int64_t T, rows, C;
   int threads;
 };
@@ -157,21 +177,36 @@ struct AttentionLifBackward {
 };
 
 // out[r, :] = bias + sum of source[q, :] over the bits q that are set in row r of words.
-// words [rows, words_for(bits)], source [bits, columns], out [rows, columns]; bias [columns] or null.
+// words [rows, words_for(bits)], source [bits, columns], out [rows, columns] float32 or bfloat16 (rounded once
+// every 32768 bits by gather, every 2048 by subset_sums); bias [columns] or null.
 struct SumRows {
   const uint64_t* words;
   const float *source, *bias;
-  float* out;
+  void* out;
+  Element out_type;
   int64_t rows, bits, columns;
   int threads;
 };
 
 // grad_weight[n, k] = sum of grad[m, n] over the rows m in which bit k is set.
-// words [M, words_for(K)], grad [M, N], grad_weight [N, K].
+// words [M, words_for(K)], grad [M, N] float32 or bfloat16, grad_weight [N, K].
 struct WeightGrad {
   const uint64_t* words;
-  const float* grad;
+  const void* grad;
+  Element grad_type;
   float* grad_weight;
+  int64_t M, K, N;
+  int threads;
+};
+
+// c = a b + bias. a [M, K]: float32, bfloat16 or bits; b [K, N], c [M, N]: float32 or bfloat16; bias [N] or null.
+// Sums are float32. a_sums [K], or null, gets the sums of a's columns: a bias's gradient, where a is dL/dy.
+struct Matmul {
+  const void *a, *b;
+  const float* bias;
+  void* c;
+  float* a_sums;
+  Element a_type, b_type, c_type;
   int64_t M, K, N;
   int threads;
 };
@@ -204,6 +239,8 @@ namespace spikedecoder {
   X(gather_weight_grad, WeightGrad)               \
   X(subset_sums, SumRows)                         \
   X(subset_sums_weight_grad, WeightGrad)          \
+  X(matmul, Matmul)                               \
+  X(matmul_weight_grad, WeightGrad)               \
   X(transpose, Transpose)                         \
   X(binarize, Binarize)                           \
   X(pack, Pack)                                   \

@@ -36,19 +36,19 @@ double work(int64_t T, int64_t elements, double per_element) {
   return per_element * static_cast<double>(T) * static_cast<double>(elements);
 }
 
-}  // namespace
-
-void lif_forward(const LifForward& a) {
+template <class E>
+void forward(const LifForward& a) {
   const int64_t step = a.rows * a.C;
-  const bool past = past_cache(a.spikes, a.T * step, a.C);
+  const E* const first = static_cast<const E*>(a.x);
+  E* const out = static_cast<E*>(a.spikes);
+  const bool past = past_cache(out, a.T * step, a.C);
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads_for(work(a.T, step, 0.3), a.threads), [&](int thread, int threads) {
-      const F one = set1(1);
       for_neurons(a.rows, a.C, thread, threads,
                   [&](auto vectors, int64_t row, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
         constexpr int U = decltype(vectors)::count;
-        const float* x = a.x + row + c;
-        float* spikes = a.spikes + row + c;
+        const E* x = first + row + c;
+        E* spikes = out + row + c;
         F threshold[U], v[U];
         for (int u = 0; u < U; u++) {
           threshold[u] = thresholds_at(a.threshold, row, c + u * W, n);
@@ -59,7 +59,7 @@ void lif_forward(const LifForward& a) {
             const F h = cell.charge(load_up_to(x + u * W, n), v[u]);
             const Mask fired = ge(h, threshold[u]);
             v[u] = cell.after(h, fired, threshold[u]);
-            store_result(spikes + u * W, keep(fired, one), n, past);
+            store_spikes(spikes + u * W, fired, n, past);
           }
         }
         for (int u = 0; u < U; u++) store_up_to(a.v + row + c + u * W, v[u], n);
@@ -68,10 +68,13 @@ void lif_forward(const LifForward& a) {
   });
 }
 
-void lif_backward(const LifBackward& a) {
+template <class E>
+void backward(const LifBackward& a) {
   const int64_t step = a.rows * a.C;
+  const E *const x = static_cast<const E*>(a.x), *const grad_spikes = static_cast<const E*>(a.grad_spikes);
+  E* const out = static_cast<E*>(a.grad_x);
   const int most = threads_for(work(a.T, step, 0.6), a.threads);
-  const bool past = past_cache(a.grad_x, a.T * step, a.C);
+  const bool past = past_cache(out, a.T * step, a.C);
   // per thread: the membrane potentials h of a few vectors of neurons, then its share of dL/dthreshold
   const int64_t potentials = round_up(a.T * AT_ONCE * W, 16);
   const int64_t own = potentials + ThresholdSum::size(a.threshold, a.C);
@@ -95,17 +98,17 @@ void lif_backward(const LifBackward& a) {
         }
         for (int64_t t = 0; t < a.T; t++) {
           for (int u = 0; u < U; u++) {
-            const F h = cell.charge(load_up_to(a.x + t * step + at + u * W, n), v[u]);
+            const F h = cell.charge(load_up_to(x + t * step + at + u * W, n), v[u]);
             store(hs + (t * U + u) * W, h);
             v[u] = cell.after(h, ge(h, threshold[u]), threshold[u]);
           }
         }
         for (int64_t t = a.T - 1; t >= 0; t--) {
           for (int u = 0; u < U; u++) {
-            const F grad_spike = load_up_to(a.grad_spikes + t * step + at + u * W, n);
+            const F grad_spike = load_up_to(grad_spikes + t * step + at + u * W, n);
             const F grad_x =
                 cell.back(load(hs + (t * U + u) * W), threshold[u], grad_spike, carry[u], grad_threshold[u]);
-            store_result(a.grad_x + t * step + at + u * W, grad_x, n, past);
+            store_result(out + t * step + at + u * W, grad_x, n, past);
           }
         }
         for (int u = 0; u < U; u++) {
@@ -118,6 +121,11 @@ void lif_backward(const LifBackward& a) {
   });
   ThresholdSum::combine(a.threshold, a.C, a.grad_threshold, scratch.floats() + potentials, own, most);
 }
+
+}  // namespace
+
+void lif_forward(const LifForward& a) { (a.type == Element::float32 ? forward<float> : forward<bfloat16>)(a); }
+void lif_backward(const LifBackward& a) { (a.type == Element::float32 ? backward<float> : backward<bfloat16>)(a); }
 
 }  // namespace SPIKEDECODER_VARIANT
 }  // namespace spikedecoder

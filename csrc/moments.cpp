@@ -20,7 +20,8 @@ SPIKEDECODER_INLINE void combine(double n_a, F& mean, F& squares, double n_b, F 
 }
 
 // One block's part of the W channels at x (rows `stride` apart, the first n lanes).
-SPIKEDECODER_INLINE void block_moments(const float* x, int64_t rows, int64_t stride, int n, bool center, F& mean,
+template <class E>
+SPIKEDECODER_INLINE void block_moments(const E* x, int64_t rows, int64_t stride, int n, bool center, F& mean,
                                        F& squares) {
   mean = zero();
   squares = zero();
@@ -34,9 +35,8 @@ SPIKEDECODER_INLINE void block_moments(const float* x, int64_t rows, int64_t str
   }
 }
 
-}  // namespace
-
-void moments(const Moments& a) {
+template <class E>
+void moments_of(const Moments& a, const E* x) {
   const int threads = threads_for(0.3 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
   const int64_t padded = round_up(a.C, 16);
   Scratch scratch(sizeof(float) * static_cast<size_t>(2 * padded * threads));
@@ -49,7 +49,7 @@ void moments(const Moments& a) {
       for (int64_t c = 0; c < a.C; c += W) {
         const int n = static_cast<int>(a.C - c < W ? a.C - c : W);
         F mean_b, squares_b, mean = load(means + c), square = load(squares + c);
-        block_moments(a.x + r * a.C + c, length, a.C, n, a.center, mean_b, squares_b);
+        block_moments(x + r * a.C + c, length, a.C, n, a.center, mean_b, squares_b);
         combine(static_cast<double>(r - rows.begin), mean, square, static_cast<double>(length), mean_b, squares_b);
         store(means + c, mean);
         store(squares + c, square);
@@ -70,6 +70,16 @@ void moments(const Moments& a) {
     const int n = static_cast<int>(a.C - c < W ? a.C - c : W);
     store_up_to(a.mean + c, mean, n);
     store_up_to(a.var + c, div(square, set1(static_cast<float>(a.rows))), n);
+  }
+}
+
+}  // namespace
+
+void moments(const Moments& a) {
+  if (a.type == Element::float32) {
+    moments_of(a, static_cast<const float*>(a.x));
+  } else {
+    moments_of(a, static_cast<const bfloat16*>(a.x));
   }
 }
 

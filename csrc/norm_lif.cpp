@@ -17,9 +17,11 @@ double work(int64_t T, int64_t rows, int64_t C, double per_element) {
 SPIKEDECODER_INLINE int lanes(int64_t C, int64_t c) { return static_cast<int>(C - c < W ? C - c : W); }
 
 // What both passes read, and z and y from it.
+template <class E>
 struct Normal {
   NormKind kind;
-  const float *x, *weight, *bias, *mean, *rstd;
+  const E* x;
+  const float *weight, *bias, *mean, *rstd;
   int64_t T, rows, C;
 
   int64_t at(int64_t t, int64_t row) const { return (t * rows + row) * C; }
@@ -29,7 +31,8 @@ struct Normal {
 struct Channels {
   F weight, bias, mean, rstd;
 
-  SPIKEDECODER_INLINE_MEMBER void read(const Normal& p, int64_t c, int n) {
+  template <class E>
+  SPIKEDECODER_INLINE_MEMBER void read(const Normal<E>& p, int64_t c, int n) {
     const bool own = p.kind == NormKind::channel;
     weight = load_up_to(p.weight + c, n);
     bias = load_up_to(p.bias + c, n);
@@ -37,7 +40,8 @@ struct Channels {
     rstd = own ? load_up_to(p.rstd + c, n) : zero();
   }
 
-  SPIKEDECODER_INLINE_MEMBER F z(const Normal& p, int64_t t, int64_t row, int64_t c, int n) const {
+  template <class E>
+  SPIKEDECODER_INLINE_MEMBER F z(const Normal<E>& p, int64_t t, int64_t row, int64_t c, int n) const {
     const F x = load_up_to(p.x + p.at(t, row) + c, n);
     if (p.kind == NormKind::channel) return mul(sub(x, mean), rstd);
     const int64_t r = t * p.rows + row;
@@ -48,7 +52,8 @@ struct Channels {
 };
 
 // Mean and 1 / sqrt(variance + eps) of one row, in two passes.
-SPIKEDECODER_INLINE void row_statistics(const float* x, int64_t C, float eps, float& mean, float& rstd) {
+template <class E>
+SPIKEDECODER_INLINE void row_statistics(const E* x, int64_t C, float eps, float& mean, float& rstd) {
   F sums[4] = {zero(), zero(), zero(), zero()};  // four chains hide the latency of the addition
   int64_t c = 0;
   for (; c + 4 * W <= C; c += 4 * W) {
@@ -75,20 +80,19 @@ SPIKEDECODER_INLINE void row_statistics(const float* x, int64_t C, float eps, fl
   rstd = 1 / __builtin_sqrtf(sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) / n + eps);
 }
 
-}  // namespace
-
-void norm_lif_forward(const NormLifForward& a) {
-  const Normal p{a.kind, a.x, a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
-  const bool past = past_cache(a.spikes, p.at(a.T, 0), a.C);
+template <class E>
+void forward(const NormLifForward& a) {
+  const Normal<E> p{a.kind, static_cast<const E*>(a.x), a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
+  E* const spikes = static_cast<E*>(a.spikes);
+  const bool past = past_cache(spikes, p.at(a.T, 0), a.C);
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads_for(work(a.T, a.rows, a.C, 0.4), a.threads), [&](int thread, int threads) {
       const Range rows = share(a.rows, thread, threads);
-      const F one = set1(1);
       for (int64_t row = rows.begin; row < rows.end; row++) {
         if (a.kind == NormKind::row) {
           for (int64_t t = 0; t < a.T; t++) {
             const int64_t r = t * a.rows + row;
-            row_statistics(a.x + r * a.C, a.C, a.eps, a.mean[r], a.rstd[r]);
+            row_statistics(p.x + r * a.C, a.C, a.eps, a.mean[r], a.rstd[r]);
           }
         }
         for_channels(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
@@ -105,7 +109,7 @@ void norm_lif_forward(const NormLifForward& a) {
               const F h = cell.charge(channels[u].y(channels[u].z(p, t, row, c + u * W, n)), v[u]);
               const Mask fired = ge(h, threshold[u]);
               v[u] = cell.after(h, fired, threshold[u]);
-              store_result(a.spikes + p.at(t, row) + c + u * W, keep(fired, one), n, past);
+              store_spikes(spikes + p.at(t, row) + c + u * W, fired, n, past);
               __builtin_prefetch(p.x + p.at(t, row + 1) + c + u * W);  // its statistics come next
             }
           }
@@ -114,8 +118,6 @@ void norm_lif_forward(const NormLifForward& a) {
     });
   });
 }
-
-namespace {
 
 // One thread's scratch for the backward pass, all of it for one row of all timesteps but the last line.
 struct RowScratch {
@@ -148,10 +150,11 @@ struct RowScratch {
 
 // Four passes over a row, each with much independent work, which hides latency better than one pass does:
 // z; g, back through the LIF; the sums; dL/dx.
-void normalise(const Normal& p, int64_t row, const RowScratch& s) {
+template <class E>
+void normalise(const Normal<E>& p, int64_t row, const RowScratch& s) {
   for (int64_t t = 0; t < p.T; t++) {
     const int64_t r = t * p.rows + row;
-    const float* x = p.x + p.at(t, row);
+    const E* x = p.x + p.at(t, row);
     const bool by_row = p.kind == NormKind::row;
     const F row_mean = by_row ? set1(p.mean[r]) : zero(), row_rstd = by_row ? set1(p.rstd[r]) : zero();
     for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
@@ -164,8 +167,8 @@ void normalise(const Normal& p, int64_t row, const RowScratch& s) {
   }
 }
 
-template <class CellType>
-void back_through_lif(const CellType& cell, const Normal& p, const Threshold& limits, const float* grad_spikes,
+template <class CellType, class E>
+void back_through_lif(const CellType& cell, const Normal<E>& p, const Threshold& limits, const E* grad_spikes,
                       int64_t row, const RowScratch& s, ThresholdSum& threshold_sum) {
   for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
@@ -196,7 +199,8 @@ void back_through_lif(const CellType& cell, const Normal& p, const Threshold& li
   });
 }
 
-void add_to_sums(const Normal& p, const RowScratch& s, bool of_row) {
+template <class E>
+void add_to_sums(const Normal<E>& p, const RowScratch& s, bool of_row) {
   for (int64_t i = 0; i < p.T * W; i++) s.sum_g[i] = s.sum_gz[i] = 0;
   for_channels<1>(p.C, [&](auto, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     F weight = load(s.weight + c), bias = load(s.bias + c);
@@ -216,7 +220,8 @@ void add_to_sums(const Normal& p, const RowScratch& s, bool of_row) {
   });
 }
 
-void gradient_of_row(const Normal& p, int64_t row, const RowScratch& s, float* grad_x) {
+template <class E>
+void gradient_of_row(const Normal<E>& p, int64_t row, const RowScratch& s, E* grad_x) {
   const bool past = past_cache(grad_x, p.at(p.T, 0), p.C);
   const F channels = set1(static_cast<float>(p.C));
   for (int64_t t = 0; t < p.T; t++) {
@@ -233,23 +238,25 @@ void gradient_of_row(const Normal& p, int64_t row, const RowScratch& s, float* g
   }
 }
 
-void gradient_by_channels(const NormLifBackward& a, const Normal& p, int64_t row, const RowScratch& s) {
-  const bool past = past_cache(a.grad_x, p.at(p.T, 0), p.C);
+template <class E>
+void gradient_by_channels(const NormLifBackward& a, const Normal<E>& p, int64_t row, const RowScratch& s, E* grad_x) {
+  const bool past = past_cache(grad_x, p.at(p.T, 0), p.C);
   for (int64_t t = 0; t < p.T; t++) {
     for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
       for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
         const F g = load(s.g + t * s.padded + c), z = load(s.z + t * s.padded + c);
         const F rest = fma(load_up_to(a.b + c, n), z, load_up_to(a.c + c, n));
-        store_result(a.grad_x + p.at(t, row) + c, fma(load_up_to(a.a + c, n), g, rest), n, past);
+        store_result(grad_x + p.at(t, row) + c, fma(load_up_to(a.a + c, n), g, rest), n, past);
       }
     });
   }
 }
 
-}  // namespace
-
-void norm_lif_backward(const NormLifBackward& a) {
-  const Normal p{a.kind, a.x, a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
+template <class E>
+void backward(const NormLifBackward& a) {
+  const Normal<E> p{a.kind, static_cast<const E*>(a.x), a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
+  const E* const grad_spikes = static_cast<const E*>(a.grad_spikes);
+  E* const grad_x = static_cast<E*>(a.grad_x);
   const int most = threads_for(work(a.T, a.rows, a.C, 0.8), a.threads);
   const bool whole = a.part == NormLifPart::whole, sums = a.part != NormLifPart::apply;
   const int64_t own = RowScratch::size(a.threshold, a.T, a.C);
@@ -264,10 +271,10 @@ void norm_lif_backward(const NormLifBackward& a) {
       const Range rows = share(a.rows, thread, threads);
       for (int64_t row = rows.begin; row < rows.end; row++) {
         normalise(p, row, s);
-        back_through_lif(cell, p, a.threshold, a.grad_spikes, row, s, threshold_sum);
+        back_through_lif(cell, p, a.threshold, grad_spikes, row, s, threshold_sum);
         if (sums) add_to_sums(p, s, whole);
-        if (whole) gradient_of_row(p, row, s, a.grad_x);
-        if (a.part == NormLifPart::apply) gradient_by_channels(a, p, row, s);
+        if (whole) gradient_of_row(p, row, s, grad_x);
+        if (a.part == NormLifPart::apply) gradient_by_channels(a, p, row, s, grad_x);
       }
       threshold_sum.end_run();
     });
@@ -286,6 +293,13 @@ void norm_lif_backward(const NormLifBackward& a) {
     a.grad_weight[c] = static_cast<float>(weight);
     a.grad_bias[c] = static_cast<float>(bias);
   }
+}
+
+}  // namespace
+
+void norm_lif_forward(const NormLifForward& a) { (a.type == Element::float32 ? forward<float> : forward<bfloat16>)(a); }
+void norm_lif_backward(const NormLifBackward& a) {
+  (a.type == Element::float32 ? backward<float> : backward<bfloat16>)(a);
 }
 
 }  // namespace SPIKEDECODER_VARIANT

@@ -14,6 +14,14 @@ SPIKEDECODER_INLINE uint64_t word_of_bytes(const uint8_t* p, int n) {
   return word;
 }
 
+SPIKEDECODER_INLINE uint64_t word_at(const Pack& a, int64_t at, int n) {
+  switch (a.type) {
+    case Element::byte: return word_of_bytes(static_cast<const uint8_t*>(a.values) + at, n);
+    case Element::bfloat16: return word_of_floats(static_cast<const bfloat16*>(a.values) + at, n);
+    default: return word_of_floats(static_cast<const float*>(a.values) + at, n);
+  }
+}
+
 void pack(const Pack& a) {
   const int64_t words = words_for(a.C);
   const int threads = threads_for(0.2 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
@@ -27,8 +35,7 @@ void pack(const Pack& a) {
       for (int64_t w = 0; w < words; w++) {
         const int64_t at = r * a.C + 64 * w, left = a.C - 64 * w;
         const int n = left < 64 ? static_cast<int>(left) : 64;
-        const uint64_t word = a.bytes ? word_of_bytes(static_cast<const uint8_t*>(a.values) + at, n)
-                                      : word_of_floats(static_cast<const float*>(a.values) + at, n);
+        const uint64_t word = word_at(a, at, n);
         a.words[r * words + w] = word;
         set += __builtin_popcountll(word);
       }

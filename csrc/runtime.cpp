@@ -64,6 +64,15 @@ const Kernels& kernels() {
   return *in_force;
 }
 
+bool bfloat16_products() {
+#if defined(SPIKEDECODER_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 int threads_for(double nanoseconds, int most) {
   if (forked || most <= 1) return 1;
   const double worth = nanoseconds / 3000;

@@ -12,6 +12,9 @@ bool variant_available(const char* name);
 bool use_variant(const char* name);
 extern const char* const variant_names[3];  // best first
 
+// Whether this CPU multiplies pairs of bfloat16; used by the AVX-512 variant.
+bool bfloat16_products();
+
 // Threads worth waking for `nanoseconds` of work on one: at least about 3 us for each, never more than
 // `most`, and one in a forked child, where the parent's OpenMP threads do not exist any more.
 int threads_for(double nanoseconds, int most);

@@ -170,9 +170,98 @@ SPIKEDECODER_INLINE Mask mask_of(uint32_t bits) {
 
 #endif
 
+// A float of which only the upper 16 bits are kept. Read and written by vectors of floats; written numbers are
+// rounded to the nearest, ties to even, as torch does.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+#if defined(SPIKEDECODER_AVX512)
+
+SPIKEDECODER_INLINE F widen(__m256i a) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
+}
+SPIKEDECODER_INLINE __m256i narrow(F a) {
+  const __m512i x = _mm512_castps_si512(a), upper = _mm512_srli_epi32(x, 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(x, half), 16);
+  const Mask nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40)));
+}
+SPIKEDECODER_INLINE F load(const bfloat16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+SPIKEDECODER_INLINE F load_n(const bfloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first_n(n), p)); }
+SPIKEDECODER_INLINE void store(bfloat16* p, F a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+SPIKEDECODER_INLINE void store_n(bfloat16* p, F a, int n) { _mm256_mask_storeu_epi16(p, first_n(n), narrow(a)); }
+SPIKEDECODER_INLINE void stream(bfloat16* p, F a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(a));
+}
+
+#else
+
+#if defined(SPIKEDECODER_AVX2)
+
+SPIKEDECODER_INLINE F load(const bfloat16* p) {
+  const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
+}
+SPIKEDECODER_INLINE __m128i narrow(F a) {
+  const __m256i x = _mm256_castps_si256(a), upper = _mm256_srli_epi32(x, 16);
+  const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(x, half), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+  const __m256i chosen = _mm256_blendv_epi8(rounded, quiet, nan);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(chosen, chosen), 0x08));
+}
+SPIKEDECODER_INLINE void store(bfloat16* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+SPIKEDECODER_INLINE void stream(bfloat16* p, F a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+
+#else
+
+SPIKEDECODER_INLINE F load(const bfloat16* p) {
+  uint32_t wide[W];
+  for (int i = 0; i < W; i++) wide[i] = static_cast<uint32_t>(p[i].bits) << 16;
+  F a;
+  memcpy(&a, wide, sizeof a);
+  return a;
+}
+SPIKEDECODER_INLINE void store(bfloat16* p, F a) {
+  uint32_t wide[W];
+  memcpy(wide, &a, sizeof a);
+  for (int i = 0; i < W; i++) {
+    const uint32_t x = wide[i], rounded = (x + 0x7fffu + (x >> 16 & 1)) >> 16;
+    const bool nan = (x & 0x7fffffffu) > 0x7f800000u;
+    p[i].bits = static_cast<uint16_t>(nan ? x >> 16 | 0x40 : rounded);
+  }
+}
+SPIKEDECODER_INLINE void stream(bfloat16* p, F a) { store(p, a); }
+
+#endif
+
+SPIKEDECODER_INLINE F load_n(const bfloat16* p, int n) {
+  bfloat16 there[W] = {};
+  memcpy(there, p, sizeof(bfloat16) * static_cast<size_t>(n));
+  return load(there);
+}
+SPIKEDECODER_INLINE void store_n(bfloat16* p, F a, int n) {
+  bfloat16 all[W];
+  store(all, a);
+  memcpy(p, all, sizeof(bfloat16) * static_cast<size_t>(n));
+}
+
+#endif
+
 // The first n lanes; hot loops call these with n = W, a constant.
-SPIKEDECODER_INLINE F load_up_to(const float* p, int n) { return n >= W ? load(p) : load_n(p, n); }
-SPIKEDECODER_INLINE void store_up_to(float* p, F a, int n) {
+template <class E>
+SPIKEDECODER_INLINE F load_up_to(const E* p, int n) {
+  return n >= W ? load(p) : load_n(p, n);
+}
+template <class E>
+SPIKEDECODER_INLINE void store_up_to(E* p, F a, int n) {
   if (n >= W) {
     store(p, a);
   } else {
@@ -180,20 +269,41 @@ SPIKEDECODER_INLINE void store_up_to(float* p, F a, int n) {
   }
 }
 
-// Whether an output of n floats, in rows of `columns`, is written past the caches: it would not stay there, and
+// Whether an output of n values, in rows of `columns`, is written past the caches: it would not stay there, and
 // a line that is written whole need not be read first. Only where all of its vectors are whole and aligned.
-SPIKEDECODER_INLINE bool past_cache(const float* out, int64_t n, int64_t columns) {
-  constexpr int64_t LARGE = 4 << 20;  // 16 MiB
+template <class E>
+SPIKEDECODER_INLINE bool past_cache(const E* out, int64_t n, int64_t columns) {
+  constexpr int64_t LARGE = (16 << 20) / sizeof(E);
   return n >= LARGE && columns % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
 // Stores the first n lanes of an output for which past_cache said `past`.
-SPIKEDECODER_INLINE void store_result(float* p, F a, int n, bool past) {
+template <class E>
+SPIKEDECODER_INLINE void store_result(E* p, F a, int n, bool past) {
   if (past) {
     stream(p, a);
   } else {
     store_up_to(p, a, n);
   }
+}
+
+// Stores 1 in the lanes that fired and 0 in the others, as store_result does.
+SPIKEDECODER_INLINE void store_spikes(float* p, Mask fired, int n, bool past) {
+  store_result(p, keep(fired, set1(1)), n, past);
+}
+SPIKEDECODER_INLINE void store_spikes(bfloat16* p, Mask fired, int n, bool past) {
+#if defined(SPIKEDECODER_AVX512)
+  const __m256i spikes = _mm256_maskz_set1_epi16(fired, 0x3f80);
+  if (past) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), spikes);
+  } else if (n >= W) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), spikes);
+  } else {
+    _mm256_mask_storeu_epi16(p, first_n(n), spikes);
+  }
+#else
+  store_result(p, keep(fired, set1(1)), n, past);
+#endif
 }
 
 // How many vectors are worked on at once, so that one's latency hides behind another's work.

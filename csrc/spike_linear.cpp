@@ -4,6 +4,7 @@
 // output row is held in registers while its list is walked. One addition per set bit and column, no
 // multiplication. Memory: the source is read `rate * rows` times, from the cache where a panel of it fits
 // (bits * panel * 4 bytes); the output is written once per 32768 bits.
+#include "gradient_rows.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
@@ -33,13 +34,13 @@ struct Panel {
 };
 
 // out[0 .. V vectors] = sum of the rows of the panel in list.
-template <int V, bool Whole>
-void sum_list(const uint16_t* list, int64_t n, const Panel& p, float* out) {
+template <int V, bool Whole, class E>
+void sum_list(const uint16_t* list, int64_t n, const Panel& p, E* out) {
   const int last = Whole ? W : p.lanes;
   F sums[V];
-  const float* start = p.accumulate ? out : p.bias;
   for (int j = 0; j < V; j++) {
-    sums[j] = !start ? zero() : (Whole || j < V - 1) ? load(start + j * W) : load_n(start + j * W, last);
+    const int there = Whole || j < V - 1 ? W : last;
+    sums[j] = p.accumulate ? load_up_to(out + j * W, there) : p.bias ? load_up_to(p.bias + j * W, there) : zero();
   }
   for (int64_t i = 0; i < n; i++) {
     const float* row = p.source + list[i] * p.stride;
@@ -57,15 +58,16 @@ void sum_list(const uint16_t* list, int64_t n, const Panel& p, float* out) {
   }
 }
 
-using SumList = void (*)(const uint16_t*, int64_t, const Panel&, float*);
+template <class E>
+using SumList = void (*)(const uint16_t*, int64_t, const Panel&, E*);
 
-template <int V>
-SumList sum_list_of(int vectors, bool whole) {
+template <int V, class E>
+SumList<E> sum_list_of(int vectors, bool whole) {
   if constexpr (V == 0) {
     return nullptr;
   } else {
-    if (vectors == V) return whole ? sum_list<V, true> : sum_list<V, false>;
-    return sum_list_of<V - 1>(vectors, whole);
+    if (vectors == V) return whole ? sum_list<V, true, E> : sum_list<V, false, E>;
+    return sum_list_of<V - 1, E>(vectors, whole);
   }
 }
 
@@ -104,18 +106,20 @@ struct Lists {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+template <class E>
 struct Sum {
   const uint64_t* words;
   int64_t word_stride, rows, bits;
   const float* source;
   int64_t columns;
   const float* bias;
-  float* out;
+  E* out;
   bool accumulate, past;
 };
 
 // Rows begin..end of `s`, all of whose bits fit in one segment: the two phases, on this thread's share.
-void sum_rows(const Sum& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_tasks, int vectors) {
+template <class E>
+void sum_rows(const Sum<E>& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_tasks, int vectors) {
   const int64_t segment_words = words_for(s.bits), chunks = (s.rows + CHUNK - 1) / CHUNK;
   for (int64_t task; list_tasks.next(task);) {
     lists.fill(s.words, s.word_stride, segment_words, {task * LIST_ROWS, smaller((task + 1) * LIST_ROWS, s.rows)});
@@ -127,7 +131,7 @@ void sum_rows(const Sum& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_ta
     const int used = static_cast<int>((width + W - 1) / W);
     const Panel panel{s.source + first, s.columns, static_cast<int>(width - (used - 1) * W),
                       s.bias ? s.bias + first : nullptr, s.accumulate, s.past};
-    const SumList sum = sum_list_of<MOST_VECTORS>(used, panel.lanes == W);
+    const SumList<E> sum = sum_list_of<MOST_VECTORS, E>(used, panel.lanes == W);
     for (int64_t r = chunk * CHUNK; r < smaller((chunk + 1) * CHUNK, s.rows); r++) {
       int64_t n;
       const uint16_t* list = lists.list(r, n);
@@ -137,7 +141,8 @@ void sum_rows(const Sum& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_ta
   finish_stores();
 }
 
-void gather_sum(const Sum& whole, double rate, int most) {
+template <class E>
+void gather_sum(const Sum<E>& whole, double rate, int most) {
   const int64_t vectors_in_all = (whole.columns + W - 1) / W;
   const int64_t panels = (vectors_in_all + MOST_VECTORS - 1) / MOST_VECTORS;
   const int vectors = static_cast<int>((vectors_in_all + panels - 1) / panels);
@@ -152,7 +157,7 @@ void gather_sum(const Sum& whole, double rate, int most) {
 
   for (int64_t r = 0; r < whole.rows; r += rows_at_a_time) {
     for (int64_t bit = 0; bit < whole.bits; bit += segment) {
-      Sum part = whole;
+      Sum<E> part = whole;
       part.rows = smaller(rows_at_a_time, whole.rows - r);
       part.bits = smaller(segment, whole.bits - bit);
       part.words += r * whole.word_stride + bit / 64;
@@ -178,23 +183,34 @@ double rate_of(const uint64_t* words, int64_t rows, int64_t bits) {
   return seen ? static_cast<double>(set) / static_cast<double>(64 * seen) : 0;
 }
 
+template <class E>
+void gather_rows(const SumRows& a, E* out) {
+  if (!a.bits) {
+    for (int64_t i = 0; i < a.rows * a.columns; i++) store_n(out + i, set1(a.bias ? a.bias[i % a.columns] : 0), 1);
+    return;
+  }
+  const Sum<E> sum{a.words, words_for(a.bits), a.rows, a.bits, a.source, a.columns, a.bias, out, false, false};
+  gather_sum(sum, rate_of(a.words, a.rows, a.bits), a.threads);
+}
+
 }  // namespace
 
 void gather(const SumRows& a) {
   if (!a.rows || !a.columns) return;
-  if (!a.bits) {
-    for (int64_t i = 0; i < a.rows * a.columns; i++) a.out[i] = a.bias ? a.bias[i % a.columns] : 0;
-    return;
+  if (a.out_type == Element::float32) {
+    gather_rows(a, static_cast<float*>(a.out));
+  } else {
+    gather_rows(a, static_cast<bfloat16*>(a.out));
   }
-  const Sum sum{a.words, words_for(a.bits), a.rows, a.bits, a.source, a.columns, a.bias, a.out, false, false};
-  gather_sum(sum, rate_of(a.words, a.rows, a.bits), a.threads);
 }
 
 void gather_weight_grad(const WeightGrad& a) {
   if (!a.K || !a.N) return;
+  const int64_t most_rows = smaller(a.M, GRAD_ROWS);
   Scratch by_channel(sizeof(float) * static_cast<size_t>(a.K * a.N));  // [K, N]
-  Scratch bits(sizeof(uint64_t) * static_cast<size_t>(a.K * words_for(smaller(a.M, GRAD_ROWS)) + 1));
+  Scratch bits(sizeof(uint64_t) * static_cast<size_t>(a.K * words_for(most_rows) + 1));
   uint64_t* const transposed = static_cast<uint64_t*>(bits.get());
+  GradientRows grad(a, most_rows);
   const double rate = rate_of(a.words, a.M, a.K);
   if (!a.M) memset(by_channel.get(), 0, sizeof(float) * static_cast<size_t>(a.K * a.N));
   for (int64_t m = 0; m < a.M; m += GRAD_ROWS) {
@@ -203,7 +219,8 @@ void gather_weight_grad(const WeightGrad& a) {
     const double work = 0.3 * static_cast<double>(rows) * static_cast<double>(a.K);
     parallel(threads_for(work, a.threads),
              [&](int thread, int threads) { transpose_bits(words, rows, a.K, transposed, thread, threads); });
-    const Sum sum{transposed, words_for(rows), a.K, rows, a.grad + m * a.N, a.N, nullptr, by_channel.floats(), m > 0, false};
+    const Sum<float> sum{transposed, words_for(rows), a.K, rows, grad.from(m, rows), a.N, nullptr,
+                         by_channel.floats(), m > 0, false};
     gather_sum(sum, rate, a.threads);
   }
   transpose({by_channel.floats(), a.grad_weight, a.K, a.N, a.threads});

@@ -3,6 +3,7 @@
 // one instruction. Cost does not depend on how many bits are set: one look-up and one addition for every 4
 // bits, 16 rows and column. Only the AVX-512 variant has it; the others
 // gather instead.
+#include "gradient_rows.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
@@ -86,8 +87,9 @@ void look_up(const uint32_t* bits, int64_t stride, int64_t words, const float* t
 }
 
 // Where the sums go: out [rows, columns], or transposed [columns, rows].
+template <class E>
 struct Output {
-  float* out;
+  E* out;
   int64_t rows, columns;
   bool transposed, accumulate;
   const float* bias;
@@ -98,7 +100,7 @@ struct Output {
     const int there = static_cast<int>(smaller(16, rows - row));
     if (transposed) {
       for (int j = 0; j < n; j++) {
-        float* to = out + (column + j) * rows + row;
+        E* to = out + (column + j) * rows + row;
         F value = load(sums + j * stride);
         if (accumulate) value = add(value, load_n(to, there));
         store_n(to, value, there);
@@ -111,7 +113,7 @@ struct Output {
     const F start = bias && !accumulate ? load_n(bias + column, n) : zero();
     for (int i = 0; i < 16; i++) {
       if (i >= there) break;
-      float* to = out + (row + i) * columns + column;
+      E* to = out + (row + i) * columns + column;
       store_result(to, add(r[i], accumulate ? load_n(to, n) : start), n, past);
     }
   }
@@ -125,14 +127,15 @@ struct Job {
 };
 
 // Rows groups.begin .. groups.end (of 16) of COLUMNS columns from `column` on.
-void sum_block(const Job& job, const Output& output, int64_t column, Range groups, float* tables) {
+template <class E>
+void sum_block(const Job& job, const Output<E>& output, int64_t column, Range groups, float* tables) {
   const int n = static_cast<int>(smaller(COLUMNS, job.columns - column));
   const int64_t stride = words_for(job.bits) * 32;
   alignas(64) float sums[COLUMNS * 3 * 16];
   for (int64_t bit = 0; bit < job.bits; bit += BITS) {
     const int64_t bits = smaller(BITS, job.bits - bit), words = words_for(bits) * 2;
     build_tables(job.source + bit * job.columns + column, job.columns, bits, n, tables);
-    Output to = output;
+    Output<E> to = output;
     to.accumulate = output.accumulate || bit > 0;
     for (int64_t g = groups.begin; g < groups.end;) {
       const uint32_t* at = job.interleaved + g * stride + bit / 32 * 16;
@@ -146,7 +149,8 @@ void sum_block(const Job& job, const Output& output, int64_t column, Range group
   }
 }
 
-void sum_all(const Job& job, const Output& output, int most) {
+template <class E>
+void sum_all(const Job& job, const Output<E>& output, int most) {
   const int64_t groups = (job.rows + 15) / 16, blocks = (job.columns + COLUMNS - 1) / COLUMNS;
   const double work = 0.03 * static_cast<double>(job.rows * job.bits) * static_cast<double>(job.columns) / 4;
   const int threads = threads_for(work, most);
@@ -163,6 +167,12 @@ void sum_all(const Job& job, const Output& output, int most) {
   });
 }
 
+template <class E>
+void sum_to(const SumRows& a, const Job& job, E* out) {
+  const bool past = a.bits <= BITS && past_cache(out, a.rows * a.columns, a.columns);
+  sum_all(job, Output<E>{out, a.rows, a.columns, false, false, a.bias, past}, a.threads);
+}
+
 size_t interleaved_size(int64_t rows, int64_t bits) {
   return sizeof(uint32_t) * static_cast<size_t>((rows + 15) / 16 * words_for(bits) * 32);
 }
@@ -177,9 +187,12 @@ void subset_sums(const SumRows& a) {
   parallel(threads_for(0.1 * static_cast<double>(a.rows * a.bits) / 8, a.threads), [&](int thread, int threads) {
     interleave(a.words, a.rows, a.bits, bits, share((a.rows + 15) / 16, thread, threads));
   });
-  const bool past = a.bits <= BITS && past_cache(a.out, a.rows * a.columns, a.columns);
-  sum_all({bits, a.rows, a.bits, a.source, a.columns}, {a.out, a.rows, a.columns, false, false, a.bias, past},
-          a.threads);
+  const Job job{bits, a.rows, a.bits, a.source, a.columns};
+  if (a.out_type == Element::float32) {
+    sum_to(a, job, static_cast<float*>(a.out));
+  } else {
+    sum_to(a, job, static_cast<bfloat16*>(a.out));
+  }
 }
 
 void subset_sums_weight_grad(const WeightGrad& a) {
@@ -188,6 +201,7 @@ void subset_sums_weight_grad(const WeightGrad& a) {
   const int64_t most_rows = smaller(a.M, BITS);
   Scratch bits(sizeof(uint64_t) * static_cast<size_t>(a.K * words_for(most_rows)));
   Scratch interleaved(interleaved_size(a.K, most_rows));
+  GradientRows grad(a, most_rows);
   uint64_t* const transposed = static_cast<uint64_t*>(bits.get());
   uint32_t* const groups = static_cast<uint32_t*>(interleaved.get());
   for (int64_t m = 0; m < a.M; m += BITS) {
@@ -199,8 +213,8 @@ void subset_sums_weight_grad(const WeightGrad& a) {
       barrier();
       interleave(transposed, a.K, rows, groups, share((a.K + 15) / 16, thread, threads));
     });
-    sum_all({groups, a.K, rows, a.grad + m * a.N, a.N}, {a.grad_weight, a.K, a.N, true, m > 0, nullptr, false},
-            a.threads);
+    sum_all(Job{groups, a.K, rows, grad.from(m, rows), a.N},
+            Output<float>{a.grad_weight, a.K, a.N, true, m > 0, nullptr, false}, a.threads);
   }
 }
 

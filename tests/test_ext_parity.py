@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spikedecoder import ext, ops
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ext, ops
 from spikedecoder.params import LIFParams, NormParams
 from spikedecoder.testing import Case, cases, flipped, make_inputs, run, spikes
 
@@ -141,6 +141,94 @@ def test_attention_lif_of_other_neurons(variant, options):
     assert torch.equal(actual[0], expected[0])
     for a, e in zip(actual[1:], expected[1:], strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", cases("lif", "binarize", "spike_attention", "spike_attention_lif"), ids=str)
+def test_bfloat16(case, variant):
+    """Dyadic inputs fit: the same spikes, and gradients rounded once."""
+    with ops.use_backend("cpu"):
+        actual = run(case, make_inputs(case, torch.bfloat16))
+    with ops.use_backend("reference"):
+        expected = run(case, make_inputs(case, torch.float32))
+    assert actual["out"].dtype == torch.bfloat16
+    if case.exact:
+        assert torch.equal(actual["out"], expected["out"].bfloat16())
+    for name in actual:
+        if case.exact and name != "out":
+            torch.testing.assert_close(actual[name].float(), expected[name], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("case", cases("norm_lif"), ids=str)
+def test_bfloat16_norm_lif(case, variant):
+    """Against the same operator in float32 on the same numbers: only results are rounded."""
+
+    def run_in(dtype):
+        inputs = make_inputs(case, torch.bfloat16)
+        inputs["x"] = inputs["x"].detach().to(dtype).requires_grad_()
+        with ops.use_backend("cpu"):
+            return run(case, inputs)
+
+    actual, expected = run_in(torch.bfloat16), run_in(torch.float32)
+    assert actual["out"].dtype == torch.bfloat16
+    assert torch.equal(actual["out"].float(), expected["out"])
+    for name in actual:
+        torch.testing.assert_close(actual[name].float(), expected[name].float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(70, 33, 20), (300, 80, 130), (40, 2100, 40), (5, 64, 16)], ids=str)
+@pytest.mark.parametrize("method", ["gather", "subset_sums", "dense"])
+def test_bfloat16_spike_linear(shape, method, variant):
+    """Sums in float32 on every path, rounded when they are stored."""
+    from spikedecoder.ext.cpu import spike_linear
+
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(0)
+    s = spikes((m, k), generator, 0.2)
+    weight = torch.randn(n, k, generator=generator).bfloat16()
+    bias = torch.randn(n, generator=generator).bfloat16()
+    grad = torch.randn(m, n, generator=generator).bfloat16()
+    y, words = spike_linear.forward(s.bfloat16(), weight, bias, method)
+    grad_s, grad_bias = spike_linear.input_and_bias_grad(grad, weight)
+    wide, wide_grad = weight.double(), grad.double()
+    for actual, expected in (
+        (y, torch.nn.functional.linear(s.double(), wide, bias.double())),
+        (spike_linear.weight_grad(words, k, grad, method), wide_grad.t() @ s.double()),
+        (grad_s, wide_grad @ wide),
+        (grad_bias, wide_grad.sum(0)),
+    ):
+        assert actual.dtype == torch.bfloat16
+        torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(0, 20, 30), (70, 33, 20), (9, 1300, 64), (300, 80, 1), (20, 3, 300)], ids=str)
+def test_dense_gradients(shape, variant):
+    """Whole numbers: every order of summation gives the same floats."""
+    from spikedecoder.ext.cpu import spike_linear
+
+    m, n, k = shape
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randint(-8, 9, (m, n), generator=generator).float()
+    weight = torch.randint(-8, 9, (n, k), generator=generator).float()
+    grad_s, grad_bias = spike_linear.input_and_bias_grad(grad, weight)
+    assert torch.equal(grad_s, grad @ weight)
+    assert torch.equal(grad_bias, grad.sum(0))
+
+
+def test_autocast_trains_the_model_in_bfloat16(variant):
+    """The same loss and nearly the same gradients as in float32; the weights' own gradients stay float32."""
+    model = SpikeDecoder(SpikeDecoderConfig.preset("original-char", blocks=1, max_len=16, mlp_ratio=2))
+    tokens = torch.randint(0, 30, (2, 16), generator=torch.Generator().manual_seed(0))
+    gradients, losses = [], []
+    for enabled in (False, True):
+        model.zero_grad()
+        with ops.use_backend("auto"), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.loss(tokens, tokens.roll(-1, 1))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert gradients[1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9
 
 
 def test_outputs_too_large_for_the_caches(variant):

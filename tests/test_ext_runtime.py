@@ -191,13 +191,17 @@ def test_bad_arguments_are_refused_before_anything_is_touched():
     x = torch.randn(8)
     for sizes in ((-1, 8), (1 << 40, 1 << 40)):
         with pytest.raises(ValueError, match="sizes"):
-            native.pack(x.data_ptr(), False, x.data_ptr(), *sizes, 1)
+            native.pack(x.data_ptr(), 0, x.data_ptr(), *sizes, 1)
     with pytest.raises(ValueError, match="values: got a null address"):
-        native.pack(0, False, x.data_ptr(), 1, 8, 1)
+        native.pack(0, 0, x.data_ptr(), 1, 8, 1)
     with pytest.raises(ValueError, match="words: address is not aligned"):
-        native.pack(x.data_ptr(), False, x.data_ptr() + 4, 1, 8, 1)
+        native.pack(x.data_ptr(), 0, x.data_ptr() + 4, 1, 8, 1)
+    with pytest.raises(ValueError, match="type: takes 0"):
+        native.pack(x.data_ptr(), 3, x.data_ptr(), 1, 8, 1)
+    with pytest.raises(ValueError, match="a_type: takes 0"):
+        native.matmul(x.data_ptr(), 2, x.data_ptr(), 0, 0, x.data_ptr(), 0, 0, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="threads"):
-        native.pack(x.data_ptr(), False, x.data_ptr(), 1, 8, 0)
+        native.pack(x.data_ptr(), 0, x.data_ptr(), 1, 8, 0)
     with pytest.raises(ValueError, match="tau"):
         native.Neuron(0.5, 0.0, True, 0, 4.0, True)
     with pytest.raises(ValueError, match="no variant"):
@@ -206,7 +210,7 @@ def test_bad_arguments_are_refused_before_anything_is_touched():
 
 @needs_extension
 def test_other_dtypes_and_devices_are_refused_with_the_reason():
-    with ops.use_backend("cpu"), pytest.raises(ops.BackendError, match=r"takes float32, got torch\.float64"):
+    with ops.use_backend("cpu"), pytest.raises(ops.BackendError, match=r"takes float32 and bfloat16, got torch\.float64"):
         ops.lif(torch.randn(2, 3, dtype=torch.float64))
     assert ops.lif(torch.randn(2, 3, dtype=torch.float64)).dtype == torch.float64  # auto finds another
 

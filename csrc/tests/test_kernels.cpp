@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -59,6 +60,26 @@ bool close(const std::vector<float>& a, const std::vector<float>& b, float toler
   return a.size() == b.size();
 }
 
+// bfloat16 of numbers that need no more bits, and back.
+std::vector<uint16_t> narrowed(const std::vector<float>& x) {
+  std::vector<uint16_t> out;
+  for (float v : x) {
+    uint32_t pattern;
+    std::memcpy(&pattern, &v, sizeof pattern);
+    out.push_back(static_cast<uint16_t>(pattern >> 16));
+  }
+  return out;
+}
+
+std::vector<float> widened(const std::vector<uint16_t>& x) {
+  auto out = array<float>(static_cast<int64_t>(x.size()));
+  for (size_t i = 0; i < x.size(); i++) {
+    const uint32_t pattern = static_cast<uint32_t>(x[i]) << 16;
+    std::memcpy(&out[i], &pattern, sizeof pattern);
+  }
+  return out;
+}
+
 std::vector<uint64_t> packed(const std::vector<float>& s, int64_t rows, int64_t C) {
   auto words = array<uint64_t>(rows * words_for(C));
   for (int64_t r = 0; r < rows; r++) {
@@ -75,12 +96,16 @@ void test_pack(int64_t rows, int64_t C, int threads) {
   auto words = array<uint64_t>(rows * words_for(C));
   int64_t count = -1, set = 0;
   for (float v : s) set += v != 0;
-  kernels().pack({s.data(), false, words.data(), &count, rows, C, threads});
+  kernels().pack({s.data(), Element::float32, words.data(), &count, rows, C, threads});
   CHECK(words == expected);
   CHECK(count == set);
   std::vector<uint8_t> bytes(s.begin(), s.end());
   words.assign(words.size(), 0);
-  kernels().pack({bytes.data(), true, words.data(), nullptr, rows, C, threads});
+  kernels().pack({bytes.data(), Element::byte, words.data(), nullptr, rows, C, threads});
+  CHECK(words == expected);
+  const auto halves = narrowed(s);
+  words.assign(words.size(), 0);
+  kernels().pack({halves.data(), Element::bfloat16, words.data(), nullptr, rows, C, threads});
   CHECK(words == expected);
   auto back = array<float>(rows * C);
   kernels().unpack({words.data(), back.data(), rows, C, threads});
@@ -110,7 +135,7 @@ void test_lif(const Neuron& n, ThresholdKind kind, int64_t T, int64_t rows, int6
   const auto limits = dyadic(kind == ThresholdKind::element ? step : C, 2, 10);
   const Threshold t{kind, 0.75f, kind == ThresholdKind::scalar ? nullptr : limits.data()};
   auto s = array<float>(T * step), v = array<float>(step);
-  kernels().lif_forward({n, t, x.data(), v_init.data(), s.data(), v.data(), T, rows, C, threads});
+  kernels().lif_forward({n, t, Element::float32, x.data(), v_init.data(), s.data(), v.data(), T, rows, C, threads});
   for (int64_t i = 0; i < step; i++) {
     std::vector<float> current;
     for (int64_t j = 0; j < T; j++) current.push_back(x[j * step + i]);
@@ -120,12 +145,23 @@ void test_lif(const Neuron& n, ThresholdKind kind, int64_t T, int64_t rows, int6
   }
   auto grad_x = array<float>(T * step), grad_v_init = array<float>(step);
   auto grad_threshold = array<float>(kind == ThresholdKind::element ? step : kind == ThresholdKind::channel ? C : 1);
-  kernels().lif_backward({n, t, grad.data(), grad_v.data(), x.data(), v_init.data(), grad_x.data(),
+  kernels().lif_backward({n, t, Element::float32, grad.data(), grad_v.data(), x.data(), v_init.data(), grad_x.data(),
                           grad_threshold.data(), grad_v_init.data(), T, rows, C, threads});
   for (float g : grad_x) CHECK(std::isfinite(g));
   for (float g : grad_threshold) CHECK(std::isfinite(g));
+  // multiples of 1/8 fit in bfloat16
+  const auto x16 = narrowed(x), grad16 = narrowed(grad);
+  auto s16 = narrowed(s), grad_x16 = narrowed(grad_x);
+  auto v16 = array<float>(step), grad_threshold16 = grad_threshold, grad_v_init16 = grad_v_init;
+  kernels().lif_forward({n, t, Element::bfloat16, x16.data(), v_init.data(), s16.data(), v16.data(), T, rows, C, threads});
+  CHECK(widened(s16) == s);
+  CHECK(v16 == v);
+  kernels().lif_backward({n, t, Element::bfloat16, grad16.data(), grad_v.data(), x16.data(), v_init.data(),
+                          grad_x16.data(), grad_threshold16.data(), grad_v_init16.data(), T, rows, C, threads});
+  CHECK(close(widened(grad_x16), grad_x, 4e-3f));
+  CHECK(grad_v_init16 == grad_v_init);
   // without what is optional, the gradient of x with no gradient of v
-  kernels().lif_backward({n, t, grad.data(), nullptr, x.data(), nullptr, grad_x.data(), nullptr, nullptr, T, rows, C,
+  kernels().lif_backward({n, t, Element::float32, grad.data(), nullptr, x.data(), nullptr, grad_x.data(), nullptr, nullptr, T, rows, C,
                           threads});
 }
 
@@ -136,7 +172,7 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
   auto mean = array<float>(statistics), rstd = array<float>(statistics), s = array<float>(all);
   if (kind == NormKind::channel) {
     auto var = array<float>(C);
-    kernels().moments({x.data(), true, mean.data(), var.data(), T * rows, C, threads});
+    kernels().moments({Element::float32, x.data(), true, mean.data(), var.data(), T * rows, C, threads});
     for (int64_t i = 0; i < C; i++) {
       double sum = 0, squares = 0;
       for (int64_t r = 0; r < T * rows; r++) sum += x[r * C + i];
@@ -148,7 +184,7 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
   }
   const Neuron n;
   const Threshold t;
-  kernels().norm_lif_forward({n, t, kind, x.data(), weight.data(), bias.data(), 1e-5f, mean.data(), rstd.data(),
+  kernels().norm_lif_forward({n, t, kind, Element::float32, x.data(), weight.data(), bias.data(), 1e-5f, mean.data(), rstd.data(),
                               s.data(), T, rows, C, threads});
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t i = 0; i < C; i++) {
@@ -168,12 +204,26 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
   auto grad_x = array<float>(all), grad_weight = array<float>(C), grad_bias = array<float>(C);
   auto grad_threshold = array<float>(1);
   for (int part = kind == NormKind::channel ? 1 : 0; part < (kind == NormKind::channel ? 3 : 1); part++) {
-    kernels().norm_lif_backward({n, t, kind, static_cast<NormLifPart>(part), grad.data(), x.data(), weight.data(),
+    kernels().norm_lif_backward({n, t, kind, static_cast<NormLifPart>(part), Element::float32, grad.data(), x.data(), weight.data(),
                                  bias.data(), mean.data(), rstd.data(), a.data(), b.data(), c.data(), grad_x.data(),
                                  grad_weight.data(), grad_bias.data(), grad_threshold.data(), T, rows, C, threads});
   }
   for (float g : grad_x) CHECK(std::isfinite(g));
   for (float g : grad_weight) CHECK(std::isfinite(g));
+  const auto x16 = narrowed(x), grad16 = narrowed(grad);
+  auto s16 = narrowed(s), grad_x16 = narrowed(grad_x);
+  auto grad_weight16 = grad_weight, grad_bias16 = grad_bias;
+  kernels().norm_lif_forward({n, t, kind, Element::bfloat16, x16.data(), weight.data(), bias.data(), 1e-5f, mean.data(),
+                              rstd.data(), s16.data(), T, rows, C, threads});
+  CHECK(widened(s16) == s);
+  for (int part = kind == NormKind::channel ? 1 : 0; part < (kind == NormKind::channel ? 3 : 1); part++) {
+    kernels().norm_lif_backward({n, t, kind, static_cast<NormLifPart>(part), Element::bfloat16, grad16.data(),
+                                 x16.data(), weight.data(), bias.data(), mean.data(), rstd.data(), a.data(), b.data(),
+                                 c.data(), grad_x16.data(), grad_weight16.data(), grad_bias16.data(), nullptr, T, rows,
+                                 C, threads});
+  }
+  CHECK(close(widened(grad_x16), grad_x, 4e-3f));
+  CHECK(grad_weight16 == grad_weight);
 }
 
 void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads) {
@@ -191,15 +241,37 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
       }
     }
   }
+  const auto grad16 = narrowed(grad), columns16 = narrowed(columns);
+  auto y16 = array<uint16_t>(M * N);
   for (auto kernel : {kernels().gather, kernels().subset_sums}) {
     y.assign(y.size(), NAN);
-    kernel({words.data(), columns.data(), bias.data(), y.data(), M, K, N, threads});
+    kernel({words.data(), columns.data(), bias.data(), y.data(), Element::float32, M, K, N, threads});
     CHECK(close(y, expected));
+    kernel({words.data(), columns.data(), bias.data(), y16.data(), Element::bfloat16, M, K, N, threads});
+    CHECK(close(widened(y16), expected, 4e-3f));
   }
-  for (auto kernel : {kernels().gather_weight_grad, kernels().subset_sums_weight_grad}) {
-    dw.assign(dw.size(), NAN);
-    kernel({words.data(), grad.data(), dw.data(), M, K, N, threads});
-    CHECK(close(dw, expected_dw));
+  for (auto kernel : {kernels().gather_weight_grad, kernels().subset_sums_weight_grad, kernels().matmul_weight_grad}) {
+    for (Element type : {Element::float32, Element::bfloat16}) {
+      dw.assign(dw.size(), NAN);
+      const void* g = type == Element::float32 ? static_cast<const void*>(grad.data()) : grad16.data();
+      kernel({words.data(), g, type, dw.data(), M, K, N, threads});
+      CHECK(close(dw, expected_dw));
+    }
+  }
+  // spikes times columns, from bits and from numbers; the sums of the spikes
+  const auto s16 = narrowed(s);
+  auto sums = array<float>(K), expected_sums = array<float>(K);
+  for (int64_t i = 0; i < M * K; i++) expected_sums[i % K] += s[i];
+  for (int of_a = 0; of_a < 3; of_a++) {
+    const Element type = of_a == 0 ? Element::float32 : of_a == 1 ? Element::bfloat16 : Element::bits;
+    const void* a = of_a == 0 ? static_cast<const void*>(s.data()) : of_a == 1 ? static_cast<const void*>(s16.data()) : words.data();
+    y.assign(y.size(), NAN);
+    kernels().matmul({a, columns.data(), bias.data(), y.data(), nullptr, type, Element::float32, Element::float32, M, K, N, threads});
+    CHECK(close(y, expected));
+    kernels().matmul({a, columns16.data(), bias.data(), y16.data(), sums.data(), type, Element::bfloat16,
+                      Element::bfloat16, M, K, N, threads});
+    CHECK(close(widened(y16), expected, 4e-3f));
+    CHECK(close(sums, expected_sums));
   }
   auto transposed = array<float>(K * N);
   kernels().transpose({columns.data(), transposed.data(), K, N, threads});
@@ -238,7 +310,7 @@ void test_attention(int64_t T, int64_t B, int64_t S, int64_t H, int64_t d, float
   kernels().attention_lif_forward({Neuron{}, t, q.data(), k.data(), v.data(), decay_or_null, 0.5f, s.data(), T, B, S,
                                    H, d, threads});
   auto spikes_of_result = array<float>(n), potential = array<float>(B * S * H * d);
-  kernels().lif_forward({Neuron{}, t, out.data(), nullptr, spikes_of_result.data(), potential.data(), T, 1,
+  kernels().lif_forward({Neuron{}, t, Element::float32, out.data(), nullptr, spikes_of_result.data(), potential.data(), T, 1,
                          B * S * H * d, threads});
   CHECK(s == spikes_of_result);
   float grad_threshold;

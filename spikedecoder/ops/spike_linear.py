@@ -51,11 +51,26 @@ def _(words, channels, weight, bias, backend):
     return weight.new_empty(*words.shape[:-1], weight.shape[0])
 
 
+@torch.library.custom_op("spikedecoder::spike_linear_dense_grads", mutates_args=())
+def _dense_grads(grad: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _impl(grad, tuple(grad.shape), backend).input_and_bias_grad(grad, weight)
+
+
+@_dense_grads.register_fake
+def _(grad, weight, backend):
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1]), grad.new_empty(weight.shape[0])
+
+
 def backward(grad, words, weight, channels, dtype, backend, wanted):
     """Gradients of (s in `dtype`, weight, bias) from that of y, None for those that nobody wants."""
-    grad_s = (grad @ weight).to(dtype) if wanted[0] else None
+    grad_s = grad_bias = None
+    if wanted[0] and hasattr(_impl(grad, (*grad.shape[:-1], channels), backend), "input_and_bias_grad"):
+        grad_s, grad_bias = _dense_grads(grad, weight, backend)
+    else:
+        grad_s = grad @ weight if wanted[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if wanted[2] else None
     grad_weight = _weight_grad(words, channels, grad, backend) if wanted[1] else None
-    return grad_s, grad_weight, grad.flatten(0, -2).sum(0) if wanted[2] else None
+    return None if grad_s is None else grad_s.to(dtype), grad_weight, grad_bias if wanted[2] else None
 
 
 def _setup_context(ctx, inputs, output):

@@ -15,14 +15,19 @@ from spikedecoder.params import LIFParams
 from spikedecoder.surrogate import SURROGATES
 
 
-def float32_on_cpu(call: Call) -> str | None:
+# How the kernels number what an array holds (Element in csrc/kernels.h).
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.bool: 2}
+BITS = 3
+
+
+def floats_on_cpu(call: Call) -> str | None:
     """Why this backend cannot run the call; None if it can."""
     if native is None:
         return NOT_BUILT
     if call.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
-    if call.dtype != torch.float32:
-        return f"it takes float32, got {call.dtype}"
+    if call.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, got {call.dtype}"
     return None
 
 
@@ -31,6 +36,14 @@ def dense(x: Tensor) -> Tensor:
     if x.dtype == torch.float32 and x.is_contiguous():
         return x
     return x.detach().to(torch.float32).contiguous()
+
+
+def same(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x, contiguous, in its own dtype or the one given."""
+    dtype = dtype or x.dtype
+    if x.dtype == dtype and x.is_contiguous():
+        return x
+    return x.detach().to(dtype).contiguous()
 
 
 def address(x: Tensor | None) -> int:

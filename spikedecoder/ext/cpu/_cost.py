@@ -23,6 +23,8 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
+
 from spikedecoder.ext.cpu import native
 
 METHODS = ("gather", "subset_sums", "dense")
@@ -59,9 +61,16 @@ class Costs:
 # AMD EPYC (Zen 4), one thread, torch 2.13 with its own BLAS, which used AVX-512 for all three rows.
 COSTS = {
     "avx512": Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0.0378),
+    "avx512 bfloat16": Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0100, 0.0378),
     "avx2": Costs(0.049, 0.0, 0.109, 0.32, 0.0, 0.0, 0.0, 0.0242, 0.0804),
     "baseline": Costs(0.0937, 0.0, 0.169, 0.303, 0.0, 0.0, 0.0, 0.0242, 0.0223),
 }
+
+
+def key(variant: str, dtype: torch.dtype) -> str:
+    """The name of the costs for a weight of this dtype: bfloat16 is dearer or cheaper only where it is dense."""
+    own = dtype == torch.bfloat16 and variant == "avx512" and native.build()["bfloat16_products"]
+    return f"{variant} bfloat16" if own else variant
 
 
 @functools.cache
@@ -88,10 +97,18 @@ def _methods(variant: str) -> tuple[str, ...]:
     return METHODS if variant == "avx512" else ("gather", "dense")
 
 
-def fastest(m: int, k: int, n: int, count: int, weight_grad: bool = False, transposed: bool = False) -> str:
+def fastest(
+    m: int,
+    k: int,
+    n: int,
+    count: int,
+    weight_grad: bool = False,
+    transposed: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> str:
     """One of METHODS, for s [m, k] with `count` ones and weight [n, k]; `transposed`: if it has to be."""
     variant = native.variant()
-    table = costs(variant)
+    table = costs(key(variant, dtype))
     extra = {"gather": TRANSPOSE * k * n, "subset_sums": TRANSPOSE * k * n} if transposed else {}
     return min(
         _methods(variant),

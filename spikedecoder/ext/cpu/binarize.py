@@ -6,21 +6,23 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ext.cpu import native
-from spikedecoder.ext.cpu._arguments import address, dense, float32_on_cpu
+from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu
 
-why_not = float32_on_cpu
+why_not = floats_on_cpu
 
 
 def forward(x: Tensor, alpha: float) -> Tensor:
+    dtype = x.dtype
     x = dense(x)
     spikes = torch.empty_like(x)
     native.binarize(address(x), 0, address(spikes), alpha, x.numel(), torch.get_num_threads())
-    return spikes
+    return spikes.to(dtype)
 
 
 def backward(grad: Tensor, x: Tensor, alpha: float) -> Tensor:
+    dtype = x.dtype
     x, grad = dense(x), dense(grad)
     grad_x = torch.empty_like(x)
     if x.numel():
         native.binarize(address(x), address(grad), address(grad_x), alpha, x.numel(), torch.get_num_threads())
-    return grad_x
+    return grad_x.to(dtype)

@@ -7,29 +7,31 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import (
+    ELEMENTS,
     address,
     dense,
-    float32_on_cpu,
+    floats_on_cpu,
     grad_threshold_like,
     neuron,
+    same,
     threshold_of,
 )
 from spikedecoder.params import LIFParams
 
-why_not = float32_on_cpu
+why_not = floats_on_cpu
 
 
 def forward(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams
 ) -> tuple[Tensor, Tensor]:
     """Spikes [T, ...] and the final membrane potential [...]."""
-    x = dense(x)
+    x = same(x)
     v_init = None if v_init is None else dense(v_init)
     spikes = torch.empty_like(x)
     v = torch.empty(x.shape[1:], dtype=torch.float32)
     t = threshold_of(threshold, v.shape)
     native.lif_forward(
-        *(neuron(p), t.native, address(x), address(v_init), address(spikes), address(v)),
+        *(neuron(p), t.native, ELEMENTS[x.dtype], address(x), address(v_init), address(spikes), address(v)),
         *(x.shape[0], t.rows, t.channels, torch.get_num_threads()),
     )
     return spikes, v
@@ -45,7 +47,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the threshold and of v_init. Those of a threshold that is a number, and of a v_init
     that is None, are not computed: the tensors in their places are uninitialised."""
-    x, grad_spikes = dense(x), dense(grad_spikes)
+    x = same(x)
+    grad_spikes = same(grad_spikes, x.dtype)
     v_init = None if v_init is None else dense(v_init)
     grad_v = None if grad_v is None else dense(grad_v)
     timestep = x.shape[1:]
@@ -54,7 +57,7 @@ def backward(
     grad_threshold = grad_threshold_like(threshold, t, timestep)
     grad_v_init = None if v_init is None else torch.empty_like(v_init)
     native.lif_backward(
-        *(neuron(p), t.native, address(grad_spikes), address(grad_v), address(x), address(v_init)),
+        *(neuron(p), t.native, ELEMENTS[x.dtype], address(grad_spikes), address(grad_v), address(x), address(v_init)),
         *(address(grad_x), address(grad_threshold), address(grad_v_init)),
         *(x.shape[0], t.rows, t.channels, torch.get_num_threads()),
     )

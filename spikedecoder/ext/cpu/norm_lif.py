@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import (
+    ELEMENTS,
     address,
     dense,
-    float32_on_cpu,
+    floats_on_cpu,
     grad_threshold_like,
     neuron,
+    same,
     threshold_of,
 )
 from spikedecoder.params import LIFParams
 
-why_not = float32_on_cpu
+why_not = floats_on_cpu
 
 _ROW, _CHANNEL = 0, 1
 _WHOLE, _REDUCE, _APPLY = 0, 1, 2
@@ -30,11 +34,13 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] over all rows of x [..., C]; without `center`, 0 and E[x^2]."""
-    x = dense(x)
+    x = same(x)
     channels = x.shape[-1]
     mean, var = torch.empty(channels), torch.empty(channels)
-    rows = x.numel() // channels
-    native.moments(address(x), center, address(mean), address(var), rows, channels, torch.get_num_threads())
+    native.moments(
+        *(ELEMENTS[x.dtype], address(x), center, address(mean), address(var)),
+        *(x.numel() // channels, channels, torch.get_num_threads()),
+    )
     return mean, var
 
 
@@ -49,7 +55,7 @@ def forward(
     p: LIFParams,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(spikes, mean, rstd): row statistics [T, ...] where none are given, else the channels' own."""
-    x, weight, bias = dense(x), dense(weight), dense(bias)
+    x, weight, bias = same(x), dense(weight), dense(bias)
     if mean is None or rstd is None:
         kind, mean, rstd = _ROW, torch.empty(x.shape[:-1]), torch.empty(x.shape[:-1])
     else:
@@ -57,59 +63,25 @@ def forward(
     t = threshold_of(threshold, x.shape[1:])
     spikes = torch.empty_like(x)
     native.norm_lif_forward(
-        *(neuron(p), t.native, kind, address(x), address(weight), address(bias), eps),
+        *(neuron(p), t.native, kind, ELEMENTS[x.dtype], address(x), address(weight), address(bias), eps),
         *(address(mean), address(rstd), address(spikes), *_sizes(x), torch.get_num_threads()),
     )
     return spikes, mean, rstd
 
 
-def backward_layer(
-    grad_spikes: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    threshold: Tensor | float,
-    p: LIFParams,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_bias, grad_threshold) for row statistics."""
-    grad_x = torch.empty(x.shape)
-    sums = _backward(_ROW, _WHOLE, grad_spikes, x, weight, bias, mean, rstd, threshold, p, grad_x)
-    return grad_x, *sums
+def backward_layer(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(grad_x, grad_weight, grad_bias, grad_threshold) for row statistics; inputs as `_backward` takes them."""
+    return _backward(_ROW, _WHOLE, *inputs)
 
 
-def backward_reduce(
-    grad_spikes: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    threshold: Tensor | float,
-    p: LIFParams,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward_reduce(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of g z, sum of g, grad_threshold) for channel statistics; g = dL/dy, z the normalised x."""
-    return _backward(_CHANNEL, _REDUCE, grad_spikes, x, weight, bias, mean, rstd, threshold, p, None)
+    return _backward(_CHANNEL, _REDUCE, *inputs)[1:]
 
 
-def backward_apply(
-    grad_spikes: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    threshold: Tensor | float,
-    p: LIFParams,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-) -> Tensor:
-    """grad_x = a g + b z + c, with a, b, c [C]."""
-    grad_x = torch.empty(x.shape)
-    _backward(_CHANNEL, _APPLY, grad_spikes, x, weight, bias, mean, rstd, threshold, p, grad_x, (a, b, c))
-    return grad_x
+def backward_apply(*inputs: Any) -> Tensor:
+    """grad_x = a g + b z + c; a, b, c [C] follow the other inputs."""
+    return _backward(_CHANNEL, _APPLY, *inputs)[0]
 
 
 def _backward(
@@ -123,19 +95,20 @@ def _backward(
     rstd: Tensor,
     threshold: Tensor | float,
     p: LIFParams,
-    grad_x: Tensor | None,
-    coefficients: tuple[Tensor, ...] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills grad_x where it is given; returns the sums, which `_APPLY` leaves uninitialised."""
-    inputs = [dense(i) for i in (grad_spikes, x, weight, bias, mean, rstd, *coefficients)]
-    addresses = [address(i) for i in inputs] + [0] * (9 - len(inputs))
-    timestep = x.shape[1:]
+    *coefficients: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(grad_x, grad_weight, grad_bias, grad_threshold), of which `part` says what is written."""
+    x, grad_spikes = same(x), same(grad_spikes, x.dtype)
+    values = [dense(i) for i in (weight, bias, mean, rstd, *coefficients)]
+    addresses = [address(i) for i in (grad_spikes, x, *values)] + [0] * (7 - len(values))
+    timestep, channels = x.shape[1:], x.shape[-1]
     t = threshold_of(threshold, timestep)
-    grad_weight, grad_bias = torch.empty(x.shape[-1]), torch.empty(x.shape[-1])
+    grad_x = x.new_empty(0) if part == _REDUCE else torch.empty_like(x)
+    grad_weight, grad_bias = torch.empty(channels), torch.empty(channels)
     grad_threshold = grad_threshold_like(threshold, t, timestep)
     native.norm_lif_backward(
-        *(neuron(p), t.native, kind, part, *addresses, address(grad_x)),
+        *(neuron(p), t.native, kind, part, ELEMENTS[x.dtype], *addresses, address(grad_x)),
         *(address(grad_weight), address(grad_bias), address(grad_threshold)),
         *(*_sizes(x), torch.get_num_threads()),
     )
-    return grad_weight, grad_bias, torch.zeros(()) if grad_threshold is None else grad_threshold
+    return grad_x, grad_weight, grad_bias, torch.zeros(()) if grad_threshold is None else grad_threshold

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from spikedecoder.ext import NOT_BUILT
 from spikedecoder.ext.cpu import native
-from spikedecoder.ext.cpu._arguments import address
+from spikedecoder.ext.cpu._arguments import ELEMENTS, address
 from spikedecoder.ops._dispatch import Call
-
-_PACKED = (torch.float32, torch.bool, torch.uint8)
 
 
 def why_not(call: Call) -> str | None:
@@ -18,8 +16,8 @@ def why_not(call: Call) -> str | None:
         return NOT_BUILT
     if call.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
-    if call.dtype not in _PACKED:
-        return f"it takes float32, bool or uint8, got {call.dtype}"
+    if call.dtype not in ELEMENTS:
+        return f"it takes float32, bfloat16, bool or uint8, got {call.dtype}"
     return None
 
 
@@ -29,12 +27,14 @@ def pack(spikes: Tensor) -> Tensor:
 
 def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
     """The words, and how many bits in them are set."""
+    if spikes.dtype not in ELEMENTS:
+        spikes = spikes != 0
     if not spikes.is_contiguous():
         spikes = spikes.detach().contiguous()
     channels = spikes.shape[-1]
     words = torch.empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
     count = native.pack(
-        *(address(spikes), spikes.dtype != torch.float32, address(words)),
+        *(address(spikes), ELEMENTS[spikes.dtype], address(words)),
         *(spikes.numel() // channels if channels else 0, channels, torch.get_num_threads()),
     )
     return words, count

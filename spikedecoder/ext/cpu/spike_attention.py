@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ext.cpu import native
-from spikedecoder.ext.cpu._arguments import address, dense, float32_on_cpu
+from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu
 
-why_not = float32_on_cpu
+why_not = floats_on_cpu
 
 
 def heads_last(x: Tensor) -> Tensor:
-    """[T, B, H, S, d] as contiguous float32 [T, B, S, H, d]: no copy of what a model makes."""
+    """[T, B, H, S, d] as contiguous float32 [T, B, S, H, d]: no copy of what a float32 model makes."""
     return dense(x.transpose(2, 3))
 
 
@@ -34,6 +34,7 @@ def forward(
     return_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(o [T, B, H, S, d], final state [T, B, H, d, d] if asked for)."""
+    dtype = q.dtype
     q, k, v = heads_last(q), heads_last(k), heads_last(v)
     decay = None if decay is None else dense(decay)
     state = None if state is None else dense(state)
@@ -44,13 +45,14 @@ def forward(
         *(address(q), address(k), address(v), address(decay), address(state), scale),
         *(address(out), address(final), *sizes(q)),
     )
-    return out.transpose(2, 3), final
+    return out.to(dtype).transpose(2, 3), final
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v."""
+    dtype = q.dtype
     grad, q, k, v = (heads_last(x) for x in (grad, q, k, v))
     decay = None if decay is None else dense(decay)
     state = None if state is None else dense(state)
@@ -59,5 +61,5 @@ def backward(
         *(address(grad), address(q), address(k), address(v), address(decay), address(state), scale),
         *(*map(address, grads), *sizes(q)),
     )
-    grad_q, grad_k, grad_v = (g.transpose(2, 3) for g in grads)
+    grad_q, grad_k, grad_v = (g.to(dtype).transpose(2, 3) for g in grads)
     return grad_q, grad_k, grad_v

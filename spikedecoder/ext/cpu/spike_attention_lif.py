@@ -12,7 +12,7 @@ from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import (
     address,
     dense,
-    float32_on_cpu,
+    floats_on_cpu,
     grad_threshold_like,
     neuron,
     threshold_of,
@@ -20,7 +20,7 @@ from spikedecoder.ext.cpu._arguments import (
 from spikedecoder.ext.cpu.spike_attention import heads_last, sizes
 from spikedecoder.params import LIFParams
 
-why_not = float32_on_cpu
+why_not = floats_on_cpu
 
 
 def forward(
@@ -33,6 +33,7 @@ def forward(
     p: LIFParams,
 ) -> Tensor:
     """Spikes [T, B, H, S, d]; the threshold is a number or a scalar tensor."""
+    dtype = q.dtype
     q, k, v = heads_last(q), heads_last(k), heads_last(v)
     decay = None if decay is None else dense(decay)
     t = threshold_of(threshold, q.shape[1:])
@@ -41,7 +42,7 @@ def forward(
         *(neuron(p), t.native, address(q), address(k), address(v), address(decay), scale),
         *(address(spikes), *sizes(q)),
     )
-    return spikes.transpose(2, 3)
+    return spikes.to(dtype).transpose(2, 3)
 
 
 def backward(
@@ -55,6 +56,7 @@ def backward(
     p: LIFParams,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the threshold (zero for a number)."""
+    dtype = q.dtype
     grad_spikes, q, k, v = (heads_last(x) for x in (grad_spikes, q, k, v))
     decay = None if decay is None else dense(decay)
     t = threshold_of(threshold, q.shape[1:])
@@ -64,5 +66,5 @@ def backward(
         *(neuron(p), t.native, address(grad_spikes), address(q), address(k), address(v), address(decay)),
         *(scale, *map(address, grads), address(grad_threshold), *sizes(q)),
     )
-    grad_q, grad_k, grad_v = (g.transpose(2, 3) for g in grads)
+    grad_q, grad_k, grad_v = (g.to(dtype).transpose(2, 3) for g in grads)
     return grad_q, grad_k, grad_v, torch.zeros(()) if grad_threshold is None else grad_threshold

@@ -1,4 +1,5 @@
-"""Linear layer on spikes in C++ (csrc/spike_linear.cpp, csrc/subset_sums.cpp), or dense where that is faster.
+"""Linear layer on spikes in C++ (csrc/spike_linear.cpp, subset_sums.cpp, matmul.cpp): by gathering columns of the
+weight, by subset sums, or dense.
 
 Which of the three runs is decided from the shape and the measured spike rate; see `_cost`.
 """
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikedecoder.ext.cpu import _cost, native
-from spikedecoder.ext.cpu._arguments import address, dense, float32_on_cpu
+from spikedecoder.ext.cpu._arguments import BITS, ELEMENTS, address, dense, floats_on_cpu, same
 from spikedecoder.ext.cpu.pack_spikes import pack_and_count, unpack
 
-why_not = float32_on_cpu
+why_not = floats_on_cpu
 
 FEW_ROWS = 32
+_ROUNDED_ONCE = 2048  # channels up to which a kernel's bfloat16 output was summed in float32 throughout
 
 
 def forward(
@@ -33,18 +35,41 @@ def forward(
         return _few_rows(s, weight, bias, rows)
     words, count = pack_and_count(s)
     if method is None:
-        method = _cost.fastest(rows, channels, out_channels, count, transposed=not _is_by_columns(weight))
-    if method == "dense":
+        copied = not _is_by_columns(weight)
+        method = _cost.fastest(rows, channels, out_channels, count, transposed=copied, dtype=weight.dtype)
+    if method == "dense" and not _own_products():
         return F.linear(s.to(weight.dtype), weight, bias), words
-    y = torch.empty(*s.shape[:-1], out_channels)
-    columns = by_columns(weight)
+    columns, sizes = by_columns(weight), (rows, channels, out_channels, torch.get_num_threads())
     bias = None if bias is None else dense(bias)
-    sum_rows = native.gather if method == "gather" else native.subset_sums
-    sum_rows(
-        *(address(words), address(columns), address(bias), address(y)),
-        *(rows, channels, out_channels, torch.get_num_threads()),
-    )
+    whole = channels <= _ROUNDED_ONCE or method == "dense"
+    y = torch.empty(*s.shape[:-1], out_channels, dtype=weight.dtype if whole else torch.float32)
+    if method == "dense":
+        columns = columns.to(weight.dtype)
+        _matmul(words, BITS, columns, bias, y, None, sizes)
+    else:
+        sum_rows = native.gather if method == "gather" else native.subset_sums
+        sum_rows(address(words), address(columns), address(bias), address(y), ELEMENTS[y.dtype], *sizes)
     return y.to(weight.dtype), words
+
+
+def _own_products() -> bool:
+    """Whether the dense kernel is as fast as torch's: it has been written for AVX-512."""
+    return bool(native.variant() == "avx512")
+
+
+def _matmul(
+    a: Tensor,
+    a_type: int,
+    b: Tensor,
+    bias: Tensor | None,
+    c: Tensor,
+    a_sums: Tensor | None,
+    sizes: tuple[int, ...],
+) -> None:
+    native.matmul(
+        *(address(a), a_type, address(b), ELEMENTS[b.dtype], address(bias), address(c), ELEMENTS[c.dtype]),
+        *(address(a_sums), *sizes),
+    )
 
 
 def _is_by_columns(weight: Tensor) -> bool:
@@ -78,20 +103,36 @@ def by_columns(weight: Tensor) -> Tensor:
 
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None = None) -> Tensor:
-    """grad_weight [N, K]: the sum of grad [..., N] over the rows in which each channel spiked."""
-    words, grad = words.contiguous(), dense(grad)
+    """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over the rows in which each channel spiked."""
+    words, grad = words.contiguous(), same(grad)
     out_channels = grad.shape[-1]
     rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
     if method is None:
         count = native.count(address(words), words.numel())
-        method = _cost.fastest(rows, channels, out_channels, count, weight_grad=True)
-    if method == "dense":
-        s = unpack(words, channels, torch.float32).view(rows, channels)
+        method = _cost.fastest(rows, channels, out_channels, count, weight_grad=True, dtype=grad.dtype)
+    if method == "dense" and not _own_products():
+        s = unpack(words, channels, grad.dtype).view(rows, channels)
         return grad.view(rows, out_channels).t() @ s
     grad_weight = torch.empty(out_channels, channels)
-    kernel = native.gather_weight_grad if method == "gather" else native.subset_sums_weight_grad
+    kernel = {
+        "gather": native.gather_weight_grad,
+        "subset_sums": native.subset_sums_weight_grad,
+        "dense": native.matmul_weight_grad,
+    }[method]
     kernel(
-        *(address(words), address(grad), address(grad_weight)),
+        *(address(words), address(grad), ELEMENTS[grad.dtype], address(grad_weight)),
         *(rows, channels, out_channels, torch.get_num_threads()),
     )
-    return grad_weight
+    return grad_weight.to(grad.dtype)
+
+
+def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad [..., N] times weight [N, K], the sum of grad over its rows [N]), both in grad's dtype, in one pass."""
+    n, k = weight.shape
+    if not _own_products():
+        return grad @ weight, grad.flatten(0, -2).sum(0)
+    grad, weight = same(grad), same(weight, grad.dtype)
+    grad_s, grad_bias = grad.new_empty(*grad.shape[:-1], k), torch.empty(n)
+    sizes = (grad.numel() // n if n else 0, n, k, torch.get_num_threads())
+    _matmul(grad, ELEMENTS[grad.dtype], weight, None, grad_s, grad_bias, sizes)
+    return grad_s, grad_bias.to(grad.dtype)

@@ -1,0 +1,314 @@
+// Dense products with a small right-hand side or a narrow result, as the linear layers of a spiking model need
+// them: the gradient of their input, and products with spikes too many to gather.
+//
+// b is laid out in panels of a few vectors of columns once; a tile of rows of a and a panel then stay in the
+// nearer caches, and ROWS x VECTORS sums in registers. Spikes as bits become numbers on the way to the tile.
+// Products of two bfloat16 use the CPU's own dot product of pairs where it has one.
+// Bytes moved: a and b read once, c written once per DEPTH rows of b (once, if c is bfloat16).
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+#include "transpose.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+namespace {
+
+#if defined(SPIKEDECODER_AVX512)
+constexpr int ROWS = 8, VECTORS = 3;  // 24 sums of 32 registers
+#define SPIKEDECODER_DOT __attribute__((target("avx512bf16")))
+#else
+constexpr int ROWS = 4, VECTORS = 2;  // 8 sums of 16 registers
+#endif
+
+constexpr int64_t CHUNK = 8 * ROWS;  // rows of a whose tiles lie in the cache together
+constexpr int64_t DEPTH = 512;       // of a panel
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// One block of the product: `depth` rows of b from row `first` on, as panels.
+struct Block {
+  const Matmul& p;
+  int64_t first, depth, vectors, panels;
+  bool dot, past;
+
+  int64_t columns() const { return vectors * W; }
+  int64_t stride() const { return round_up(depth, 64) + 16; }  // of a tile's rows: not a power of two
+  int64_t panel_floats() const { return (dot ? (depth + 1) / 2 : depth) * columns(); }
+};
+
+template <class E>
+SPIKEDECODER_INLINE F row_of_b(const Block& s, int64_t k, int64_t column) {
+  const int64_t n = s.p.N - column;
+  if (k >= s.depth || n <= 0) return zero();
+  return load_up_to(static_cast<const E*>(s.p.b) + (s.first + k) * s.p.N + column, static_cast<int>(smaller(n, W)));
+}
+
+// A panel as floats [depth][vectors], or as pairs of bfloat16 [depth / 2][vectors][16][2].
+template <class E>
+void pack_panel(const Block& s, int64_t panel, float* to) {
+  for (int64_t k = 0; k < s.depth; k++) {
+    for (int64_t j = 0; j < s.vectors; j++, to += W) store(to, row_of_b<E>(s, k, panel * s.columns() + j * W));
+  }
+}
+
+#if defined(SPIKEDECODER_AVX512)
+void pack_pairs(const Block& s, int64_t panel, float* to) {
+  for (int64_t k = 0; k < s.depth; k += 2) {
+    for (int64_t j = 0; j < s.vectors; j++, to += W) {
+      const int64_t column = panel * s.columns() + j * W;
+      const __m512i even = _mm512_castps_si512(row_of_b<bfloat16>(s, k, column));
+      const __m512i odd = _mm512_castps_si512(row_of_b<bfloat16>(s, k + 1, column));
+      store(to, _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(even, 16), odd)));
+    }
+  }
+}
+#endif
+
+// `depth` values of row r of a, from first on, as floats or as bfloat16; what lies between them and the next
+// multiple of 16 becomes 0.
+void copy_row(const Block& s, int64_t r, float* to) {
+  if (s.p.a_type == Element::bits) {
+    const F one = set1(1);
+    const uint64_t* words = static_cast<const uint64_t*>(s.p.a) + r * words_for(s.p.K) + s.first / 64;
+    for (int64_t k = 0; k < s.depth; k += W) {
+      store(to + k, keep(mask_of(static_cast<uint32_t>(words[k / 64] >> (k % 64)) & ((1u << W) - 1)), one));
+    }
+    return;
+  }
+  const int64_t at = r * s.p.K + s.first;
+  for (int64_t k = 0; k < s.depth; k += W) {
+    const int n = static_cast<int>(smaller(W, s.depth - k));
+    store(to + k, s.p.a_type == Element::float32 ? load_up_to(static_cast<const float*>(s.p.a) + at + k, n)
+                                                 : load_up_to(static_cast<const bfloat16*>(s.p.a) + at + k, n));
+  }
+}
+
+#if defined(SPIKEDECODER_AVX512)
+void copy_row(const Block& s, int64_t r, bfloat16* to) {
+  if (s.p.a_type == Element::bits) {
+    const uint64_t* words = static_cast<const uint64_t*>(s.p.a) + r * words_for(s.p.K) + s.first / 64;
+    for (int64_t k = 0; k < s.depth; k += 32) {
+      const __mmask32 mask = static_cast<__mmask32>(words[k / 64] >> (k % 64));
+      _mm512_storeu_si512(to + k, _mm512_maskz_mov_epi16(mask, _mm512_set1_epi16(0x3f80)));
+    }
+    return;
+  }
+  const bfloat16* from = static_cast<const bfloat16*>(s.p.a) + r * s.p.K + s.first;
+  memcpy(to, from, sizeof(bfloat16) * static_cast<size_t>(s.depth));
+  memset(to + s.depth, 0, sizeof(bfloat16) * static_cast<size_t>(round_up(s.depth, 16) + 2 - s.depth));
+}
+#endif
+
+// Where a tile's sums go.
+template <class E>
+struct Target {
+  E* c;
+  int64_t stride;
+  const float* bias;
+  int rows, last;  // rows there are, lanes of the last vector
+  bool accumulate, past;
+
+  template <int V>
+  SPIKEDECODER_INLINE_MEMBER void write(F (&sums)[ROWS][V]) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      if (r >= rows) return;
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) {
+        E* const to = c + r * stride + j * W;
+        const int n = j < V - 1 ? W : last;
+        F sum = sums[r][j];
+        if (accumulate) sum = add(sum, load_up_to(to, n));
+        if (bias) sum = add(sum, load_up_to(bias + j * W, n));
+        store_result(to, sum, n, past);
+      }
+    }
+  }
+};
+
+template <int V, class E>
+void tile(const float* a, int64_t stride, const float* panel, int64_t panel_stride, int64_t depth,
+          const Target<E>& target) {
+  F sums[ROWS][V];
+  for (auto& row : sums) {
+    for (F& sum : row) sum = zero();
+  }
+  for (int64_t k = 0; k < depth; k++, panel += panel_stride) {
+    F b[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) b[j] = load(panel + j * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      const F x = set1(a[r * stride + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) sums[r][j] = fma(x, b[j], sums[r][j]);
+    }
+  }
+  target.template write<V>(sums);
+}
+
+#if defined(SPIKEDECODER_AVX512)
+template <int V, class E>
+SPIKEDECODER_DOT void tile(const bfloat16* a, int64_t stride, const float* panel, int64_t panel_stride, int64_t depth,
+                           const Target<E>& target) {
+  F sums[ROWS][V];
+  for (auto& row : sums) {
+    for (F& sum : row) sum = zero();
+  }
+  for (int64_t k = 0; k < depth; k += 2, panel += panel_stride) {
+    __m512bh b[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) b[j] = reinterpret_cast<__m512bh>(load(panel + j * W));
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      int32_t pair;
+      memcpy(&pair, a + r * stride + k, sizeof pair);
+      const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 4
+      for (int j = 0; j < V; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], x, b[j]);
+    }
+  }
+  target.template write<V>(sums);
+}
+#endif
+
+// sums += the rows of a tile.
+template <class A>
+void add_rows(const A* tiles, int64_t stride, int64_t rows, int64_t depth, float* sums) {
+  for (int64_t k = 0; k < depth; k += W) {
+    F sum = load(sums + k);
+    for (int64_t r = 0; r < rows; r++) sum = add(sum, load(tiles + r * stride + k));
+    store(sums + k, sum);
+  }
+}
+
+// Rows of one chunk times panels begin..end. A: what tiles of a hold; E: what c holds.
+template <class A, class E>
+void multiply(const Block& s, int64_t chunk, Range panels, const float* packed, A* tiles, float* sums) {
+  const int64_t begin = chunk * CHUNK, rows = smaller(CHUNK, s.p.M - begin), stride = s.stride();
+  for (int64_t r = 0; r < rows; r++) copy_row(s, begin + r, tiles + r * stride);
+  if (sums && !panels.begin) add_rows(tiles, stride, rows, s.depth, sums + s.first);
+  for (int64_t r = rows; r < round_up(rows, ROWS); r++) memset(tiles + r * stride, 0, sizeof(A) * static_cast<size_t>(stride));
+  for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+    const int64_t column = panel * s.columns(), width = smaller(s.columns(), s.p.N - column);
+    const int used = static_cast<int>((width + W - 1) / W);
+    for (int64_t r = 0; r < rows; r += ROWS) {
+      const Target<E> target{static_cast<E*>(s.p.c) + (begin + r) * s.p.N + column, s.p.N,
+                             s.p.bias && !s.first ? s.p.bias + column : nullptr,
+                             static_cast<int>(smaller(ROWS, rows - r)), static_cast<int>(width - (used - 1) * W),
+                             s.first > 0, s.past};
+      const A* a = tiles + r * stride;
+      const float* b = packed + panel * s.panel_floats();
+      switch (used) {
+        case 1: tile<1, E>(a, stride, b, s.columns(), s.depth, target); break;
+        case 2: tile<2, E>(a, stride, b, s.columns(), s.depth, target); break;
+        default: tile<VECTORS, E>(a, stride, b, s.columns(), s.depth, target);
+      }
+    }
+  }
+}
+
+template <class A, class E>
+void block(const Block& s, Tasks& pack_tasks, Tasks& tasks, int64_t groups, float* packed, A* tiles,
+           float* sums) {
+  for (int64_t panel; pack_tasks.next(panel);) {
+    float* const to = packed + panel * s.panel_floats();
+#if defined(SPIKEDECODER_AVX512)
+    if (s.dot) {
+      pack_pairs(s, panel, to);
+      continue;
+    }
+#endif
+    if (s.p.b_type == Element::float32) {
+      pack_panel<float>(s, panel, to);
+    } else {
+      pack_panel<bfloat16>(s, panel, to);
+    }
+  }
+  barrier();
+  for (int64_t task; tasks.next(task);) {
+    const Range panels = share(s.panels, static_cast<int>(task % groups), static_cast<int>(groups));
+    multiply<A, E>(s, task / groups, panels, packed, tiles, sums);
+  }
+  finish_stores();
+}
+
+template <class A>
+void multiply_all(const Matmul& p, bool dot) {
+  const int64_t vectors_in_all = (p.N + W - 1) / W, panels = (vectors_in_all + VECTORS - 1) / VECTORS;
+  const int64_t vectors = (vectors_in_all + panels - 1) / panels, chunks = (p.M + CHUNK - 1) / CHUNK;
+  const double work = (dot ? 0.01 : 0.02) * (16 / W) * static_cast<double>(p.M * p.N) * static_cast<double>(p.K);
+  const int threads = threads_for(work, p.threads);
+  int64_t groups = 1;  // of panels, so that each thread has some tasks to choose from
+  while (chunks * groups < 4 * threads && groups < panels) groups++;
+  // sums that are rounded when they are stored are stored once
+  const int64_t depth = p.c_type == Element::float32 ? smaller(p.K, DEPTH) : p.K;
+  Block s{p, 0, depth, vectors, panels, dot, false};
+  s.past = depth == p.K && (p.c_type == Element::float32
+                                ? past_cache(static_cast<float*>(p.c), p.M * p.N, p.N)
+                                : past_cache(static_cast<bfloat16*>(p.c), p.M * p.N, p.N));
+  const int64_t own = round_up(CHUNK * s.stride(), 64);
+  Scratch packed(sizeof(float) * static_cast<size_t>(s.panel_floats() * panels));
+  Scratch tiles(sizeof(A) * static_cast<size_t>(own * threads));
+  const int64_t summed = p.a_sums ? round_up(p.K, 64) : 0;  // per thread
+  Scratch sums(sizeof(float) * static_cast<size_t>(summed * threads));
+  memset(sums.get(), 0, sizeof(float) * static_cast<size_t>(summed * threads));
+  for (; s.first < p.K; s.first += depth) {
+    s.depth = smaller(depth, p.K - s.first);
+    Tasks pack_tasks(panels), tasks(chunks * groups);
+    team(threads, [&](int thread, int) {
+      A* const mine = static_cast<A*>(tiles.get()) + own * thread;
+      float* const my_sums = p.a_sums ? sums.floats() + summed * thread : nullptr;
+      if (p.c_type == Element::float32) {
+        block<A, float>(s, pack_tasks, tasks, groups, packed.floats(), mine, my_sums);
+      } else {
+        block<A, bfloat16>(s, pack_tasks, tasks, groups, packed.floats(), mine, my_sums);
+      }
+    });
+  }
+  for (int64_t k = 0; p.a_sums && k < p.K; k++) {
+    double sum = 0;
+    for (int thread = 0; thread < threads; thread++) sum += static_cast<double>(sums.floats()[summed * thread + k]);
+    p.a_sums[k] = static_cast<float>(sum);
+  }
+}
+
+}  // namespace
+
+void matmul(const Matmul& p) {
+  if (!p.M || !p.N) {
+    for (int64_t k = 0; p.a_sums && k < p.K; k++) p.a_sums[k] = 0;
+    return;
+  }
+#if defined(SPIKEDECODER_AVX512)
+  if (p.K && p.a_type != Element::float32 && p.b_type == Element::bfloat16 && bfloat16_products()) {
+    return multiply_all<bfloat16>(p, true);
+  }
+#endif
+  if (p.K) return multiply_all<float>(p, false);
+  for (int64_t i = 0; i < p.M * p.N; i++) {
+    const F start = set1(p.bias ? p.bias[i % p.N] : 0);
+    if (p.c_type == Element::float32) {
+      store_n(static_cast<float*>(p.c) + i, start, 1);
+    } else {
+      store_n(static_cast<bfloat16*>(p.c) + i, start, 1);
+    }
+  }
+}
+
+void matmul_weight_grad(const WeightGrad& a) {
+  if (!a.K || !a.N) return;
+  Scratch bits(sizeof(uint64_t) * static_cast<size_t>(a.K * words_for(a.M) + 1));
+  Scratch by_channel(sizeof(float) * static_cast<size_t>(a.K * a.N));  // [K, N]
+  uint64_t* const transposed = static_cast<uint64_t*>(bits.get());
+  const double work = 0.3 * static_cast<double>(a.M) * static_cast<double>(a.K);
+  parallel(threads_for(work, a.threads),
+           [&](int thread, int threads) { transpose_bits(a.words, a.M, a.K, transposed, thread, threads); });
+  matmul({transposed, a.grad, nullptr, by_channel.get(), nullptr, Element::bits, a.grad_type, Element::float32, a.K, a.M, a.N,
+          a.threads});
+  transpose({by_channel.floats(), a.grad_weight, a.K, a.N, a.threads});
+}
+
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder
