@@ -15,6 +15,7 @@ error.
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,12 @@ def find_program(variable: str, *names: str) -> str | None:
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return find_program("CUDACXX", "nvcc", f"{home}/bin/nvcc")
+
+
+def sources_fingerprint() -> str:
+    """What spikedecoder.ext compares with the sources beside it, without importing the package and torch."""
+    module = runpy.run_path(str(ROOT / "spikedecoder" / "ext" / "_sources.py"))
+    return module["fingerprint"](ROOT / "csrc")
 
 
 def chosen_modules() -> list[str]:
@@ -82,6 +89,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSPIKEDECODER_CUDA={'ON' if with_cuda else 'OFF'}",
+            f"-DSPIKEDECODER_SOURCES={sources_fingerprint()}",
         ]
         if with_cuda:
             archs = os.environ.get("SPIKEDECODER_CUDA_ARCHS") or CUDA_ARCHS

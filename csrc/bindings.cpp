@@ -415,6 +415,28 @@ void bind_decode(py::module_& m) {
       });
 }
 
+// Of what kernels ask for, what this CPU has.
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(SPIKEDECODER_X86)
+  __builtin_cpu_init();
+#define SPIKEDECODER_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) found.emplace_back(name);
+  SPIKEDECODER_FEATURE("avx2")
+  SPIKEDECODER_FEATURE("fma")
+  SPIKEDECODER_FEATURE("bmi2")
+  SPIKEDECODER_FEATURE("popcnt")
+  SPIKEDECODER_FEATURE("avx512f")
+  SPIKEDECODER_FEATURE("avx512bw")
+  SPIKEDECODER_FEATURE("avx512dq")
+  SPIKEDECODER_FEATURE("avx512vl")
+  SPIKEDECODER_FEATURE("avx512vbmi2")
+  SPIKEDECODER_FEATURE("avx512bf16")
+#undef SPIKEDECODER_FEATURE
+#endif
+  return found;
+}
+
 void bind_runtime(py::module_& m) {
   py::class_<Neuron>(m, "Neuron").def(py::init(&make_neuron), py::arg("tau"), py::arg("v_reset"),
                                       py::arg("decay_input"), py::arg("surrogate"), py::arg("alpha"),
@@ -441,6 +463,7 @@ void bind_runtime(py::module_& m) {
 #else
     d["openmp"] = py::none();
 #endif
+    d["features"] = cpu_features();
     d["bfloat16_products"] = bfloat16_products();
     return d;
   });
@@ -450,6 +473,7 @@ void bind_runtime(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled operators of spikedecoder; called through spikedecoder.ext.cpu.";
+  m.attr("sources") = SPIKEDECODER_SOURCES;
   bind_runtime(m);
   bind_lif(m);
   bind_norm_lif(m);

@@ -65,5 +65,6 @@ PYBIND11_MODULE(_C_cuda, m) {
            rows, bits, columns, queue(device, stream));
   });
   m.attr("architectures") = SPIKEDECODER_CUDA_ARCHS;
+  m.attr("sources") = SPIKEDECODER_SOURCES;
   m.attr("compiler") = SPIKEDECODER_CUDA_COMPILER;
 }

@@ -145,7 +145,7 @@ def test_attention_lif_of_other_neurons(variant, options):
 
 @pytest.mark.parametrize("case", cases("lif", "binarize", "spike_attention", "spike_attention_lif"), ids=str)
 def test_bfloat16(case, variant):
-    """Dyadic inputs fit: the same spikes, and gradients rounded once."""
+    """Dyadic inputs fit: the same spikes. Gradients differ by the rounding of what is read and written."""
     with ops.use_backend("cpu"):
         actual = run(case, make_inputs(case, torch.bfloat16))
     with ops.use_backend("reference"):
@@ -154,8 +154,9 @@ def test_bfloat16(case, variant):
     if case.exact:
         assert torch.equal(actual["out"], expected["out"].bfloat16())
     for name in actual:
-        if case.exact and name != "out":
-            torch.testing.assert_close(actual[name].float(), expected[name], rtol=1e-2, atol=1e-2)
+        if case.exact and name != "out" and expected[name].numel():
+            largest = expected[name].abs().max().item()
+            torch.testing.assert_close(actual[name].float(), expected[name], rtol=0, atol=1e-2 * largest)
 
 
 @pytest.mark.parametrize("case", cases("norm_lif"), ids=str)
@@ -200,7 +201,9 @@ def test_bfloat16_spike_linear(shape, method, variant):
         torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=2e-3)
 
 
-@pytest.mark.parametrize("shape", [(0, 20, 30), (70, 33, 20), (9, 1300, 64), (300, 80, 1), (20, 3, 300)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 20, 30), (70, 33, 20), (9, 1300, 64), (300, 80, 1), (20, 3, 300)], ids=str
+)
 def test_dense_gradients(shape, variant):
     """Whole numbers: every order of summation gives the same floats."""
     from spikedecoder.ext.cpu import spike_linear

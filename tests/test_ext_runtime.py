@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import setuptools
 import torch
 
 from spikedecoder import ext, ops
+from spikedecoder.ext import _sources
 from spikedecoder.params import LIFParams
 
 ROOT = Path(__file__).parent.parent
@@ -210,9 +213,45 @@ def test_bad_arguments_are_refused_before_anything_is_touched():
 
 @needs_extension
 def test_other_dtypes_and_devices_are_refused_with_the_reason():
-    with ops.use_backend("cpu"), pytest.raises(ops.BackendError, match=r"takes float32 and bfloat16, got torch\.float64"):
+    with (
+        ops.use_backend("cpu"),
+        pytest.raises(ops.BackendError, match=r"takes float32 and bfloat16, got torch\.float64"),
+    ):
         ops.lif(torch.randn(2, 3, dtype=torch.float64))
     assert ops.lif(torch.randn(2, 3, dtype=torch.float64)).dtype == torch.float64  # auto finds another
+
+
+def test_the_fingerprint_of_the_sources(tmp_path):
+    shutil.copytree(_sources.CSRC, tmp_path / "csrc")
+    copy = tmp_path / "csrc"
+    assert _sources.fingerprint(copy) == _sources.fingerprint()
+    (copy / "tests" / "test_kernels.cpp").write_text("")
+    assert _sources.fingerprint(copy) == _sources.fingerprint()
+    (copy / "lif.cpp").write_text((copy / "lif.cpp").read_text().replace("0.3", "0.4"))
+    assert _sources.fingerprint(copy) != _sources.fingerprint()
+    assert _sources.fingerprint(tmp_path) is None  # an installed package has no sources beside it
+
+
+@needs_extension
+def test_an_extension_built_from_other_sources_is_not_used():
+    code = """
+from spikedecoder.ext import _sources
+_sources.fingerprint = lambda: "other"
+import torch
+from spikedecoder import ext, ops
+from spikedecoder.ops._dispatch import Call, explain
+ops.lif(torch.randn(2, 3))
+print(dict(explain("lif", Call(torch.device("cpu"), torch.float32, (2, 3)))))
+print(ext.info()["cpu"])
+with ops.use_backend("cpu"):
+    ops.lif(torch.randn(2, 3))
+"""
+    done = run_python(code)
+    rows, info = map(ast.literal_eval, done.stdout.splitlines())
+    assert rows == {"cpu": ext.STALE, "reference": "chosen"}
+    assert info == {"built": True, "stale": True, "mend": ext.STALE}
+    assert f"UserWarning: {ext.STALE}" in done.stderr  # auto does not fall back without a word
+    assert "BackendError" in done.stderr
 
 
 def test_info_says_what_there_is():
@@ -222,6 +261,8 @@ def test_info_says_what_there_is():
         assert info["cpu"]["variant"] in info["cpu"]["variants"]
         assert info["cpu"]["threads"] == torch.get_num_threads()
         assert info["cpu"]["compiler"]
+        assert not info["cpu"]["stale"]
+        assert isinstance(info["cpu"]["features"], list)
     else:
         assert info["cpu"]["mend"] == ext.NOT_BUILT
     for part in info.values():

@@ -136,6 +136,7 @@ def _part(info: dict[str, Any]) -> str:
         "compiler": "built by {}",
         "variant": "running {}",
         "variants": "of {}",
+        "features": "CPU has {}",
         "openmp": "OpenMP {}",
         "threads": "{} threads",
         "architectures": "for {}",

@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from types import ModuleType
 from typing import Any
+
+from spikedecoder.ext import _sources
 
 NOT_BUILT = "the compiled extension is not built: pip install . with a C++ compiler"
 CUDA_NOT_BUILT = "the CUDA module is not built: SPIKEDECODER_BUILD=cuda pip install . with nvcc on the PATH"
+
+STALE = (
+    "the compiled extension was built from other sources than csrc/ holds now: "
+    "pip install --no-build-isolation -e . builds it anew"
+)
 
 
 def is_built() -> bool:
@@ -23,13 +31,21 @@ def is_cuda_built() -> bool:
     return importlib.util.find_spec("spikedecoder._C_cuda") is not None
 
 
+def is_stale(module: ModuleType) -> bool:
+    """Whether a compiled module was built from other sources than the checkout that it runs in holds."""
+    sources = _sources.fingerprint()
+    return sources is not None and getattr(module, "sources", None) != sources
+
+
 def info() -> dict[str, Any]:
     """What the extension consists of here, for `spikedecoder doctor`.
 
     Keys: "cpu" and "cuda", each a dict with "built" (bool) and, if something is missing, "mend" (a sentence
-    with the command). Built, "cpu" has "variants" (those that this CPU can run, best first), "variant" (the
-    one in force), "compiler", "openmp" (version date or None), "threads" and "keeps_freed_memory"; "cuda" has
-    "compiler", "architectures" (of machine code, and PTX as "NN-virtual") and "loaded" (there is a GPU).
+    with the command). Built, "cpu" has "stale" (built from other sources, and so not used) and, if it is not,
+    "variants" (those that this CPU can run, best first), "variant" (the one in force), "features" (of this
+    CPU, as far as kernels ask for them), "compiler", "openmp" (version date or None), "bfloat16_products",
+    "threads" and "keeps_freed_memory"; "cuda" has "stale", "compiler", "architectures" (of machine code, and
+    PTX as "NN-virtual") and "loaded" (there is a GPU).
     """
     cpu: dict[str, Any] = {"built": is_built()}
     if cpu["built"]:
@@ -38,6 +54,9 @@ def info() -> dict[str, Any]:
         from spikedecoder.ext import cpu as backend
 
         native = backend.native
+        cpu["stale"] = native is None
+        if native is None:
+            return {"cpu": {**cpu, "mend": STALE}, "cuda": _cuda_info()}
         cpu |= native.build()
         cpu |= {
             "variants": native.variants(),
@@ -59,6 +78,9 @@ def _cuda_info() -> dict[str, Any]:
 
     module = importlib.import_module("spikedecoder._C_cuda")
     found = {"built": True, "compiler": module.compiler, "architectures": module.architectures.split()}
+    found["stale"] = is_stale(module)
+    if found["stale"]:
+        return {**found, "loaded": False, "mend": STALE}
     if not torch.cuda.is_available():
         return {**found, "loaded": False, "mend": "torch sees no GPU here"}
     return {**found, "loaded": True}

@@ -15,18 +15,36 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import Any
 
 # before the extension: torch brings the OpenMP runtime that both then share
 import torch  # noqa: F401
 
-from spikedecoder.ext import is_built
+from spikedecoder.ext import NOT_BUILT, STALE, is_built, is_stale
 
 _VARIANT = "SPIKEDECODER_CPU"
 _TUNE_MALLOC = "SPIKEDECODER_TUNE_MALLOC"
 
-# The compiled module, or None. Built and not loadable is an error of its own, not the same as not built.
-native: Any = importlib.import_module("spikedecoder._C") if is_built() else None
+
+def _load() -> tuple[Any, str | None]:
+    """The compiled module, or None and the reason. Built and not loadable is an error of its own."""
+    if not is_built():
+        return None, NOT_BUILT
+    module = importlib.import_module("spikedecoder._C")
+    if is_stale(module):
+        # its functions may take other arguments; "auto" would run the reference without a word
+        warnings.warn(STALE, stacklevel=2)
+        return None, STALE
+    return module, None
+
+
+native, _missing = _load()
+
+
+def missing() -> str | None:
+    """Why the compiled module is not used; None where it is."""
+    return _missing
 
 
 def _choose_variant() -> None:

@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spikedecoder.ext import NOT_BUILT
-from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu import missing, native
 from spikedecoder.ops._dispatch import Call
 from spikedecoder.params import LIFParams
 from spikedecoder.surrogate import SURROGATES
-
 
 # How the kernels number what an array holds (Element in csrc/kernels.h).
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.bool: 2}
@@ -22,8 +20,8 @@ BITS = 3
 
 def floats_on_cpu(call: Call) -> str | None:
     """Why this backend cannot run the call; None if it can."""
-    if native is None:
-        return NOT_BUILT
+    if missing() is not None:
+        return missing()
     if call.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
     if call.dtype not in (torch.float32, torch.bfloat16):

@@ -68,7 +68,7 @@ COSTS = {
 
 
 def key(variant: str, dtype: torch.dtype) -> str:
-    """The name of the costs for a weight of this dtype: bfloat16 is dearer or cheaper only where it is dense."""
+    """The name of the costs for a weight of this dtype; bfloat16 differs where the CPU multiplies it."""
     own = dtype == torch.bfloat16 and variant == "avx512" and native.build()["bfloat16_products"]
     return f"{variant} bfloat16" if own else variant
 

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spikedecoder.ext import NOT_BUILT
-from spikedecoder.ext.cpu import _cost, native
+from spikedecoder.ext.cpu import _cost, missing, native
 
 SHAPES = (
     (64, 512, 512),
@@ -123,8 +122,8 @@ def regrets(points: list[Point], table: _cost.Costs) -> dict[tuple[Any, ...], tu
 
 
 def main(arguments: list[str]) -> int:
-    if native is None:
-        print(NOT_BUILT, file=sys.stderr)
+    if missing() is not None:
+        print(missing(), file=sys.stderr)
         return 2
     if len(arguments) > 1:
         print("usage: python -m spikedecoder.ext.cpu.calibrate [costs.json]", file=sys.stderr)

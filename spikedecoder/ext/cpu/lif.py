@@ -57,7 +57,15 @@ def backward(
     grad_threshold = grad_threshold_like(threshold, t, timestep)
     grad_v_init = None if v_init is None else torch.empty_like(v_init)
     native.lif_backward(
-        *(neuron(p), t.native, ELEMENTS[x.dtype], address(grad_spikes), address(grad_v), address(x), address(v_init)),
+        *(
+            neuron(p),
+            t.native,
+            ELEMENTS[x.dtype],
+            address(grad_spikes),
+            address(grad_v),
+            address(x),
+            address(v_init),
+        ),
         *(address(grad_x), address(grad_threshold), address(grad_v_init)),
         *(x.shape[0], t.rows, t.channels, torch.get_num_threads()),
     )

@@ -70,7 +70,7 @@ def forward(
 
 
 def backward_layer(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_bias, grad_threshold) for row statistics; inputs as `_backward` takes them."""
+    """(grad_x, grad_weight, grad_bias, grad_threshold) for row statistics; inputs as in `_backward`."""
     return _backward(_ROW, _WHOLE, *inputs)
 
 

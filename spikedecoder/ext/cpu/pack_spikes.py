@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikedecoder.ext import NOT_BUILT
-from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu import missing, native
 from spikedecoder.ext.cpu._arguments import ELEMENTS, address
 from spikedecoder.ops._dispatch import Call
 
 
 def why_not(call: Call) -> str | None:
-    if native is None:
-        return NOT_BUILT
+    if missing() is not None:
+        return missing()
     if call.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
     if call.dtype not in ELEMENTS:

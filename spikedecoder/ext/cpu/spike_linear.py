@@ -1,5 +1,5 @@
-"""Linear layer on spikes in C++ (csrc/spike_linear.cpp, subset_sums.cpp, matmul.cpp): by gathering columns of the
-weight, by subset sums, or dense.
+"""Linear layer on spikes in C++ (csrc/spike_linear.cpp, subset_sums.cpp, matmul.cpp): by gathering columns of
+the weight, by subset sums, or dense.
 
 Which of the three runs is decided from the shape and the measured spike rate; see `_cost`.
 """
@@ -103,7 +103,7 @@ def by_columns(weight: Tensor) -> Tensor:
 
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None = None) -> Tensor:
-    """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over the rows in which each channel spiked."""
+    """grad_weight [N, K]: the sum of grad [..., N] over the rows in which each channel spiked, in its dtype."""
     words, grad = words.contiguous(), same(grad)
     out_channels = grad.shape[-1]
     rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
@@ -127,7 +127,7 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
 
 
 def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(grad [..., N] times weight [N, K], the sum of grad over its rows [N]), both in grad's dtype, in one pass."""
+    """(grad [..., N] times weight [N, K], the sum of grad over its rows [N]) in grad's dtype, in one pass."""
     n, k = weight.shape
     if not _own_products():
         return grad @ weight, grad.flatten(0, -2).sum(0)

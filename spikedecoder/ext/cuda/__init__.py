@@ -10,18 +10,24 @@ from typing import Any
 
 import torch
 
-from spikedecoder.ext import CUDA_NOT_BUILT, is_cuda_built
+from spikedecoder.ext import CUDA_NOT_BUILT, STALE, is_cuda_built, is_stale
 
 NO_GPU = "it needs a CUDA device and driver"
 
-# The compiled module, or None.
-native: Any = (
-    importlib.import_module("spikedecoder._C_cuda") if is_cuda_built() and torch.cuda.is_available() else None
-)
+
+def _load() -> tuple[Any, str | None]:
+    """The compiled module, or None and the reason."""
+    if not is_cuda_built():
+        return None, CUDA_NOT_BUILT
+    if not torch.cuda.is_available():
+        return None, NO_GPU
+    module = importlib.import_module("spikedecoder._C_cuda")
+    return (None, STALE) if is_stale(module) else (module, None)
+
+
+native, _missing = _load()
 
 
 def missing() -> str | None:
     """Why the compiled module is not loaded; None where it is."""
-    if native is not None:
-        return None
-    return NO_GPU if is_cuda_built() else CUDA_NOT_BUILT
+    return _missing
