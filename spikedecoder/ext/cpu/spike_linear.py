@@ -29,27 +29,38 @@ def forward(
     (``weight.t().contiguous().t()``, made once before generating), any other is transposed in each call,
     which for a handful of rows costs more than the product itself.
     """
-    channels, out_channels = s.shape[-1], weight.shape[0]
-    rows = s.numel() // channels if channels else 0
+    rows = s.numel() // s.shape[-1] if s.shape[-1] else 0
     if method is None and rows <= FEW_ROWS and _is_by_columns(weight):
         return _few_rows(s, weight, bias, rows)
     words, count = pack_and_count(s)
+    return _product(words, count, weight, bias, method), words
+
+
+def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y [..., N] from the spikes' bits: that of `forward`, bit for bit."""
+    words = words.contiguous()
+    return _product(words, native.count(address(words), words.numel()), weight, bias, None)
+
+
+def _product(words: Tensor, count: int, weight: Tensor, bias: Tensor | None, method: str | None) -> Tensor:
+    """y [..., N] in the weight's dtype from bits, of which `count` are set."""
+    out_channels, channels = weight.shape
+    rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
     if method is None:
         copied = not _is_by_columns(weight)
         method = _cost.fastest(rows, channels, out_channels, count, transposed=copied, dtype=weight.dtype)
     if method == "dense" and not _own_products():
-        return F.linear(s.to(weight.dtype), weight, bias), words
+        return F.linear(unpack(words, channels, weight.dtype), weight, bias)
     columns, sizes = by_columns(weight), (rows, channels, out_channels, torch.get_num_threads())
     bias = None if bias is None else dense(bias)
     whole = channels <= _ROUNDED_ONCE or method == "dense"
-    y = torch.empty(*s.shape[:-1], out_channels, dtype=weight.dtype if whole else torch.float32)
+    y = torch.empty(*words.shape[:-1], out_channels, dtype=weight.dtype if whole else torch.float32)
     if method == "dense":
-        columns = columns.to(weight.dtype)
-        _matmul(words, BITS, columns, bias, y, None, sizes)
+        _matmul(words, BITS, columns.to(weight.dtype), bias, y, None, sizes)
     else:
         sum_rows = native.gather if method == "gather" else native.subset_sums
         sum_rows(address(words), address(columns), address(bias), address(y), ELEMENTS[y.dtype], *sizes)
-    return y.to(weight.dtype), words
+    return y.to(weight.dtype)
 
 
 def _own_products() -> bool:
@@ -103,7 +114,7 @@ def by_columns(weight: Tensor) -> Tensor:
 
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None = None) -> Tensor:
-    """grad_weight [N, K]: the sum of grad [..., N] over the rows in which each channel spiked, in its dtype."""
+    """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over the rows where each channel spiked."""
     words, grad = words.contiguous(), same(grad)
     out_channels = grad.shape[-1]
     rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
