@@ -266,23 +266,28 @@ def scan_segments(state_ptr, initial_ptr, decay_ptr, heads, segments, numel, BLO
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes: tokens in a chunk, d padded, columns of v in a program."""
+    """Tile sizes: tokens in a chunk, d padded, columns of v in a program; and its warps."""
 
     tokens: int
     d: int
     columns: int
+    warps: int = 4
 
 
 def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> Blocks:
-    """The table, by what the registers must hold; 4 warps throughout. Read off compiled code for lack of
-    measurements: the widest tiles that spill nothing. Ampere's tensor cores take their operands from
-    registers, Hopper's and Blackwell's mostly from shared memory."""
+    """The table, by what the registers must hold. Read off compiled code for lack of measurements: the widest
+    tiles that spill nothing, or least (float32 with d > 64 and real q, k or v, on sm_80 and 90). Ampere's
+    tensor cores take their operands from registers, Hopper's and Blackwell's mostly from shared memory."""
     padded = max(16, power_of_2(d))
     wide = dtype != torch.float32 and padded <= 64
+    warps = 8 if dtype == torch.float32 and padded > 64 else 4  # three digits of everything
     if major(device) == 8:
-        return Blocks(32, padded, min(padded, 32 if wide else 16))
+        return Blocks(32, padded, min(padded, 32 if wide else 16), warps)
+    if dtype == torch.float32 and padded > 64 and not integers and major(device) == 9:
+        return Blocks(16, padded, 16)  # what spills least: a group of warps shares no accumulator of 64 rows
     if dtype == torch.float32:
-        return Blocks(64, padded, 16 if major(device) else min(padded, 64))  # fewer programs to interpret
+        # under the interpreter (0) as few programs as can be
+        return Blocks(64, padded, 16 if major(device) else min(padded, 64), warps)
     wide = wide and (integers or (dtype == torch.bfloat16 and major(device) == 9))
     return Blocks(64, padded, min(padded, 64 if wide else 32))
 
@@ -341,7 +346,7 @@ def states_before(
         segment_states, (programs * cdiv(d, size.columns), segments), k_ptr=k, v_ptr=v, powers_ptr=way.powers,
         state_ptr=states, tokens=tokens, heads=heads, segment=segment, D=d, REVERSE=reverse,
         BLOCK_S=size.tokens,
-        BLOCK_D=size.d, BLOCK_V=size.columns, **way.flags(k_digits, v_digits),
+        BLOCK_D=size.d, BLOCK_V=size.columns, num_warps=size.warps, **way.flags(k_digits, v_digits),
     )  # fmt: skip
     whole = None if way.decay is None else (way.decay.double() ** segment).float()
     launch(
@@ -373,7 +378,7 @@ def walk(
         state_ptr=before, final_ptr=final, tokens=tokens, heads=heads, segment=segment, scale=scale, D=d,
         Q=q_digits, SCORE=score_digits, STATE=state_digits, REVERSE=reverse, BLOCK_S=size.tokens,
         BLOCK_D=size.d,
-        BLOCK_V=size.columns, **way.flags(k_digits, v_digits),
+        BLOCK_V=size.columns, num_warps=size.warps, **way.flags(k_digits, v_digits),
     )  # fmt: skip
     return out
 

@@ -7,6 +7,8 @@ unit in the last place is allowed for there. With one, the tests marked `gpu` ru
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -241,6 +243,65 @@ def test_norm_lif_takes_every_neuron(norm: str, neuron: dict[str, object]) -> No
             *torch.autograd.grad(out, (inputs["x"], inputs["n"].weight), torch.ones_like(out)),
         )
     torch.testing.assert_close(results["triton"], results["reference"], rtol=2e-5, atol=2e-5)
+
+
+def awkward(kind: str, *shape: int) -> torch.Tensor:
+    """Spikes whose memory is not what a kernel likes best."""
+    if kind == "misaligned":  # by one element, so that no access of 128 bits is aligned
+        flat = (random(1 + math.prod(shape)) > 1.5).float()
+        return flat[1:].view(shape)
+    if kind == "sliced":
+        return (random(*shape[:-1], 2 * shape[-1]) > 1.5).float()[..., ::2]
+    if kind == "transposed":
+        return (random(*shape[:-2], shape[-1], shape[-2]) > 1.5).float().transpose(-1, -2)
+    if kind == "expanded":
+        return (random(1, *shape[1:]) > 1.5).float().expand(shape)
+    return torch.zeros(shape[0], 0, *shape[2:], device=DEVICE)  # empty
+
+
+AWKWARD = ("misaligned", "sliced", "transposed", "expanded", "empty")
+
+
+@pytest.mark.parametrize("kind", AWKWARD)
+@pytest.mark.parametrize(
+    "operator", ["lif", "norm_lif", "binarize", "pack_spikes", "spike_linear", "linear_norm_lif", "attention"]
+)
+def test_awkward_memory_gives_the_reference(operator: str, kind: str) -> None:
+    shape = (2, 3, 2, 5, 16) if operator == "attention" else (2, 3, 32)
+    weight, channel = random(16, 32, seed=1), torch.linspace(0.5, 1.5, 32, device=DEVICE)
+    calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "lif": lambda x: ops.lif(x * 3),  # type: ignore[dict-item, return-value]
+        "norm_lif": lambda x: ops.norm_lif(x, NormParams("layer", channel, channel), LIFParams()),
+        "binarize": lambda x: ops.binarize(x - 0.5),
+        "pack_spikes": lambda x: ops.unpack_spikes(ops.pack_spikes(x.detach()), 32) * x,
+        "spike_linear": lambda x: ops.spike_linear(x, weight, weight[:, 0].clone()),
+        "linear_norm_lif": lambda x: ops.linear_norm_lif(
+            x, weight, None, NormParams("layer", channel[:16], channel[16:]), LIFParams()
+        ),
+        "attention": lambda x: ops.spike_attention_lif(x, x, x, LIFParams(), 1.0),
+    }
+    results = {}
+    for backend in ("reference", "triton"):
+        x = awkward(kind, *shape).requires_grad_()
+        with ops.use_backend(backend):
+            out = calls[operator](x)
+            results[backend] = (out, *torch.autograd.grad(out, x, torch.ones_like(out)))
+    torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_ends_as_in_the_reference(value: float) -> None:
+    channel = torch.ones(8, device=DEVICE)
+    x = random(3, 4, 8)
+    x[1, 2, 3] = value
+    for kind in ("layer", "batch"):
+        running = (torch.zeros(8, device=DEVICE), torch.ones(8, device=DEVICE)) if kind == "batch" else ()
+        n = NormParams(kind, channel, channel, training=False, running=running)
+        found = {}
+        for backend in ("reference", "triton"):
+            with ops.use_backend(backend):
+                found[backend] = ops.norm_lif(x, n, LIFParams())
+        assert torch.equal(found["triton"], found["reference"])
 
 
 def test_what_triton_cannot_run_it_says() -> None:

@@ -11,6 +11,8 @@ import torch
 
 from spikedecoder import BackendError, ops, use_backend
 from spikedecoder.ops import _dispatch
+from spikedecoder.ops.norm import statistics
+from spikedecoder.params import LIFParams, NormParams
 from spikedecoder.testing import CASES, cases, make_inputs, run
 
 X = torch.ones(4, 2, 8)
@@ -150,6 +152,33 @@ def test_opcheck(case):
     torch.library.opcheck(op, args)
 
 
+NEURON = LIFParams().flat()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["layer-train", "batch-train", "batch-eval", "threshold"])
+def test_opcheck_of_norm_lif(name, backend):
+    inputs = make_inputs(next(c for c in cases("norm_lif") if c.name == name))
+    x, n = inputs["x"], inputs["n"]
+    found = statistics(x, n)
+    mean, rstd = (None, None) if found is None else (found.mean, found.rstd)
+    rest = (inputs.get("threshold"), None, None, None, n.eps, n.training, None, *NEURON, backend)
+    torch.library.opcheck(torch.ops.spikedecoder.norm_lif.default, (x, n.weight, n.bias, mean, rstd, *rest))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck_of_spike_linear_and_attention_lif(backend):
+    i = make_inputs(cases("spike_linear")[1])
+    torch.library.opcheck(
+        torch.ops.spikedecoder.spike_linear.default, (i["s"], i["weight"], i["bias"], backend)
+    )
+    q, k, v = (torch.rand(2, 1, 2, 5, 8).round().requires_grad_() for _ in range(3))
+    threshold = torch.tensor(0.7, requires_grad=True)
+    for words in ([], [ops.pack_spikes(x.detach().transpose(2, 3).flatten(-2)) for x in (q, k, v)]):
+        arguments = (q, k, v, 0.125, None, threshold, words, *NEURON, backend)
+        torch.library.opcheck(torch.ops.spikedecoder.spike_attention_lif.default, arguments)
+
+
 def test_outputs_do_not_alias_and_inputs_stay():
     for case in cases():
         inputs = make_inputs(case)
@@ -160,6 +189,7 @@ def test_outputs_do_not_alias_and_inputs_stay():
 
 
 Q = torch.ones(2, 1, 2, 4, 8)
+LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
 
 
 @pytest.mark.parametrize(
@@ -187,6 +217,15 @@ Q = torch.ones(2, 1, 2, 4, 8)
         (lambda: ops.spike_attention(Q, Q, Q, decay=torch.ones(3)), ValueError, "decay: got shape"),
         (lambda: ops.spike_attention(Q, Q, Q, state=torch.ones(3)), ValueError, "state: got shape"),
         (lambda: ops.spike_linear(X, torch.ones(3, 9)), ValueError, "s: got 8 channels"),
+        (lambda: ops.spike_linear(X.long(), torch.ones(3, 8)), TypeError, "s: got dtype torch.int64"),
+        (lambda: ops.spike_linear(X, torch.ones(3, 8), torch.ones(2)), ValueError, r"bias: got shape \(2,\)"),
+        (lambda: ops.spike_linear(X, torch.ones(3, 8, device="meta")), ValueError, "different devices"),
+        (lambda: ops.spike_attention(Q[:0], Q[:0], Q[:0]), ValueError, "q: got T = 0 timesteps"),
+        (lambda: ops.spike_attention(Q, Q, Q.to("meta")), ValueError, "different devices"),
+        (lambda: ops.norm_lif(X[:0], LAYER, LIFParams()), ValueError, "x: got T = 0 timesteps"),
+        (lambda: ops.norm_lif(X.long(), LAYER, LIFParams()), TypeError, "x: got dtype torch.int64"),
+        (lambda: ops.norm_lif(X[..., :3], LAYER, LIFParams()), ValueError, "x: got 3 channels"),
+        (lambda: ops.norm_lif(X.to("meta"), LAYER, LIFParams()), ValueError, "different devices"),
     ],
 )
 def test_bad_input(call, error, message):

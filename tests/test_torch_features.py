@@ -1,0 +1,188 @@
+"""The model inside what torch offers: compile, export, autocast, loss scaling, checkpointing, CUDA graphs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "layer": {},
+    "batch": {"norm": "batch", "learn_threshold": True},
+    "residuals": {"spiking_residuals": 2, "reunite": "concatenate", "v_reset": None},
+    "decay": {"decay_fastest": 0.9, "decay_slowest": 0.99, "attention_norm": True},
+    "baseline": {"spike_degree": 0},
+}
+SHAPES = [(2, 8), (3, 5), (4, 2), (5, 7)]
+OTHERS = ("batch", "residuals", "decay", "baseline")
+# PowerNorm's backward pass moves a running mean, which no graph takes
+SOME = ["layer", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+
+
+def make(device: str = "cpu", **changes: Any) -> SpikeDecoder:
+    torch.manual_seed(0)
+    small = {"blocks": 2, "heads": 2, "token_dim": 12, "position_dim": 4, "mlp_ratio": 2, "timesteps": 2}
+    config = SpikeDecoderConfig.preset(
+        "default", **{**small, "max_len": 8, "attention_scale": 1.0, **changes}
+    )
+    return SpikeDecoder(config).to(device)
+
+
+def tokens(batch: int = 2, length: int = 8, device: str = "cpu") -> Tensor:
+    return torch.randint(0, 28, (batch, length), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def step(model: SpikeDecoder, loss_of: Callable[..., Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Loss, gradients and buffers of one pass."""
+    model.zero_grad()
+    loss = loss_of(x, x.roll(-1, 1))
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found, **{name: b.clone() for name, b in model.named_buffers()}}
+
+
+def compare(got: dict[str, Tensor], want: dict[str, Tensor], limit: float = 1e-4) -> None:
+    assert got.keys() == want.keys()
+    scale = max(t.abs().max().item() for t in want.values() if t.is_floating_point() and t.dim() == 2)
+    for name, value in want.items():
+        torch.testing.assert_close(
+            got[name], value, rtol=limit, atol=limit * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("variant", SOME)
+def test_compiled_in_one_graph_is_eager_at_every_shape(variant: str) -> None:
+    """Batch and length are dynamic: after the first shape nothing is compiled."""
+    eager, compiled = make(blocks=1, **VARIANTS[variant]), make(blocks=1, **VARIANTS[variant])
+    compiled.recompute_activations()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    loss_of = torch.compile(compiled.loss, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for shape in SHAPES:
+        want = step(eager, eager.loss, tokens(*shape))
+        compare(step(compiled, loss_of, tokens(*shape)), want)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts == counts[:1] * len(SHAPES)
+
+
+@pytest.mark.parametrize("variant", SOME)
+def test_exported_is_eager_at_every_shape(variant: str) -> None:
+    model = make(blocks=1, **VARIANTS[variant]).eval()
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=8)
+    program = torch.export.export(model, (tokens(),), dynamic_shapes=({0: batch, 1: length},))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert ("spikedecoder.lif.default" in names) == (variant != "baseline")
+    for shape in [*SHAPES, (1, 3)]:
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(tokens(*shape)), model(tokens(*shape)))
+
+
+@pytest.mark.slow
+def test_inductor_is_eager() -> None:
+    eager, compiled = make(blocks=1), make(blocks=1)
+    torch._dynamo.reset()
+    loss_of = torch.compile(compiled.loss, fullgraph=True)
+    compare(step(compiled, loss_of, tokens()), step(eager, eager.loss, tokens()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_learns(dtype: torch.dtype) -> None:
+    """Products in half precision, with scaled losses in float16; membranes and statistics stay float32."""
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**12)
+    full = step(make(), make().loss, tokens())
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cpu", dtype):
+            loss = model.loss(tokens(), tokens().roll(-1, 1))
+        assert loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        assert all(p.grad is None or p.grad.dtype == p.dtype for p in model.parameters())
+        optimizer.zero_grad()
+    assert losses[0] == pytest.approx(full["loss"].item(), rel=0.05)
+    assert losses[-1] < 0.8 * losses[0]
+    assert scaler.get_scale() >= 1.0
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
+    model = make()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    with torch.autocast("cpu", torch.float16):
+        loss = model.loss(tokens(), tokens().roll(-1, 1))
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**99
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["layer", "residuals", "decay"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_activation_checkpointing_gives_the_same_gradients(variant: str, recompute: bool) -> None:
+    plain, model = make(**VARIANTS[variant]), make(**VARIANTS[variant])
+    model.recompute_activations(recompute)
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    compare(step(model, model.loss, tokens()), step(plain, plain.loss, tokens()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["layer", "batch", "decay"])
+def test_a_cuda_graph_replays_the_training_step(variant: str) -> None:
+    """Capture fails on a host synchronisation or on memory that is not the graph's."""
+    with use_backend("triton"):
+        eager, model = make("cuda", **VARIANTS[variant]), make("cuda", **VARIANTS[variant])
+        model.recompute_activations()
+        x = tokens(device="cuda")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles, and warms the allocator up
+            for _ in range(3):
+                step(model, model.loss, x)
+        torch.cuda.current_stream().wait_stream(side)
+        model.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = model.loss(x, x.roll(-1, 1))
+            loss.backward()
+        for seed in range(2):
+            new = torch.randint(0, 28, x.shape, generator=torch.Generator().manual_seed(seed)).cuda()
+            x.copy_(new)
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.zero_()
+            graph.replay()
+            want = step(eager, eager.loss, new)
+            torch.testing.assert_close(loss, want["loss"], rtol=1e-4, atol=1e-4)
+            for name, p in model.named_parameters():
+                if p.grad is not None:
+                    torch.testing.assert_close(p.grad, want[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["layer", "batch"])
+def test_a_training_step_asks_the_device_for_nothing(variant: str) -> None:
+    with use_backend("triton"):
+        model = make("cuda", **VARIANTS[variant])
+        x = tokens(device="cuda")
+        step(model, model.loss, x)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model.loss(x, x.roll(-1, 1)).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
