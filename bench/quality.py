@@ -132,7 +132,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
     parser.add_argument("--seeds", default="0,1", help="separated by commas")
     parser.add_argument("--rows", help="their names, separated by semicolons; default: all")
-    parser.add_argument("--out", default="bench/results/quality-small", help="folder; also .md and .png")
+    parser.add_argument(
+        "--out", default="bench/results/quality-small", help="folder of the runs; beside it .json, .md, .png"
+    )
     parser.add_argument(
         "--draw", action="store_true", help="only the table and the pictures, from what is there"
     )
@@ -150,12 +152,24 @@ def main() -> None:
         for seed in map(int, options.seeds.split(",")):
             for name in names:
                 work(out, rows[name], seed, corpus, options)
-    study = json.loads((out / "study.json").read_text())
-    runs = [json.loads(p.read_text()) for p in sorted(out.glob("run-*.json"))]
-    table = render(study, runs, [row for row in ROWS])
+    study, runs = gather(out)
+    table = render(study, runs, ROWS)
     write_bytes(out.with_suffix(".md"), table.encode())
     print(table)
-    draw(study, runs, [row for row in ROWS], out.with_suffix(".png"))
+    draw(study, runs, ROWS, out.with_suffix(".png"))
+
+
+def gather(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The study and its runs: from the files under OUT/, kept together as OUT.json, or from that file alone."""
+    together = out.with_suffix(".json")
+    if (out / "study.json").exists():
+        study = json.loads((out / "study.json").read_text())
+        runs = [json.loads(p.read_text()) for p in sorted(out.glob("run-*.json"))]
+        write_json(together, {**study, "runs": runs})
+    else:
+        study = json.loads(together.read_text())
+        runs = study.pop("runs")
+    return study, runs
 
 
 def describe(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
