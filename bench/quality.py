@@ -160,7 +160,7 @@ def main() -> None:
 
 
 def gather(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The study and its runs: from the files under OUT/, kept together as OUT.json, or from that file alone."""
+    """The study and its runs, from the files under OUT/ (then kept together as OUT.json) or from OUT.json."""
     together = out.with_suffix(".json")
     if (out / "study.json").exists():
         study = json.loads((out / "study.json").read_text())

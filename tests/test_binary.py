@@ -78,6 +78,27 @@ def test_every_product_of_a_fully_spiking_model_accumulates_only(variant: dict[s
         assert len(floats) == len(seen)
 
 
+@pytest.mark.parametrize("reunite", ["average", "accumulate"])
+@pytest.mark.parametrize("timesteps", [2, 3, 4])
+def test_a_head_that_reads_counts_is_sums_of_spikes_too(reunite: str, timesteps: int) -> None:
+    """Linear(counts) unrolls into one product with binary input for each timestep."""
+    model = _model({"reunite": reunite, "timesteps": timesteps}).eval()
+    head = model.head
+    spikes: list[torch.Tensor] = []
+    read: list[torch.Tensor] = []
+    head.lif.register_forward_hook(lambda _module, _inputs, s: spikes.append(s))
+    head.linear.register_forward_hook(lambda _module, inputs, _y: read.append(inputs[0]))
+    with torch.no_grad():
+        logits = model(TOKENS)
+    (s,), (x,) = spikes, read
+    assert is_binary(s) and s.any() and not s.all()
+    counts = x * timesteps if reunite == "average" else x
+    torch.testing.assert_close(counts, s.sum(0), rtol=0, atol=1e-6 if timesteps == 3 else 0)
+    w, b = head.linear.weight, head.linear.bias
+    unrolled = sum(s[t] @ w.T for t in range(timesteps)) / (timesteps if reunite == "average" else 1) + b
+    torch.testing.assert_close(logits, unrolled, rtol=1e-5, atol=1e-5)
+
+
 def test_the_walk_finds_a_product_of_floats() -> None:
     model = _model({"reunite": "concatenate"})
     assert kind_of(model.config) == "fully spiking"
