@@ -1,7 +1,8 @@
 """What makes spikes learn: equal text, shapes, parameters and tokens, one change at a time, beside ANN twins.
 
     python bench/quality.py --out bench/results/quality-small                      (every row, two seeds)
-    python bench/quality.py --rows "default; GPT, shifts, ALiBi" --seeds 0,1,2 --text book.txt
+    python bench/quality.py --rows "default; GPT, ALiBi, shifts" --seeds 0,1,2 --text book.txt --out runs/book
+    python bench/quality.py --size medium --device cuda --length 512 --steps 8000 --out bench/results/medium
 
 Every row of `quality_rows.py` is trained with every seed by the same loop: windows, optimiser and schedule
 of `TrainConfig`. Kept of each run: held-out bits per token, over training and at the end; bits where the
@@ -54,17 +55,18 @@ def held_out_bits(model: SpikeDecoder | GPT, corpus: Corpus, length: int, limit:
     total, count = 0.0, 0
     model.eval()
     batch = max(1, 2048 // length)
+    device = next(model.parameters()).device
     for tokens, targets in held_out_batches(
         corpus.val, length, batch, limit, pad_id=corpus.tokenizer.pad_id or 0
     ):
         counted = int((targets != -100).sum())
-        total += float(model.loss(tokens, targets)) * counted
+        total += float(model.loss(tokens.to(device), targets.to(device))) * counted
         count += counted
     model.train()
     return total / count / math.log(2)
 
 
-def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int) -> dict[str, Any]:
+def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int, device: str) -> dict[str, Any]:
     """Train one row with one seed, and judge it."""
     settings = TrainConfig(steps=steps, seed=seed, **row.train)
     torch.manual_seed(seed)
@@ -72,6 +74,7 @@ def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int) -> dict[st
     if row.tried is not None:
         assert isinstance(model, SpikeDecoder)
         TRIED[row.tried](model)
+    model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameter_groups(settings.weight_decay), settings.lr, betas=(settings.beta1, settings.beta2)
     )
@@ -81,7 +84,8 @@ def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int) -> dict[st
         begin = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = settings.lr_at(step)
-        loss = model.loss(*sampler.batch(step))
+        tokens, targets = sampler.batch(step)
+        loss = model.loss(tokens.to(device), targets.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
@@ -110,6 +114,7 @@ def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int) -> dict[st
 def spikes_and_energy(model: SpikeDecoder, corpus: Corpus, length: int) -> dict[str, Any]:
     """Mean spike rate, and estimated joules a token: its own, and of the same shapes without spikes."""
     tokens, _ = next(held_out_batches(corpus.val, length, 16))
+    tokens = tokens.to(model.device)
     with SpikeCounter(model) as counter:
         model(tokens)
     rates = counter.rates()
@@ -128,9 +133,13 @@ def main() -> None:
     )
     parser.add_argument("--text", nargs="*", help="text files; default: the built-in text")
     parser.add_argument("--tokenizer", default="char")
-    parser.add_argument("--steps", type=int, default=800, help="of 8 windows")
+    parser.add_argument("--steps", type=int, default=800, help="of 8 windows (medium: 32)")
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
     parser.add_argument("--seeds", default="0,1", help="separated by commas")
+    parser.add_argument(
+        "--size", default="small", choices=ROWS, help="medium: 14 million parameters, for a GPU"
+    )
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", help="their names, separated by semicolons; default: all")
     parser.add_argument(
         "--out", default="bench/results/quality-small", help="folder of the runs; beside it .json, .md, .png"
@@ -139,7 +148,7 @@ def main() -> None:
         "--draw", action="store_true", help="only the table and the pictures, from what is there"
     )
     options = parser.parse_args()
-    rows = {row.name: row for row in ROWS}
+    rows = {row.name: row for row in ROWS[options.size]}
     names = [n.strip() for n in options.rows.split(";")] if options.rows else list(rows)
     for name in names:
         if name not in rows:
@@ -153,10 +162,10 @@ def main() -> None:
             for name in names:
                 work(out, rows[name], seed, corpus, options)
     study, runs = gather(out)
-    table = render(study, runs, ROWS)
+    table = render(study, runs, list(rows.values()))
     write_bytes(out.with_suffix(".md"), table.encode())
     print(table)
-    draw(study, runs, ROWS, out.with_suffix(".png"))
+    draw(study, runs, list(rows.values()), out.with_suffix(".png"))
 
 
 def gather(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -212,7 +221,7 @@ def work(out: Path, row: Row, seed: int, corpus: Corpus, options: argparse.Names
         return
     try:
         if not path.exists():
-            result = run(row, seed, corpus, options.steps, options.length)
+            result = run(row, seed, corpus, options.steps, options.length, options.device)
             write_json(path, result)
             print(f"seed {seed}  {row.name}: {result['bits']:.4f}", flush=True)
     finally:

@@ -44,7 +44,7 @@ class Row:
         return times == 1 or self.model.get("position") != "learned"
 
 
-ROWS: list[Row] = [
+SMALL: list[Row] = [
     # the ladder: each adds to the one before
     Row("original recipe", "spike", ORIGINAL),
     Row("+ embedding gain 2", "spike", GAIN),
@@ -87,3 +87,21 @@ ROWS: list[Row] = [
         {**SHIFT, "spike_degree": 0, "embedding_gain": 1.0},
     ),
 ]
+
+_LARGE: dict[str, Any] = {"lr": 3e-3, "batch_size": 32, "warmup": 500}
+_SHAPE: dict[str, Any] = {"channels": 384, "heads": 8, "blocks": 8, "position": "alibi"}
+_AS_ORIGINAL: dict[str, Any] = {
+    **{"embedding_gain": 1.0, "token_shift": 1, "mlp_token_shift": 1},
+    **{"v_reset": 0.0, "decay_fastest": 1.0, "decay_slowest": 1.0},
+}
+
+MEDIUM: list[Row] = [
+    Row("original recipe", "preset", {"name": "best-medium", **_AS_ORIGINAL}, {**_LARGE, "lr": 1e-3}),
+    Row("best-medium", "preset", {"name": "best-medium"}, _LARGE),
+    Row("best-medium, T = 2", "preset", {"name": "best-medium", "timesteps": 2}, _LARGE),
+    Row("GPT, ALiBi", "gpt", _SHAPE, {**_LARGE, "lr": 1e-3}),
+    Row("GPT, ALiBi, shifts", "gpt", {**_SHAPE, **HELPS}, {**_LARGE, "lr": 1e-3}),
+    Row("GPT, ALiBi, shifts, lr 3e-3", "gpt", {**_SHAPE, **HELPS}, _LARGE),
+]
+
+ROWS: dict[str, list[Row]] = {"small": SMALL, "medium": MEDIUM}
