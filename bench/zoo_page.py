@@ -19,7 +19,8 @@ def render(zoo: dict[str, Any], picture: str) -> str:
         "",
         f"![Bits per character, spike rate and estimated energy of the models below]({picture})",
         "",
-        "`python bench/zoo.py` trains all of them and writes this page; an interrupted run goes on. "
+        "`python bench/zoo.py` trains all of them and writes this page, in about 12 minutes of one core; an "
+        "interrupted run goes on. "
         f"{zoo['date']}, {zoo['machine']}.",
         "",
         "All read the same string: the built-in text, lower-cased and cleaned to letters, apostrophes and "
@@ -86,7 +87,8 @@ def render(zoo: dict[str, Any], picture: str) -> str:
         "operations counted from the spikes that fired, 45 nm, fp32 arithmetic alone; with memory; and int8 "
         "weights, arithmetic alone. Divided by characters, so that words and characters compare.",
         "- The non-spiking model is its own twin: the row to compare with, in fp32 and in int8, where a "
-        "multiplication costs little.",
+        "multiplication costs little. The partly spiking one computes its MLP on real numbers at each of T "
+        "timesteps, T times the work.",
     ]
     if timed:
         lines.append(

@@ -51,6 +51,7 @@ def runs(tmp_path: Path) -> Path:
     """A folder with a run of each of three sorts, and things that are no models."""
     root = tmp_path / "runs"
     save(root / "spiking" / "best", "fully spiking")
+    (root / "spiking" / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "val_loss": 1}\n')
     save(root / "group" / "ann", "non-spiking")
     save(root / "words" / "last", "SpikeDecoder", words=True)
     (root / "broken").mkdir()
@@ -122,6 +123,27 @@ def test_what_is_shown_is_what_the_text_cost(runs: Path):
         next(write(loaded, "Z", Settings()))
     with pytest.raises(ValueError, match="tokens: got 0"):
         next(write(loaded, "a", Settings(tokens=0)))
+
+
+def test_one_training_at_a_time_and_it_can_be_stopped(tmp_path: Path):
+    from spikedecoder.app.training import Stopped, train_small
+
+    told: list[str] = []
+
+    def tell(share: float, said: str) -> None:
+        told.append(said)
+        if "step" in said:
+            with pytest.raises(ValueError, match="being trained already"):
+                train_small("non-spiking", "words", 1, tmp_path, tell)
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train_small("non-spiking", "characters", 50, tmp_path, tell)
+    assert told[0] == "reading the text" and told[1].startswith("step 1 of 50")
+    with pytest.raises(ValueError, match="kind: got 'x'"):
+        train_small("x", "words", 1, tmp_path, tell)
+    with pytest.raises(ValueError, match="steps: got 0"):
+        train_small("non-spiking", "words", 0, tmp_path, tell)
 
 
 def test_bad_arguments(tmp_path: Path, monkeypatch, capsys):
@@ -263,6 +285,12 @@ def test_write_look_switch_and_compare(serve, runs: Path):
     page.click("#layer input")
     page.get_by_role("option", name="blocks.0.mlp.fc1").click()
     until(lambda: source(page, "raster") != first["raster"], "the raster of another layer")
+    for view in ("attention", "membrane potentials"):
+        drawn = source(page, "raster")
+        page.locator("#view").get_by_label(view).check()
+        until(lambda drawn=drawn: source(page, "raster") != drawn, view)
+    page.get_by_role("tab", name="Training").click()
+    until(lambda: source(page, "curves"), "the learning curves")
     page.get_by_role("tab", name="Energy").click()
     until(lambda: source(page, "energy"), "the energy")
     first["energy"] = source(page, "energy")

@@ -19,9 +19,11 @@ from spikedecoder.app.writing import (
     Settings,
     cards,
     energy_of,
+    layer_figure,
     observe,
     picture,
     predictions_figure,
+    run_of,
     table,
     write,
 )
@@ -123,7 +125,7 @@ class Handlers:
         return self.library.get(path).about if path else ""
 
     def write(
-        self, session: Session, path: str | None, prompt: str, memory: bool, *how: Any
+        self, session: Session, path: str | None, prompt: str, memory: bool, view: str, *how: Any
     ) -> Iterator[tuple[Any, ...]]:
         """Text as it comes; then heat map, spikes and energy."""
         session.stop = False
@@ -145,7 +147,7 @@ class Handlers:
             seen.summary,
             picture(predictions_figure, loaded, written),
             gr.Dropdown(choices=seen.layers, value=layer, visible=bool(seen.layers)),
-            self.raster(session, layer),
+            self.layer(session, view, layer),
             gr.Image(picture(viz.spike_rates, seen.activity), visible=True)
             if seen.activity is not None
             else gr.Image(visible=False),
@@ -155,13 +157,19 @@ class Handlers:
         )
 
     @staticmethod
-    def raster(session: Session, layer: str | None) -> Any:
+    def layer(session: Session, view: str, layer: str | None) -> Any:
         seen = session.observation
         if seen is None or seen.activity is None or layer not in seen.layers:
             return gr.Image(visible=False)
-        return gr.Image(
-            picture(viz.raster, seen.activity, layer, labels=seen.labels, columns=2), visible=True
-        )
+        return gr.Image(picture(layer_figure, seen, view, layer), visible=True)
+
+    @staticmethod
+    def curves(path: str | None) -> tuple[Any, str]:
+        """How the model learned, where its run's metrics lie beside it."""
+        run = run_of(path) if path else None
+        if run is None:
+            return gr.Image(visible=False), "No record of its training lies beside this model."
+        return gr.Image(picture(viz.loss_curves, [run]), visible=True), ""
 
     @staticmethod
     def energy(session: Session, memory: bool) -> Any:

@@ -10,7 +10,7 @@ import gradio as gr
 
 from spikedecoder.app.handlers import MOST_COMPARED, Handlers, Session, told, told_with_progress
 from spikedecoder.app.models import TOKENS, Library
-from spikedecoder.app.writing import MOST_TOKENS
+from spikedecoder.app.writing import MOST_TOKENS, VIEWS
 from spikedecoder.kinds import KINDS
 
 CSS = """
@@ -90,11 +90,15 @@ def build(roots: list[Path]) -> Any:
                     with gr.Tab("Spikes"):
                         silent = gr.Markdown(elem_id="silent")
                         layer = gr.Dropdown([], label="Layer", visible=False, elem_id="layer")
-                        raster = _image("Which neuron fired at which token", "raster")
+                        view = gr.Radio(VIEWS, value=VIEWS[0], label="Picture", elem_id="view")
+                        raster = _image("Of this layer, or of its block", "raster")
                         rates = _image("How often each layer fires", "rates")
                     with gr.Tab("Energy"):
                         bars = _image("Estimated energy per token", "energy")
                         note = gr.Markdown(elem_id="energy-note")
+                    with gr.Tab("Training"):
+                        unknown = gr.Markdown(elem_id="no-curves")
+                        curves = _image("Loss while it was trained", "curves")
         with gr.Accordion("Compare models on this prompt", open=False, elem_id="compare-panel"):
             several = gr.Dropdown(
                 [],
@@ -113,15 +117,16 @@ def build(roots: list[Path]) -> Any:
         for control in (tokens, kind):
             control.input(told(do.choices), [tokens, kind, checkpoint], lists, show_progress="hidden")
         checkpoint.change(told(do.about), checkpoint, about, show_progress="hidden")
+        checkpoint.change(told(do.curves), checkpoint, [curves, unknown], show_progress="hidden")
         gr.on(
             [start.click, prompt.submit],
             told(do.write),
-            [session, checkpoint, prompt, memory, *how],
+            [session, checkpoint, prompt, memory, view, *how],
             [session, text, figures, heatmap, layer, raster, rates, silent, bars, note],
             show_progress="minimal",
         )
         stop.click(do.stop, session, session, show_progress="hidden", queue=False)
-        layer.input(told(do.raster), [session, layer], raster)
+        gr.on([view.input, layer.input], told(do.layer), [session, view, layer], raster)
         memory.input(told(do.energy), [session, memory], bars)
         memory.input(told(do.energy_note), [session, memory], note, show_progress="hidden")
         train.click(

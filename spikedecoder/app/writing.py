@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 1000
 _CANDIDATES = 12  # for each token, in the heat map
 _SHOWN = 40  # tokens in heat map and raster: more could not be read
+VIEWS = ("raster", "attention", "membrane potentials")
 _DRAWING = threading.Lock()  # matplotlib's settings belong to the process
 
 
@@ -116,13 +118,33 @@ def observe(loaded: Loaded, written: Written) -> Observation:
     with loaded.lock:
         cost = text_cost(model, [written.prompt], [written.tokens])
         spikes = any(spiking_layers(model))
-        activity = viz.record(model, torch.tensor([shown])) if spikes else None
+        read = torch.tensor([shown])
+        activity = viz.record(model, read, potentials=True, scores=True) if spikes else None
     return Observation(written, cost, activity, [names[i] for i in shown], loaded.label)
 
 
 def predictions_figure(loaded: Loaded, written: Written) -> Figure:
     names = loaded.model.tokenizer.tokens
     return viz.predictions(written.tokens, written.predictions, names, rows=_CANDIDATES, limit=_SHOWN)
+
+
+def layer_figure(seen: Observation, view: str, layer: str) -> Figure:
+    """One layer's raster; or, of the block that it is in, the attention scores or membrane potentials."""
+    activity, labels = seen.activity, seen.labels
+    assert activity is not None
+    if view == VIEWS[0]:
+        return viz.raster(activity, layer, labels=labels, columns=2)
+    block = ".".join(layer.split(".")[:2])
+    if view == VIEWS[1]:
+        near = [name for name in activity.scores if name.startswith(f"{block}.")]
+        return viz.attention_map(activity, next(iter([*near, *activity.scores])), labels=labels)
+    return viz.potentials(activity, [name for name in activity.potentials if name.startswith(block)])
+
+
+def run_of(path: str) -> Path | None:
+    """The training run that a model's folder belongs to, if its metrics are there."""
+    folder = Path(path)
+    return next((f for f in (folder, folder.parent) if (f / "metrics.jsonl").is_file()), None)
 
 
 def energy_of(ledgers: Mapping[str, Ledger], memory: bool) -> Comparison:
