@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -54,22 +55,19 @@ def work(
     data = read_corpus(search, texts, corpus)
     study = open_study(out, search, data.fingerprint)
     while alive():
-        with claiming(out):
-            trial = claim(study, search)
-            if trial is None:
-                return None
-            trial.set_user_attr("folder", folder_of(trial))
-            # taken before anyone else can look for trials without a process
-            lock = locked(trial_lock(out, folder_of(trial)))
-            lock.__enter__()
-        try:
+        with contextlib.ExitStack() as held:
+            with claiming(out):
+                trial = claim(study, search)
+                if trial is None:
+                    return None
+                trial.set_user_attr("folder", folder_of(trial))
+                # taken before anyone else can look for trials without a process
+                held.enter_context(locked(trial_lock(out, folder_of(trial))))
             interrupted = _run(study, trial, search, data, out, texts, corpus, threads, say)
             if interrupted:
                 return interrupted  # the trial stays "running" without a lock, and is taken up again
             with claiming(out):
                 drop_checkpoints(study, out)
-        finally:
-            lock.__exit__(None, None, None)
     return None
 
 
@@ -175,8 +173,9 @@ def drop_checkpoints(study: Any, out: Path) -> None:
         if folder in busy or (best is not None and folder == folder_of(best)):
             continue
         run = out / TRIALS / folder
-        for name in ("best", "last"):
-            (run / name).unlink(missing_ok=True) if (run / name).is_symlink() else shutil.rmtree(
-                run / name, ignore_errors=True
-            )
+        for link in (run / "best", run / "last"):
+            if link.is_symlink():
+                link.unlink()
+            else:
+                shutil.rmtree(link, ignore_errors=True)
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
