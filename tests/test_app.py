@@ -289,7 +289,7 @@ def test_write_look_switch_and_compare(serve, runs: Path):
         drawn = source(page, "raster")
         page.locator("#view").get_by_label(view).check()
         until(lambda drawn=drawn: source(page, "raster") != drawn, view)
-    page.get_by_role("tab", name="Training").click()
+    page.get_by_role("tab", name="Loss").click()
     until(lambda: source(page, "curves"), "the learning curves")
     page.get_by_role("tab", name="Energy").click()
     until(lambda: source(page, "energy"), "the energy")

@@ -96,7 +96,7 @@ def build(roots: list[Path]) -> Any:
                     with gr.Tab("Energy"):
                         bars = _image("Estimated energy per token", "energy")
                         note = gr.Markdown(elem_id="energy-note")
-                    with gr.Tab("Training"):
+                    with gr.Tab("Loss"):
                         unknown = gr.Markdown(elem_id="no-curves")
                         curves = _image("Loss while it was trained", "curves")
         with gr.Accordion("Compare models on this prompt", open=False, elem_id="compare-panel"):
