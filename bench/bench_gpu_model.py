@@ -27,13 +27,16 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def training_step(compile_mode: str | None, dry: bool) -> tuple[Callable[[], torch.Tensor], int]:
+def training_step(
+    compile_mode: str | None, dry: bool, recompute: bool = False
+) -> tuple[Callable[[], torch.Tensor], int]:
     """(step, tokens in it) on fixed random tokens."""
     torch.manual_seed(0)
     batch, length = (1, 4) if dry else (32, 256)
     changes: dict[str, Any] = {"blocks": 1, "mlp_ratio": 1, "timesteps": 2} if dry else {}
     config = SpikeDecoderConfig.preset("original-char", **changes)
     model = SpikeDecoder(config).to(DEVICE)
+    model.recompute_activations(recompute)
     loss_of: Callable[..., torch.Tensor] = model.loss
     if compile_mode is not None:
         loss_of = torch.compile(model.loss, mode=compile_mode)
@@ -103,6 +106,7 @@ def profile(step: Callable[[], torch.Tensor], path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row", required=True, choices=("triton", "reference", "auto"))
+    parser.add_argument("--recompute", action="store_true", help="keep bits, compute Linears again")
     parser.add_argument("--compile", choices=("default", "reduce-overhead"))
     parser.add_argument(
         "--profile", type=Path, help="write a trace here, its table beside it, and time nothing"
@@ -114,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     backend = use_backend(options.row) if options.row != "auto" else contextlib.nullcontext()
     with backend:
-        step, tokens = training_step(options.compile, options.dry_run)
+        step, tokens = training_step(options.compile, options.dry_run, options.recompute)
         if options.profile:
             options.profile.with_suffix(".txt").write_text(profile(step, options.profile))
             print(json.dumps({"trace": str(options.profile)}))

@@ -4,11 +4,12 @@
     python bench/bench_gpu_ops.py --out results.json --only lif
     TRITON_INTERPRET=1 python bench/bench_gpu_ops.py --out results.json --dry-run    # no GPU, tiny shapes
 
-Rows of a group: these kernels, the eager reference, torch.compile of the reference, and peers where they
-are installed: SpikingJelly's neurons, causal FlashAttention by way of scaled_dot_product_attention (which
-computes another function of the same inputs), flash-linear-attention's chunked linear attention. Inputs
-have the spike rates of a trained model, about one in six. A result is compared with the reference before
-anything is timed; a row that is wrong says so and has no time.
+Rows of a group, each left out with the reason where it can't run: these kernels, the eager reference,
+torch.compile of the reference, and peers where they are installed: SpikingJelly's neurons
+(`peer_spikingjelly.py`), causal FlashAttention by way of scaled_dot_product_attention (which computes another
+function of the same inputs), flash-linear-attention's chunked linear attention. Inputs have the spike rates
+of a trained model, about one in six. A result is compared with the reference before anything is timed; a row
+that is wrong says so and has no time.
 
 Times are medians of device events with the cache flushed between runs. GB/s counts the bytes that must move
 at the least; its share is of a large copy's, measured in the same run.
@@ -19,6 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,7 +39,9 @@ from spikedecoder.reference import norm_lif as norm_lif_reference
 from spikedecoder.reference import spike_attention as attention_reference
 from spikedecoder.reference import spike_attention_lif as attention_lif_reference
 
-Calls = dict[str, Callable[[], Any]]
+# how to call each row; a string instead says why it is left out
+Calls = dict[str, "Callable[[], Any] | str"]
+DRY = "dry run"
 P = LIFParams()
 RATE = 0.16
 CUDA = torch.cuda.is_available()
@@ -109,9 +114,8 @@ def lif_groups(dry: bool) -> Iterator[Group]:
                 "eager reference": lambda: lif_reference.forward(x, 1.0, None, P)[0],
                 "ours, packed": lambda: k.forward_packed(x, 1.0, None, P),
             }
-            if not dry:
-                compiled = _compiled(lambda x: lif_reference.forward(x, 1.0, None, P)[0])
-                calls["compiled reference"] = lambda: compiled(x)
+            compiled = _compiled(lambda x: lif_reference.forward(x, 1.0, None, P)[0])
+            calls["compiled reference"] = DRY if dry else lambda: compiled(x)
             return calls
 
         yield Group(f"lif forward bf16 T={T} n={elements}", make, 4.0 * elements)
@@ -133,36 +137,35 @@ def lif_groups(dry: bool) -> Iterator[Group]:
                 "ours": _on("triton", through(lambda x: ops.lif_params(x, P))),  # type: ignore[arg-type, return-value]
                 "eager reference": through(lambda x: lif_reference.lif(x, 1.0, None, P)[0]),
             }
-            if not dry:
-                calls["compiled reference"] = through(
-                    _compiled(lambda x: lif_reference.lif(x, 1.0, None, P)[0])
-                )
-            calls.update({name: through(neuron) for name, neuron in _spikingjelly()})
+            compiled = through(_compiled(lambda x: lif_reference.lif(x, 1.0, None, P)[0]))
+            calls["compiled reference"] = DRY if dry else compiled
             return calls
 
         # forward 2 b, backward 3 b
         yield Group(f"lif forward + backward bf16 T={T} n={elements}", make_both, 10.0 * elements, exact=())
 
 
-def _spikingjelly() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    try:
-        from spikingjelly.activation_based import functional, neuron, surrogate
-    except ImportError:
-        return
-    for backend in ("torch", "cupy", "triton"):
+def spikingjelly_rows(dry: bool, ceiling: dict[str, float]) -> list[dict[str, Any]]:
+    """Rows for the groups of `lif_groups`, each implementation measured by a process of its own."""
+    elements, steps = (1 << 12, (4,)) if dry else (1 << 26, (4, 8, 16))
+    rows = []
+    for implementation in ("torch", "cuda", "cupy", "triton"):
+        command = [sys.executable, str(Path(__file__).parent / "peer_spikingjelly.py")]
+        command += ["--implementation", implementation, "--elements", str(elements)]
+        command += [f"--T={T}" for T in steps] + (["--dry-run"] if dry else [])
         try:
-            node = neuron.LIFNode(
-                tau=2.0, surrogate_function=surrogate.Sigmoid(4.0), detach_reset=True, step_mode="m",
-                backend=backend,
-            ).to(DEVICE)  # fmt: skip
-        except (ValueError, NotImplementedError, ImportError, AttributeError):
-            continue
-
-        def call(x: Tensor, node: Any = node) -> Tensor:
-            functional.reset_net(node)
-            return node(x)
-
-        yield f"SpikingJelly {backend}", call
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+        except (subprocess.TimeoutExpired, json.JSONDecodeError, IndexError) as error:
+            found = {str(T): {"failed": type(error).__name__} for T in steps}
+        for T in steps:
+            group = f"lif forward + backward bf16 T={T} n={elements}"
+            row = {"group": group, "row": f"SpikingJelly {implementation}", **found[str(T)]}
+            if "ms" in row:
+                row["gb_per_s"] = round(10.0 * elements / row["ms"] / 1e6, 1)
+                row["of_copy"] = round(row["gb_per_s"] / ceiling["copy_gb_per_s"], 3)
+            rows.append(row)
+    return rows
 
 
 def norm_lif_groups(dry: bool) -> Iterator[Group]:
@@ -180,11 +183,8 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
                     x, weight, bias, None, None, 1e-5, 1.0, P
                 )[0],
             }
-            if not dry:
-                fn = _compiled(
-                    lambda x: norm_lif_reference.forward(x, weight, bias, None, None, 1e-5, 1.0, P)[0]
-                )
-                calls["compiled reference"] = lambda: fn(x)
+            fn = _compiled(lambda x: norm_lif_reference.forward(x, weight, bias, None, None, 1e-5, 1.0, P)[0])
+            calls["compiled reference"] = DRY if dry else lambda: fn(x)
             return calls
 
         yield Group(f"norm_lif layer forward bf16 T={T} C={C} n={elements}", make, 4.0 * elements)
@@ -213,6 +213,9 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
             yield Group(name, make_both, bytes_, exact=())
 
 
+LONG = "cost quadratic, or thousands of launches, at this length"
+
+
 def attention_groups(dry: bool) -> Iterator[Group]:
     from spikedecoder.kernels import spike_attention as k
     from spikedecoder.kernels import spike_attention_lif as fused
@@ -234,9 +237,12 @@ def attention_groups(dry: bool) -> Iterator[Group]:
                 ],
             }
             flat = [x.flatten(0, 1) for x in (q, key, v)]
-            if not long:
-                calls["SDPA causal (softmax)"] = lambda: F.scaled_dot_product_attention(*flat, is_causal=True)
-            calls.update(_flash_linear_attention(flat))
+            fn = _compiled(lambda *x: attention_reference.forward(*x, 0.125, None, None, False)[0])
+            calls["compiled reference"] = DRY if dry else LONG if long else lambda: fn(q, key, v)
+            calls["SDPA causal (softmax)"] = (
+                LONG if long else lambda: F.scaled_dot_product_attention(*flat, is_causal=True)
+            )
+            calls["flash-linear-attention"] = _flash_linear_attention(flat)
             return calls
 
         yield Group(f"spike_attention forward bf16 {name}", make, 8.0 * elements, flops)
@@ -283,14 +289,16 @@ def attention_groups(dry: bool) -> Iterator[Group]:
         yield Group(f"spike_attention_lif forward bf16 {name}", make_fused, 8.0 * elements, flops)
 
 
-def _flash_linear_attention(qkv: list[Tensor]) -> Calls:
+def _flash_linear_attention(qkv: list[Tensor]) -> Callable[[], Any] | str:
     """q, k, v [T B, H, S, d]; its kernels take [B, S, H, d]."""
+    if not CUDA:
+        return "needs a CUDA device"
     try:
         from fla.ops.linear_attn import chunk_linear_attn
-    except ImportError:
-        return {}
+    except ImportError as error:
+        return f"{error.name or 'fla'} is not installed"
     q, k, v = (x.transpose(1, 2).contiguous() for x in qkv)
-    return {"flash-linear-attention": lambda: chunk_linear_attn(q, k, v, scale=0.125, normalize=False)[0]}
+    return lambda: chunk_linear_attn(q, k, v, scale=0.125, normalize=False)[0]
 
 
 def linear_groups(dry: bool) -> Iterator[Group]:
@@ -348,10 +356,15 @@ def _agrees(row: str, got: Tensor, want: Tensor, group: Group) -> str | None:
 def bench(group: Group, dry: bool, ceiling: dict[str, float]) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     calls = group.make()
-    want = calls["eager reference"]()
+    reference = calls["eager reference"]
+    assert not isinstance(reference, str)
+    want = reference()
     rows = []
     for name, call in calls.items():
         row: dict[str, Any] = {"group": group.name, "row": name}
+        if isinstance(call, str):
+            rows.append({**row, "skipped": call})
+            continue
         try:
             wrong = _agrees(name, call(), want, group)
             if wrong:
@@ -370,6 +383,7 @@ def bench(group: Group, dry: bool, ceiling: dict[str, float]) -> list[dict[str, 
                 row["of_copy"] = round(group.bytes / ms / 1e6 / ceiling["copy_gb_per_s"], 3)
                 if group.flops:
                     row["tflop_per_s"] = round(group.flops / ms / 1e9, 2)
+                    row["of_product"] = round(group.flops / ms / 1e9 / ceiling["bf16_tflop_per_s"], 3)
         except Exception as error:  # a row that can't run must not take the others with it
             row["failed"] = f"{type(error).__name__}: {error}"[:500]
         rows.append(row)
@@ -398,6 +412,8 @@ def main() -> None:
             if CUDA:
                 torch.cuda.empty_cache()
             options.out.write_text(json.dumps(result, indent=1))  # what is done survives a time limit
+        if operator == "lif":
+            result["rows"] += spikingjelly_rows(options.dry_run, result["ceilings"])
     options.out.write_text(json.dumps(result, indent=1))
 
 

@@ -87,14 +87,17 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         parity = [(name, [*pytest, *kernels, "-k", expression]) for name, expression in groups.items()]
         others = ["tests/test_convergence.py", "tests/test_ext_cuda.py"]
         parity += [("others", [*pytest, "-m", "gpu", *(str(ROOT / path) for path in others)])]
-    rows = [("triton", None), ("reference", None), ("triton", "reduce-overhead"), ("reference", "default")]
+    rows = {
+        "triton": ["--row", "triton"],
+        "reference": ["--row", "reference"],
+        "triton-recompute": ["--row", "triton", "--recompute"],
+        "triton-reduce-overhead": ["--row", "triton", "--compile", "reduce-overhead"],
+        "reference-compiled": ["--row", "reference", "--compile", "default"],
+    }
     steps = [
-        Stage(
-            f"model-{row}" + (f"-{mode}" if mode else ""),
-            60 if mode is None else 90,
-            [("step", [*model, "--row", row, *(["--compile", mode] if mode else [])])],
-        )
-        for row, mode in (rows[:2] if dry else rows)
+        Stage(f"model-{name}", 90 if "--compile" in flags else 60, [("step", [*model, *flags])])
+        for name, flags in rows.items()
+        if not (dry and "--compile" in flags)
     ]
     profiles = [
         Stage(
@@ -108,10 +111,10 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         Stage("environment", 60, [("report", [*python, "-c", _ENVIRONMENT])]),
         Stage("build", 60, [("lif", [*python, "-c", build.format("cpu" if dry else "cuda")])]),
         Stage("parity", 200, parity),
-        *steps[:2],
+        *steps[:3],
         Stage("operators", 190, [("operators", [*ops, "--limit", "30" if dry else "150"])]),
         *profiles,
-        *steps[2:],
+        *steps[3:],
     ]
 
 
@@ -178,6 +181,9 @@ def gather(out: Path, outcomes: list[Outcome], dry: bool) -> dict[str, Any]:
     }
 
 
+_COLUMNS = ("ms", "gb_per_s", "of_copy", "tflop_per_s", "of_product", "peak_mib")
+
+
 def render(result: dict[str, Any]) -> str:
     environment = result["environment"] or {}
     gpu = environment.get("gpu") or {"name": "no GPU"}
@@ -208,15 +214,16 @@ def render(result: dict[str, Any]) -> str:
         lines += [
             f"### {group}",
             "",
-            "| row | ms | GB/s | of copy | TFLOP/s | peak MiB | times the reference |",
+            "| row | ms | GB/s | of copy | TFLOP/s | of product | peak MiB | times the reference |",
         ]
-        lines.append("|---|---|---|---|---|---|---|")
+        lines.append("|---|---|---|---|---|---|---|---|")
         for row in rows:
             if "ms" not in row:
-                lines.append(f"| {row['row']} | {row.get('wrong') or row.get('failed')} | | | | | |")
+                reason = next((row[k] for k in ("wrong", "failed", "skipped") if k in row), "no time")
+                lines.append(f"| {row['row']} | {reason} | | | | | | |")
                 continue
             times = f"{slowest / row['ms']:.2f}" if slowest else "-"
-            cells = (row.get(k, "-") for k in ("ms", "gb_per_s", "of_copy", "tflop_per_s", "peak_mib"))
+            cells = (row.get(k, "-") for k in _COLUMNS)
             lines.append(f"| {row['row']} | " + " | ".join(map(str, cells)) + f" | {times} |")
         lines.append("")
     if operators["left_out"]:
@@ -224,32 +231,38 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def points(result: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """(group, operations per byte, TFLOP/s) of our rows that have operations counted."""
+    rows = (result["operators"] or {"rows": []})["rows"]
+    ours = [r for r in rows if r["row"] == "ours" and r.get("tflop_per_s") and r.get("gb_per_s")]
+    return [(r["group"], r["tflop_per_s"] / (r["gb_per_s"] / 1e3), r["tflop_per_s"]) for r in ours]
+
+
 def roofline(result: dict[str, Any], path: Path) -> None:
-    """Arithmetic intensity against TFLOP/s of our rows that have operations counted."""
-    operators = result["operators"]
-    if not operators:
-        return
+    """Arithmetic intensity against TFLOP/s, under the measured ceilings; nothing where there is nothing."""
+    found = points(result)
     try:
         import matplotlib
     except ImportError:
         return
+    if not found:
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ceiling = operators["ceilings"]
+    ceiling = result["operators"]["ceilings"]
     bandwidth, peak = (max(v, 1e-6) for v in (ceiling["copy_gb_per_s"] / 1e3, ceiling["bf16_tflop_per_s"]))
     figure, axes = plt.subplots(figsize=(7, 4.5))
     intensity = [2.0**i for i in range(0, 12)]
     axes.loglog(intensity, [min(peak, bandwidth * i) for i in intensity], "k-", label="measured ceilings")
-    for row in operators["rows"]:
-        if row["row"] == "ours" and row.get("tflop_per_s") and row["gb_per_s"]:
-            x = row["tflop_per_s"] / (row["gb_per_s"] / 1e3)
-            axes.loglog([x], [row["tflop_per_s"]], "o", label=row["group"][:48])
+    for group, x, y in found:
+        axes.loglog([x], [y], "o", label=group[:48])
     axes.set_xlabel("operations per byte")
     axes.set_ylabel("TFLOP/s")
     axes.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path)
+    plt.close(figure)
 
 
 def main() -> int:
@@ -262,8 +275,16 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny shapes on the CPU, under the interpreter"
     )
+    parser.add_argument(
+        "--redraw", action="store_true", help="table and picture again from --out's results.json"
+    )
     options = parser.parse_args()
     out = options.out.resolve()
+    if options.redraw:
+        result = json.loads((out / "results.json").read_text())
+        (out / "results.md").write_text(render(result))
+        roofline(result, out / "roofline.png")
+        return 0
     out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if options.dry_run:

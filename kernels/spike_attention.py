@@ -281,10 +281,11 @@ def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> 
     padded = max(16, power_of_2(d))
     wide = dtype != torch.float32 and padded <= 64
     warps = 8 if dtype == torch.float32 and padded > 64 else 4  # three digits of everything
+    narrow = dtype == torch.float32 and padded > 64 and not integers
+    if narrow and major(device) in (8, 9):
+        return Blocks(16, padded, 16, 8 if major(device) == 8 else 4)
     if major(device) == 8:
         return Blocks(32, padded, min(padded, 32 if wide else 16), warps)
-    if dtype == torch.float32 and padded > 64 and not integers and major(device) == 9:
-        return Blocks(16, padded, 16)  # what spills least: a group of warps shares no accumulator of 64 rows
     if dtype == torch.float32:
         # under the interpreter (0) as few programs as can be
         return Blocks(64, padded, 16 if major(device) else min(padded, 64), warps)

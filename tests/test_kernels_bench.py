@@ -86,15 +86,44 @@ def test_rows_that_failed_or_were_wrong_have_no_time_in_the_table() -> None:
         {"group": "g", "row": "eager reference", "ms": 2.0, "gb_per_s": 1.0, "of_copy": 0.1},
         {"group": "g", "row": "ours", "ms": 0.5, "gb_per_s": 4.0, "of_copy": 0.4},
         {"group": "g", "row": "peer", "wrong": "relative error 1"},
+        {"group": "g", "row": "absent", "skipped": "not installed"},
     ]
     result = {
         "dry_run": False, "environment": None, "stages": [], "parity": {}, "model": {},
         "operators": {"rows": rows, "ceilings": {}, "left_out": ["h"]},
     }  # fmt: skip
     page = gpu.render(result)
-    assert "| ours | 0.5 | 4.0 | 0.4 | - | - | 4.00 |" in page
-    assert "| peer | relative error 1 | | | | | |" in page
+    assert "| ours | 0.5 | 4.0 | 0.4 | - | - | - | 4.00 |" in page
+    assert "| peer | relative error 1 | | | | | | |" in page
+    assert "| absent | not installed | | | | | | |" in page
     assert "Left out for lack of time: h" in page
+
+
+def test_the_roofline_is_drawn_from_the_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    row = {"group": "spike_attention forward", "row": "ours", "tflop_per_s": 200.0, "gb_per_s": 2500.0}
+    others = [
+        {"group": "lif", "row": "ours", "gb_per_s": 2800.0},
+        {"group": "g", "row": "peer", "skipped": "-"},
+    ]
+    operators = {"rows": [row, *others], "ceilings": {"copy_gb_per_s": 3000.0, "bf16_tflop_per_s": 800.0}}
+    saved = json.loads(json.dumps({"operators": operators}))
+    assert gpu.points(saved) == [("spike_attention forward", 80.0, 200.0)]
+    gpu.roofline(saved, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    gpu.roofline({"operators": None}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_spikingjelly_is_measured_or_says_why_not(tmp_path: Path) -> None:
+    script = SCRIPT.parent / "peer_spikingjelly.py"
+    command = [sys.executable, str(script), "--T", "4", "--elements", "4096", "--dry-run"]
+    for implementation in ("torch", "triton"):
+        done = subprocess.run(
+            [*command, "--implementation", implementation], capture_output=True, text=True, timeout=120
+        )
+        found = json.loads(done.stdout.strip().splitlines()[-1])["4"]
+        assert found.get("ms", 0) > 0 or "installed" in found["skipped"] or "CUDA" in found["skipped"]
 
 
 def test_a_real_run_fits_ten_minutes_and_looks_at_every_kernel_test(tmp_path: Path) -> None:
