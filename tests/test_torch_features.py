@@ -19,12 +19,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch": {"norm": "batch", "learn_threshold": True},
     "residuals": {"spiking_residuals": 2, "reunite": "concatenate", "v_reset": None},
     "decay": {"decay_fastest": 0.9, "decay_slowest": 0.99, "attention_norm": True},
-    "baseline": {"spike_degree": 0},
 }
 SHAPES = [(2, 8), (3, 5), (4, 2), (5, 7)]
-OTHERS = ("batch", "residuals", "decay", "baseline")
-# PowerNorm's backward pass moves a running mean, which no graph takes
-SOME = ["layer", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+# PowerNorm is left out: its backward pass moves a running mean, which no graph takes
+COMPILED = ["layer", pytest.param("batch", marks=pytest.mark.slow)]
+EXPORTED = ["layer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("residuals", "decay"))]
 
 
 def make(device: str = "cpu", **changes: Any) -> SpikeDecoder:
@@ -58,7 +57,7 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor], limit: float = 1e-4
         )
 
 
-@pytest.mark.parametrize("variant", SOME)
+@pytest.mark.parametrize("variant", COMPILED)
 def test_compiled_in_one_graph_is_eager_at_every_shape(variant: str) -> None:
     """Batch and length are dynamic: after the first shape nothing is compiled."""
     eager, compiled = make(blocks=1, **VARIANTS[variant]), make(blocks=1, **VARIANTS[variant])
@@ -74,24 +73,16 @@ def test_compiled_in_one_graph_is_eager_at_every_shape(variant: str) -> None:
     assert counts[0] > 0 and counts == counts[:1] * len(SHAPES)
 
 
-@pytest.mark.parametrize("variant", SOME)
+@pytest.mark.parametrize("variant", EXPORTED)
 def test_exported_is_eager_at_every_shape(variant: str) -> None:
     model = make(blocks=1, **VARIANTS[variant]).eval()
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=8)
     program = torch.export.export(model, (tokens(),), dynamic_shapes=({0: batch, 1: length},))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert ("spikedecoder.lif.default" in names) == (variant != "baseline")
+    assert "spikedecoder.lif.default" in names
     for shape in [*SHAPES, (1, 3)]:
         with torch.no_grad():
             torch.testing.assert_close(program.module()(tokens(*shape)), model(tokens(*shape)))
-
-
-@pytest.mark.slow
-def test_inductor_is_eager() -> None:
-    eager, compiled = make(blocks=1), make(blocks=1)
-    torch._dynamo.reset()
-    loss_of = torch.compile(compiled.loss, fullgraph=True)
-    compare(step(compiled, loss_of, tokens()), step(eager, eager.loss, tokens()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
