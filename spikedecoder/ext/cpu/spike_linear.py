@@ -114,7 +114,7 @@ def by_columns(weight: Tensor) -> Tensor:
 
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None = None) -> Tensor:
-    """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over the rows where each channel spiked."""
+    """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over rows where each channel spiked."""
     words, grad = words.contiguous(), same(grad)
     out_channels = grad.shape[-1]
     rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
