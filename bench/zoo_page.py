@@ -93,7 +93,8 @@ def render(zoo: dict[str, Any], picture: str) -> str:
     if timed:
         lines.append(
             f"- **tokens/s**: one text generated alone, best of three rounds of 200 tokens; {timed}. "
-            "Repeat with `python bench/zoo.py --speeds`."
+            "Repeat with `python bench/zoo.py --speeds`. The first two kinds run in the extension's compiled "
+            "step, the other two module by module: a comparison of implementations, not of kinds."
         )
     else:
         lines.append("- Speeds are left out: the machine was shared while these models were trained.")

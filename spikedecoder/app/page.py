@@ -29,6 +29,7 @@ CSS = """
 .picture .image-container {padding-top: 38px}
 .picture img {max-height: 760px; object-fit: contain}
 @media (max-width: 640px) {
+  [role="tab"] {padding-left: 8px !important; padding-right: 8px !important}
   .picture {overflow-x: auto !important}
   .picture .image-container {min-width: 600px}
 }
