@@ -6,7 +6,8 @@ operators, and the reference under torch.compile.
 Each group is one operator and shape, each row one way to compute it, and the row "cpu" says in
 ``speedup_*`` how many times slower the others were when called in turns with it (ratio of the fastest rounds:
 compare these on a busy machine). All allocate their outputs, under the memory allocator as this package sets
-it. A result is checked before it is timed. The group "ceilings" says what the machine can do.
+it. A result is checked before it is timed. The group "ceilings" says what the machine can do;
+``share_of_copy_bandwidth`` and ``times_dense_ceiling`` are each operator's part of it, timed in turns too.
 """
 
 from __future__ import annotations
@@ -185,10 +186,33 @@ def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, .
     calls = make(*case)
     benchmark.pedantic(calls[row], rounds=7, warmup_rounds=1)
     if row == "cpu":
-        best = interleaved(calls)
+        best = interleaved({**calls, **_ceiling(make, case)})
         for other in calls:
             if other != "cpu":
                 benchmark.extra_info[f"speedup_over_{other}"] = round(best[other] / best["cpu"], 2)
+        if make in BYTES:
+            benchmark.extra_info["share_of_copy_bandwidth"] = round(
+                BYTES[make] / 8 * best["copy"] / best["cpu"], 2
+            )
+        elif "product" in best:
+            benchmark.extra_info["times_dense_ceiling"] = round(best["product"] / best["cpu"], 2)
+
+
+# Bytes per element, forward and backward, that must be moved; a copy moves 8.
+BYTES = {lif_train: 20, norm_lif_train: 20}
+
+
+def _ceiling(make: Callable[..., Calls], case: tuple[Any, ...]) -> Calls:
+    """What bounds an operator: a copy of its input, or a product of its size with nothing allocated."""
+    if make in BYTES:
+        x = torch.randn(case)
+        y = torch.empty_like(x)
+        return {"copy": lambda: y.copy_(x)}
+    if make in (spike_linear_forward, spike_linear_weight_grad):
+        m, k, n, _ = case
+        a, b, c = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+        return {"product": lambda: torch.mm(a, b, out=c)}
+    return {}
 
 
 @pytest.mark.benchmark(group="ceilings")

@@ -4,13 +4,20 @@
 
 B = 8, S = 256, T = 4. One row per backend that can run here; the rows of a run share the machine's mood, so
 compare rows, not runs. Peak memory is measured in a process of its own, whose only work is two such steps.
+
+The group "in turns" steps each way to train in a process of its own, round by round: the reference under the
+system's memory allocator as it is, and as this package sets it; the compiled operators; and those in
+bfloat16. ``speedup_*`` are ratios of the fastest rounds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +36,9 @@ def _backends() -> list[str]:
     return [b for b in candidates(DEVICE) if why_not(b, "lif", call) is None]
 
 
-def training_step(backend: str) -> tuple[SpikeDecoder, Callable[[], None], Callable[[], None]]:
+def training_step(
+    backend: str, dtype: torch.dtype = torch.float32
+) -> tuple[SpikeDecoder, Callable[[], None], Callable[[], None]]:
     """(model, forward, step) on fixed random tokens."""
     torch.manual_seed(0)
     model = SpikeDecoder(SpikeDecoderConfig.preset("original-char")).to(DEVICE)
@@ -43,7 +52,9 @@ def training_step(backend: str) -> tuple[SpikeDecoder, Callable[[], None], Calla
 
     def step() -> None:
         with _backend(backend):
-            model.loss(tokens, tokens.roll(-1, 1)).backward()
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                loss = model.loss(tokens, tokens.roll(-1, 1))
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -62,14 +73,20 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _peak_memory(backend: str) -> float:
+def _peak_memory(backend: str, recompute: bool = False) -> float:
     """MiB: of the GPU's allocator, or resident in a fresh process."""
     if DEVICE.type == "cuda":
-        _, _, step = training_step(backend)
+        model, _, step = training_step(backend)
+        model.recompute_activations(recompute)
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() / 2**20
-    done = subprocess.run([sys.executable, __file__, backend], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, backend, *(["recompute"] if recompute else [])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout)["peak_rss_mib"]
 
 
@@ -91,12 +108,87 @@ def test_training_step(benchmark: Any, backend: str) -> None:
     benchmark.pedantic(step, rounds=5, warmup_rounds=1)
     benchmark.extra_info["tokens_per_second"] = round(BATCH * LENGTH / benchmark.stats.stats.median)
     benchmark.extra_info["peak_memory_mib"] = round(_peak_memory(backend))
+    benchmark.extra_info["peak_memory_recomputed_mib"] = round(_peak_memory(backend, recompute=True))
+
+
+class Worker:
+    """A process that holds the model and steps when told to."""
+
+    def __init__(self, backend: str, dtype: str, tune_malloc: bool) -> None:
+        environment = {**os.environ, "SPIKEDECODER_TUNE_MALLOC": str(int(tune_malloc))}
+        command = [sys.executable, __file__, backend, dtype]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload]
+
+    def step(self) -> float:
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+WORKERS = {
+    "reference, system allocator": ("reference", "float32", False),
+    "reference": ("reference", "float32", True),
+    "cpu": ("cpu", "float32", True),
+    "cpu bfloat16": ("cpu", "bfloat16", True),
+}
+
+
+@pytest.fixture(scope="module")
+def turns() -> Iterator[dict[str, list[float]]]:
+    """Seconds of each worker's steps, taken in turns."""
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name, arguments in WORKERS.items():
+            workers[name] = Worker(*arguments)
+            stack.callback(workers[name].process.communicate)
+            workers[name].step()
+        seconds: dict[str, list[float]] = {name: [] for name in WORKERS}
+        for _ in range(6):
+            for name, worker in workers.items():
+                seconds[name].append(worker.step())
+        yield seconds
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU's memory")
+@pytest.mark.benchmark(group="original-char training step, in turns")
+@pytest.mark.parametrize("name", WORKERS)
+def test_in_turns(benchmark: Any, turns: dict[str, list[float]], name: str) -> None:
+    taken = iter(turns[name])
+    # the clock of the benchmark is that of the worker
+    benchmark._timer = _Replay(taken)
+    benchmark.pedantic(lambda: None, rounds=len(turns[name]))
+    for other in list(WORKERS)[:2]:
+        ratio = min(turns[other]) / min(turns[name])
+        benchmark.extra_info[f"speedup_over_{other.replace(', ', '_').replace(' ', '_')}"] = round(ratio, 2)
+
+
+class _Replay:
+    """A timer that reports durations which were measured elsewhere."""
+
+    def __init__(self, durations: Iterator[float]) -> None:
+        self.durations, self.now, self.started = durations, 0.0, False
+
+    def __call__(self) -> float:
+        self.started = not self.started
+        if not self.started:
+            self.now += next(self.durations)
+        return self.now
 
 
 if __name__ == "__main__":
     import resource
 
-    _, _, two_steps = training_step(sys.argv[1])
-    two_steps()
-    two_steps()
-    print(json.dumps({"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    backend, how = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
+    only_memory = how in ("", "recompute")
+    model, _, step = training_step(backend, torch.float32 if only_memory else getattr(torch, how))
+    if only_memory:
+        model.recompute_activations(how == "recompute")
+        step()
+        step()
+        print(json.dumps({"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    else:
+        for _ in sys.stdin:
+            start = time.perf_counter()
+            step()
+            print(json.dumps(time.perf_counter() - start), flush=True)
