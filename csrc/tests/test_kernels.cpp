@@ -321,6 +321,85 @@ void test_attention(int64_t T, int64_t B, int64_t S, int64_t H, int64_t d, float
   }
 }
 
+// A small model's states, as the kernel takes them.
+struct States {
+  std::vector<std::vector<float>> arrays;
+  std::vector<DecodeState> blocks;
+
+  explicit States(const Decode& a) {
+    const int64_t d = a.E / a.H;
+    for (int64_t i = 0; i < a.blocks; i++) {
+      DecodeState state{};
+      state.attention = add(a.T * a.B * a.H * d * d);
+      state.attention_shift = a.token_shift > 1 ? add(a.T * a.B * (a.token_shift - 1) * a.E) : nullptr;
+      state.mlp_shift = a.mlp_token_shift > 1 ? add(a.T * a.B * (a.mlp_token_shift - 1) * a.E) : nullptr;
+      blocks.push_back(state);
+    }
+  }
+  float* add(int64_t n) {
+    arrays.push_back(array<float>(n));
+    return arrays.back().data();
+  }
+};
+
+void decode_into(Decode a, const std::vector<float>& embedded, int64_t S, States& states, std::vector<float>& logits,
+                 int threads) {
+  a.S = S;
+  a.threads = threads;
+  a.embedded = embedded.data();
+  a.states = states.blocks.data();
+  logits.assign(static_cast<size_t>(a.B * S * a.V), NAN);
+  a.logits = logits.data();
+  const auto bytes = static_cast<size_t>(decode_scratch(a, threads));
+  a.scratch = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  std::memset(a.scratch, 0xff, bytes);  // not a number, wherever it is read before it is written
+  kernels().decode(a);
+  std::free(a.scratch);
+}
+
+// Tokens together against the same ones one after the other.
+void test_decode(NormKind norm, Reunite reunite, int64_t B, int64_t S, int64_t E, int64_t H, int64_t shift, int threads) {
+  Decode a{};
+  a.norm = norm;
+  a.reunite = reunite;
+  a.head_neuron = reunite == Reunite::final;
+  a.eps = 1e-5f;
+  a.scale = 0.5f;
+  a.blocks = 2;
+  a.T = 3;
+  a.B = B;
+  a.E = E;
+  a.H = H;
+  a.hidden = 2 * E + 3;
+  a.V = 11;
+  a.token_shift = shift;
+  a.mlp_token_shift = 1;
+  const auto weights = dyadic(decode_weights(a), 1, 6);
+  const auto thresholds = dyadic(a.blocks * neurons_per_block + 1, 4, 10), decay = dyadic(H, 4, 8);
+  auto present = array<uint8_t>(a.blocks * neurons_per_block);
+  for (size_t i = 0; i < present.size(); i++) present[i] = i % neurons_per_block != block_input;
+  a.weights = weights.data();
+  a.thresholds = thresholds.data();
+  a.present = present.data();
+  a.decay = shift > 1 ? decay.data() : nullptr;
+
+  const auto embedded = dyadic(B * S * E);
+  std::vector<float> together, one;
+  States all(a), stepped(a);
+  decode_into(a, embedded, S, all, together, threads);
+  for (int64_t i = 0; i < S; i++) {
+    std::vector<float> token;
+    for (int64_t b = 0; b < B; b++) {
+      token.insert(token.end(), embedded.begin() + (b * S + i) * E, embedded.begin() + (b * S + i + 1) * E);
+    }
+    decode_into(a, token, 1, stepped, one, threads);
+    for (int64_t b = 0; b < B; b++) {
+      for (int64_t v = 0; v < a.V; v++) CHECK(close(together[(b * S + i) * a.V + v], one[b * a.V + v]));
+    }
+  }
+  CHECK(all.arrays == stepped.arrays);
+}
+
 void test_binarize(int64_t n, int threads) {
   const auto x = dyadic(n), grad = dyadic(n);
   auto out = array<float>(n);
@@ -361,6 +440,12 @@ void test_all() {
     for (float decay : {1.f, 0.75f}) {
       for (int64_t d : {1, 8, 18, 33, 64, 70}) test_attention(2, 2, 40, 3, d, decay, threads);
     }
+  }
+  for (int threads : {1, 3}) {
+    test_decode(NormKind::row, Reunite::average, 1, 1, 20, 2, 1, threads);
+    test_decode(NormKind::row, Reunite::concatenate, 3, 5, 36, 3, 4, threads);
+    test_decode(NormKind::channel, Reunite::accumulate, 2, 9, 17, 1, 2, threads);
+    test_decode(NormKind::row, Reunite::final, 5, 2, 130, 2, 3, threads);
   }
 }
 
