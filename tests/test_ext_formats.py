@@ -102,6 +102,15 @@ def test_the_cost_model_chooses_by_rate():
     assert full != "gather"
 
 
+def test_bfloat16_is_dense_sooner_where_the_cpu_multiplies_it():
+    native.use_variant(native.variants()[0])
+    if native.variant() != "avx512" or not native.build()["bfloat16_products"]:
+        pytest.skip("this CPU multiplies no bfloat16")
+    case = (8192, 80, 1280, int(0.5 * 8192 * 80))
+    assert _cost.fastest(*case, dtype=torch.bfloat16) == "dense"
+    assert _cost.fastest(*case) != "dense"
+
+
 def test_a_broken_cost_file_is_named(monkeypatch, tmp_path):
     path = tmp_path / "costs.json"
     path.write_text("{}")
