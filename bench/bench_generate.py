@@ -1,27 +1,28 @@
-"""Generation with the original's README character model: a token, a prompt, a long walk, a served stream.
+"""Generation with the original's README character model: a token, a prompt, a long walk, served streams.
 
     python -m pytest bench/bench_generate.py --benchmark-json=result.json
-    python bench/bench_generate.py --walk 100000       # time and memory of a token along the way
-    python bench/bench_generate.py --serve 16          # streams over HTTP beside the engine alone
+    python -m pytest bench/bench_generate.py --original CHECKOUT --original-python PYTHON -k original
+    python bench/bench_generate.py --device cuda       # a token on a GPU: by modules, and as one CUDA graph
 
 Rows of a run share the machine's mood: compare rows, not runs. "window" recomputes the context for each
 token, as the original does; "step" is the model's step, "native" one call of the extension. "window" and
 "step" run on the backend that is chosen by itself, "window-eager" and "eager" on the reference, plain
-PyTorch. Logits are compared before anything is timed.
+PyTorch. Logits are compared before anything is timed. --original names a checkout of the original
+SpikeDecoder, whose own `generate` is then timed with the same weights, in a Python that has what it needs.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import statistics
-import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from generate_runs import clients, make_model, original_times, resident_mib, server, text_ids
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.generation import (
@@ -38,26 +39,17 @@ from spikedecoder.generation.window import LogitSource
 from spikedecoder.ops import use_backend
 
 LENGTH = 256
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def make_model(**changes: Any) -> SpikeDecoder:
-    torch.manual_seed(0)
-    model = SpikeDecoder(SpikeDecoderConfig.preset("original-char", **changes)).to(DEVICE).eval()
-    with torch.no_grad():
-        for table in model.embedding.parameters():
-            table.normal_()  # fresh tables sit at the threshold, where all tokens look alike
-    return model
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def model() -> SpikeDecoder:
-    return make_model()
+    return make_model(CPU)
 
 
 def prompts(batch: int, length: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 28, (batch, length), generator=generator).tolist()
+    ids = text_ids()
+    return [ids[97 * i : 97 * i + length] for i in range(batch)]
 
 
 SOURCES: dict[str, Any] = {
@@ -77,19 +69,6 @@ def same_logits(model: SpikeDecoder, how: str) -> None:
         torch.testing.assert_close(timed.step([i, i + 1]), window.step([i, i + 1]), rtol=1e-3, atol=1e-3)
 
 
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def walk(source: LogitSource, batch: int) -> Any:
-    def one() -> None:
-        source.step([5] * batch)
-        wait()
-
-    return one
-
-
 @pytest.mark.benchmark(group="original-char: one more token")
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("how", SOURCES)
@@ -99,31 +78,59 @@ def test_token(benchmark: Any, model: SpikeDecoder, how: str, batch: int) -> Non
         pytest.skip("too slow to wait for")
     if how == "native" and (reason := why_not(model)):
         pytest.skip(reason)
+    text = prompts(batch, LENGTH)
     with use_backend("reference" if how.endswith("eager") else "auto"):
         same_logits(model, how)
         source: LogitSource = SOURCES[how](model)
-        source.add(prompts(batch, LENGTH - 25 if recomputes else 8))
-        one = walk(source, batch)
-        rounds = 5 if recomputes else 100 if how == "native" else 20
+        start = LENGTH - 25 if recomputes else 8
+        source.add([ids[:start] for ids in text])
+        tokens = iter(range(start, LENGTH))
+
+        def one() -> None:
+            at = next(tokens)
+            source.step([ids[at] for ids in text])
+
+        rounds = 5 if recomputes else 200 if how == "native" else 20
         benchmark.pedantic(one, rounds=rounds, warmup_rounds=2)
     benchmark.extra_info["tokens_per_second"] = round(batch / benchmark.stats.stats.min, 1)
 
 
+@pytest.mark.benchmark(group="original-char: a token, beside the original's own code")
+@pytest.mark.parametrize("how", ["original", "native"])
+def test_original(benchmark: Any, pytestconfig: Any, model: SpikeDecoder, how: str) -> None:
+    """The original recomputes its window of 256 for each character; ours goes on from the same text."""
+    checkout = pytestconfig.getoption("--original")
+    if checkout is None:
+        pytest.skip("needs --original CHECKOUT")
+    if how == "original":
+        python, threads = pytestconfig.getoption("--original-python"), torch.get_num_threads()
+        times = iter(original_times(Path(checkout), python, model, threads))
+        benchmark.pedantic(lambda seconds: time.sleep(seconds), setup=lambda: ((next(times),), {}), rounds=3)
+        return
+    source = Native(model)
+    source.add([text_ids()[:248]])
+    benchmark.pedantic(lambda: source.step([5]), rounds=7, warmup_rounds=1)
+
+
 @pytest.mark.benchmark(group="original-char: reading a prompt")
-@pytest.mark.parametrize("how", ["forward", "prefill"])
-@pytest.mark.parametrize("length", [256, 1024])
+@pytest.mark.parametrize("length", [512, 1024, 2048, 4096])
+@pytest.mark.parametrize("how", ["forward-eager", "forward", "prefill", "native"])
 def test_prompt(benchmark: Any, model: SpikeDecoder, how: str, length: int) -> None:
-    tokens = torch.tensor(prompts(1, length), device=DEVICE)
-    with torch.no_grad():
-        torch.testing.assert_close(model.prefill(tokens)[0], model(tokens), rtol=1e-3, atol=1e-3)
+    if how == "native" and (reason := why_not(model)):
+        pytest.skip(reason)
+    tokens = torch.tensor(prompts(1, length))
+    if how == "native":
+        from spikedecoder.ext.cpu.decode import Decoder
 
-    def read() -> None:
-        with torch.no_grad():
-            _ = model(tokens) if how == "forward" else model.prefill(tokens)
-        wait()
+        read = Decoder(model).prefill
+        # of millions of potentials one is within rounding of its threshold, and spikes in one of the two only
+        assert ((read(tokens)[0] - model.prefill(tokens)[0]).abs() > 1e-3).float().mean() < 2e-3
+    else:
+        read = model.prefill if how == "prefill" else model
 
-    benchmark.pedantic(read, rounds=3, warmup_rounds=1)
-    benchmark.extra_info["tokens_per_second"] = round(length / benchmark.stats.stats.median)
+    with torch.no_grad(), use_backend("reference" if how.endswith("eager") else "auto"):
+        benchmark.pedantic(lambda: read(tokens), rounds=2 if how == "forward-eager" else 3)
+    benchmark.extra_info["tokens_per_second"] = round(length / benchmark.stats.stats.min)
 
 
 @pytest.mark.benchmark(group="original-char: choosing a token")
@@ -145,98 +152,107 @@ def test_sampling(benchmark: Any, batch: int, sampling: SamplingParams) -> None:
     benchmark(drawn.step)
 
 
-def long_walk(tokens: int) -> list[dict[str, float]]:
-    """A small model generates on and on: state, resident memory and time per token at 1 000, 10 000, ..."""
-    import psutil
+class Walk:
+    """The character model, which never stops."""
 
-    config = SpikeDecoderConfig.preset("default", vocab_size=30, blocks=1, timesteps=2)
-    model = SpikeDecoder(config).to(DEVICE).eval()
-    source = open_source(model, past="continue")
-    batch = Batch(source)
-    batch.add([Continuation(0, [1], 10**12, SamplingParams(), 0)])
-    stops, rows, times = [10**n for n in range(3, 10) if 10**n <= tokens], [], []
-    for i in range(1, tokens + 1):
-        begin = time.perf_counter()
-        batch.step()
-        times.append(time.perf_counter() - begin)
-        if i in stops:
-            state = getattr(source, "state", None)
-            rows.append(
-                {
-                    "token": i,
-                    "state_bytes": state.nbytes if state is not None else 0,
-                    "resident_mib": round(psutil.Process().memory_info().rss / 2**20, 2),
-                    "microseconds_per_token": round(statistics.median(times) * 1e6, 1),
-                }
-            )
-        if len(times) == 900:
-            times = times[450:]
-    return rows
+    def __init__(self, model: SpikeDecoder) -> None:
+        self.source, self.count = open_source(model, past="continue"), 0
+        self.batch = Batch(self.source)
+        self.batch.add([Continuation(0, [1], 10**12, SamplingParams(), 0)])
+
+    def to(self, token: int) -> None:
+        while self.count < token:
+            self.step()
+
+    def step(self) -> None:
+        self.batch.step()
+        self.count += 1
 
 
-def served(streams: int, tokens: int = 60) -> dict[str, float]:
-    """Tokens/s of `streams` sequences: in a `Batch` alone, and as HTTP streams, in turn.
+@pytest.fixture(scope="module")
+def walk(model: SpikeDecoder) -> Walk:
+    return Walk(model)
 
-    The clients are threads of this process, so that their work counts against the server.
+
+@pytest.mark.benchmark(group="original-char: a token far along")
+@pytest.mark.parametrize("token", [1_000, 10_000, 100_000])
+def test_walk(benchmark: Any, walk: Walk, token: int) -> None:
+    """Time of a token, drawn, after so many; with the state's bytes and the resident memory there."""
+    walk.to(token - 500)
+    benchmark.pedantic(walk.step, rounds=500)
+    state = getattr(walk.source, "state", None)
+    benchmark.extra_info["state_bytes"] = state.nbytes if state is not None else 0
+    benchmark.extra_info["resident_mib"] = resident_mib()
+
+
+@pytest.mark.benchmark(group="original-char: 16 streams of 200 tokens")
+def test_served(benchmark: Any, model: SpikeDecoder) -> None:
+    """Over HTTP, from a process of clients; in turn with a `Batch` in the same process that serves nobody.
+
+    extra_info: tokens/s of both, and the median of the shares of neighbouring runs.
     """
-    from spikedecoder.data import CharTokenizer
-    from spikedecoder.serve.app import Limits
-    from spikedecoder.serve.engine import Engine
-    from spikedecoder.serve.server import build, listen
+    streams, tokens = 16, 200
+    alone: list[float] = []
 
-    model = make_model()
-    model.tokenizer = CharTokenizer.original()
-    engine = Engine(model, max_batch=streams).start()
-    server = build(engine, "model", Limits())
-    socket = listen("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
-    thread.start()
-
-    def alone() -> float:
-        batch = Batch(open_source(model))
-        batch.add(Continuation(i, [4], tokens, SamplingParams(), i) for i in range(streams))
+    def batch() -> None:
+        running = Batch(open_source(model))
+        running.add(Continuation(i, [4], tokens, SamplingParams(), i) for i in range(streams))
         begin = time.perf_counter()
-        while batch:
-            batch.step()
-        return streams * tokens / (time.perf_counter() - begin)
+        while running:
+            running.step()
+        alone.append(time.perf_counter() - begin)
 
-    def stream(seed: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", socket.getsockname()[1], timeout=600)
-        body = {"prompt": "e", "max_tokens": tokens, "seed": seed, "stream": True}
-        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        assert connection.getresponse().read().endswith(b"[DONE]\n\n")
+    served: list[float] = []
+    with server(model, streams) as port, clients(port, streams, tokens) as run:
+        batch(), run()
+        alone.clear()
+        benchmark.pedantic(lambda: served.append(run()), setup=batch, rounds=7)
+    best = streams * tokens
+    benchmark.extra_info["tokens_per_second"] = round(best / statistics.median(served))
+    benchmark.extra_info["batch_tokens_per_second"] = round(best / statistics.median(alone))
+    shares = [a / s for a, s in zip(alone, served, strict=True)]
+    benchmark.extra_info["share"] = round(statistics.median(shares), 3)
 
-    def over_http() -> float:
-        clients = [threading.Thread(target=stream, args=(i,)) for i in range(streams)]
-        begin = time.perf_counter()
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
-        return streams * tokens / (time.perf_counter() - begin)
 
-    try:
-        rounds = [(alone(), over_http()) for _ in range(6)][1:]
-    finally:
-        server.should_exit = True
-        thread.join()
-    batch, http_ = (statistics.median(column) for column in zip(*rounds, strict=True))
-    return {
-        "streams": streams,
-        "batch_tokens_per_second": round(batch, 1),
-        "http_tokens_per_second": round(http_, 1),
-        "ratio": round(statistics.median(h / b for b, h in rounds), 3),  # of neighbouring runs
-    }
+def on_a_gpu(device: torch.device, tiny: bool) -> dict[str, Any]:
+    """Milliseconds of a token: the model's step, and the same captured as one CUDA graph."""
+    from spikedecoder.generation.graph import Graph
+
+    changes: dict[str, Any] = {"blocks": 1, "mlp_ratio": 2, "timesteps": 2} if tiny else {}
+    torch.manual_seed(0)
+    model = SpikeDecoder(SpikeDecoderConfig.preset("original-char", **changes)).to(device).eval()
+    with torch.no_grad():
+        for table in model.embedding.parameters():
+            table.normal_()  # fresh tables sit at the threshold, where all tokens look alike
+    result: dict[str, Any] = {"device": str(device)}
+    for batch in (1,) if tiny else (1, 8, 32):
+        rows: dict[str, Any] = {"step": Recurrent}
+        if device.type == "cuda":
+            rows["graph"] = Graph
+        logits: dict[str, torch.Tensor] = {}
+        for name, source_type in rows.items():
+            source = source_type(model)
+            source.add(prompts(batch, 8))
+            for i in range(5):
+                logits[name] = source.step([i] * batch)
+            times = []
+            for i in range(3 if tiny else 100):
+                begin = time.perf_counter()
+                source.step([i % 26] * batch)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - begin)
+            result[f"{name}-{batch}"] = round(statistics.median(times) * 1e3, 4)
+        for name in rows:
+            torch.testing.assert_close(logits[name], logits["step"], rtol=1e-4, atol=1e-4)
+    return result
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--walk", type=int, metavar="TOKENS")
-    parser.add_argument("--serve", type=int, metavar="STREAMS")
+    parser.add_argument("--device", required=True, type=torch.device)
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model, a few tokens")
     given = parser.parse_args()
-    if given.walk:
-        print(json.dumps(long_walk(given.walk), indent=1))
-    if given.serve:
-        print(json.dumps(served(given.serve), indent=1))
+    print(json.dumps(on_a_gpu(given.device, given.dry_run)))

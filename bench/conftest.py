@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,8 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         python=platform.python_version(),
         versions={name: version for name in _PACKAGES if (version := _version(name)) is not None},
     )
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--original", help="a checkout of the original SpikeDecoder, to be timed as well")
+    parser.addoption("--original-python", default=sys.executable, help="a Python that can run it")

@@ -67,6 +67,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     tiny = ["--dry-run"] if dry else []
     model = [*python, str(HERE / "bench_gpu_model.py"), *tiny]
     ops = [*python, str(HERE / "bench_gpu_ops.py"), *tiny, "--out", str(out / "operators.json")]
+    generate = [*python, str(HERE / "bench_generate.py"), "--device", "cpu" if dry else "cuda", *tiny]
     build = "from spikedecoder import ops; import torch; x = torch.ones(4, 8, device={!r}); "
     build += "ops.use_backend('triton'); print(ops.lif(x).sum())"
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
@@ -114,6 +115,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         *steps[:3],
         Stage("operators", 190, [("operators", [*ops, "--limit", "30" if dry else "150"])]),
         *profiles,
+        Stage("generate", 60, [("token", generate)]),
         *steps[3:],
     ]
 
@@ -177,6 +179,7 @@ def gather(out: Path, outcomes: list[Outcome], dry: bool) -> dict[str, Any]:
             for o in outcomes
             if o.stage.startswith("model-")
         },
+        "generate": _last_json(out / "generate-token.log"),
         "operators": json.loads(operators.read_text()) if operators.exists() else None,
     }
 
@@ -206,6 +209,7 @@ def render(result: dict[str, Any]) -> str:
         found = found or {}
         cells = (found.get(k, "-") for k in ("ms", "tokens_per_s", "peak_mib", "activations_mib", "losses"))
         lines.append(f"| {row} | " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "## A token of the README character model, ms", "", json.dumps(result.get("generate"))]
     operators = result["operators"] or {"rows": [], "ceilings": {}, "left_out": []}
     lines += ["", "## Operators", "", f"Measured ceilings: {json.dumps(operators['ceilings'])}", ""]
     for group in dict.fromkeys(row["group"] for row in operators["rows"]):

@@ -275,6 +275,20 @@ def test_positions_beyond_the_context(monkeypatch):
     assert len(sources[0].decoder._embedding._far) == 5
 
 
+def test_memory_is_the_same_after_1_000_and_after_20_000_steps():
+    psutil = pytest.importorskip("psutil", reason="needs psutil to read resident memory")
+    model = _model({"token_shift": 2, "blocks": 1}).eval()
+    source, process, at = Native(model, past="continue"), psutil.Process(), []
+    source.add([[1, 2, 3]])
+    while source.state.longest < 20_000:
+        source.step([source.state.longest % 11])
+        if source.state.longest in (1000, 20_000):
+            places = {name: t.data_ptr() for name, t in source.state.layers[0].items()}
+            at.append((source.state.nbytes, places, process.memory_info().rss))
+    assert at[0][:2] == at[1][:2]  # the very same tensors
+    assert at[1][2] - at[0][2] < 2**20
+
+
 def test_sums_that_float32_does_not_hold_go_on_in_pytorch():
     model = _model({}).eval()
     sources = [Native(model, past="continue"), Recurrent(model, past="continue")]

@@ -1,5 +1,7 @@
 """The HTTP server: OpenAI's client against it, load, disconnects, bad input, stopping."""
 
+# ruff: noqa: F811 (fixtures)
+
 import asyncio
 import http.client
 import json
@@ -12,248 +14,12 @@ import time
 
 import pytest
 import torch
+from serving import Running, client, gate, model, one_thread, running, until  # noqa: F401
 
-from spikedecoder import SpikeDecoder, SpikeDecoderConfig
-from spikedecoder.data import CharTokenizer
-from spikedecoder.generation import Continuation, SamplingParams, generate, generate_text
-from spikedecoder.serve import Engine, EngineError, QueueFull, Stopping
+from spikedecoder.generation import generate_text
 
 pytest.importorskip("fastapi", reason="needs the extra spikedecoder[serve]")
 pytest.importorskip("uvicorn", reason="needs the extra spikedecoder[serve]")
-
-TEXT = "the cat sat on the mat. it was a fat cat."
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost more than these small tensors do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def model():
-    """In float64, where a batch's size does not decide between two tokens."""
-    tokenizer = CharTokenizer.from_text(TEXT)
-    torch.manual_seed(0)
-    config = SpikeDecoderConfig(
-        vocab_size=tokenizer.vocab_size, max_len=16, token_dim=10, position_dim=6, heads=2, blocks=1,
-        timesteps=2, pad_id=tokenizer.pad_id, embedding_gain=2.0,
-    )  # fmt: skip
-    model = SpikeDecoder(config).double().eval()
-    with torch.no_grad():
-        for table in model.embedding.parameters():
-            table.normal_()
-        model.head.linear.weight.mul_(8)
-    model.tokenizer = tokenizer
-    return model
-
-
-class Gate:
-    """Holds the model back at each step until it is opened."""
-
-    def __init__(self, model, monkeypatch):
-        self.open = threading.Event()
-        step = model.step
-
-        def wait(*arguments):
-            assert self.open.wait(60)
-            return step(*arguments)
-
-        monkeypatch.setattr(model, "step", wait)
-
-
-@pytest.fixture
-def gate(model, monkeypatch):
-    gate = Gate(model, monkeypatch)
-    yield gate
-    gate.open.set()
-
-
-class Running:
-    """A server on a thread of this process."""
-
-    def __init__(self, model, grace=5.0, limits=None, **options):
-        from spikedecoder.serve.app import Limits
-        from spikedecoder.serve.server import build, listen
-
-        self.engine = Engine(model, **options).start()
-        self.server = build(self.engine, "tiny", limits or Limits(max_tokens=2000, prompt_tokens=50), grace)
-        self.socket = listen("127.0.0.1", 0)
-        self.port = self.socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
-        self.thread.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.stop()
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-        self.engine.join(10)
-
-    def stop(self):
-        self.server.should_exit = True
-
-    def ask(self, body, method="POST", path="/v1/completions", kind="application/json"):
-        """(status, headers, JSON) of one request; a body of bytes is sent as it is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        connection.request(method, path, data, {"content-type": kind})
-        answer = connection.getresponse()
-        value = json.loads(answer.read())
-        connection.close()
-        return answer.status, dict(answer.getheaders()), value
-
-    def stream(self, body):
-        """An open connection whose answer's first event has been read."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(
-            "POST",
-            "/v1/completions",
-            json.dumps({**body, "stream": True}),
-            {"content-type": "application/json"},
-        )
-        answer = connection.getresponse()
-        assert answer.status == 200 and answer.getheader("content-type").startswith("text/event-stream")
-        return connection, answer, answer.readline()
-
-
-@pytest.fixture(scope="module")
-def running(model):
-    with Running(model, max_batch=16, max_queue=64) as running:
-        yield running
-
-
-@pytest.fixture
-def client(running):
-    openai = pytest.importorskip("openai", reason="needs the openai package")
-    with openai.OpenAI(base_url=running.url, api_key="none", max_retries=0, timeout=60) as client:
-        yield client
-
-
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not come"
-        time.sleep(0.01)
-
-
-# --- the engine alone
-
-
-def continuation(engine, prompt, n, seed, **options):
-    return Continuation(next(engine.numbers), prompt, n, SamplingParams(), seed, **options)
-
-
-class Heard(list):
-    """A listener that keeps what it hears; done when all of `wanted` sequences have ended."""
-
-    def __init__(self, wanted=1):
-        super().__init__()
-        self.wanted, self.error, self.done = wanted, None, threading.Event()
-
-    def __call__(self, heard):
-        if isinstance(heard, EngineError):
-            self.error = heard
-            self.done.set()
-            return
-        self += heard
-        if sum(new.finish is not None for new in self) == self.wanted:
-            self.done.set()
-
-    __hash__ = object.__hash__
-
-
-def test_engine_gives_what_generate_gives_whoever_joins_and_leaves(model):
-    engine = Engine(model, max_batch=3, max_queue=20).start()
-    prompts = [[2, 3], [5], [4] * 30, [6, 7, 8], [9] * 15, [3] * 5, [2]]
-    heard = []
-    for i, prompt in enumerate(prompts):
-        heard.append(Heard())
-        engine.submit([continuation(engine, prompt, 12 + 5 * i, 40 + i)], heard[-1])
-        if i == 4:
-            engine.cancel([1])  # perhaps running, perhaps waiting, perhaps done
-    for i, (prompt, ear) in enumerate(zip(prompts, heard, strict=True)):
-        if i == 1:
-            continue
-        assert ear.done.wait(60)
-        expected = generate(model, [prompt], 12 + 5 * i, SamplingParams(seed=40 + i)).tokens[0]
-        assert [new.token for new in ear] == expected
-        assert [new.finish for new in ear] == [None] * (len(expected) - 1) + ["length"]
-    assert engine.running == engine.waiting == 0
-    engine.close()
-    engine.join(10)
-    assert not engine.alive
-
-
-def test_engine_bounds_cancel_and_order(model, gate):
-    engine = Engine(model, max_batch=2, max_queue=2).start()
-    sequences = [continuation(engine, [2], 5, i) for i in range(5)]
-    ears = [Heard() for _ in sequences]
-    for c, ear in zip(sequences[:4], ears, strict=False):
-        engine.submit([c], ear)
-    until(lambda: engine.running == 2)
-    assert engine.waiting == 2
-    with pytest.raises(QueueFull, match="4 of 4 places are taken, 1 more"):
-        engine.submit([sequences[4]], ears[4])
-    engine.cancel([sequences[0].number, sequences[3].number])
-    assert (engine.running, engine.waiting) == (1, 1)
-    engine.submit([sequences[4]], ears[4])
-    gate.open.set()
-    for i in (1, 2, 4):
-        assert ears[i].done.wait(60) and len(ears[i]) == 5
-    assert not ears[3] and len(ears[0]) <= 1
-    engine.close()
-    engine.join(10)
-    with pytest.raises(Stopping):
-        engine.submit([sequences[0]], ears[0])
-
-
-def test_engine_survives_a_failure_and_tells(model, monkeypatch, capfd):
-    engine = Engine(model, max_batch=2).start()
-    step = model.step
-    calls = []
-
-    def fail_once(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("a wire is loose")
-        return step(*arguments)
-
-    monkeypatch.setattr(model, "step", fail_once)
-    first, second = Heard(), Heard()
-    engine.submit([continuation(engine, [2], 20, 1)], first)
-    assert first.done.wait(60) and "a wire is loose" in str(first.error)
-    engine.submit([continuation(engine, [2], 20, 1)], second)
-    assert second.done.wait(60) and second.error is None and len(second) == 20
-    engine.close()
-    engine.join(10)
-    assert "RuntimeError: a wire is loose" in capfd.readouterr().err
-
-
-def test_engine_gives_up_when_its_time_is_over(model, gate):
-    engine = Engine(model, max_batch=1).start()
-    ear, waiting = Heard(), Heard()
-    engine.submit([continuation(engine, [2], 10**6, 1)], ear)
-    engine.submit([continuation(engine, [2], 10**6, 1)], waiting)
-    until(lambda: len(ear) == 1)
-    engine.close(grace=0.2)
-    gate.open.set()
-    assert ear.done.wait(30) and waiting.done.wait(30)
-    assert isinstance(ear.error, Stopping) and isinstance(waiting.error, Stopping) and not waiting
-    engine.join(10)
-    assert not engine.alive and engine.running == 0
-
-
-@pytest.mark.parametrize("options", [{"max_batch": 0}, {"max_batch": 2.0}, {"max_queue": -1}, {"past": "on"}])
-def test_engine_bad_arguments(model, options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}: got .*takes"):
-        Engine(model, **options)
 
 
 # --- the official client
@@ -306,6 +72,36 @@ def test_stop_strings_end_text_and_stream(client, model):
         choices = [c for a in (answer if stream else [answer]) for c in a.choices]
         assert "".join(c.text for c in choices) == free[: free.index(stop)]
         assert choices[-1].finish_reason == "stop"
+
+
+def test_logprobs_are_the_models(client, model):
+    arguments = {"model": "tiny", "prompt": ["the", "a c"], "max_tokens": 9, "seed": 4, "logprobs": 2}
+    whole = client.completions.create(**arguments, temperature=0.7)
+    streamed = [{"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []} for _ in range(2)]
+    for chunk in client.completions.create(**arguments, temperature=0.7, stream=True):
+        for choice in chunk.choices:
+            for name, values in streamed[choice.index].items():
+                values += getattr(choice.logprobs, name)
+    for prompt, choice, parts in zip(arguments["prompt"], whole.choices, streamed, strict=True):
+        told = choice.logprobs
+        assert "".join(told.tokens) == choice.text and len(told.tokens) == 9
+        assert told.text_offset == [len("".join(told.tokens[:i])) for i in range(9)]
+        ids = [int(i) for i in model.tokenizer.encode(prompt + choice.text)]
+        with torch.no_grad():
+            expected = model(torch.tensor([ids[:16]]))[0].log_softmax(-1)
+        suppressed = [model.tokenizer.pad_id, model.tokenizer.unk_id]
+        expected = expected.exp()
+        expected[:, [i for i in suppressed if i is not None]] = 0
+        expected = (expected / expected.sum(-1, keepdim=True)).log()
+        for i in range(9):
+            row = expected[len(prompt) - 1 + i]
+            assert abs(row[ids[len(prompt) + i]].item() - told.token_logprobs[i]) < 1e-9
+            best = {model.tokenizer.decode([int(k)]): row[k].item() for k in row.topk(2).indices}
+            assert told.top_logprobs[i] == pytest.approx({**best, told.tokens[i]: told.token_logprobs[i]})
+        assert {name: getattr(told, name) for name in parts} == parts
+    without = client.completions.create(**{**arguments, "logprobs": 0}, temperature=0.7).choices[0].logprobs
+    assert without.token_logprobs == whole.choices[0].logprobs.token_logprobs
+    assert without.top_logprobs == [{}] * 9
 
 
 def test_token_ids_as_prompt_and_models(client, running, model):
@@ -413,7 +209,8 @@ GOOD = {"prompt": "the"}
         ({**GOOD, "n": 17}, 400, "n", "takes at most 16 texts"),
         ({**GOOD, "stop": ""}, 400, "stop", "stop: takes at most"),
         ({**GOOD, "stop": ["x"] * 17}, 400, "stop", "stop: takes at most"),
-        ({**GOOD, "logprobs": 3}, 400, "logprobs", "not supported"),
+        ({**GOOD, "logprobs": 6}, 400, "logprobs", "less than or equal to 5"),
+        ({**GOOD, "logprobs": 1, "echo": True}, 400, "logprobs", "not supported together with echo"),
         ({**GOOD, "presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
         ({**GOOD, "max_token": 5}, 400, "max_token", "Extra inputs are not permitted"),
         ({**GOOD, "model": "gpt-4"}, 404, "model", "takes 'tiny'"),

@@ -3,6 +3,7 @@
 from spikedecoder.generation.batch import Batch, Continuation, GeneratedToken
 from spikedecoder.generation.detokenize import TextStream
 from spikedecoder.generation.generate import GenerationResult, generate, start_token, stream, suppressed_ids
+from spikedecoder.generation.graph import Graph, StaticStep
 from spikedecoder.generation.native import Native, open_source
 from spikedecoder.generation.recurrent import Recurrent
 from spikedecoder.generation.sampling import Prediction, SamplingParams, sample, top_predictions
@@ -20,11 +21,13 @@ __all__ = [
     "Continuation",
     "GeneratedToken",
     "GenerationResult",
+    "Graph",
     "LogitSource",
     "Native",
     "Prediction",
     "Recurrent",
     "SamplingParams",
+    "StaticStep",
     "TextStream",
     "Window",
     "encode_prompt",

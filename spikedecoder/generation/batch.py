@@ -18,6 +18,7 @@ from spikedecoder.generation.sampling import (
     distribution,
     draw,
     generators,
+    log_probability,
     predictions,
     to_scores,
 )
@@ -25,13 +26,16 @@ from spikedecoder.generation.window import LogitSource
 
 Finish = Literal["length", "stop"]
 
+_AT_ONCE = 64  # random numbers
+
 
 @dataclass(frozen=True)
 class GeneratedToken:
     """One token as it comes: which sequence it continues, its id, what else was probable.
 
     `finish` is None while the sequence goes on, "length" or "stop" on its last token. `text` is what the
-    sequence's `TextStream` gives out with it; empty without one.
+    sequence's `TextStream` gives out with it; empty without one. `logprob` is the natural logarithm of its
+    probability where that was asked for.
     """
 
     sequence: int
@@ -39,6 +43,7 @@ class GeneratedToken:
     predictions: list[Prediction]
     finish: Finish | None = None
     text: str = ""
+    logprob: float | None = None
 
 
 @dataclass(eq=False)
@@ -47,6 +52,7 @@ class Continuation:
 
     number: comes back as `GeneratedToken.sequence`. stop: ids that end it. text: where its tokens become
     text, whose stop strings end it too. top: how many predictions to keep with each token.
+    logprob: whether to keep the drawn token's own.
     """
 
     number: int
@@ -57,6 +63,7 @@ class Continuation:
     stop: frozenset[int] = frozenset()
     text: TextStream | None = None
     top: int = 0
+    logprob: bool = False
 
     count: int = field(default=0, init=False)
     last: int = field(default=-1, init=False)
@@ -65,7 +72,14 @@ class Continuation:
         # sequences that differ in nothing but the seed are drawn together
         self.rule = dataclasses.replace(self.sampling, seed=None)
         self.rng = generators(self.seed, 1)[0]
+        self._numbers: list[float] = []  # the generator's next ones, last first
         self.seen: Any = None  # booleans [V], where there is a repetition penalty
+
+    def uniform(self) -> float:
+        """The sequence's next random number."""
+        if not self._numbers:  # a call for each would cost more than all the rest of drawing a token
+            self._numbers = torch.rand(_AT_ONCE, generator=self.rng, dtype=torch.float64).tolist()[::-1]
+        return self._numbers.pop()
 
     def take(self, token: int) -> tuple[Finish | None, str]:
         """Append a token: whether that ends the sequence, and the text that it adds."""
@@ -129,8 +143,9 @@ class Batch:
         drawn = []
         for row, (c, token) in enumerate(zip(self.running, tokens, strict=True)):
             best = predictions(scores[row : row + 1], c.top)[0] if c.top else []
+            logprob = log_probability(scores[row], token) if c.logprob else None
             finish, text = c.take(token)
-            drawn.append(GeneratedToken(c.number, token, best, finish, text))
+            drawn.append(GeneratedToken(c.number, token, best, finish, text, logprob))
         self._keep([i for i, new_token in enumerate(drawn) if new_token.finish is None])
         return drawn
 
@@ -147,7 +162,7 @@ class Batch:
             if rule.temperature == 0:
                 ids = probabilities.argmax(axis=1).tolist()
             else:
-                ids = draw(probabilities, [c.rng for c in group])
+                ids = draw(probabilities, [c.uniform() for c in group])
             for i, token in zip(chosen, ids, strict=True):
                 tokens[i] = token
         return tokens

@@ -21,11 +21,12 @@ class TextStream:
         self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
         # a token's text depends on its left neighbour at most (the space between two words)
         self._last = [i for i in before if i != tokenizer.pad_id][-1:]
+        self._length = len(tokenizer.decode(self._last)) if self._last else 0
         self._held = ""
 
     def push(self, token: int) -> str:
         """What the token adds for sure; `stopped` says whether a stop string is complete."""
-        text = self._held + self._piece(token)
+        text = self._held + self.take(token)
         ends = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
         if ends:
             self.stopped, self._held = True, ""
@@ -39,12 +40,18 @@ class TextStream:
         held, self._held = self._held, ""
         return held
 
-    def _piece(self, token: int) -> str:
+    def piece(self, token: int) -> str:
+        """The text of a token that came next."""
         if token == self.tokenizer.pad_id:
             return ""
-        last, self._last = self._last, [token]
-        before = len(self.tokenizer.decode(last)) if last else 0
-        return self.tokenizer.decode([*last, token])[before:]
+        return self.tokenizer.decode([*self._last, token])[self._length :]
+
+    def take(self, token: int) -> str:
+        """Its text, and on to the next: `push` without stop strings."""
+        piece = self.piece(token)
+        if token != self.tokenizer.pad_id:
+            self._last, self._length = [token], len(self.tokenizer.decode([token]))
+        return piece
 
 
 def check_stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Logits for the next token from the compiled extension: one call a token for the whole model."""
+"""Logits for the next token in one call of the compiled extension; which source of logits to use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spikedecoder.generation import graph
 from spikedecoder.generation.recurrent import Recurrent
 from spikedecoder.generation.window import LogitSource
 from spikedecoder.nn.state import DecoderState
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
 
 
 def open_source(model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> LogitSource:
-    """The source that generation and the server use: `Native` where it can be, else `Recurrent`."""
-    return Recurrent(model, keep, past) if why_not(model) else Native(model, keep, past)
+    """What generation and the server use: `Native` or `Graph` where they can be, else `Recurrent`."""
+    if why_not(model) is None:
+        return Native(model, keep, past)
+    if graph.why_not(model) is None:
+        return graph.Graph(model, keep, past)
+    return Recurrent(model, keep, past)
 
 
 def why_not(model: SpikeDecoder) -> str | None:

@@ -127,11 +127,16 @@ def distribution(scores: Floats, params: SamplingParams, seen: Any = None) -> Fl
     return weights / total
 
 
-def draw(probabilities: Floats, generator: Sequence[torch.Generator]) -> list[int]:
-    """One id per row: the inverse of its cumulative distribution at one uniform number."""
-    uniform = np.array([[torch.rand(1, generator=g, dtype=torch.float64).item()] for g in generator])
+def uniform(generator: Sequence[torch.Generator]) -> list[float]:
+    """The next number in [0, 1) of each."""
+    return [torch.rand(1, generator=g, dtype=torch.float64).item() for g in generator]
+
+
+def draw(probabilities: Floats, numbers: Sequence[float]) -> list[int]:
+    """One id per row: the inverse of its cumulative distribution at its number in [0, 1)."""
+    at = np.array(numbers)[:, None]
     cumulative = probabilities.cumsum(axis=1)
-    ids: list[int] = (cumulative <= uniform * cumulative[:, -1:]).sum(axis=1).tolist()
+    ids: list[int] = (cumulative <= at * cumulative[:, -1:]).sum(axis=1).tolist()
     for row, i in enumerate(ids):
         if i == probabilities.shape[1]:
             # rounding put the number at the very end; the last token that has a probability is meant
@@ -176,7 +181,7 @@ def sample(
             generator = generators(fresh_seed() if params.seed is None else params.seed, len(logits))
         if len(generator) != len(logits):
             raise ValueError(f"generator: got {len(generator)}, takes one per sequence, {len(logits)}")
-        ids = draw(probabilities, generator)
+        ids = draw(probabilities, uniform(generator))
     device = logits.device
     return torch.tensor(ids, device=device), torch.from_numpy(probabilities).to(device)
 
@@ -190,6 +195,12 @@ def predictions(scores: Floats, k: int) -> list[list[Prediction]]:
         [Prediction(int(i), float(row[i])) for i in ids if row[i] > 0]
         for row, ids in zip(probabilities, order, strict=True)
     ]
+
+
+def log_probability(scores: Floats, token: int) -> float:
+    """Natural logarithm of the probability that scores [V] give a token."""
+    shifted = scores - scores.max()
+    return float(shifted[token] - np.log(np.exp(shifted).sum()))
 
 
 def top_predictions(

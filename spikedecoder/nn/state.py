@@ -47,6 +47,20 @@ class DecoderState:
         tensors = [self.position, *(t for layer in self.layers for t in layer.values())]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @staticmethod
+    def bytes_of(config: SpikeDecoderConfig, itemsize: int = 4) -> int:
+        """Bytes that one sequence's state takes, in a dtype of `itemsize` bytes.
+
+        With spiking attention for ever, but for the step from float32 to float64 where sums need it (past
+        2^24 / d tokens); with softmax attention for up to max_len tokens. Before the first token a state
+        holds its position only.
+        """
+        c, d = config, config.embed_dim // config.heads
+        rows = c.timesteps if c.spiking_attention else 1
+        attention = rows * c.heads * d * d if c.spiking_attention else 2 * c.max_len * c.embed_dim
+        shifts = rows * (c.token_shift - 1 + c.mlp_token_shift - 1) * c.embed_dim
+        return 8 + c.blocks * (attention + shifts) * itemsize
+
     @property
     def _batch_dim(self) -> int:
         return 1 if self.config.spiking_attention else 0

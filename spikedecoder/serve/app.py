@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from spikedecoder.serve.engine import Engine, EngineError, QueueFull, Stopping
 from spikedecoder.serve.protocol import (
     ApiError,
     CompletionRequest,
+    LogProbs,
     bad_request,
     choice,
     parse,
@@ -32,6 +34,9 @@ from spikedecoder.serve.protocol import (
 
 BODY = 4 * 2**20  # bytes of a request
 DEFAULT_TOKENS = 16  # OpenAI's
+# Seconds between two events of a stream, at least: where tokens come faster than anybody reads, an event each
+# would cost more than the token.
+PAUSE = 0.02
 
 T = TypeVar("T")
 
@@ -73,14 +78,24 @@ class Completion:
                 sampling=sampling,
                 seed=seed + index,
                 text=TextStream(self.tokenizer, prompt, request.stop_strings),
+                top=request.logprobs or 0,
+                logprob=request.logprobs is not None,
             )
             for index, prompt in enumerate(p for p in self.prompts for _ in range(n))
         ]
         self.index = {c.number: i for i, c in enumerate(self.sequences)}
+        self.logprobs = [
+            None
+            if request.logprobs is None
+            else LogProbs(TextStream(self.tokenizer, prompt), request.logprobs)
+            for prompt in self.prompts
+            for _ in range(n)
+        ]
         self.open = set(self.index)
         self.tokens = 0
         self._loop = asyncio.get_running_loop()
-        self._heard: asyncio.Queue[list[GeneratedToken] | EngineError] = asyncio.Queue()
+        self._heard: deque[list[GeneratedToken] | EngineError] = deque()
+        self._something, self._end, self._told = asyncio.Event(), asyncio.Event(), False
 
     def _encode(self, prompt: str | list[int], limits: Limits) -> list[int]:
         try:
@@ -102,8 +117,13 @@ class Completion:
 
     def submit(self) -> None:
         def hear(heard: list[GeneratedToken] | EngineError) -> None:
+            self._heard.append(heard)
+            ends = isinstance(heard, EngineError) or any(token.finish is not None for token in heard)
+            if self._told and not ends:  # it will look
+                return
+            self._told = True
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-                self._loop.call_soon_threadsafe(self._heard.put_nowait, heard)
+                self._loop.call_soon_threadsafe(self._wake, ends)
 
         try:
             self.engine.submit(self.sequences, hear)
@@ -114,30 +134,48 @@ class Completion:
         except Stopping as error:
             raise ApiError(503, str(error), code="stopping") from None
 
+    def _wake(self, ends: bool) -> None:
+        self._something.set()
+        if ends:
+            self._end.set()
+
     def release(self) -> None:
         """Whoever waited has gone, or has everything: free the places."""
         if self.open:
             self.engine.cancel(self.open)
             self.open = set()
 
-    async def news(self) -> AsyncIterator[list[tuple[int, str, str | None]]]:
-        """(index, text, finish) of the choices that have something new, all that has come at once."""
+    async def news(self) -> AsyncIterator[list[tuple[int, str, str | None, dict[str, Any] | None]]]:
+        """(index, text, finish, logprobs) of the choices that have something new: all that has come."""
         while self.open:
-            heard = [await self._heard.get()]
-            while not self._heard.empty():  # whoever reads slowly gets several tokens in one piece
-                heard.append(self._heard.get_nowait())
-            new: dict[int, tuple[str, str | None]] = {}
+            await self._something.wait()
+            self._something.clear()
+            self._told = False  # before looking: what comes from here on says so
+            heard = [self._heard.popleft() for _ in range(len(self._heard))]
+            if not heard:
+                continue
+            new: dict[int, list[GeneratedToken]] = {}
             for tokens in heard:
                 if isinstance(tokens, EngineError):
                     self.open = set()
                     raise tokens
                 for token in tokens:
+                    new.setdefault(token.sequence, []).append(token)
                     self.tokens += 1
-                    text = new.get(token.sequence, ("", None))[0] + token.text
-                    new[token.sequence] = (text, token.finish)
                     if token.finish is not None:
                         self.open.discard(token.sequence)
-            yield [(self.index[number], text, finish) for number, (text, finish) in new.items()]
+            yield [self._new(self.index[number], tokens) for number, tokens in new.items()]
+            with contextlib.suppress(asyncio.TimeoutError):
+                if self.open:
+                    await asyncio.wait_for(self._end.wait(), PAUSE)
+            self._end.clear()
+
+    def _new(
+        self, index: int, tokens: list[GeneratedToken]
+    ) -> tuple[int, str, str | None, dict[str, Any] | None]:
+        told = self.logprobs[index]
+        text = "".join(token.text for token in tokens)
+        return index, text, tokens[-1].finish, None if told is None else told.of(tokens)
 
     def usage(self) -> dict[str, int]:
         return usage(sum(map(len, self.prompts)), self.tokens)
@@ -160,11 +198,16 @@ class Completion:
     async def whole(self) -> dict[str, Any]:
         texts = self.echoes()
         finishes: list[str | None] = [None] * len(texts)
+        told: list[dict[str, Any] | None] = [None] * len(texts)
         async for new in self.news():
-            for index, text, finish in new:
+            for index, text, finish, more in new:
                 texts[index] += text
                 finishes[index] = finish
-        choices = [choice(i, *each) for i, each in enumerate(zip(texts, finishes, strict=True))]
+                before = told[index]
+                told[index] = (
+                    more if before is None or more is None else {k: before[k] + more[k] for k in more}
+                )
+        choices = [choice(i, *each) for i, each in enumerate(zip(texts, finishes, told, strict=True))]
         return {**self.body(choices), "usage": self.usage()}
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -174,7 +217,7 @@ class Completion:
             yield b"".join(_event(self.body([each])) for each in echoes)
         try:
             async for new in self.news():
-                choices = [choice(*each) for each in new if each[1] or each[2]]
+                choices = [choice(*each) for each in new if each[1] or each[2] or each[3]]
                 if choices:  # an event each: clients look at the first choice of an event only
                     yield b"".join(_event(self.body([each])) for each in choices)
         except EngineError as error:

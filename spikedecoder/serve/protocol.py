@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from spikedecoder.generation.batch import GeneratedToken
+from spikedecoder.generation.detokenize import TextStream
 from spikedecoder.generation.sampling import SamplingParams
 
 STOPS = 16  # stop strings in one request
 STOP_LENGTH = 256  # characters of one
+LOGPROBS = 5  # OpenAI's most
 
 Token = Annotated[int, Field(ge=0)]
 
@@ -40,9 +44,9 @@ class CompletionRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=LOGPROBS)
     user: str | None = None  # taken, and of no effect
     # of OpenAI's, not done here: only the values that ask for nothing
-    logprobs: int | None = None
     best_of: int | None = None
     suffix: str | None = None
     logit_bias: dict[str, float] | None = None
@@ -111,6 +115,8 @@ def parse(body: bytes) -> CompletionRequest:
     for name, nothing in _NOT_DONE.items():
         if getattr(request, name) not in (None, *nothing):
             raise bad_request(f"{name}: not supported by this server, leave it out")
+    if request.logprobs is not None and request.echo:
+        raise bad_request("logprobs: not supported together with echo, leave one out")
     strings = request.stop_strings
     if len(strings) > STOPS or any(not 1 <= len(s) <= STOP_LENGTH for s in strings):
         raise bad_request(f"stop: takes at most {STOPS} strings of 1 to {STOP_LENGTH} characters")
@@ -121,7 +127,6 @@ def parse(body: bytes) -> CompletionRequest:
 
 _PROMPT = "takes a string, a list of strings, a list of token ids, or a list of such lists"
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
-    "logprobs": (),
     "best_of": (1,),
     "suffix": ("",),
     "logit_bias": ({},),
@@ -130,8 +135,36 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
 }
 
 
-def choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
-    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish}
+def choice(
+    index: int, text: str, finish: str | None, logprobs: dict[str, list[Any]] | None = None
+) -> dict[str, Any]:
+    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish}
+
+
+class LogProbs:
+    """OpenAI's "logprobs" of one choice: each token, and the `top` most probable ones in its place.
+
+    Natural logarithms of the model's own probabilities, at temperature 1, before any penalty or filter. A
+    token's text is what it adds behind those before; its offset is where that begins behind the prompt.
+    """
+
+    def __init__(self, text: TextStream, top: int) -> None:
+        self.text, self.top, self.offset = text, top, 0
+
+    def of(self, tokens: list[GeneratedToken]) -> dict[str, list[Any]]:
+        """What is to be told of the next tokens."""
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        told: dict[str, list[Any]] = {name: [] for name in names}
+        for new in tokens:
+            # the drawn one comes last: of tokens with equal texts it is the one to be told of
+            known = {self.text.piece(p.token): math.log(p.probability) for p in new.predictions}
+            piece = self.text.take(new.token)
+            told["tokens"].append(piece)
+            told["token_logprobs"].append(new.logprob)
+            told["top_logprobs"].append({**known, piece: new.logprob} if self.top else {})
+            told["text_offset"].append(self.offset)
+            self.offset += len(piece)
+        return told
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -36,6 +36,8 @@ def why_not(model: SpikeDecoder) -> str | None:
     c = model.config
     if native is None:
         return NOT_BUILT
+    if not hasattr(native.DecodeModel, "read_embedded"):
+        return "the extension was built from other sources; install the package again"
     if model.device.type != "cpu":
         return f"it runs on the CPU, the model is on {model.device}"
     if model.dtype != torch.float32:

@@ -1,0 +1,122 @@
+"""Logits for the next token on a GPU: the model's step, captured once as a CUDA graph and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spikedecoder.generation.recurrent import Recurrent
+from spikedecoder.generation.window import evaluating
+from spikedecoder.nn.state import DecoderState
+
+if TYPE_CHECKING:
+    from spikedecoder.model import SpikeDecoder
+
+# Steps that a batch size takes through the modules before it is captured: they compile and warm up, and a
+# batch that soon has another size again is not worth capturing.
+BEFORE = 4
+
+
+def why_not(model: SpikeDecoder) -> str | None:
+    """Why steps of this model cannot be captured; None if they can."""
+    if model.device.type != "cuda":
+        return f"it runs on a GPU, the model is on {model.device}"
+    if not model.config.spiking_attention:
+        return "softmax attention's cache of keys and values grows, which asks the host for its length"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "somebody watches its modules with forward hooks, which a graph would not call"
+    return None
+
+
+class StaticStep:
+    """`SpikeDecoder.step` for one batch size, in one set of tensors: token and state stay where they are.
+
+    On a GPU the step is captured as a graph, so that a token costs one launch; nothing in it waits for the
+    host. Elsewhere it runs as it is. Weights are read where the model has them: changes in place count.
+    """
+
+    def __init__(self, model: SpikeDecoder, state: DecoderState) -> None:
+        self.model = model
+        self.token = torch.zeros_like(state.position)
+        self.state = state.clone()
+        self._logits = torch.empty(0)
+        self._replay: Callable[[], object] = self._run
+        if model.device.type == "cuda":
+            self._replay = self._capture()
+
+    def __call__(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """One more token: token [B], logits [B, V] and the state behind it, always the same object."""
+        if state is not self.state:
+            for mine, other in zip(_tensors(self.state), _tensors(state), strict=True):
+                mine.copy_(other)
+            self.state.longest = state.longest
+        self.token.copy_(token)
+        self._replay()
+        self.state.longest += 1
+        return self._logits.clone(), self.state
+
+    def fits(self, state: DecoderState) -> bool:
+        """Whether a state has the tensors that this step works on, and one more token leaves them so."""
+        mine, other = _tensors(self.state), _tensors(state)
+        c = state.config
+        wide = self.state.layers[0]["attention.state"].dtype == torch.float64
+        exact = wide or (state.longest + 1) * (c.embed_dim // c.heads) <= 2**24
+        same = len(mine) == len(other) and all(
+            a.shape == b.shape and a.dtype == b.dtype for a, b in zip(mine, other, strict=True)
+        )
+        return exact and same
+
+    def _run(self) -> None:
+        # the model replaces the tensors of the state that it gets: it gets a copy of the dictionaries
+        layers = [dict(layer) for layer in self.state.layers]
+        before = DecoderState(self.state.config, self.state.position, layers, self.state.longest)
+        self._logits, after = self.model.step(self.token, before)
+        for mine, new in zip(_tensors(self.state), _tensors(after), strict=True):
+            mine.copy_(new)
+
+    def _capture(self) -> Callable[[], object]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        return graph.replay
+
+
+class Graph(Recurrent):
+    """`Recurrent`, its steps replayed as CUDA graphs, one for each batch size that lasts.
+
+    Prompts and windows that are read anew go through the model. Not measured on a GPU yet.
+
+    Raises:
+        ValueError: `why_not` has a reason.
+    """
+
+    def __init__(self, model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> None:
+        reason = why_not(model)
+        if reason is not None:
+            raise ValueError(f"model: {reason}")
+        super().__init__(model, keep, past)
+        self._steps: dict[int, StaticStep] = {}
+        self._count: dict[int, int] = {}
+
+    def _advance(self, tokens: Sequence[int], state: DecoderState) -> tuple[Tensor, DecoderState]:
+        size = state.batch_size
+        self._count[size] = self._count.get(size, 0) + 1
+        step = self._steps.get(size)
+        if self._count[size] <= BEFORE or (step is not None and not step.fits(state)):
+            return super()._advance(tokens, state)
+        with evaluating(self.modules), torch.no_grad():
+            if step is None:
+                step = self._steps[size] = StaticStep(self.model, state)
+            return step(torch.tensor(tokens, device=self.model.device), state)
+
+
+def _tensors(state: DecoderState) -> list[Tensor]:
+    return [state.position, *(layer[name] for layer in state.layers for name in sorted(layer))]

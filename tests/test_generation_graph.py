@@ -1,0 +1,117 @@
+"""A token as one CUDA graph: on a GPU for real, elsewhere all of it but the capture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_model import _model
+
+from spikedecoder.generation import Graph, Recurrent, StaticStep, open_source
+from spikedecoder.generation.graph import BEFORE, why_not
+from spikedecoder.nn.state import DecoderState
+from spikedecoder.ops import use_backend
+
+TOKENS = torch.randint(0, 11, (3, 12), generator=torch.Generator().manual_seed(5))
+VARIANTS = [
+    {},
+    {"token_shift": 3, "mlp_token_shift": 2, "decay_fastest": 0.7, "decay_slowest": 0.98},
+    {"position_encoding": "learned", "norm": "batch", "attention_norm": True},
+    {"spike_degree": 2, "spiking_residuals": 1},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_static_steps_are_the_models_and_stay_in_place(variant):
+    model = _model(variant).eval()
+    _, state = model.prefill(TOKENS[:, :4])
+    step = StaticStep(model, state)
+    expected_state = state.clone()
+    places = {name: t.data_ptr() for name, t in step.state.tensors().items()}
+    for i in range(4, 12):
+        assert step.fits(state)
+        expected, expected_state = model.step(TOKENS[:, i], expected_state)
+        actual, state = step(TOKENS[:, i], state)
+        assert torch.equal(actual, expected) and state is step.state
+        assert state.longest == expected_state.longest
+        if i == 7:  # a state from elsewhere is copied in
+            state = state.clone()
+    assert places == {name: t.data_ptr() for name, t in step.state.tensors().items()}
+    for a, b in zip(state.tensors().values(), expected_state.tensors().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fits():
+    model = _model({}).eval()
+    _, state = model.prefill(TOKENS[:, :4])
+    step = StaticStep(model, state)
+    assert not step.fits(state.select([0]))
+    assert not step.fits(DecoderState.empty(model.config, 3, torch.device("cpu")))
+    state.longest = 2**24 // 12  # the next sums would not fit float32
+    assert not step.fits(state)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_step_reads_no_value_on_the_host(variant, monkeypatch):
+    model = _model(variant).eval()
+    _, state = model.prefill(TOKENS[:, :4])
+    expected, _ = model.step(TOKENS[:, 4], state.clone())
+
+    def refuse(*_):
+        raise AssertionError("a value was read on the host")
+
+    monkeypatch.setattr(model, "_check", lambda *_: None)  # looks at ids on the CPU only
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    with use_backend("reference"):
+        logits, state = model.step(TOKENS[:, 4], state)
+    monkeypatch.undo()
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(AssertionError, match="on the host"), monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__int__", refuse)
+        _model({"spike_degree": 0}).eval().prefill(TOKENS)
+
+
+def test_why_not():
+    model = _model({}).eval()
+    assert why_not(model) == "it runs on a GPU, the model is on cpu"
+    with pytest.raises(ValueError, match="model: it runs on a GPU"):
+        Graph(model)
+    for degree, why in ((0, "softmax attention's cache of keys and values grows"), (4, "forward hooks")):
+        other = _model({"spike_degree": degree}).eval()
+        other.register_forward_hook(lambda *_: None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(other), "device", torch.device("cuda"))
+            assert why in why_not(other)
+            assert why_not(model) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_graphs_give_the_logits_of_steps(variant):
+    model = _model(variant).to("cuda").eval()
+    graph, recurrent = open_source(model, keep=5), Recurrent(model, keep=5)
+    assert type(graph) is Graph
+    for source in (graph, recurrent):
+        source.add(TOKENS[:, :3].tolist())
+    for i in range(20):
+        if i == 14:
+            for source in (graph, recurrent):
+                source.select([2, 0])
+        tokens = [i % 11] * len(graph.windows)
+        torch.testing.assert_close(graph.step(tokens), recurrent.step(tokens), rtol=1e-5, atol=1e-5)
+    assert set(graph._steps) == {3, 2}
+
+
+@pytest.mark.gpu
+def test_a_replay_does_not_wait_for_the_device():
+    model = _model({}).to("cuda").eval()
+    source = Graph(model)
+    source.add(TOKENS[:, :3].tolist())
+    for _ in range(BEFORE + 2):
+        source.step([1, 2, 3])
+    step, token = source._steps[3], torch.tensor([1, 2, 3], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(token, step.state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
