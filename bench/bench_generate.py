@@ -185,13 +185,13 @@ def test_walk(benchmark: Any, walk: Walk, token: int) -> None:
     benchmark.extra_info["resident_mib"] = resident_mib()
 
 
-@pytest.mark.benchmark(group="original-char: 16 streams of 200 tokens")
+@pytest.mark.benchmark(group="original-char: 16 streams of 400 tokens")
 def test_served(benchmark: Any, model: SpikeDecoder) -> None:
     """Over HTTP, from a process of clients; in turn with a `Batch` in the same process that serves nobody.
 
     extra_info: tokens/s of both, and the median of the shares of neighbouring runs.
     """
-    streams, tokens = 16, 200
+    streams, tokens = 16, 400
     alone: list[float] = []
 
     def batch() -> None:

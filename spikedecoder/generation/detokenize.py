@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from spikedecoder.data import Tokenizer
+
+
+# What tokens add behind others, of each tokenizer: decoding takes longer than drawing the token.
+_PIECES: WeakKeyDictionary[Tokenizer, dict[tuple[int, ...], str]] = WeakKeyDictionary()
+_MOST_PIECES = 1 << 16
 
 
 class TextStream:
@@ -21,7 +27,7 @@ class TextStream:
         self.tokenizer, self.stop, self.stopped = tokenizer, tuple(stop), False
         # a token's text depends on its left neighbour at most (the space between two words)
         self._last = [i for i in before if i != tokenizer.pad_id][-1:]
-        self._length = len(tokenizer.decode(self._last)) if self._last else 0
+        self._pieces = _PIECES.setdefault(tokenizer, {})
         self._held = ""
 
     def push(self, token: int) -> str:
@@ -44,13 +50,21 @@ class TextStream:
         """The text of a token that came next."""
         if token == self.tokenizer.pad_id:
             return ""
-        return self.tokenizer.decode([*self._last, token])[self._length :]
+        key = (*self._last, token)
+        piece = self._pieces.get(key)
+        if piece is None:
+            before = len(self.tokenizer.decode(self._last)) if self._last else 0
+            piece = self.tokenizer.decode(key)[before:]
+            if len(self._pieces) >= _MOST_PIECES:
+                self._pieces.clear()
+            self._pieces[key] = piece
+        return piece
 
     def take(self, token: int) -> str:
         """Its text, and on to the next: `push` without stop strings."""
         piece = self.piece(token)
         if token != self.tokenizer.pad_id:
-            self._last, self._length = [token], len(self.tokenizer.decode([token]))
+            self._last = [token]
         return piece
 
 
