@@ -359,6 +359,16 @@ def test_why_not():
         assert type(open_source(model)) is Native
 
 
+def test_a_model_that_it_does_not_know_is_refused(monkeypatch):
+    model = _model({}).eval()
+    monkeypatch.setattr(decode_module, "_OPTIONS", decode_module._OPTIONS - {"heads", "pad_id"})
+    assert why_not(model) == "it does not know the option heads=2"
+    monkeypatch.undo()
+    model.blocks[0].mlp.fc1.lif.v_threshold = torch.nn.Parameter(torch.ones(48))
+    assert why_not(model) == "it takes one threshold a layer"
+    assert type(open_source(model)) is Recurrent
+
+
 def test_bad_input():
     model = _model({"position_encoding": "learned", "token_shift": 2}).eval()
     decoder = Decoder(model)

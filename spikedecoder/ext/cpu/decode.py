@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Iterator
 from operator import is_
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 _REUNITE = ("average", "accumulate", "concatenate", "final")  # as numbered in csrc/decode.h
 _LANES = 16  # outputs are padded to a multiple
 _MOST_CHANNELS = 65536
+# Options that csrc/decode.cpp knows, or that change nothing in a step: others must be at their defaults.
+_OPTIONS = {
+    "vocab_size", "max_len", "spike_degree", "attention_only", "token_encoding", "position_encoding",
+    "token_dim", "position_dim", "combine_position", "position_bias", "float_embedding", "learn_positions",
+    "binary_code", "embedding_gain", "heads", "blocks", "mlp_ratio", "timesteps", "norm",
+    "spiking_residuals", "first_block_residual_lif", "attention_scale", "decay_fastest", "decay_slowest",
+    "attention_norm", "attention_dropout", "mlp_dropout", "token_shift", "mlp_token_shift", "reunite",
+    "float_reunite", "spiking_head", "tau", "v_threshold", "v_reset", "decay_input", "learn_threshold",
+    "surrogate", "surrogate_alpha", "detach_reset", "pad_id",
+}  # fmt: skip
 _STATE = ("attention.state", "attention.shift", "mlp.shift")
 _POSITIONS = 1024  # rows held beyond max_len
 
@@ -44,6 +55,11 @@ def why_not(model: SpikeDecoder) -> str | None:
         return f"it takes float32, the model is in {model.dtype}"
     if not (c.spiking_attention and c.spiking_mlp):
         return f"it takes spiking attention and MLP (spike_degree 3 or 4), got spike_degree {c.spike_degree}"
+    for field in dataclasses.fields(c):
+        if field.name not in _OPTIONS and getattr(c, field.name) != field.default:
+            return f"it does not know the option {field.name}={getattr(c, field.name)!r}"
+    if any(lif.v_threshold is not None and lif.v_threshold.numel() != 1 for lif in _lifs(model)):
+        return "it takes one threshold a layer"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "somebody watches its modules with forward hooks, which one call for all of them would pass by"
     widest = max(c.embed_dim, c.hidden_dim)
@@ -255,6 +271,10 @@ class _Embedding:
         if not self._first <= lowest <= state.longest < self._first + len(self._far):
             self._far, self._first = self._rows(lowest, _POSITIONS), lowest
         return self._far, self._first
+
+
+def _lifs(model: SpikeDecoder) -> list[LIF]:
+    return [m for m in model.modules() if isinstance(m, LIF)]
 
 
 def _neurons(model: SpikeDecoder) -> tuple[Tensor, Tensor]:
