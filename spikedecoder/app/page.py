@@ -127,7 +127,8 @@ def build(roots: list[Path]) -> Any:
             show_progress="minimal",
         )
         stop.click(do.stop, session, session, show_progress="hidden", queue=False)
-        gr.on([view.input, layer.input], told(do.layer), [session, view, layer], raster)
+        chosen = [session, view, layer]  # a choice made while the last one is being drawn must not be lost
+        gr.on([view.input, layer.input], told(do.layer), chosen, raster, trigger_mode="always_last")
         memory.input(told(do.energy), [session, memory], bars)
         memory.input(told(do.energy_note), [session, memory], note, show_progress="hidden")
         train.click(
