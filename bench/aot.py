@@ -207,10 +207,7 @@ def attention_rows() -> Iterator[Row]:
         }[call]
         moved = q.numel() * dtype.itemsize * (4 if call == "forward" else 7)
         name = f"T = 4, B H = {8 * B}, S = {S}, d = {d}"
-        # q, k or v of three digits each: see blocks() for what spills
-        real = decay or call == "backward"
-        needs = ("tensor core",) if dtype == torch.float32 and d > 64 and real else DOT
-        return Row("spike_attention", call + ", decay" * decay, _TYPES[dtype], name, moved, needs, run)
+        return Row("spike_attention", call + ", decay" * decay, _TYPES[dtype], name, moved, DOT, run)
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for call in ("forward", "backward"):

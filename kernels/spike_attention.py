@@ -25,13 +25,15 @@ Backward, with g = dL/do: each gradient is itself a causal attention, that of k 
 and the last two share their state R = sum q^T g (it enters as R^T in dk), so one kernel can make both.
 
 Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (BLOCK_V < d reads q and k again,
-from cache); backward 10 b, of which g, k and v a second time, where one kernel makes dk and dv (bfloat16,
-no decay, d <= 64), else 12 b: the minimum is 7 b. Segments read k and v once more. Arithmetic per element,
+d in parts k twice, from cache); backward 10 b, of which g, k and v a second time, where one kernel makes
+dk and dv (bfloat16, no decay, d <= 64), else 12 b: the minimum is 7 b. Segments read k and v once more.
+Arithmetic per element,
 forward: 2 (2 BLOCK_S + 3 d) operations, at d = BLOCK_S = 64 640 against 8 bytes: bound by memory bandwidth
 wherever the tensor cores run at a third of their rate or more.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -113,16 +115,25 @@ def causal_weights(powers, BLOCK_S: tl.constexpr, DECAY: tl.constexpr):
 
 @triton.jit
 def attend_chunk(
+    scores, past, v, powers,
+    V: tl.constexpr, SCORE: tl.constexpr, DECAY: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Attention of a chunk to itself and the past, unscaled, from weighted scores and past q state."""
+    if DECAY:
+        past = past * tl.load(powers + 1 + tl.arange(0, BLOCK_S))[:, None]
+    return dot_digits(scores, v, past, SCORE, V)
+
+
+@triton.jit
+def attend(
     q, k, v, state, weights, powers,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCORE: tl.constexpr, STATE: tl.constexpr,
     DECAY: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a chunk to itself and the past, unscaled. Capitals: digits of what they name."""
+    """Attention of a chunk of which all of q and k is there. Capitals: digits of what they name."""
     scores = dot_digits(q, tl.trans(k), tl.zeros((BLOCK_S, BLOCK_S), tl.float32), Q, K) * weights
     past = dot_digits(q, state, tl.zeros((BLOCK_S, BLOCK_V), tl.float32), Q, STATE)
-    if DECAY:
-        past = past * tl.load(powers + 1 + tl.arange(0, BLOCK_S))[:, None]
-    return dot_digits(scores, v, past, SCORE, V)
+    return attend_chunk(scores, past, v, powers, V, SCORE, DECAY, BLOCK_S)
 
 
 @triton.jit
@@ -145,11 +156,12 @@ def attention(
     q_ptr, k_ptr, v_ptr, out_ptr, powers_ptr, state_ptr, final_ptr, tokens, heads, segment, scale,
     D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCORE: tl.constexpr,
     STATE: tl.constexpr, KV: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, head, columns; segment). state_ptr [sequence, head, segment, d, d].
 
     REVERSE runs from the last token to the first: what is called past is then the future.
+    The d columns of q and k, which are the rows of the state, come in PARTS of BLOCK_D.
     """
     ACROSS: tl.constexpr = (D + BLOCK_V - 1) // BLOCK_V
     head = tl.program_id(0) // ACROSS  # of all sequences
@@ -164,21 +176,45 @@ def attention(
     if DECAY:
         powers = powers_ptr + h * POWERS
     weights = causal_weights(powers, BLOCK_S, DECAY)
-    state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
-    if state_ptr is not None:
-        at = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (D * D)
-        state = load_state(state_ptr + at, d, e, D)
+    states = ()
+    for part in tl.static_range(PARTS):
+        state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
+        if state_ptr is not None:
+            at = (head.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (D * D)
+            state = load_state(state_ptr + at, d + part * BLOCK_D, e, D)
+        states = states + (state,)
     for first in range(start, stop, BLOCK_S):
-        q = load_tile(q_ptr, base, first, stop, tokens, row_stride, d, D, REVERSE, BLOCK_S)
-        k = load_tile(k_ptr, base, first, stop, tokens, row_stride, d, D, REVERSE, BLOCK_S)
-        v = load_tile(v_ptr, base, first, stop, tokens, row_stride, e, D, REVERSE, BLOCK_S)
-        out = attend_chunk(q, k, v, state, weights, powers, Q, K, V, SCORE, STATE, DECAY, BLOCK_S, BLOCK_V)
+        if PARTS == 1:
+            q = load_tile(q_ptr, base, first, stop, tokens, row_stride, d, D, REVERSE, BLOCK_S)
+            k = load_tile(k_ptr, base, first, stop, tokens, row_stride, d, D, REVERSE, BLOCK_S)
+            v = load_tile(v_ptr, base, first, stop, tokens, row_stride, e, D, REVERSE, BLOCK_S)
+            out = attend(q, k, v, states[0], weights, powers, Q, K, V, SCORE, STATE, DECAY, BLOCK_S, BLOCK_V)
+        else:
+            scores = tl.zeros((BLOCK_S, BLOCK_S), tl.float32)
+            past = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
+            for part in tl.static_range(PARTS):
+                tl.debug_barrier()  # or the compiler loads all parts first, and spills
+                columns = d + part * BLOCK_D
+                q = load_tile(q_ptr, base, first, stop, tokens, row_stride, columns, D, REVERSE, BLOCK_S)
+                k = load_tile(k_ptr, base, first, stop, tokens, row_stride, columns, D, REVERSE, BLOCK_S)
+                scores = dot_digits(q, tl.trans(k), scores, Q, K)
+                past = dot_digits(q, states[part], past, Q, STATE)
+            v = load_tile(v_ptr, base, first, stop, tokens, row_stride, e, D, REVERSE, BLOCK_S)
+            out = attend_chunk(scores * weights, past, v, powers, V, SCORE, DECAY, BLOCK_S)
         store_tile(out_ptr, out * scale, base, first, stop, tokens, row_stride, e, D, REVERSE, BLOCK_S)
-        state = advance_state(
-            k, v, state, powers, tl.minimum(BLOCK_S, stop - first), K, V, KV, DECAY, BLOCK_S
-        )
+        count = tl.minimum(BLOCK_S, stop - first)
+        after = ()
+        for part in tl.static_range(PARTS):
+            if PARTS > 1:  # from cache
+                tl.debug_barrier()
+                columns = d + part * BLOCK_D
+                k = load_tile(k_ptr, base, first, stop, tokens, row_stride, columns, D, REVERSE, BLOCK_S)
+            after = after + (advance_state(k, v, states[part], powers, count, K, V, KV, DECAY, BLOCK_S),)
+        states = after
     if final_ptr is not None and stop == tokens:
-        store_state(final_ptr + head.to(tl.int64) * (D * D), state, d, e, D)
+        for part in tl.static_range(PARTS):
+            at = final_ptr + head.to(tl.int64) * (D * D)
+            store_state(at, states[part], d + part * BLOCK_D, e, D)
 
 
 @kernel
@@ -208,10 +244,10 @@ def attention_backward_kv(
         k = load_tile(k_ptr, base, first, stop, tokens, row_stride, d, D, True, BLOCK_S)
         v = load_tile(v_ptr, base, first, stop, tokens, row_stride, d, D, True, BLOCK_S)
         grad = load_tile(grad_ptr, base, first, stop, tokens, row_stride, d, D, True, BLOCK_S)
-        dv = attend_chunk(k, q, grad, state, weights, powers, 1, 1, G, SCORE, REAL, DECAY, BLOCK_S, BLOCK_D)
+        dv = attend(k, q, grad, state, weights, powers, 1, 1, G, SCORE, REAL, DECAY, BLOCK_S, BLOCK_D)
         store_tile(dv_ptr, dv * scale, base, first, stop, tokens, row_stride, d, D, True, BLOCK_S)
         turned = tl.trans(state)
-        dk = attend_chunk(v, grad, q, turned, weights, powers, 1, G, 1, REAL, REAL, DECAY, BLOCK_S, BLOCK_D)
+        dk = attend(v, grad, q, turned, weights, powers, 1, G, 1, REAL, REAL, DECAY, BLOCK_S, BLOCK_D)
         store_tile(dk_ptr, dk * scale, base, first, stop, tokens, row_stride, d, D, True, BLOCK_S)
         count = tl.minimum(BLOCK_S, stop - first)
         state = advance_state(q, grad, state, powers, count, 1, G, REAL, DECAY, BLOCK_S)
@@ -266,24 +302,26 @@ def scan_segments(state_ptr, initial_ptr, decay_ptr, heads, segments, numel, BLO
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes: tokens in a chunk, d padded, columns of v in a program; and its warps."""
+    """Tile sizes: tokens in a chunk, d padded, columns of v in a program; its warps; parts of d."""
 
     tokens: int
     d: int
     columns: int
     warps: int = 4
+    parts: int = 1
 
 
 def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> Blocks:
     """The table, by what the registers must hold. Read off compiled code for lack of measurements: the widest
-    tiles that spill nothing, or least (float32 with d > 64 and real q, k or v, on sm_80 and 90). Ampere's
-    tensor cores take their operands from registers, Hopper's and Blackwell's mostly from shared memory."""
+    tiles that spill nothing. Ampere's tensor cores take their operands from registers, Hopper's and
+    Blackwell's mostly from shared memory. Three digits of all d > 64 columns of a real q, k and state
+    are more than the registers of sm_80 and 90 hold, whatever the tile: d then comes in parts."""
     padded = max(16, power_of_2(d))
     wide = dtype != torch.float32 and padded <= 64
     warps = 8 if dtype == torch.float32 and padded > 64 else 4  # three digits of everything
     narrow = dtype == torch.float32 and padded > 64 and not integers
     if narrow and major(device) in (8, 9):
-        return Blocks(16, padded, 16, 8 if major(device) == 8 else 4)
+        return Blocks(32 if major(device) == 8 else 16, padded, 16, parts=4)
     if major(device) == 8:
         return Blocks(32, padded, min(padded, 32 if wide else 16), warps)
     if dtype == torch.float32:
@@ -378,7 +416,7 @@ def walk(
         attention, (programs, segments), q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, powers_ptr=way.powers,
         state_ptr=before, final_ptr=final, tokens=tokens, heads=heads, segment=segment, scale=scale, D=d,
         Q=q_digits, SCORE=score_digits, STATE=state_digits, REVERSE=reverse, BLOCK_S=size.tokens,
-        BLOCK_D=size.d,
+        BLOCK_D=size.d // size.parts, PARTS=size.parts,
         BLOCK_V=size.columns, num_warps=size.warps, **way.flags(k_digits, v_digits),
     )  # fmt: skip
     return out

@@ -350,6 +350,21 @@ def test_attention_in_segments(
     compare(Case("spike_attention", "segments", (1, 1, 3, 200, 16), options, exact=not options), dtype)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"decay": True}, {"state": True, "return_state": True, "decay": True}], ids=str
+)
+@pytest.mark.parametrize("d", [18, 128])
+def test_attention_with_columns_in_parts(
+    d: int, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As float32 heads wider than 64 are taken on sm_80 and sm_90, with d both padded and not."""
+    from spikedecoder.kernels import spike_attention
+
+    size = spike_attention.Blocks(16, 128 if d == 128 else 32, 16, parts=4 if d == 128 else 2)
+    monkeypatch.setattr(spike_attention, "blocks", lambda *_: size)
+    compare(Case("spike_attention", "parts", (1, 1, 2, 37, d), options, exact=not options), torch.float32)
+
+
 def test_sums_in_pieces(many_multiprocessors: None) -> None:
     compare(Case("spike_linear", "pieces", (1300, 40, 24), exact=False), torch.float32)
     compare(
