@@ -17,12 +17,12 @@ from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
 VARIANTS: dict[str, dict[str, Any]] = {
     "layer": {},
     "batch": {"norm": "batch", "learn_threshold": True},
+    "power": {"norm": "power"},
     "residuals": {"spiking_residuals": 2, "reunite": "concatenate", "v_reset": None},
     "decay": {"decay_fastest": 0.9, "decay_slowest": 0.99, "attention_norm": True},
 }
 SHAPES = [(2, 8), (3, 5), (4, 2), (5, 7)]
-# PowerNorm is left out: its backward pass moves a running mean, which no graph takes
-COMPILED = ["layer", pytest.param("batch", marks=pytest.mark.slow)]
+COMPILED = ["layer", "power", pytest.param("batch", marks=pytest.mark.slow)]
 EXPORTED = ["layer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("residuals", "decay"))]
 
 

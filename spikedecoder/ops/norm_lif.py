@@ -13,7 +13,7 @@ from spikedecoder.ops._dispatch import Call, requested_backend, select
 from spikedecoder.ops.norm import Statistics, check_norm, statistics
 from spikedecoder.params import LIFParams, NormParams
 from spikedecoder.reference.lif import compute_dtype
-from spikedecoder.reference.norm import ALPHA_BACKWARD
+from spikedecoder.reference.norm import alpha_backward
 
 
 @torch.library.custom_op("spikedecoder::norm_lif", mutates_args=())
@@ -99,7 +99,7 @@ def _norm_lif_backward(
         nothing = torch.zeros_like(rstd)
         a, b, c = weight * rstd, nothing, nothing
         if ema_gz is not None and rstd_batch is not None:  # PowerNorm in training
-            a, b = weight * rstd_batch, (ALPHA_BACKWARD - 1) * ema_gz * rstd_batch
+            a, b = weight * rstd_batch, (alpha_backward() - 1) * ema_gz * rstd_batch
         elif batch_gradient:  # BatchNorm in training: the statistics are functions of x
             sum_gz, sum_g = grad_weight, grad_bias
             if group is not None:
@@ -145,7 +145,7 @@ def backward(grad_spikes, saved, ema_gz, eps, channel, rest):
         sum_gz = grad_weight if group is None else sync.sum_over(grad_weight, group)
         count = x.numel() // x.shape[-1] if rows is None else rows
         second = rstd.square() * (rstd_batch**-2 - eps)
-        ema_gz += weight * sum_gz / count - (1 - ALPHA_BACKWARD) * ema_gz * second
+        ema_gz += weight * sum_gz / count - (1 - alpha_backward()) * ema_gz * second
     return grad_x, grad_weight, grad_bias, None if threshold is None else grad_threshold.to(threshold.dtype)
 
 

@@ -10,7 +10,11 @@ from spikedecoder import sync
 from spikedecoder.params import NormParams
 from spikedecoder.reference.lif import compute_dtype
 
-ALPHA_BACKWARD = 0.9
+
+def alpha_backward() -> float:
+    """PowerNorm's alpha backward. A function, since with dynamic shapes torch.compile makes a global float an
+    input of the graph, and fails where only a backward pass reads it."""
+    return 0.9
 
 
 def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
@@ -38,9 +42,9 @@ class _PowerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, running_phi, ema_gz, iters, eps, alpha, warmup, group):
         iters += 1
         mean, var = moments(x, center=False)
-        ctx.count = x.numel() // x.shape[-1]
+        ctx.count = None
         if group is not None:
-            _, var, ctx.count = sync.moments_over(mean, var, ctx.count, group)
+            _, var, ctx.count = sync.moments_over(mean, var, x.numel() // x.shape[-1], group)
         z_scale = torch.where(iters <= warmup, var, running_phi).add(eps).rsqrt()
         mean_so_far = running_phi * ((iters - 1) / iters) + var / iters
         phi = torch.where(iters < warmup, mean_so_far, running_phi)
@@ -54,11 +58,11 @@ class _PowerNorm(torch.autograd.Function):
         x, weight, z_scale, rstd = ctx.saved_tensors
         rows = tuple(range(x.dim() - 1))
         z = x * z_scale
-        ga = grad * weight - (1 - ALPHA_BACKWARD) * ctx.ema_gz * z
+        ga = grad * weight - (1 - alpha_backward()) * ctx.ema_gz * z
         moved = (ga * z).sum(rows)
         if ctx.group is not None:
             moved = sync.sum_over(moved, ctx.group)
-        ctx.ema_gz += moved / ctx.count
+        ctx.ema_gz += moved / (x.numel() // x.shape[-1] if ctx.count is None else ctx.count)
         return ga * rstd, (grad * z).sum(rows), grad.sum(rows), *(None,) * 7
 
 
