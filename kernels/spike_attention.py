@@ -188,7 +188,9 @@ def attention(
             q = load_tile(q_ptr, base, first, stop, tokens, row_stride, d, D, REVERSE, BLOCK_S)
             k = load_tile(k_ptr, base, first, stop, tokens, row_stride, d, D, REVERSE, BLOCK_S)
             v = load_tile(v_ptr, base, first, stop, tokens, row_stride, e, D, REVERSE, BLOCK_S)
-            out = attend(q, k, v, states[0], weights, powers, Q, K, V, SCORE, STATE, DECAY, BLOCK_S, BLOCK_V)
+            out = attend(
+                q, k, v, states[PARTS - 1], weights, powers, Q, K, V, SCORE, STATE, DECAY, BLOCK_S, BLOCK_V
+            )
         else:
             scores = tl.zeros((BLOCK_S, BLOCK_S), tl.float32)
             past = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
