@@ -72,7 +72,7 @@ def characters_predicted(path: Path, corpus: Corpus, tokens: str) -> tuple[int, 
 def settings(tokens: str, kind: str, steps: int) -> TrainConfig:
     return TrainConfig(
         steps=steps,
-        lr=2e-3 if kind == "non-spiking" else 4e-3,
+        lr=4e-3 if kind == "non-spiking" else 8e-3,  # what bench/quality.py found best for each
         eval_every=100,
         eval_tokens=None,
         save_every=50,
