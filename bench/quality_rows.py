@@ -11,7 +11,10 @@ ORIGINAL: dict[str, Any] = {"token_dim": 66, "position_dim": 30, "heads": 4, "bl
 GAIN: dict[str, Any] = {**ORIGINAL, "embedding_gain": 2.0}
 SHIFT: dict[str, Any] = {**GAIN, "token_shift": 4, "mlp_token_shift": 4}
 SOFT: dict[str, Any] = {**SHIFT, "v_reset": None}
-BEST: dict[str, Any] = {**SOFT, "decay_fastest": 0.75, "decay_slowest": 0.99}
+DECAY: dict[str, Any] = {**SOFT, "decay_fastest": 0.75, "decay_slowest": 0.99}
+BATCH: dict[str, Any] = {**DECAY, "norm": "batch"}
+BEST: dict[str, Any] = {**BATCH, "decay_slowest": 0.96, "token_dim": 95, "position_dim": 1}
+STILL: dict[str, Any] = {"decay_fastest": 1.0, "decay_slowest": 1.0}
 HELPS: dict[str, Any] = {"shift": 4, "mlp_shift": 4}
 SLOW: dict[str, Any] = {"lr": 4e-3}
 FAST: dict[str, Any] = {"lr": 8e-3}
@@ -50,14 +53,20 @@ SMALL: list[Row] = [
     Row("+ embedding gain 2", "spike", GAIN),
     Row("+ token shift 4", "spike", SHIFT),
     Row("+ soft reset", "spike", SOFT),
-    Row("+ decay per head", "spike", BEST),
-    Row("default", "preset", {"name": "default"}, FAST),  # + learning rate 8e-3
+    Row("+ decay per head", "spike", DECAY),
+    Row("+ learning rate 8e-3", "spike", DECAY, FAST),
+    Row("+ BatchNorm", "spike", BATCH, FAST),
+    Row("default", "preset", {"name": "default"}, FAST),  # + one position channel, decay of 0.75 to 0.96
     # single changes
     Row("original recipe, BatchNorm", "spike", {**ORIGINAL, "norm": "batch"}),
-    Row("default without decay", "spike", SOFT, FAST),
-    Row("default without decay, attention norm", "spike", {**SOFT, "attention_norm": True}, FAST),
-    Row("default, MLP shift 2", "spike", {**BEST, "mlp_token_shift": 2}, FAST),
+    Row("default without decay", "spike", {**BEST, **STILL}, FAST),
+    Row("default, LayerNorm", "spike", {**BEST, "norm": "layer"}, FAST),
     Row("default, attention norm", "spike", {**BEST, "attention_norm": True}, FAST),
+    Row("default, attention norm, no decay", "spike", {**BEST, **STILL, "attention_norm": True}, FAST),
+    Row("default, PowerNorm", "spike", {**BEST, "norm": "power"}, FAST),
+    Row("default, timesteps concatenated", "spike", {**BEST, "reunite": "concatenate"}, FAST),
+    Row("default, MLP shift 2", "spike", {**BEST, "mlp_token_shift": 2}, FAST),
+    Row("default, shifts 8", "spike", {**BEST, "token_shift": 8, "mlp_token_shift": 8}, FAST),
     Row("default, learned thresholds", "spike", {**BEST, "learn_threshold": True}, FAST),
     Row("default, surrogate alpha 2", "spike", {**BEST, "surrogate_alpha": 2.0}, FAST),
     Row("default, surrogate alpha 8", "spike", {**BEST, "surrogate_alpha": 8.0}, FAST),
@@ -69,9 +78,9 @@ SMALL: list[Row] = [
     Row("default, PLIF", "spike", BEST, FAST, tried="learned tau"),
     Row("default, thresholds per channel", "spike", BEST, FAST, tried="channel thresholds"),
     Row(
-        "I-LIF, 4 levels",
+        "default, I-LIF, 4 levels",
         "spike",
-        {**SHIFT, "timesteps": 1, "attention_scale": 1 / 64},
+        {**BEST, "timesteps": 1, "attention_scale": 1 / 64},
         FAST,
         tried="integer",
     ),

@@ -10,10 +10,10 @@ KINDS: dict[str, dict[str, Any]] = {
     # every matrix product takes spikes, the head's too; the norm is a constant scale and shift at inference
     "fully spiking": {"spike_degree": 4, "reunite": "concatenate", "norm": "batch"},
     # the head reads spike counts, so its products are multiply-accumulates; thresholds are learned
-    "SpikeDecoder": {"spike_degree": 4, "reunite": "accumulate", "learn_threshold": True},
+    "SpikeDecoder": {"spike_degree": 4, "reunite": "accumulate", "learn_threshold": True, "norm": "layer"},
     # the "performance" one: attention spikes, MLP and head do not
-    "partly spiking": {"spike_degree": 2},
-    "non-spiking": {"spike_degree": 0, "embedding_gain": 1.0},
+    "partly spiking": {"spike_degree": 2, "norm": "layer"},
+    "non-spiking": {"spike_degree": 0, "embedding_gain": 1.0, "norm": "layer"},
 }
 
 
