@@ -80,10 +80,9 @@ def run_norm(
 def model_of(changes: dict[str, Any]) -> SpikeDecoder:
     """In float64, with a threshold that no current meets exactly: no sum's order moves a spike."""
     torch.manual_seed(0)
-    config = SpikeDecoderConfig.preset(
-        "default", blocks=2, heads=2, token_dim=12, position_dim=4, mlp_ratio=2, timesteps=2, max_len=8,
-        v_threshold=0.97, attention_scale=1.0, **changes,
-    )  # fmt: skip
+    small = {"blocks": 2, "heads": 2, "token_dim": 12, "position_dim": 4, "mlp_ratio": 2, "timesteps": 2}
+    off = {"max_len": 8, "v_threshold": 0.97, "attention_scale": 1.0, "norm": "layer"}
+    config = SpikeDecoderConfig.preset("default", **{**small, **off, **changes})
     return SpikeDecoder(config).double()
 
 

@@ -46,7 +46,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def tiny(corpus: Corpus, **changes: object) -> SpikeDecoderConfig:
     t = corpus.tokenizer
     small = {"max_len": 16, "token_dim": 12, "position_dim": 4, "heads": 2, "blocks": 1, "timesteps": 2}
-    vocabulary = {"vocab_size": t.vocab_size, "pad_id": t.pad_id}
+    vocabulary = {"vocab_size": t.vocab_size, "pad_id": t.pad_id, "norm": "layer"}
     return SpikeDecoderConfig.preset("default", **{**small, **vocabulary, **changes})
 
 
