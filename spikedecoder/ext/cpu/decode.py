@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikedecoder.ext import NOT_BUILT
-from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu import missing, native
 from spikedecoder.ext.cpu._arguments import address, neuron
 from spikedecoder.nn.embedding import Embedding
 from spikedecoder.nn.neuron import LIF
@@ -46,7 +46,7 @@ def why_not(model: SpikeDecoder) -> str | None:
     """Why `Decoder` cannot step this model; None if it can."""
     c = model.config
     if native is None:
-        return NOT_BUILT
+        return missing() or NOT_BUILT
     if not hasattr(native.DecodeModel, "read_embedded"):
         return "the extension was built from other sources; install the package again"
     if model.device.type != "cpu":
