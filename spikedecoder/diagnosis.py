@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikedecoder.generation.window import evaluating
+from spikedecoder.activity import record
 from spikedecoder.model import SpikeDecoder
+from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.surrogate import get_surrogate
-from spikedecoder.viz.activity import record
 
 MOST = 0.5  # share of a layer's neurons from which the layer is named
 FULL_RATE = 0.9  # spikes per neuron and timestep
@@ -109,15 +109,29 @@ def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> dict[str
     return found
 
 
+def dead_layers(names: list[str]) -> str:
+    """What to say of layers of which no neuron fires."""
+    return (
+        f"dead: no neuron of {_list(names)} fires, so nothing passes there. Try --set embedding_gain=2 "
+        "(where the first block is silent), a larger attention_scale (where an attention_lif is), a lower "
+        "v_threshold, more timesteps, or a lower lr"
+    )
+
+
+def saturated_layers(names: list[str]) -> str:
+    """What to say of layers that fire nearly always."""
+    return (
+        f"saturated: {_list(names)} fire at nearly every timestep, and tell little. Try a decay or "
+        "attention_norm=true (where an attention_lif is: its sum grows with the context), a higher "
+        "v_threshold, a smaller embedding_gain, or a lower lr"
+    )
+
+
 def _findings(layers: list[LayerHealth]) -> list[str]:
     found = []
     dead = [x.name for x in layers if x.rate == 0]
     if dead:
-        found.append(
-            f"dead: no neuron of {_list(dead)} fires, so nothing passes there. Try embedding_gain=2 (where "
-            "the first block is silent), a larger attention_scale or attention_norm=true (where an "
-            "attention_lif is), a lower v_threshold, more timesteps, or a lower lr"
-        )
+        found.append(dead_layers(dead))
     dying = [x.name for x in layers if x.rate > 0 and x.dead > MOST]
     if dying:
         found.append(
@@ -126,11 +140,7 @@ def _findings(layers: list[LayerHealth]) -> list[str]:
         )
     full = [x.name for x in layers if x.saturated > MOST or x.rate > FULL_RATE]
     if full:
-        found.append(
-            f"saturated: {_list(full)} fire nearly always, so they tell little. Try attention_norm=true or a "
-            "decay (where an attention_lif is: its sum grows with the context), a higher v_threshold, or a "
-            "smaller embedding_gain"
-        )
+        found.append(saturated_layers(full))
     flat = [x.name for x in layers if x.flat > FLAT_SHARE]
     if flat:
         found.append(

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from spikedecoder.compat.model import PSDconfig, _Config, _Shim
 from spikedecoder.compat.utils import save_model_to_checkpoint
-from spikedecoder.generation.window import evaluating
+from spikedecoder.nn.evaluating import evaluating
 
 WEIGHT_DECAY, BETAS = 0.1, (0.9, 0.95)
 ANNEALING_EPOCHS, LEAST_LR = 200, 5e-5

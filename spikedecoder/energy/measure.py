@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spikedecoder.energy.ledger import Ledger
 from spikedecoder.energy.record import Mode, Recorder
-from spikedecoder.generation.window import evaluating
 from spikedecoder.model import SpikeDecoder
+from spikedecoder.nn.evaluating import evaluating
 
 _TOKENS_AT_ONCE = 4096
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spikedecoder.generation.recurrent import Recurrent
-from spikedecoder.generation.window import evaluating
+from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.nn.state import DecoderState
 
 if TYPE_CHECKING:

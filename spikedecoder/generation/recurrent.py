@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spikedecoder.generation.window import Context, evaluating
+from spikedecoder.generation.window import Context
+from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.nn.state import DecoderState
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import torch
 
 from spikedecoder.energy.ledger import Ledger
 from spikedecoder.energy.record import Recorder
-from spikedecoder.generation.window import Context, evaluating
+from spikedecoder.generation.window import Context
 from spikedecoder.model import SpikeDecoder
+from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.nn.state import DecoderState
 from spikedecoder.spike_stats import SpikeCounter
 

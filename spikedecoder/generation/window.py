@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from spikedecoder.nn.evaluating import evaluating
 
 if TYPE_CHECKING:
     from spikedecoder.config import SpikeDecoderConfig
@@ -102,17 +103,3 @@ class Window:
         with evaluating(self.modules):
             logits = self.model(tokens)
         return logits[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
-
-
-@contextmanager
-def evaluating(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode behind. Takes a model or the list of its modules."""
-    modules = model.modules() if isinstance(model, nn.Module) else model
-    training = [m for m in modules if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

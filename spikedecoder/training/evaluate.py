@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from spikedecoder.data import held_out_batches
+from spikedecoder.diagnosis import dead_layers, saturated_layers
 from spikedecoder.model import IGNORE, SpikeDecoder
 from spikedecoder.spike_stats import SpikeCounter, spiking_layers
 
@@ -121,20 +122,4 @@ def health(evaluation: Evaluation) -> list[str]:
     """Layers that carry nothing, in words, with what to try."""
     silent = [name for name, rate in evaluation.spike_rates.items() if rate == 0]
     full = [name for name, rate in evaluation.spike_rates.items() if rate == 1]
-    found = []
-    if silent:
-        found.append(
-            f"dead: no neuron of {_list(silent)} fires, so nothing passes there. Try --set embedding_gain=2 "
-            "(where the first block is silent), a larger attention_scale (where an attention_lif is), a "
-            "lower v_threshold, more timesteps, or a lower lr"
-        )
-    if full:
-        found.append(
-            f"saturated: every neuron of {_list(full)} fires at every timestep, so it carries nothing. Try a "
-            "higher v_threshold, a smaller embedding_gain, or a lower lr"
-        )
-    return found
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more layers" if len(names) > 4 else "")
+    return [dead_layers(silent)] * bool(silent) + [saturated_layers(full)] * bool(full)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikedecoder.activity import record
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data import Corpus, WindowSampler, check_context, held_out_batches, ngram_bits
 from spikedecoder.model import SpikeDecoder
@@ -34,7 +35,6 @@ from spikedecoder.training.report import MetricsFile, Reporter, Several, TensorB
 from spikedecoder.training.result import TrainingError, TrainResult
 from spikedecoder.training.run_folder import RunInfo, check_same, check_unused, locked
 from spikedecoder.training.signals import Stop, stop_on_signals
-from spikedecoder.viz.activity import record
 
 _RECENT = 20  # steps whose mean is the reported training loss
 _WATCHED = 2  # windows on which each neuron is watched at an evaluation

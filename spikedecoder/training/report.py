@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from spikedecoder.activity import Activity
 from spikedecoder.checkpoint import write_bytes
 from spikedecoder.training.evaluate import Evaluation
-from spikedecoder.viz.activity import Activity
 
 METRICS = "metrics.jsonl"
 

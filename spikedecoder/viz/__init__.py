@@ -6,8 +6,8 @@
 matplotlib is imported at the first picture; without it that raises ValueError saying how to get it.
 """
 
+from spikedecoder.activity import Activity, record
 from spikedecoder.viz._figure import check_picture, render, save
-from spikedecoder.viz.activity import Activity, record
 from spikedecoder.viz.reports import energy_bars, loss_curves, predictions, read_metrics
 from spikedecoder.viz.spikes import attention_map, potentials, raster, spike_rates
 from spikedecoder.viz.sweeps import sweep_history, sweep_slices

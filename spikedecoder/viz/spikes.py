@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spikedecoder.activity import Activity, _choose
 from spikedecoder.viz._figure import COLOURS, SPIKE, figure, look, token_ticks
-from spikedecoder.viz.activity import Activity, _choose
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

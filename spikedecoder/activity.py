@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spikedecoder import ops
-from spikedecoder.generation.window import evaluating
 from spikedecoder.model import SpikeDecoder
 from spikedecoder.nn.attention import AttentionLIF
+from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.nn.linear import LinearNormLIF
 from spikedecoder.nn.neuron import LIF
 from spikedecoder.reference.lif import charge, compute_dtype
