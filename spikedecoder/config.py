@@ -40,7 +40,11 @@ class SpikeDecoderConfig:
     binary_code: "fixed-width" (unique), or the original's "left-aligned" (1, 2, 4, 8 share a code).
     embedding_gain: factor on the embedding. At tau = 2 a constant input of 1 only reaches 1 - 2^-T and
         never fires a neuron of threshold 1; a gain of 2 does.
+    embedding_std: spread of learned tokens and positions before training, where they are binarised. The
+        original's 1e-5 starts all of them at their threshold, where a step of training flips any.
     heads, blocks, mlp_ratio (hidden width / E), timesteps (T).
+    residual_init: weight, before training, of the norms behind the last Linear of spiking attention and MLP:
+        how much a block adds to a residual stream that its neurons only read up to their saturation.
     norm: "layer", "batch" or "power". The last two use statistics over T, B and S together in training,
         so that a training loss sees later positions through them.
     spiking_residuals: 0 real-valued residual stream; 1 LIF after the attention's sum; 2 also before it.
@@ -75,12 +79,14 @@ class SpikeDecoderConfig:
     learn_positions: bool = True
     binary_code: BinaryCode = "fixed-width"
     embedding_gain: float = 1.0
+    embedding_std: float = 1e-5
 
     heads: int = 4
     blocks: int = 3
     mlp_ratio: int = 4
     timesteps: int = 4
     norm: Literal["layer", "batch", "power"] = "layer"
+    residual_init: float = 1.0
     spiking_residuals: int = 0
     first_block_residual_lif: bool = False
     attention_scale: float = 0.125
@@ -120,7 +126,7 @@ class SpikeDecoderConfig:
         for name in ("attention_dropout", "mlp_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a probability in [0, 1)")
-        for name in ("embedding_gain", "attention_scale"):
+        for name in ("embedding_gain", "embedding_std", "residual_init", "attention_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a finite number > 0")
         for name in ("decay_fastest", "decay_slowest"):

@@ -78,6 +78,8 @@ def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
         ({"mlp_dropout": -0.1}, "mlp_dropout: got -0.1"),
         ({"attention_scale": 0.0}, "attention_scale: got 0.0"),
         ({"embedding_gain": float("nan")}, "embedding_gain: got nan"),
+        ({"embedding_std": 0.0}, "embedding_std: got 0.0"),
+        ({"residual_init": -1.0}, "residual_init: got -1.0"),
         ({"token_shift": 0}, "token_shift: got 0"),
         ({"token_shift": 97}, "token_shift: got 97, takes 1 to 96"),
         ({"mlp_token_shift": 300}, "mlp_token_shift: got 300"),

@@ -10,6 +10,7 @@ import torch
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.nn.embedding import binary_code, sinusoid
 from spikedecoder.nn.linear import SpikeLinear
+from spikedecoder.nn.norm import Norm
 from spikedecoder.nn.shift import token_shift
 
 SMALL = {
@@ -165,6 +166,17 @@ def test_pad_is_ignored_by_the_loss():
     only = model.loss(tokens[:, :3], targets[:, :3])
     torch.testing.assert_close(model.loss(tokens, targets), only)
     torch.testing.assert_close(model.loss(tokens, targets.masked_fill(targets == 0, -100)), only)
+
+
+def test_where_training_starts():
+    torch.manual_seed(0)
+    model = SpikeDecoder(_config(residual_init=0.25, embedding_std=2.0, vocab_size=400))
+    for block in model.blocks:
+        behind = {block.attention.proj.norm, block.mlp.fc2.norm}
+        norms = [m for m in block.modules() if isinstance(m, Norm)]
+        assert behind < set(norms)
+        assert all((m.weight == (0.25 if m in behind else 1.0)).all() for m in norms)
+    assert 1.9 < float(model.embedding.token.weight.std()) < 2.1
 
 
 def test_embedding_gain_wakes_the_first_attention():

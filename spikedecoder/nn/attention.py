@@ -33,7 +33,7 @@ class SpikingAttention(nn.Module):
         self.k = LinearNormLIF(e, e, c.norm, c.lif, c.learn_threshold)
         self.v = LinearNormLIF(e, e, c.norm, c.lif, c.learn_threshold)
         self.attention_lif = AttentionLIF(c)
-        self.proj = LinearNorm(e, e, c.norm, spikes=True)
+        self.proj = LinearNorm(e, e, c.norm, spikes=True, gain=c.residual_init)
         self.output_lif = LIF(c.lif, c.learn_threshold) if residual_spikes else None
 
     def forward(self, x: Tensor, layer: LayerState | None = None) -> Tensor:

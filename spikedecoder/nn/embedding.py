@@ -10,8 +10,6 @@ from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig, bits
 from spikedecoder.surrogate import heaviside
 
-_INIT_STD = 1e-5  # learned embeddings start at the threshold of their binarisation
-
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
     """[..., dim] float32: entry i of position p is sin (even i) or cos (odd i) of p / 10000^(i / dim).
@@ -50,7 +48,7 @@ class Embedding(nn.Module):
         self.position = nn.Embedding(c.max_len, width) if learned else None
         for table in (self.token, self.position):
             if table is not None:
-                nn.init.normal_(table.weight, std=_INIT_STD)
+                nn.init.normal_(table.weight, std=c.embedding_std)
 
     def forward(self, tokens: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """`positions` [S], or [B, S] where the sequences stand at different places."""

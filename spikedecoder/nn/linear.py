@@ -19,12 +19,16 @@ class SpikeLinear(nn.Linear):
 
 
 class LinearNorm(nn.Module):
-    """Norm(Linear(x)), x [..., K] -> [..., N]; `spikes`: x is exactly 0 and 1."""
+    """Norm(Linear(x)), x [..., K] -> [..., N]; `spikes`: x is exactly 0 and 1.
 
-    def __init__(self, inputs: int, outputs: int, norm: str, spikes: bool) -> None:
+    gain: the norm's weight before training.
+    """
+
+    def __init__(self, inputs: int, outputs: int, norm: str, spikes: bool, gain: float = 1.0) -> None:
         super().__init__()
         self.linear = SpikeLinear(inputs, outputs) if spikes else nn.Linear(inputs, outputs)
         self.norm = Norm(norm, outputs)
+        nn.init.constant_(self.norm.weight, gain)
         self.recompute = False  # see SpikeDecoder.recompute_activations
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class SpikingMLP(nn.Module):
         self.shift = c.mlp_token_shift
         self.input_lif = None if residual_spikes else LIF(c.lif, c.learn_threshold)
         self.fc1 = LinearNormLIF(c.embed_dim, c.hidden_dim, c.norm, c.lif, c.learn_threshold)
-        self.fc2 = LinearNorm(c.hidden_dim, c.embed_dim, c.norm, spikes=True)
+        self.fc2 = LinearNorm(c.hidden_dim, c.embed_dim, c.norm, spikes=True, gain=c.residual_init)
         self.dropout = nn.Dropout(c.mlp_dropout)
         self.output_lif = LIF(c.lif, c.learn_threshold) if residual_spikes else None
 
