@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 
 from spikedecoder.kernels import _launch
 from spikedecoder.kernels._launch import Launch
-from spikedecoder.params import LIFParams
+from spikedecoder.params import ILIFParams, LIFParams
 
 TARGETS = (80, 90, 100)
 RATES = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second, data sheets of the SXM boards
@@ -43,7 +43,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int8: "i8",
+    torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
 _OPCODES = re.compile(r"\b((?:FFMA|LDG\.E|LDGSTS|STG\.E|LDL|STL)[.\w]*|(?:[HIQ]G?|UTC\w*)MMA\b(?:\.\w+)*)")
 MEGA = 1 << 20
@@ -138,7 +138,7 @@ def lif_rows() -> Iterator[Row]:
 
 
 def small_rows() -> Iterator[Row]:
-    from spikedecoder.kernels import binarize, pack_spikes
+    from spikedecoder.kernels import binarize, ilif, pack_spikes
 
     x, words = meta((64 * MEGA // 1024, 1024)), meta((64 * MEGA // 1024, 16), torch.int64)
     bits = 2 + 1 / 8
@@ -146,6 +146,10 @@ def small_rows() -> Iterator[Row]:
     yield Row("binarize", "forward", "bf16", "64 Mi", 4 * 64 * MEGA, STREAM, lambda: binarize.forward(x, 2.0))
     backward = lambda: binarize.backward(meta(x.shape), x, 2.0)  # noqa: E731
     yield Row("binarize", "backward", "bf16", "64 Mi", 6 * 64 * MEGA, STREAM, backward)
+    p = ILIFParams(4)
+    yield Row("ilif", "forward", "bf16", "64 Mi", 5 * 64 * MEGA, STREAM, lambda: ilif.forward(x, p, True))
+    passes = meta(x.shape, torch.uint8)
+    yield Row("ilif", "backward", "bf16", "64 Mi", 5 * 64 * MEGA, STREAM, lambda: ilif.backward(x, passes, p))
     yield Row("pack_spikes", "pack", "bf16", "64 Mi", bits * 64 * MEGA, LOADS, lambda: pack_spikes.pack(x))
     yield Row(
         "pack_spikes", "unpack", "bf16", "64 Mi", bits * 64 * MEGA, ("128-bit stores", "no spill"), unpack

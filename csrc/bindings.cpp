@@ -133,6 +133,20 @@ void bind_lif(py::module_& m) {
                array<float>(out, n, "out"), static_cast<float>(alpha), n, checked_threads(threads)};
     run(kernels().binarize, a);
   });
+  m.def("ilif_forward", [](uintptr_t x, uintptr_t out, uintptr_t mask, double scale, double levels, double low,
+                           double high, int64_t n, int threads) {
+    elements({n});
+    IlifForward a{array<const float>(x, n, "x"), array<float>(out, n, "out"), optional_array<uint8_t>(mask, "mask"),
+                  static_cast<float>(scale), static_cast<float>(levels), static_cast<float>(low),
+                  static_cast<float>(high), n, checked_threads(threads)};
+    run(kernels().ilif_forward, a);
+  });
+  m.def("ilif_backward", [](uintptr_t grad, uintptr_t mask, uintptr_t out, double scale, int64_t n, int threads) {
+    elements({n});
+    IlifBackward a{array<const float>(grad, n, "grad"), array<const uint8_t>(mask, n, "mask"),
+                   array<float>(out, n, "out"), static_cast<float>(scale), n, checked_threads(threads)};
+    run(kernels().ilif_backward, a);
+  });
 }
 
 NormKind make_kind(int kind) {

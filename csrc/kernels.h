@@ -64,6 +64,24 @@ struct LifBackward {
   int threads;
 };
 
+// s = clip(floor(x scale + 1/2), 0, levels); mask 1 where low <= x scale <= high, null: not wanted.
+struct IlifForward {
+  const float* x;
+  float* out;
+  uint8_t* mask;
+  float scale, levels, low, high;
+  int64_t n;
+  int threads;
+};
+
+struct IlifBackward {
+  const float* grad;
+  const uint8_t* mask;
+  float *out, scale;
+  int64_t n;
+  int threads;
+};
+
 struct Binarize {
   const float *x, *grad;  // grad null: spikes are written, else the gradient of x
   float* out;
@@ -243,6 +261,8 @@ namespace spikedecoder {
   X(matmul_weight_grad, WeightGrad)               \
   X(transpose, Transpose)                         \
   X(binarize, Binarize)                           \
+  X(ilif_forward, IlifForward)                    \
+  X(ilif_backward, IlifBackward)                  \
   X(pack, Pack)                                   \
   X(unpack, Unpack)                               \
   X(decode, Decode)

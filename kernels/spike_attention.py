@@ -11,7 +11,8 @@ Where too few programs would run, the sequence is cut in segments: one kernel su
 adds them up to the state before each, and the programs then walk their own segment from there.
 
 Exact: q, k and v are 0 and 1, so scores are integers up to d <= 128, exact in one bfloat16, and states
-integers up to S, exact in two for S <= 2^16 (and no initial state), else in three (`_digits`). All sums are
+integers up to S, exact in two for S <= 2^16 (and no initial state), else in three (`_digits`). Of integers up
+to D <= 15, scores reach d D^2 < 2^15, exact in two (below 2^8 in one), and states S D^2. All sums are
 integers in float32 accumulators, exact below 2^24. With a decay, scores and states are real and taken in
 digits to the precision of the dtype: 24 bits for float32, 16 for the others. The powers of the decay come
 in a table.
@@ -360,11 +361,16 @@ class Pass:
     decay: Tensor | None
     powers: Tensor | None
     dtype: torch.dtype
+    levels: int = 1  # the largest value of q, k and v
 
     @property
     def real(self) -> int:
         """Digits of sums that are not integers: 24 bits for float32, else 16."""
         return max(2, digits(self.dtype))
+
+    def scores(self, d: int) -> int:
+        """Digits of scores that are integers."""
+        return 1 if d * self.levels**2 <= 1 << 8 else 2
 
     def flags(self, k_digits: int, v_digits: int) -> dict[str, object]:
         decays = self.decay is not None
@@ -407,8 +413,10 @@ def walk(
     q_digits, k_digits, v_digits = (digits(way.dtype) if name in real else 1 for name in "qkv")
     real_scores = way.decay is not None or "q" in real or "k" in real
     integers = way.decay is None and not real.strip("q")
-    state_digits = way.real if not integers else 2 if state is None and tokens <= 1 << 16 else 3
-    score_digits = way.real if real_scores else 1
+    state_digits = (
+        way.real if not integers else 2 if state is None and tokens * way.levels**2 <= 1 << 16 else 3
+    )
+    score_digits = way.real if real_scores else way.scores(d)
     size = blocks(d, way.dtype, way.decay is None and not real, q.device)
     across = cdiv(d, size.columns)
     programs = T * batch * heads * across
@@ -432,6 +440,7 @@ def forward(
     decay: Tensor | None,
     state: Tensor | None,
     return_state: bool,
+    levels: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """(o [T, B, H, S, d] laid out heads last, final state in float32 if asked for)."""
     T, batch, heads, _, d = q.shape
@@ -440,19 +449,20 @@ def forward(
         if final is not None:
             final = final.zero_() if state is None else final.copy_(state)
         return torch.empty_like(heads_last(q)).transpose(2, 3), final
-    way = Pass(decay, power_table(decay), q.dtype)
+    way = Pass(decay, power_table(decay), q.dtype, levels)
     out = walk(way, heads_last(q), heads_last(k), heads_last(v), scale, state, final)
     return out.transpose(2, 3), final
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None,
+    levels: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), laid out heads last."""
     grad, q, k, v = (heads_last(x) for x in (grad, q, k, v))
     if q.numel() == 0:
         return q.transpose(2, 3).clone(), k.transpose(2, 3).clone(), v.transpose(2, 3).clone()
-    way = Pass(decay, power_table(decay), q.dtype)
+    way = Pass(decay, power_table(decay), q.dtype, levels)
     dq = walk(way, grad, v, k, scale, None if state is None else state.transpose(-1, -2), real="q")
     if decay is None and q.dtype == torch.bfloat16 and q.shape[-1] <= (16 if major(q.device) == 8 else 64):
         dk, dv = _backward_kv(way, grad, q, k, v, scale)
@@ -474,7 +484,7 @@ def _backward_kv(
     launch(
         attention_backward_kv, (programs, segments), q_ptr=q, k_ptr=k, v_ptr=v, grad_ptr=grad, dk_ptr=dk,
         dv_ptr=dv, powers_ptr=way.powers, state_ptr=behind, tokens=tokens, heads=heads, segment=segment,
-        scale=scale, D=d, G=one, SCORE=1, REAL=way.real, DECAY=False, BLOCK_S=64,
+        scale=scale, D=d, G=one, SCORE=way.scores(d), REAL=way.real, DECAY=False, BLOCK_S=64,
         BLOCK_D=max(16, power_of_2(d)),
     )  # fmt: skip
     return dk, dv

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spikedecoder.fields import at_least, check_field, coerce
-from spikedecoder.params import NORMS, LIFParams
+from spikedecoder.params import MAX_LEVELS, NORMS, ILIFParams, LIFParams
 from spikedecoder.surrogate import SURROGATES
 
 TokenEncoding = Literal["learned", "one-hot", "two-hot", "binary"]
@@ -59,6 +59,10 @@ class SpikeDecoderConfig:
         of the attention's and the MLP's first Linear; 1 is off.
     reunite: how the head joins timesteps. float_reunite: join first, then one LIF step.
     spiking_head: LIF before the head's Linear; None: where spike_degree is 4.
+    neuron: "lif"; or "ilif", which trains in one timestep (T = 1) with integers 0 to `levels` in units of
+        v_threshold and runs as so many binary timesteps (`SpikeDecoder.unroll`); see
+        `spikedecoder.params.ILIFParams`. It has none of LIF's other parameters.
+    levels: of "ilif", 1 to 15; None with "lif".
     tau, v_threshold, v_reset (None: soft), decay_input, learn_threshold, surrogate, surrogate_alpha,
         detach_reset: the neurons; see `spikedecoder.params.LIFParams`.
     pad_id: token ignored by the loss; None if there is none.
@@ -102,6 +106,8 @@ class SpikeDecoderConfig:
     float_reunite: bool = False
     spiking_head: bool | None = None
 
+    neuron: Literal["lif", "ilif"] = "lif"
+    levels: int | None = None
     tau: float = 2.0
     v_threshold: float = 1.0
     v_reset: float | None = 0.0
@@ -141,7 +147,7 @@ class SpikeDecoderConfig:
             raise ValueError(f"norm: got {self.norm!r}, takes one of {', '.join(NORMS)}")
         if self.surrogate not in SURROGATES:
             raise ValueError(f"surrogate: got {self.surrogate!r}, takes one of {', '.join(SURROGATES)}")
-        _ = self.lif  # its own checks
+        self._check_neuron()
         if self.pad_id is not None and not 0 <= self.pad_id < self.vocab_size:
             raise ValueError(
                 f"pad_id: got {self.pad_id}, takes None or a token in 0 to {self.vocab_size - 1}"
@@ -161,6 +167,27 @@ class SpikeDecoderConfig:
             raise ValueError(
                 "float_reunite: got True without a spiking head, takes False, or spiking_head=True"
             )
+
+    def _check_neuron(self) -> None:
+        if self.neuron == "lif":
+            if self.levels is not None:
+                raise ValueError(f"levels: got {self.levels}, takes None with neuron='lif'")
+            _ = self.lif  # its own checks
+            return
+        if self.levels is None:
+            raise ValueError(f"levels: got None, takes 1 to {MAX_LEVELS} with neuron='ilif'")
+        if self.timesteps != 1:
+            raise ValueError(
+                f"timesteps: got {self.timesteps}, takes 1 with neuron='ilif': its integers stand for "
+                f"levels = {self.levels} binary timesteps"
+            )
+        for name in _LIF_ONLY:
+            got, default = getattr(self, name), _DEFAULTS[name]
+            if got != default:
+                raise ValueError(f"{name}: got {got!r}, takes {default!r} with neuron='ilif', which has none")
+        if self.v_reset not in (None, _DEFAULTS["v_reset"]):
+            raise ValueError(f"v_reset: got {self.v_reset}, takes None with neuron='ilif': its reset is soft")
+        _ = self.neurons  # its own checks
 
     def _check_embedding(self) -> None:
         if self.ann_embedding and self.position_encoding not in ("static", "learned"):
@@ -246,6 +273,19 @@ class SpikeDecoderConfig:
             detach_reset=self.detach_reset,
         )
 
+    @property
+    def neurons(self) -> LIFParams | ILIFParams:
+        """Those of the model's neurons."""
+        if self.neuron == "lif":
+            return self.lif
+        assert self.levels is not None
+        return ILIFParams(self.levels, self.v_threshold)
+
+    @property
+    def spike_levels(self) -> int:
+        """The largest activation: 1, or an I-LIF neuron's levels."""
+        return self.levels or 1
+
     def replace(self, **changes: Any) -> SpikeDecoderConfig:
         """A copy with some fields changed; unknown names raise ValueError."""
         return self.from_dict({**self.to_dict(), **changes})
@@ -279,6 +319,8 @@ def bits(n: int) -> int:
 
 
 _HINTS: dict[str, Any] = typing.get_type_hints(SpikeDecoderConfig)
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(SpikeDecoderConfig)}
+_LIF_ONLY = ("tau", "decay_input", "learn_threshold", "surrogate", "surrogate_alpha", "detach_reset")
 
 _ORIGINAL_CHAR: dict[str, Any] = {
     "vocab_size": 30,

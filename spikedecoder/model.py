@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from spikedecoder.checkpoint import FolderMixin
 from spikedecoder.config import SpikeDecoderConfig
-from spikedecoder.nn.attention import SoftmaxAttention, SpikingAttention
+from spikedecoder.nn.attention import AttentionLIF, SoftmaxAttention, SpikingAttention
 from spikedecoder.nn.embedding import Embedding, FloatEmbedding
 from spikedecoder.nn.head import Head
-from spikedecoder.nn.linear import LinearNorm, LinearNormLIF
+from spikedecoder.nn.linear import LinearNorm, LinearNormLIF, SpikeLinear
 from spikedecoder.nn.mlp import MLP, SpikingMLP
-from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.neuron import LIF, neurons
 from spikedecoder.nn.state import DecoderState, LayerState
 
 IGNORE = -100  # target that the loss does not count
@@ -35,7 +35,7 @@ class Block(nn.Module):
         super().__init__()
         # the residual stream can spike only where the parts around it do
         residuals = 0 if c.attention_only or c.spike_degree < 2 else c.spiking_residuals
-        neuron = lambda wanted: LIF(c.lif, c.learn_threshold) if wanted else None  # noqa: E731
+        neuron = lambda wanted: neurons(c) if wanted else None  # noqa: E731
 
         self.input_lif = neuron(residuals == 2)
         self.attention = SpikingAttention(c, residuals == 2) if c.spiking_attention else SoftmaxAttention(c)
@@ -136,9 +136,12 @@ class SpikeDecoder(nn.Module, FolderMixin):
         return logits[:, 0], state
 
     def _keep_exact(self, state: DecoderState, more: int) -> None:
-        """Sums of spikes reach d times the tokens read; past 2^24 the state goes on in float64."""
-        head_size = self.config.embed_dim // self.config.heads
-        if (state.longest + more) * head_size > 2**24:
+        """Sums of spikes reach d D^3 times the tokens read; past 2^24 the state goes on in float64.
+
+        D = 1, or the levels of I-LIF neurons.
+        """
+        most = self.config.embed_dim // self.config.heads * self.config.spike_levels**3
+        if (state.longest + more) * most > 2**24:
             for layer in state.layers:
                 if "attention.state" in layer:
                     layer["attention.state"] = layer["attention.state"].double()
@@ -196,11 +199,25 @@ class SpikeDecoder(nn.Module, FolderMixin):
         """For backward keep spikes as bits and statistics of norms only, and compute Linears again there.
 
         Same results; what a training step keeps shrinks several times, for one more product a Linear. A
-        setting of this object: in no config and no checkpoint.
+        setting of this object: in no config and no checkpoint. ValueError with I-LIF: it keeps bits.
         """
+        if on and self.config.spike_levels > 1:
+            raise ValueError("recompute: got True, takes False with neuron='ilif': it keeps spikes as bits")
         for module in self.modules():
             if isinstance(module, (LinearNorm, LinearNormLIF)):
                 module.recompute = on
+
+    def unroll(self, on: bool = True) -> None:
+        """Run I-LIF neurons as what they stand for: `levels` binary timesteps.
+
+        Every matrix product then takes the timesteps' spikes, 0 and 1, of its integer operand, and adds up
+        what they give: the same numbers and gradients, but for the order of sums. A neuron's spikes over the
+        timesteps are those of `spikedecoder.params.ILIFParams`. Without I-LIF neurons nothing changes. A
+        setting of this object: in no config and no checkpoint.
+        """
+        for module in self.modules():
+            if isinstance(module, (SpikeLinear, AttentionLIF)):
+                module.unrolled = on and self.config.spike_levels > 1
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """For the optimiser: decay on Linear weights and thresholds, none on biases, norms, embeddings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -60,6 +61,44 @@ class LIFParams:
             self.alpha,
             self.detach_reset,
         )
+
+
+MAX_LEVELS = 15
+
+
+@dataclass(frozen=True)
+class ILIFParams:
+    """What defines an integer leaky integrate-and-fire neuron (I-LIF) besides its input.
+
+    Trained in one timestep, with D = `levels`:
+
+        s = clip(floor(x / v_threshold + 1/2), 0, D)
+        ds/dx = 1 / v_threshold where -WINDOW <= x / v_threshold <= D + WINDOW, else 0
+
+    It is the number of spikes of a binary neuron without leak that runs D timesteps: its potential starts at
+    v_threshold / 2, the whole current x comes at the first timestep, and each spike subtracts v_threshold
+    (soft reset). Its spike at timestep t is 1 where s >= t: see `spikedecoder.ops.spike_planes`.
+
+    Source: I-LIF, Luo et al., 2024 (SpikeYOLO, arXiv 2407.20708).
+    """
+
+    levels: int
+    v_threshold: float = 1.0
+
+    WINDOW: ClassVar[float] = 0.5  # levels below 0 and above D as far as which the gradient passes
+
+    def __post_init__(self) -> None:
+        if isinstance(self.levels, bool) or not isinstance(self.levels, int):
+            raise TypeError(f"levels: got {self.levels!r}, takes an integer from 1 to {MAX_LEVELS}")
+        if not 1 <= self.levels <= MAX_LEVELS:
+            raise ValueError(f"levels: got {self.levels}, takes 1 to {MAX_LEVELS}")
+        if not (math.isfinite(self.v_threshold) and self.v_threshold > 0):
+            raise ValueError(f"v_threshold: got {self.v_threshold!r}, takes a finite number > 0 with I-LIF")
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Of x / v_threshold, where the gradient passes."""
+        return -self.WINDOW, self.levels + self.WINDOW
 
 
 @dataclass(frozen=True)

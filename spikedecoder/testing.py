@@ -58,6 +58,10 @@ def _rows() -> Iterator[Case]:
 
     yield Case("binarize", "matrix", (7, 33))
     yield Case("binarize", "empty", (0, 4))
+    yield Case("ilif", "D1", (7, 33), {"levels": 1})
+    yield Case("ilif", "D4", (3, 5, 64), {"levels": 4, "v_threshold": 0.5})
+    yield Case("ilif", "D15", (2, 130), {"levels": 15, "v_threshold": 0.3})
+    yield Case("ilif", "empty", (0, 4), {"levels": 4})
     for c in (1, 63, 64, 65, 130):
         yield Case("pack_spikes", f"C{c}", (3, 4, c))
     yield Case("pack_spikes", "empty", (0, 70))
@@ -81,6 +85,16 @@ def _rows() -> Iterator[Case]:
             yield Case(op, f"S{s}-d{d}", (2, 2, 3, s, d))
         yield Case(op, "decay", (2, 2, 3, 100, 16), {"decay": True}, exact=False)
         yield Case(op, "scale", (3, 1, 2, 40, 16), {"scale": 0.5})
+    yield Case("spike_attention", "integers", (1, 2, 2, 66, 16), {"levels": 4})
+    yield Case(
+        "spike_attention", "integers-decay", (1, 2, 2, 66, 16), {"levels": 15, "decay": True}, exact=False
+    )
+    yield Case(
+        "spike_attention",
+        "integers-state",
+        (1, 2, 3, 33, 8),
+        {"levels": 4, "state": True, "return_state": True},
+    )
     yield Case("spike_attention", "state", (2, 2, 3, 70, 16), {"state": True, "return_state": True})
     yield Case(
         "spike_attention",
@@ -171,7 +185,16 @@ def _attention_inputs(case: Case, generator: torch.Generator) -> Inputs:
     t, b, h, s, d = case.shape
     # as a model makes them: [T, B, S, H, d] in memory
     q, k, v = (spikes((t, b, s, h, d), generator, 0.3).transpose(2, 3).requires_grad_() for _ in range(3))
+    levels = case.options.get("levels", 1)
+    if levels > 1:
+        q, k, v = (
+            torch.randint(0, levels + 1, (t, b, s, h, d), generator=generator).float().transpose(2, 3)
+            for _ in range(3)
+        )
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
     inputs: Inputs = {"q": q, "k": k, "v": v, "scale": case.options.get("scale", 0.125)}
+    if levels > 1:
+        inputs["levels"] = levels
     if case.options.get("decay"):
         inputs["decay"] = 1 - 2.0 ** -torch.arange(2, 2 + h).float()
     if case.options.get("state"):
@@ -210,6 +233,8 @@ def _linear_norm_inputs(case: Case, generator: torch.Generator) -> Inputs:
 _MAKERS: dict[str, Callable[[Case, torch.Generator], Inputs]] = {
     "lif": _lif_inputs,
     "binarize": lambda case, g: {"x": torch.randn(case.shape, generator=g).requires_grad_()},
+    # a wide range, with ties and what lies on the window's borders among it
+    "ilif": lambda case, g: {"x": (2 * dyadic(case.shape, g)).requires_grad_(), **case.options},
     "pack_spikes": lambda case, g: {"spikes": spikes(case.shape, g, 0.4)},
     "norm": _norm_inputs,
     "norm_lif": _norm_inputs,

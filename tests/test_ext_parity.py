@@ -45,7 +45,7 @@ def assert_gradients(actual, expected, atol=2e-6):
             )
 
 
-@pytest.mark.parametrize("case", cases("lif", "binarize", "pack_spikes"), ids=str)
+@pytest.mark.parametrize("case", cases("lif", "ilif", "binarize", "pack_spikes"), ids=str)
 def test_elementwise(case, variant):
     actual, expected = both(case)
     assert torch.equal(actual["out"], expected["out"])
@@ -143,7 +143,9 @@ def test_attention_lif_of_other_neurons(variant, options):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", cases("lif", "binarize", "spike_attention", "spike_attention_lif"), ids=str)
+@pytest.mark.parametrize(
+    "case", cases("lif", "ilif", "binarize", "spike_attention", "spike_attention_lif"), ids=str
+)
 def test_bfloat16(case, variant):
     """Dyadic inputs fit: the same spikes. Gradients differ by the rounding of what is read and written."""
     with ops.use_backend("cpu"):

@@ -22,8 +22,8 @@ from spikedecoder.testing import Case, Inputs, cases, flipped, make_inputs, run
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = (
-    "lif", "binarize", "pack_spikes", "norm_lif", "spike_attention", "spike_attention_lif", "spike_linear",
-    "linear_norm_lif",
+    "lif", "ilif", "binarize", "pack_spikes", "norm_lif", "spike_attention", "spike_attention_lif",
+    "spike_linear", "linear_norm_lif",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
@@ -47,7 +47,9 @@ def compare(case: Case, dtype: torch.dtype, device: str = DEVICE) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name
-    spikes = case.operator in ("lif", "binarize", "norm_lif", "spike_attention_lif", "linear_norm_lif")
+    spikes = case.operator in (
+        "lif", "ilif", "binarize", "norm_lif", "spike_attention_lif", "linear_norm_lif",
+    )  # fmt: skip
     flips = flipped(actual["out"], expected["out"]) if spikes else 0.0
     rounds = case.operator == "spike_attention" and dtype != torch.float32  # integers beyond 256 or 2048
     if case.exact and not rounds:

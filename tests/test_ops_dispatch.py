@@ -130,7 +130,9 @@ def test_environment_variable(value, expect):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.operator in ("lif", "binarize", "spike_attention", "pack_spikes")], ids=str
+    "case",
+    [c for c in CASES if c.operator in ("lif", "ilif", "binarize", "spike_attention", "pack_spikes")],
+    ids=str,
 )
 def test_opcheck(case):
     if case.name in ("T16", "S130-d20", "wide"):
@@ -141,6 +143,9 @@ def test_opcheck(case):
         threshold = inputs["v_threshold"] if isinstance(inputs.get("v_threshold"), torch.Tensor) else None
         args = (x, threshold, inputs.get("v_init"), 2.0, 1.0, 0.0, True, "sigmoid", 4.0, True, "reference")
         op = torch.ops.spikedecoder.lif.default
+    elif case.operator == "ilif":
+        args = (inputs["x"], inputs["levels"], inputs.get("v_threshold", 1.0), True, "reference")
+        op = torch.ops.spikedecoder.ilif.default
     elif case.operator == "binarize":
         op, args = torch.ops.spikedecoder.binarize.default, (inputs["x"], 2.0, "reference")
     elif case.operator == "pack_spikes":
@@ -148,7 +153,7 @@ def test_opcheck(case):
     else:
         op = torch.ops.spikedecoder.spike_attention.default
         rest = (inputs.get("decay"), inputs.get("state"), [], inputs.get("return_state", False), "reference")
-        args = (inputs["q"], inputs["k"], inputs["v"], 0.125, *rest)
+        args = (inputs["q"], inputs["k"], inputs["v"], 0.125, *rest, inputs.get("levels", 1))
     torch.library.opcheck(op, args)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from spikedecoder import ops
-from spikedecoder.params import LIFParams
+from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.reference import binarize as binarize_spec
+from spikedecoder.reference import ilif as ilif_spec
 from spikedecoder.reference import lif as lif_spec
 from spikedecoder.reference import spike_attention as attention_spec
 from spikedecoder.testing import cases, flipped, leaves, make_inputs, run
@@ -40,7 +41,7 @@ def _lif(x, v_threshold=1.0, v_init=None, return_state=False, **params):
     return (spikes, v) if return_state else (spikes,)
 
 
-def _attention(q, k, v, scale, decay=None, state=None, return_state=False):
+def _attention(q, k, v, scale, decay=None, state=None, return_state=False, levels=1):
     out = attention_spec.quadratic(q, k, v, scale, decay, state)
     return (
         (out, attention_spec.recurrent(q, k, v, scale, decay, state)[1].detach()) if return_state else (out,)
@@ -129,6 +130,30 @@ def test_attention_lif_is_attention_then_lif(case):
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
     else:
         assert flipped(actual["out"], expected["out"]) < 1e-3
+
+
+@pytest.mark.parametrize("case", cases("ilif"), ids=str)
+def test_ilif(case):
+    actual = run(case, make_inputs(case, torch.float64))
+    expected = _by_autograd(
+        lambda x, **p: (ilif_spec.ilif(x, ILIFParams(**p)),), make_inputs(case, torch.float64)
+    )
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+def test_ilif_counts_the_spikes_of_a_binary_neuron(levels):
+    """Without leak, from half a threshold on, all current at the first of D timesteps, soft reset."""
+    x = torch.randint(-40, 100, (3, 50), generator=torch.Generator().manual_seed(0)) / 16  # ties among them
+    counts = ops.ilif(x, levels=levels, v_threshold=0.5)
+    current = torch.cat([x[None], torch.zeros(levels - 1, *x.shape)])
+    # no leak is tau without bound: what leaks is 0 and what comes is all of x
+    spikes = ops.lif(
+        current, tau=1e30, decay_input=False, v_threshold=0.5, v_reset=None, v_init=torch.full_like(x, 0.25)
+    )
+    assert torch.equal(spikes, ops.spike_planes(counts, levels))
+    assert torch.equal(spikes.sum(0), counts) and set(counts.unique().tolist()) == set(range(levels + 1))
 
 
 @pytest.mark.parametrize("case", cases("binarize"), ids=str)

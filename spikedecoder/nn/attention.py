@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.linear import LinearNorm, LinearNormLIF
-from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.neuron import neurons
 from spikedecoder.nn.norm import Norm
 from spikedecoder.nn.shift import token_shift
 from spikedecoder.nn.state import LayerState, grow
@@ -28,13 +30,13 @@ class SpikingAttention(nn.Module):
         super().__init__()
         e = c.embed_dim
         self.shift = c.token_shift
-        self.input_lif = None if residual_spikes else LIF(c.lif, c.learn_threshold)
-        self.q = LinearNormLIF(e, e, c.norm, c.lif, c.learn_threshold)
-        self.k = LinearNormLIF(e, e, c.norm, c.lif, c.learn_threshold)
-        self.v = LinearNormLIF(e, e, c.norm, c.lif, c.learn_threshold)
+        self.input_lif = None if residual_spikes else neurons(c)
+        self.q = LinearNormLIF(e, e, c)
+        self.k = LinearNormLIF(e, e, c)
+        self.v = LinearNormLIF(e, e, c)
         self.attention_lif = AttentionLIF(c)
-        self.proj = LinearNorm(e, e, c.norm, spikes=True, gain=c.residual_init)
-        self.output_lif = LIF(c.lif, c.learn_threshold) if residual_spikes else None
+        self.proj = LinearNorm(e, e, c.norm, levels=c.spike_levels, gain=c.residual_init)
+        self.output_lif = neurons(c) if residual_spikes else None
 
     def forward(self, x: Tensor, layer: LayerState | None = None) -> Tensor:
         s = x if self.input_lif is None else self.input_lif(x)
@@ -50,7 +52,8 @@ class AttentionLIF(nn.Module):
     def __init__(self, c: SpikeDecoderConfig) -> None:
         super().__init__()
         self.heads, self.scale, self.dropout = c.heads, c.attention_scale, c.attention_dropout
-        self.lif = LIF(c.lif, c.learn_threshold)
+        self.unrolled = False  # see SpikeDecoder.unroll
+        self.lif = neurons(c)
         self.norm = Norm(c.norm, c.embed_dim) if c.attention_norm else None
         # a constant of the config: in no checkpoint
         self.decay: Tensor | None
@@ -61,31 +64,32 @@ class AttentionLIF(nn.Module):
         # [T, B, S, E] -> [T, B, H, S, d]
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        if layer is None and self.norm is None:
+        if layer is None and self.norm is None and self.lif.levels == 1:
             p, threshold = self.lif.params, self.lif.v_threshold
             a = ops.spike_attention_lif(
                 q, k, v, p, self.scale, self.decay, threshold=threshold, dropout=dropout
             )
             return a.transpose(2, 3).flatten(-2)
-        if layer is None:
-            result = ops.spike_attention(q, k, v, self.scale, self.decay, dropout=dropout)
-            assert isinstance(result, Tensor)
-            current = result
-        else:
-            current = self._go_on(q, k, v, layer)
+        current = self.current(q, k, v, dropout) if layer is None else self._go_on(q, k, v, layer)
         current = current.transpose(2, 3).flatten(-2)
-        if self.norm is None:
-            return self.lif(current)
-        return ops.norm_lif(current, self.norm.params(), self.lif.params, threshold=self.lif.v_threshold)
+        return self.lif(current) if self.norm is None else self.lif.of_norm(current, self.norm.params())
+
+    def current(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+        """The attention itself, before norm and neurons: [T, B, H, S, d] for q, k, v of that shape."""
+        result = self._attend(q, k, v, dropout=dropout)
+        assert isinstance(result, Tensor)
+        return result
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        attention = ops.unrolled_attention if self.unrolled else ops.spike_attention
+        return attention(q, k, v, self.scale, self.decay, levels=self.lif.levels, **options)
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState) -> Tensor:
         """The attention with the past's sum of k^T v, in the dtype that keeps it exact; [T, B, H, S, d]."""
         state, dtype = layer.get("attention.state"), q.dtype
         if state is not None and state.dtype == torch.float64:
             q, k, v = q.double(), k.double(), v.double()
-        current, layer["attention.state"] = ops.spike_attention(
-            q, k, v, self.scale, self.decay, state, return_state=True
-        )
+        current, layer["attention.state"] = self._attend(q, k, v, state=state, return_state=True)
         return current.to(dtype)
 
 
@@ -100,10 +104,10 @@ class SoftmaxAttention(nn.Module):
         e = c.embed_dim
         self.heads, self.shift, self.dropout = c.heads, c.token_shift, c.attention_dropout
         self.capacity = c.max_len
-        self.q = LinearNorm(e, e, c.norm, spikes=False)
-        self.k = LinearNorm(e, e, c.norm, spikes=False)
-        self.v = LinearNorm(e, e, c.norm, spikes=False)
-        self.proj = LinearNorm(e, e, c.norm, spikes=False)
+        self.q = LinearNorm(e, e, c.norm, levels=None)
+        self.k = LinearNorm(e, e, c.norm, levels=None)
+        self.v = LinearNorm(e, e, c.norm, levels=None)
+        self.proj = LinearNorm(e, e, c.norm, levels=None)
 
     def forward(self, x: Tensor, layer: LayerState | None = None, position: Tensor | None = None) -> Tensor:
         x = token_shift(x, self.shift, layer, "attention.shift")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.linear import SpikeLinear
-from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.neuron import neurons
 
 
 class Head(nn.Module):
@@ -18,12 +18,15 @@ class Head(nn.Module):
     def __init__(self, c: SpikeDecoderConfig) -> None:
         super().__init__()
         self.reunite, self.float_reunite = c.reunite, c.float_reunite
-        self.lif = LIF(c.lif, c.learn_threshold) if c.head_spikes else None
+        self.lif = neurons(c) if c.head_spikes else None
         joined = c.spiking_attention and c.reunite == "concatenate"
-        # joining by "average" or "accumulate" leaves counts, not spikes
-        binary = c.head_spikes and (c.float_reunite or c.reunite in ("concatenate", "final"))
-        linear = SpikeLinear if binary else nn.Linear
-        self.linear = linear(c.embed_dim * (c.timesteps if joined else 1), c.vocab_size)
+        # joining several timesteps by "average" or "accumulate" leaves counts, not spikes
+        kept = c.float_reunite or c.timesteps == 1 or c.reunite in ("concatenate", "final")
+        width = c.embed_dim * (c.timesteps if joined else 1)
+        if c.head_spikes and kept:
+            self.linear: nn.Linear = SpikeLinear(width, c.vocab_size, levels=c.spike_levels)
+        else:
+            self.linear = nn.Linear(width, c.vocab_size)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.lif is not None and not self.float_reunite:

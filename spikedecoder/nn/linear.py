@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikedecoder import ops
-from spikedecoder.nn.neuron import LIF
+from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.nn.neuron import neurons
 from spikedecoder.nn.norm import Norm
-from spikedecoder.params import LIFParams
 
 
 class SpikeLinear(nn.Linear):
-    """Linear whose input is exactly 0 and 1: accumulates, multiplies nothing."""
+    """Linear whose input is exactly 0 and 1: accumulates, multiplies nothing.
+
+    With `levels` > 1 its input is integers from 0 to that, sums of so many binary timesteps: trained as one
+    dense product, and where `unrolled` is set (`SpikeDecoder.unroll`) computed from the timesteps.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, levels: int = 1) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.levels, self.unrolled = levels, False
 
     def forward(self, s: Tensor) -> Tensor:
-        return ops.spike_linear(s, self.weight, self.bias)
+        if self.levels == 1:
+            return ops.spike_linear(s, self.weight, self.bias)
+        if self.unrolled:
+            return ops.unrolled_linear(s, self.weight, self.bias, levels=self.levels)
+        return F.linear(s, self.weight, self.bias)
 
 
 class LinearNorm(nn.Module):
-    """Norm(Linear(x)), x [..., K] -> [..., N]; `spikes`: x is exactly 0 and 1.
+    """Norm(Linear(x)), x [..., K] -> [..., N].
 
-    gain: the norm's weight before training.
+    levels: of the spikes x, None where it is real numbers. gain: the norm's weight before training.
     """
 
-    def __init__(self, inputs: int, outputs: int, norm: str, spikes: bool, gain: float = 1.0) -> None:
+    def __init__(self, inputs: int, outputs: int, norm: str, levels: int | None, gain: float = 1.0) -> None:
         super().__init__()
-        self.linear = SpikeLinear(inputs, outputs) if spikes else nn.Linear(inputs, outputs)
+        self.linear = SpikeLinear(inputs, outputs, levels=levels) if levels else nn.Linear(inputs, outputs)
         self.norm = Norm(norm, outputs)
         nn.init.constant_(self.norm.weight, gain)
         self.recompute = False  # see SpikeDecoder.recompute_activations
@@ -40,11 +53,11 @@ class LinearNorm(nn.Module):
 class LinearNormLIF(nn.Module):
     """LIF(Norm(Linear(s))): spikes [T, ..., K] in, spikes [T, ..., N] out."""
 
-    def __init__(self, inputs: int, outputs: int, norm: str, lif: LIFParams, learn_threshold: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, c: SpikeDecoderConfig) -> None:
         super().__init__()
-        self.linear = SpikeLinear(inputs, outputs)
-        self.norm = Norm(norm, outputs)
-        self.lif = LIF(lif, learn_threshold)
+        self.linear = SpikeLinear(inputs, outputs, levels=c.spike_levels)
+        self.norm = Norm(c.norm, outputs)
+        self.lif = neurons(c)
         self.recompute = False  # see SpikeDecoder.recompute_activations
 
     def forward(self, s: Tensor) -> Tensor:
@@ -53,5 +66,4 @@ class LinearNormLIF(nn.Module):
             return ops.linear_norm_lif(
                 s, self.linear.weight, self.linear.bias, n, self.lif.params, threshold=threshold
             )
-        current = self.linear(s)
-        return ops.norm_lif(current, self.norm.params(), self.lif.params, threshold=self.lif.v_threshold)
+        return self.lif.of_norm(self.linear(s), self.norm.params())

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.linear import LinearNorm, LinearNormLIF
-from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.neuron import neurons
 from spikedecoder.nn.shift import token_shift
 from spikedecoder.nn.state import LayerState
 
@@ -21,11 +21,11 @@ class SpikingMLP(nn.Module):
     def __init__(self, c: SpikeDecoderConfig, residual_spikes: bool) -> None:
         super().__init__()
         self.shift = c.mlp_token_shift
-        self.input_lif = None if residual_spikes else LIF(c.lif, c.learn_threshold)
-        self.fc1 = LinearNormLIF(c.embed_dim, c.hidden_dim, c.norm, c.lif, c.learn_threshold)
-        self.fc2 = LinearNorm(c.hidden_dim, c.embed_dim, c.norm, spikes=True, gain=c.residual_init)
+        self.input_lif = None if residual_spikes else neurons(c)
+        self.fc1 = LinearNormLIF(c.embed_dim, c.hidden_dim, c)
+        self.fc2 = LinearNorm(c.hidden_dim, c.embed_dim, c.norm, levels=c.spike_levels, gain=c.residual_init)
         self.dropout = nn.Dropout(c.mlp_dropout)
-        self.output_lif = LIF(c.lif, c.learn_threshold) if residual_spikes else None
+        self.output_lif = neurons(c) if residual_spikes else None
 
     def forward(self, x: Tensor, layer: LayerState | None = None) -> Tensor:
         s = x if self.input_lif is None else self.input_lif(x)

@@ -1,4 +1,4 @@
-"""A layer of LIF neurons."""
+"""Layers of neurons."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from spikedecoder import ops
-from spikedecoder.params import LIFParams
+from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 
 class LIF(nn.Module):
@@ -14,6 +15,9 @@ class LIF(nn.Module):
 
     With `learn_threshold`, the threshold is a scalar parameter that starts at ``params.v_threshold``.
     """
+
+    levels = 1  # the largest output
+    params: LIFParams
 
     def __init__(self, params: LIFParams, learn_threshold: bool = False) -> None:
         super().__init__()
@@ -25,5 +29,31 @@ class LIF(nn.Module):
         assert isinstance(spikes, Tensor)
         return spikes
 
+    def of_norm(self, x: Tensor, n: NormParams) -> Tensor:
+        """self(norm(x))."""
+        return ops.norm_lif(x, n, self.params, threshold=self.v_threshold)
+
     def extra_repr(self) -> str:
         return f"{self.params}, learn_threshold={self.v_threshold is not None}"
+
+
+class ILIF(LIF):
+    """Integer LIF: counts 0 to `levels`, one step; x of any shape."""
+
+    params: ILIFParams  # type: ignore[assignment]
+
+    def __init__(self, params: ILIFParams) -> None:
+        nn.Module.__init__(self)
+        self.params, self.levels, self.v_threshold = params, params.levels, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.ilif(x, levels=self.levels, v_threshold=self.params.v_threshold)
+
+    def of_norm(self, x: Tensor, n: NormParams) -> Tensor:
+        return self(ops.norm(x, n))
+
+
+def neurons(c: SpikeDecoderConfig) -> LIF:
+    """A layer of the neurons that the configuration asks for."""
+    params = c.neurons
+    return ILIF(params) if isinstance(params, ILIFParams) else LIF(params, c.learn_threshold)

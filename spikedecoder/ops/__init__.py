@@ -2,6 +2,7 @@
 
 from spikedecoder.ops._dispatch import BackendError, use_backend
 from spikedecoder.ops.binarize import binarize
+from spikedecoder.ops.ilif import ilif
 from spikedecoder.ops.lif import lif, lif_params
 from spikedecoder.ops.linear_norm import linear_norm
 from spikedecoder.ops.linear_norm_lif import linear_norm_lif
@@ -11,10 +12,12 @@ from spikedecoder.ops.pack_spikes import pack_spikes, unpack_spikes
 from spikedecoder.ops.spike_attention import spike_attention
 from spikedecoder.ops.spike_attention_lif import spike_attention_lif
 from spikedecoder.ops.spike_linear import spike_linear
+from spikedecoder.ops.unrolled import spike_planes, unrolled_attention, unrolled_linear
 
 __all__ = [
     "BackendError",
     "binarize",
+    "ilif",
     "lif",
     "lif_params",
     "linear_norm",
@@ -25,6 +28,9 @@ __all__ = [
     "spike_attention",
     "spike_attention_lif",
     "spike_linear",
+    "spike_planes",
     "unpack_spikes",
+    "unrolled_attention",
+    "unrolled_linear",
     "use_backend",
 ]

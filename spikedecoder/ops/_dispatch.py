@@ -27,6 +27,7 @@ BACKENDS: dict[str, str] = {
 }
 OPERATORS = (
     "lif",
+    "ilif",
     "norm_lif",
     "spike_attention",
     "spike_attention_lif",

@@ -11,6 +11,7 @@ from torch import Tensor
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.pack_spikes import _pack, _unpack
+from spikedecoder.params import MAX_LEVELS
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.spike_attention import decay_matrix
 
@@ -26,6 +27,15 @@ def laid_out(x: Tensor) -> Tensor:
     return x.transpose(2, 3).contiguous().transpose(2, 3)
 
 
+def _impl(q: Tensor, decay: Tensor | None, backend: str, levels: int):
+    options = {"decay": decay is not None, **_integers(levels)}
+    return select("spike_attention", Call(q.device, q.dtype, tuple(q.shape), options), backend)
+
+
+def _integers(levels: int) -> dict[str, int]:
+    return {} if levels == 1 else {"levels": levels}
+
+
 @torch.library.custom_op("spikedecoder::spike_attention", mutates_args=())
 def _spike_attention(
     q: Tensor,
@@ -37,16 +47,15 @@ def _spike_attention(
     words: Sequence[Tensor],
     return_state: bool,
     backend: str,
+    levels: int,
 ) -> tuple[Tensor, Tensor]:
-    impl = select(
-        "spike_attention", Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None}), backend
-    )
-    out, final = impl.forward(q, k, v, scale, decay, state, return_state)
+    impl = _impl(q, decay, backend, levels)
+    out, final = impl.forward(q, k, v, scale, decay, state, return_state, **_integers(levels))
     return laid_out(out), q.new_empty(0) if final is None else final
 
 
 @_spike_attention.register_fake
-def _(q, k, v, scale, decay, state, words, return_state, backend):
+def _(q, k, v, scale, decay, state, words, return_state, backend, levels):
     t, b, h, _, d = q.shape
     dtype = compute_dtype(q.dtype)
     return heads_last(q), q.new_empty(t, b, h, d, d, dtype=dtype) if return_state else q.new_empty(0)
@@ -62,11 +71,10 @@ def _spike_attention_backward(
     decay: Tensor | None,
     state: Tensor | None,
     backend: str,
+    levels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    impl = select(
-        "spike_attention", Call(q.device, q.dtype, tuple(q.shape), {"decay": decay is not None}), backend
-    )
-    dq, dk, dv = impl.backward(grad, q, k, v, scale, decay, state)
+    impl = _impl(q, decay, backend, levels)
+    dq, dk, dv = impl.backward(grad, q, k, v, scale, decay, state, **_integers(levels))
     return laid_out(dq), laid_out(dk), laid_out(dv)
 
 
@@ -102,19 +110,24 @@ def kept(ctx):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, scale, decay, state, words, _return_state, backend = inputs
+    q, k, v, scale, decay, state, words, _return_state, *ctx.rest = inputs
     keep(ctx, (q, k, v), words, decay, state)
-    ctx.scale, ctx.backend = scale, backend
+    ctx.scale = scale
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad, _grad_state):
     q, k, v, decay, state = kept(ctx)
-    dq, dk, dv = _spike_attention_backward(grad, q, k, v, ctx.scale, decay, state, ctx.backend)
-    return dq, dk, dv, None, None, None, ctx.no_words_grad, None, None
+    dq, dk, dv = _spike_attention_backward(grad, q, k, v, ctx.scale, decay, state, *ctx.rest)
+    return dq, dk, dv, None, None, None, ctx.no_words_grad, None, None, None
 
 
 _spike_attention.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def check_levels(levels: int) -> None:
+    if not 1 <= levels <= MAX_LEVELS:
+        raise ValueError(f"levels: got {levels}, takes 1 to {MAX_LEVELS}")
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> None:
@@ -149,22 +162,24 @@ def spike_attention(
     state: Tensor | None = None,
     return_state: bool = False,
     dropout: float = 0.0,
+    levels: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """o[i] = scale * (sum_{j<=i} decay^(i-j) (q[i] . k[j]) v[j] + decay^(i+1) q[i] state).
 
-    Exact without decay: q, k, v hold 0 and 1, so every sum is an integer. Cost linear in S (chunks with
-    the state carried between them). Kept for backward: q, k and v, as bits
-    on every backend but the reference.
+    Exact without decay: every sum is an integer (below 2^24 as long as S d levels^3 is). Cost linear in S
+    (chunks with the state carried between them). Kept for backward: q, k and v, as bits where they are 0 and
+    1, on every backend but the reference.
 
     Args:
         q, k, v: spikes [T, B, H, S, d], exactly 0 and 1 (only the reference takes anything else), in any
-            strides.
+            strides; or integers from 0 to `levels`.
         scale: factor of the result.
         decay: per head [H], in (0, 1]; None for 1. Gets no gradient.
         state: the past's sum of k^T v, [T, B, H, d, d]; None for no past. Gets no gradient.
         return_state: also return the state after the last token (carries no gradient).
         dropout: probability of dropping a score q[i] . k[j]; needs the scores themselves, so cost and
             memory are quadratic in S, and it takes no state.
+        levels: the largest value in q, k and v, 1 to 15.
 
     Returns:
         o [T, B, H, S, d] in q's dtype, laid out so that ``o.transpose(2, 3)`` is contiguous; with
@@ -176,6 +191,7 @@ def spike_attention(
     Source: Zhou et al., 2023 (Spikformer); decay: Sun et al., 2023 (RetNet).
     """
     check_attention(q, k, v, decay)
+    check_levels(levels)
     _check.same_device(q=q, state=state)
     t, b, h, _, d = q.shape
     if state is not None and state.shape != (t, b, h, d, d):
@@ -185,6 +201,8 @@ def spike_attention(
             raise ValueError("dropout: takes 0 where the state is given or asked for")
         return _with_dropout(q, k, v, scale, decay, dropout)
     backend = requested_backend()
-    words = as_words(q, k, v, resolve("spike_attention", q.device.type, q.dtype, backend))
-    out, final = _spike_attention(q, k, v, float(scale), decay, state, words, return_state, backend)
+    words = (
+        [] if levels > 1 else as_words(q, k, v, resolve("spike_attention", q.device.type, q.dtype, backend))
+    )
+    out, final = _spike_attention(q, k, v, float(scale), decay, state, words, return_state, backend, levels)
     return (out, final) if return_state else out

@@ -92,8 +92,9 @@ def forward(
     decay: Tensor | None,
     state: Tensor | None,
     return_state: bool,
+    levels: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """(o, final state if asked for), accumulated in float32 or wider."""
+    """(o, final state if asked for), accumulated in float32 or wider. Takes any numbers."""
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
@@ -104,7 +105,14 @@ def forward(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    decay: Tensor | None,
+    state: Tensor | None,
+    levels: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v: each is itself a causal attention, for k and v backwards in time.
 

@@ -1,6 +1,7 @@
 """Causal spiking attention in C++ (csrc/spike_attention.cpp): a scan over tokens, cost linear in S.
 
 q, k and v must hold spikes: anything that is not 0 in q or k counts as 1, and so does v in the backward pass.
+Integers (`levels` > 1) go through torch's matrix products instead (`_integer_attention`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu import _integer_attention, native
 from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu
 
 why_not = floats_on_cpu
@@ -32,8 +33,11 @@ def forward(
     decay: Tensor | None,
     state: Tensor | None,
     return_state: bool,
+    levels: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """(o [T, B, H, S, d], final state [T, B, H, d, d] if asked for)."""
+    if levels > 1:
+        return _integer_attention.forward(q, k, v, scale, decay, state, return_state)
     dtype = q.dtype
     q, k, v = heads_last(q), heads_last(k), heads_last(v)
     decay = None if decay is None else dense(decay)
@@ -49,9 +53,18 @@ def forward(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    decay: Tensor | None,
+    state: Tensor | None,
+    levels: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v."""
+    if levels > 1:
+        return _integer_attention.backward(grad, q, k, v, scale, decay, state)
     dtype = q.dtype
     grad, q, k, v = (heads_last(x) for x in (grad, q, k, v))
     decay = None if decay is None else dense(decay)

@@ -1,0 +1,37 @@
+"""Integer LIF in C++ (csrc/ilif.cpp)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu
+from spikedecoder.params import ILIFParams
+
+why_not = floats_on_cpu
+
+
+def forward(x: Tensor, p: ILIFParams, want_mask: bool) -> tuple[Tensor, Tensor | None]:
+    """(s in x's dtype, where the gradient passes as bytes of 0 and 1 if wanted)."""
+    dtype = x.dtype
+    x = dense(x)
+    out = torch.empty_like(x)
+    mask = torch.empty(x.shape, dtype=torch.uint8) if want_mask else None
+    native.ilif_forward(
+        *(address(x), address(out), address(mask), 1 / p.v_threshold, float(p.levels), *p.window),
+        *(x.numel(), torch.get_num_threads()),
+    )
+    return out.to(dtype), mask
+
+
+def backward(grad: Tensor, mask: Tensor, p: ILIFParams) -> Tensor:
+    """Gradient of x."""
+    dtype = grad.dtype
+    grad = dense(grad)
+    grad_x = torch.empty_like(grad)
+    native.ilif_backward(
+        *(address(grad), address(mask), address(grad_x), 1 / p.v_threshold),
+        *(grad.numel(), torch.get_num_threads()),
+    )
+    return grad_x.to(dtype)
