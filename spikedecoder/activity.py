@@ -13,14 +13,16 @@ from spikedecoder.model import SpikeDecoder
 from spikedecoder.nn.attention import AttentionLIF
 from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.nn.linear import LinearNormLIF
-from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.neuron import ILIF, LIF
 from spikedecoder.reference.lif import charge, compute_dtype
-from spikedecoder.spike_stats import spiking_layers
+from spikedecoder.spike_stats import neurons_of, spiking_layers
 
 
 @dataclass
 class Activity:
     """spikes: by layer, [T, B, S, N] of 0 and 1. potentials: by layer, h before the reset, same shapes.
+
+    Of I-LIF neurons, the binary timesteps that their integers stand for: T = levels.
 
     scores: by attention layer, q k^T before masking and scaling, summed over T: [B, H, S, S], lower triangle.
     thresholds: by layer, a float.
@@ -82,9 +84,10 @@ def _hook(
     def hook(module: nn.Module, inputs: tuple[Any, ...], spikes: Tensor) -> None:
         if not bool(spikes.isfinite().all()):
             raise ValueError(f"spikes of {name}: NaN or infinite values, so there is nothing to show")
+        lif = neurons_of(module)
+        if lif.levels > 1:
+            spikes = ops.spike_planes(spikes, lif.levels).flatten(0, 1)
         activity.spikes[name] = spikes.to("cpu", torch.bool)
-        lif = module if isinstance(module, LIF) else module.lif
-        assert isinstance(lif, LIF)
         threshold = lif.params.v_threshold if lif.v_threshold is None else float(lif.v_threshold)
         activity.thresholds[name] = threshold
         if scores and isinstance(module, AttentionLIF):
@@ -102,9 +105,7 @@ def _current(module: nn.Module, inputs: tuple[Any, ...], linears: dict[nn.Module
         return ops.norm(linears.pop(module.linear), module.norm.params())
     if isinstance(module, AttentionLIF):
         q, k, v = (x.unflatten(-1, (module.heads, -1)).transpose(2, 3) for x in inputs[:3])
-        current = ops.spike_attention(q, k, v, module.scale, module.decay)
-        assert isinstance(current, Tensor)
-        current = current.transpose(2, 3).flatten(-2)
+        current = module.current(q, k, v).transpose(2, 3).flatten(-2)
         return current if module.norm is None else ops.norm(current, module.norm.params())
     current = inputs[0]
     assert isinstance(current, Tensor)
@@ -113,7 +114,10 @@ def _current(module: nn.Module, inputs: tuple[Any, ...], linears: dict[nn.Module
 
 def _potentials(x: Tensor, lif: LIF, threshold: float) -> Tensor:
     """h [T, ...] of the neurons' equation, before firing."""
-    p, x = lif.params, x.to(compute_dtype(x.dtype))
+    x = x.to(compute_dtype(x.dtype))
+    if isinstance(lif, ILIF):
+        return _integer_potentials(x, lif)
+    p = lif.params
     v, kept = torch.zeros_like(x[0]), []
     for current in x:
         h = charge(current, v, p)
@@ -121,6 +125,16 @@ def _potentials(x: Tensor, lif: LIF, threshold: float) -> Tensor:
         v = h - fired * threshold if p.v_reset is None else h.masked_fill(fired, p.v_reset)
         kept.append(h)
     return torch.stack(kept)
+
+
+def _integer_potentials(x: Tensor, neurons: ILIF) -> Tensor:
+    """h [levels, ...] over the binary timesteps of x [1, ...]."""
+    threshold = neurons.params.v_threshold
+    h, kept = x + threshold / 2, []
+    for _ in range(neurons.levels):
+        kept.append(h)
+        h = h - (h >= threshold) * threshold
+    return torch.cat(kept)
 
 
 def _choose(what: str, name: str | None, known: dict[str, Any]) -> str:

@@ -286,6 +286,11 @@ class SpikeDecoderConfig:
         """The largest activation: 1, or an I-LIF neuron's levels."""
         return self.levels or 1
 
+    @property
+    def binary_timesteps(self) -> int:
+        """Timesteps of 0 and 1 that a neuron runs: T, or an I-LIF neuron's levels."""
+        return self.timesteps * self.spike_levels
+
     def replace(self, **changes: Any) -> SpikeDecoderConfig:
         """A copy with some fields changed; unknown names raise ValueError."""
         return self.from_dict({**self.to_dict(), **changes})

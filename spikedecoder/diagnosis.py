@@ -11,6 +11,7 @@ from torch import Tensor
 from spikedecoder.activity import record
 from spikedecoder.model import SpikeDecoder
 from spikedecoder.nn.evaluating import evaluating
+from spikedecoder.params import ILIFParams
 from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.surrogate import get_surrogate
 
@@ -28,9 +29,9 @@ class LayerHealth:
 
     rate: spikes per neuron and timestep. dead, saturated: shares of neurons that never fired, and that fired
     at every timestep of every token. flat: share of membrane potentials at which the surrogate's derivative
-    is below 1 % of its largest. gradient: root mean square of dL/ds over the layer's spikes, L the summed
-    loss; None where no targets were given or none arrives. threshold: now; v_threshold: the
-    configuration's, where training started.
+    is below 1 % of its largest, or of I-LIF neurons' currents through which no gradient passes. gradient:
+    root mean square of dL/ds over the layer's spikes, L the summed loss; None where no targets were given or
+    none arrives. threshold: now; v_threshold: the configuration's, where training started.
     """
 
     name: str
@@ -69,20 +70,26 @@ def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None)
     layers = []
     for name, spikes in activity.spikes.items():
         threshold = activity.thresholds[name]
-        slope = surrogate.derivative(activity.potentials[name].float() - threshold, c.surrogate_alpha)
+        potentials = activity.potentials[name].float()
+        if isinstance(c.neurons, ILIFParams):
+            low, high = c.neurons.window
+            u = potentials[0] / threshold - 0.5  # the first timestep starts at half a threshold
+            flat = (u < low) | (u > high)
+        else:
+            flat = surrogate.derivative(potentials - threshold, c.surrogate_alpha) < FLAT_SLOPE * steepest
         layers.append(
             LayerHealth(
                 name=name,
                 rate=float(spikes.float().mean()),
                 dead=dead[name],
                 saturated=saturated[name],
-                flat=float((slope < FLAT_SLOPE * steepest).float().mean()),
+                flat=float(flat.float().mean()),
                 gradient=gradients.get(name),
                 threshold=threshold,
                 v_threshold=c.v_threshold,
             )
         )
-    return Diagnosis(layers, _findings(layers))
+    return Diagnosis(layers, _findings(layers, c.neuron == "ilif"))
 
 
 def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> dict[str, float]:
@@ -114,7 +121,7 @@ def dead_layers(names: list[str]) -> str:
     return (
         f"dead: no neuron of {_list(names)} fires, so nothing passes there. Try --set embedding_gain=2 "
         "(where the first block is silent), a larger attention_scale (where an attention_lif is), a lower "
-        "v_threshold, more timesteps, or a lower lr"
+        "v_threshold, more timesteps (or levels), or a lower lr"
     )
 
 
@@ -127,7 +134,7 @@ def saturated_layers(names: list[str]) -> str:
     )
 
 
-def _findings(layers: list[LayerHealth]) -> list[str]:
+def _findings(layers: list[LayerHealth], integers: bool) -> list[str]:
     found = []
     dead = [x.name for x in layers if x.rate == 0]
     if dead:
@@ -136,13 +143,19 @@ def _findings(layers: list[LayerHealth]) -> list[str]:
     if dying:
         found.append(
             f"dying: more than half of the neurons of {_list(dying)} never fired. Try a lower v_threshold, "
-            "a wider surrogate (smaller surrogate_alpha), or a lower lr"
+            + ("" if integers else "a wider surrogate (smaller surrogate_alpha), ")
+            + "or a lower lr"
         )
     full = [x.name for x in layers if x.saturated > MOST or x.rate > FULL_RATE]
     if full:
         found.append(saturated_layers(full))
     flat = [x.name for x in layers if x.flat > FLAT_SHARE]
-    if flat:
+    if flat and integers:
+        found.append(
+            f"flat: nearly all currents of {_list(flat)} lie beyond the levels, where no gradient passes. "
+            "Try a lower v_threshold where they lie below, a higher one or more levels where above"
+        )
+    elif flat:
         found.append(
             f"flat: nearly all membrane potentials of {_list(flat)} lie where the surrogate's derivative is "
             "below 1 % of its largest, so their inputs hardly learn. Try a smaller surrogate_alpha, or the "
@@ -153,7 +166,9 @@ def _findings(layers: list[LayerHealth]) -> list[str]:
     if vanishing:
         found.append(
             f"vanishing gradient: what reaches the spikes of {_list(vanishing)} is below a thousandth of the "
-            "largest layer's. Try a smaller surrogate_alpha, fewer blocks, or spiking_residuals=0"
+            "largest layer's. Try "
+            + ("more levels" if integers else "a smaller surrogate_alpha")
+            + ", fewer blocks, or spiking_residuals=0"
         )
     drifted = [x for x in layers if not x.v_threshold / DRIFT <= x.threshold <= x.v_threshold * DRIFT]
     if drifted:

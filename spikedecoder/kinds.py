@@ -20,8 +20,9 @@ KINDS: dict[str, dict[str, Any]] = {
 def kind_of(config: SpikeDecoderConfig) -> str:
     """Which of KINDS a model is most like.
 
-    A model whose head is fed spikes alone is "fully spiking"; one that spikes everywhere else is a
-    "SpikeDecoder"; one in which only some parts spike is "partly spiking".
+    A model whose head is fed spikes alone is "fully spiking" (integers of I-LIF neurons too: they are sums of
+    spikes, see `SpikeDecoder.unroll`); one that spikes everywhere else is a "SpikeDecoder"; one in which only
+    some parts spike is "partly spiking".
     """
     if config.spike_degree == 0 and not config.attention_only:
         return "non-spiking"

@@ -25,6 +25,13 @@ def spiking_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = f"{name}."
 
 
+def neurons_of(layer: nn.Module) -> LIF:
+    """The neurons of a layer that `spiking_layers` gives."""
+    neurons = layer if isinstance(layer, LIF) else layer.lif
+    assert isinstance(neurons, LIF)
+    return neurons
+
+
 class SpikeCounter:
     """Counts the spikes of every layer of `model` while it is open.
 
@@ -33,6 +40,7 @@ class SpikeCounter:
             model(tokens)
         counter.rates()                     # spikes per neuron and timestep, 0 to 1, by layer
 
+    The integers of I-LIF neurons count as the spikes of as many binary timesteps as they have levels.
     Costs one pass over each layer's output. Counts are exact.
     """
 
@@ -45,7 +53,7 @@ class SpikeCounter:
 
     def __enter__(self) -> SpikeCounter:
         for name, module in self._layers:
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+            self._handles.append(module.register_forward_hook(self._hook(name, neurons_of(module).levels)))
         return self
 
     def __exit__(
@@ -55,9 +63,9 @@ class SpikeCounter:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, levels: int) -> Any:
         def count(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            # [T, B, S, E]: per position at most T * E spikes, exact in float32
+            # [T, B, S, E]: per position at most T * E * levels spikes, exact in float32
             per_position = output.detach().sum((0, -1), dtype=torch.float32)
             positions = per_position.numel()
             if self.mask is not None:
@@ -65,7 +73,8 @@ class SpikeCounter:
                 positions = per_position.numel()
             total = per_position.to(torch.int64).sum()
             self._totals[name] = self._totals[name] + total if name in self._totals else total
-            self._slots[name] = self._slots.get(name, 0) + positions * output.shape[0] * output.shape[-1]
+            timesteps = output.shape[0] * levels
+            self._slots[name] = self._slots.get(name, 0) + positions * timesteps * output.shape[-1]
 
         return count
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spikedecoder import SpikeDecoder
 from spikedecoder.kinds import kind_of
 from spikedecoder.ops import use_backend
+from spikedecoder.spike_stats import spiking_layers
 
 # operators of ours that hold a product, and the arguments that must be binary
 SPIKING_PRODUCTS = {
@@ -57,8 +58,11 @@ def products(model: SpikeDecoder, backend: str = "reference") -> list[tuple[str,
 
 
 def expected(model: SpikeDecoder) -> int:
-    """Products of the architecture: q, k, v, the attention, its projection, two of the MLP; and the head."""
-    return 7 * model.config.blocks + 1
+    """Products of the architecture: q, k, v, the attention, its projection, two of the MLP; and the head.
+
+    An unrolled attention is one product for each triple of timesteps of q, k and v.
+    """
+    return (6 + model.config.spike_levels**3) * model.config.blocks + 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -67,6 +71,7 @@ def test_every_product_of_a_fully_spiking_model_accumulates_only(variant: dict[s
     with torch.no_grad():  # neurons that fire, at rates that differ
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    model.unroll()
     seen = products(model)
     floats = [name for name, binary in seen if not binary]
     if kind_of(model.config) == "fully spiking":
@@ -97,6 +102,71 @@ def test_a_head_that_reads_counts_is_sums_of_spikes_too(reunite: str, timesteps:
     w, b = head.linear.weight, head.linear.bias
     unrolled = sum(s[t] @ w.T for t in range(timesteps)) / (timesteps if reunite == "average" else 1) + b
     torch.testing.assert_close(logits, unrolled, rtol=1e-5, atol=1e-5)
+
+
+ILIF = {"neuron": "ilif", "timesteps": 1, "levels": 4}
+DECAY = {"decay_fastest": 0.75, "decay_slowest": 0.96, "token_shift": 3, "mlp_token_shift": 2}
+
+
+def both_forms(model: SpikeDecoder) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Logits, and integers by layer, of the model as it was trained and unrolled."""
+    results = []
+    for unrolled in (False, True):
+        model.unroll(unrolled)
+        integers: dict[str, torch.Tensor] = {}
+        handles = [
+            layer.register_forward_hook(lambda _m, _i, s, name=name, to=integers: to.update({name: s}))
+            for name, layer in spiking_layers(model)
+        ]
+        with torch.no_grad():
+            results.append((model.eval()(TOKENS), integers))
+        for handle in handles:
+            handle.remove()
+    return results
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_unrolled_ilif_is_bit_for_bit_what_was_trained(backend: str) -> None:
+    """Sums that no order changes: weights in eighths. Norms are the same function of the same numbers."""
+    model = _model({**ILIF, "norm": "batch"})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "linear" in name:
+                parameter.copy_((8 * parameter + torch.randn_like(parameter)).round() / 8)
+    with use_backend(backend):
+        (trained, integers), (unrolled, again) = both_forms(model)
+    assert torch.equal(trained, unrolled)
+    used = torch.cat([s.flatten() for s in integers.values()]).unique()
+    assert used.tolist() == [0, 1, 2, 3, 4]
+    assert all(torch.equal(integers[name], again[name]) for name in integers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_unrolled_ilif_is_what_was_trained_to_the_order_of_sums(dtype: torch.dtype) -> None:
+    model = _model({**ILIF, **DECAY}).to(dtype)
+    (trained, integers), (unrolled, again) = both_forms(model)
+    assert all(torch.equal(integers[name], again[name]) for name in integers)
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(trained, unrolled, rtol=limit, atol=limit)
+    # the recurrent form, unrolled too
+    logits, state = model.prefill(TOKENS[:, :7])
+    more, _ = model.prefill(TOKENS[:, 7:], state)
+    torch.testing.assert_close(torch.cat([logits, more], 1), trained, rtol=limit, atol=limit)
+    # and the gradients
+    found = []
+    for on in (False, True):
+        model.unroll(on)
+        model.zero_grad()
+        model.loss(TOKENS, TOKENS.roll(-1, 1)).backward()
+        found.append([p.grad for p in model.parameters()])
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=limit)
+
+
+def test_the_walk_finds_integers_that_are_not_unrolled() -> None:
+    model = _model(ILIF)
+    assert kind_of(model.config) == "fully spiking"
+    assert [binary for _, binary in products(model)].count(False) == 7 * model.config.blocks + 1
 
 
 def test_the_walk_finds_a_product_of_floats() -> None:

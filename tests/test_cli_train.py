@@ -23,6 +23,8 @@ STORY = "The cat sat on the mat. The dog ate the hat. A rat ran to the cat and s
 SMALL = ["--max-len", "16", "--blocks", "1", "--timesteps", "2", "--heads", "2", "--batch-size", "2"]
 SMALL += ["--set", "token_dim=12", "--set", "position_dim=4", "--threads", "1"]
 
+ILIF = ["--neuron", "ilif", "--levels", "3", "--timesteps", "1"]
+
 
 @pytest.fixture
 def story(tmp_path: Path) -> Path:
@@ -65,7 +67,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 def test_json_says_what_came_of_it(story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    got = result(capsys, "train", "--text", story, "--out", out, "--max-steps", "5", *SMALL)
+    got = result(capsys, "train", "--text", story, "--out", out, "--max-steps", "5", *SMALL, *ILIF)
     assert got["steps"] == 5 and got["tokens_per_second"] > 0 and got["peak_rss_mib"] > 50
     assert got["train_loss"] > 0 and got["val_loss"] > 0
     assert got["val_bits_per_token"] == pytest.approx(got["val_loss"] * 1.4426950408889634)

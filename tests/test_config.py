@@ -8,6 +8,9 @@ import json
 import pytest
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.params import ILIFParams
+
+ILIF = {"neuron": "ilif", "levels": 4, "timesteps": 1}
 
 
 def test_round_trip_through_json():
@@ -80,6 +83,17 @@ def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
         ({"embedding_gain": float("nan")}, "embedding_gain: got nan"),
         ({"embedding_std": 0.0}, "embedding_std: got 0.0"),
         ({"residual_init": -1.0}, "residual_init: got -1.0"),
+        ({"neuron": "izhikevich"}, "neuron: got 'izhikevich', takes one of lif, ilif"),
+        ({"levels": 4}, "levels: got 4, takes None with neuron='lif'"),
+        ({"neuron": "ilif", "timesteps": 1}, "levels: got None, takes 1 to 15"),
+        ({"neuron": "ilif", "levels": 4}, "timesteps: got 4, takes 1 with neuron='ilif'"),
+        ({**ILIF, "levels": 0}, "levels: got 0, takes 1 to 15"),
+        ({**ILIF, "levels": 16}, "levels: got 16, takes 1 to 15"),
+        ({**ILIF, "tau": 3.0}, "tau: got 3.0, takes 2.0 with neuron='ilif'"),
+        ({**ILIF, "v_reset": -0.5}, "v_reset: got -0.5, takes None"),
+        ({**ILIF, "learn_threshold": True}, "learn_threshold: got True, takes False"),
+        ({**ILIF, "surrogate": "atan"}, "surrogate: got 'atan', takes 'sigmoid'"),
+        ({**ILIF, "v_threshold": 0.0}, "v_threshold: got 0.0, takes a finite number > 0"),
         ({"token_shift": 0}, "token_shift: got 0"),
         ({"token_shift": 97}, "token_shift: got 97, takes 1 to 96"),
         ({"mlp_token_shift": 300}, "mlp_token_shift: got 300"),
@@ -103,6 +117,14 @@ def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
 def test_bad_values_name_the_field_what_it_got_and_what_it_takes(changes, message):
     with pytest.raises(ValueError, match=message):
         SpikeDecoderConfig.from_dict(changes)
+
+
+def test_ilif_takes_what_it_has():
+    config = SpikeDecoderConfig.from_dict({**ILIF, "v_reset": None, "v_threshold": 0.5})
+    assert config.neurons == ILIFParams(4, 0.5) and config.binary_timesteps == config.spike_levels == 4
+    assert SpikeDecoderConfig().binary_timesteps == 4 and SpikeDecoderConfig().spike_levels == 1
+    with pytest.raises(ValueError, match="recompute: got True, takes False with neuron='ilif'"):
+        SpikeDecoder(config).recompute_activations()
 
 
 def test_unknown_preset():

@@ -12,6 +12,7 @@ from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.cli import main
 from spikedecoder.data import CharTokenizer
 from spikedecoder.diagnosis import diagnose
+from spikedecoder.spike_stats import SpikeCounter
 
 TOKENIZER = CharTokenizer.from_text("the quick brown fox jumps over the lazy dog. ")
 
@@ -68,6 +69,29 @@ def test_a_layer_that_always_fires_is_named() -> None:
     # fifty thresholds above it, the surrogate is flat too
     assert layers["blocks.1.mlp.fc1"].flat == 1
     assert any(f.startswith("flat:") and "blocks.1.mlp.fc1" in f for f in diagnosis.findings)
+
+
+def test_integer_neurons_are_judged_over_their_binary_timesteps() -> None:
+    model = make(neuron="ilif", levels=3, timesteps=1)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.norm.bias.fill_(-50.0)
+        model.blocks[1].mlp.fc1.norm.bias.fill_(50.0)
+        norm = model.blocks[1].attention.q.norm  # always 1 of 3
+        norm.weight.zero_()
+        norm.bias.fill_(1.0)
+    diagnosis = diagnose(model, *text(model))
+    layers = {x.name: x for x in diagnosis.layers}
+    low, high = layers["blocks.0.mlp.fc1"], layers["blocks.1.mlp.fc1"]
+    assert (low.rate, low.dead, low.saturated, low.flat) == (0, 1, 0, 1)
+    assert (high.rate, high.dead, high.saturated, high.flat) == (1, 0, 1, 1)
+    one = layers["blocks.1.attention.q"]
+    assert (one.rate, one.dead, one.saturated, one.flat) == (pytest.approx(1 / 3), 0, 0, 0)
+    with SpikeCounter(model) as counter:
+        model(text(model)[0])
+    assert counter.rates() == pytest.approx({name: x.rate for name, x in layers.items()})
+    findings = " ".join(diagnosis.findings)
+    assert "dead: no neuron of blocks.0.mlp.fc1" in findings and "saturated: blocks.1.mlp.fc1" in findings
+    assert "flat: nearly all currents of" in findings and "surrogate" not in findings
 
 
 def test_gradients_are_those_of_the_loss_and_leave_no_trace() -> None:

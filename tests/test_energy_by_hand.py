@@ -11,8 +11,8 @@ from torch import nn
 from spikedecoder import SpikeDecoderConfig, energy
 from spikedecoder.nn.attention import AttentionLIF
 from spikedecoder.nn.linear import SpikeLinear
-from spikedecoder.nn.neuron import LIF
-from spikedecoder.params import LIFParams
+from spikedecoder.nn.neuron import ILIF, LIF
+from spikedecoder.params import ILIFParams, LIFParams
 
 # hand-counted: 3 spikes in, 2 neurons, 2 outputs, T = 2, one token
 
@@ -111,6 +111,44 @@ def test_attention_by_hand():
             # k spikes x v spikes: 1 x 1 + 1 x 2; 3 q spikes read a row of 2
             assert (rows["state += k^T v"].add, rows["q state"].add) == (3, 6)
             assert rows["state += k^T v"].held == 4
+
+
+def test_integers_are_billed_as_the_spikes_they_stand_for():
+    """I-LIF of 3 levels: 4 currents of one neuron, then a Linear 1 -> 2."""
+    model = nn.Sequential(ILIF(ILIFParams(3, 0.5)), SpikeLinear(1, 2, levels=3))
+    x = torch.tensor([-1.0, 0.3, 1.1, 9.0]).reshape(1, 1, 4, 1)  # 0, 1, 2 and 3 spikes
+    with energy.Recorder(model) as recorder:
+        model(x)
+    neuron, linear = recorder.ledger().row("0", "LIF"), recorder.ledger().row("1", "linear")
+    # 4 currents added, 6 spikes subtract the threshold; 12 comparisons
+    assert (neuron.events, neuron.slots, neuron.add, neuron.mul, neuron.compare) == (6, 12, 10, 0, 12)
+    assert (linear.kind, linear.events, linear.slots, linear.add, linear.mul) == ("ac", 6, 12, 12, 0)
+    assert linear.activation_bits == 12 and recorder.ledger().rate == 0.5
+    with energy.Recorder(model[1]), pytest.raises(ValueError, match="other values than integers from 0 to 3"):
+        model[1](torch.tensor([[[4.0]]]))
+
+
+def test_attention_of_integers_is_billed_as_that_of_their_spikes():
+    """The ledger of T = levels binary timesteps, but for products between different timesteps: by hand."""
+    settings = {"heads": 1, "timesteps": 1, "token_dim": 1, "position_dim": 1, "neuron": "ilif", "levels": 2}
+    attention = AttentionLIF(SpikeDecoderConfig.from_dict(settings))
+    q, k, v = (
+        torch.tensor(rows, dtype=torch.float32).reshape(1, 1, 2, 2)
+        for rows in ([[2, 1], [0, 1]], [[1, 0], [0, 2]], [[0, 2], [1, 1]])
+    )
+    for mode in ("prompt", "token"):
+        with energy.Recorder(attention, mode) as recorder:
+            attention(q, k, v)
+        rows = {r.operation: r for r in recorder.ledger().rows}
+        if mode == "prompt":
+            # scores: (0,0) 2; (1,0) 0; (1,1) 2. ANDs: 3 spikes x 1 key x 2 timesteps, 1 x 2 x 2
+            assert (rows["q k^T"].add, rows["q k^T"].logic) == (4, 10)
+            assert (rows["q k^T"].events, rows["q k^T"].slots) == (4, 8)
+            # either score adds itself to the 2 spikes of v at its token
+            assert (rows["(q k^T) v"].add, rows["(q k^T) v"].mul) == (4, 0)
+        else:
+            # k spikes x v spikes: 1 x 2 + 2 x 2; 4 q spikes read a row of 2
+            assert (rows["state += k^T v"].add, rows["q state"].add) == (6, 8)
 
 
 def test_spikes_that_are_none():

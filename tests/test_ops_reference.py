@@ -237,3 +237,12 @@ def test_lif_propagates_nan_and_fires_on_infinity():
     spikes, v = ops.lif(x, return_state=True)
     assert spikes.tolist() == [[0, 1, 0], [0, 0, 0]]
     assert v[0].isnan() and v[1] == 0 and v[2].isnan()  # -inf + inf
+
+
+@pytest.mark.parametrize("levels", [1, 15])
+def test_autocast_leaves_the_sums_of_attention_exact(levels):
+    q, k, v = (torch.full((1, 1, 1, 70, 16), float(levels)) for _ in range(3))
+    expected = ops.spike_attention(q, k, v, 1.0, levels=levels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.spike_attention(q, k, v, 1.0, levels=levels), expected)
+    assert expected.max() == 70 * 16 * levels**3

@@ -141,6 +141,15 @@ def test_counts_stay_exact_past_float32(monkeypatch):
         assert ((added == 0) | (added == 1)).all() and torch.equal(added, added.round())
 
 
+def test_integers_reach_the_limit_of_float32_sooner():
+    model = _model({"neuron": "ilif", "levels": 4, "timesteps": 1}).eval()
+    for more, dtype in ((0, torch.float32), (1, torch.float64)):
+        _, state = model.prefill(TOKENS[:1, :4])
+        state.longest = 2**24 // (12 * 4**3) - 1 + more  # head size 12
+        _, state = model.step(torch.tensor([1]), state)
+        assert state.layers[0]["attention.state"].dtype == dtype
+
+
 def test_saved_and_loaded(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -19,11 +19,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch": {"norm": "batch", "learn_threshold": True},
     "power": {"norm": "power"},
     "residuals": {"spiking_residuals": 2, "reunite": "concatenate", "v_reset": None},
+    "ilif": {"neuron": "ilif", "levels": 4, "timesteps": 1, "v_reset": None},
     "decay": {"decay_fastest": 0.9, "decay_slowest": 0.99, "attention_norm": True},
 }
 SHAPES = [(2, 8), (3, 5), (4, 2), (5, 7)]
-COMPILED = ["layer", "power", pytest.param("batch", marks=pytest.mark.slow)]
-EXPORTED = ["layer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("residuals", "decay"))]
+COMPILED = ["layer", "power", *(pytest.param(name, marks=pytest.mark.slow) for name in ("batch", "ilif"))]
+EXPORTED = ["layer", "ilif", *(pytest.param(name, marks=pytest.mark.slow) for name in ("residuals", "decay"))]
 
 
 def make(device: str = "cpu", **changes: Any) -> SpikeDecoder:
@@ -61,7 +62,7 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor], limit: float = 1e-4
 def test_compiled_in_one_graph_is_eager_at_every_shape(variant: str) -> None:
     """Batch and length are dynamic: after the first shape nothing is compiled."""
     eager, compiled = make(blocks=1, **VARIANTS[variant]), make(blocks=1, **VARIANTS[variant])
-    compiled.recompute_activations()
+    compiled.recompute_activations(compiled.config.neuron == "lif")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     loss_of = torch.compile(compiled.loss, fullgraph=True, dynamic=True, backend=counter)
@@ -79,7 +80,7 @@ def test_exported_is_eager_at_every_shape(variant: str) -> None:
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=8)
     program = torch.export.export(model, (tokens(),), dynamic_shapes=({0: batch, 1: length},))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "spikedecoder.lif.default" in names
+    assert f"spikedecoder.{model.config.neuron}.default" in names
     for shape in [*SHAPES, (1, 3)]:
         with torch.no_grad():
             torch.testing.assert_close(program.module()(tokens(*shape)), model(tokens(*shape)))

@@ -82,11 +82,17 @@ def test_the_record_holds_what_fired(model, tokens, activity):
 
 
 @pytest.mark.parametrize(
-    "attention", [{}, {"attention_norm": True, "decay_fastest": 0.5, "decay_slowest": 0.9}]
+    "changes",
+    [
+        {},
+        {"attention_norm": True, "decay_fastest": 0.5, "decay_slowest": 0.9},
+        {"neuron": "ilif", "levels": 3, "timesteps": 1, "v_reset": None},
+    ],
+    ids=("plain", "norm", "ilif"),
 )
-def test_a_neuron_fires_where_its_potential_reaches_the_threshold(model, tokens, attention):
+def test_a_neuron_fires_where_its_potential_reaches_the_threshold(model, tokens, changes):
     torch.manual_seed(0)
-    other = SpikeDecoder(model.config.replace(attention_scale=1.0, **attention)).eval()
+    other = SpikeDecoder(model.config.replace(attention_scale=1.0, **changes)).eval()
     other.load_state_dict(model.state_dict(), strict=False)
     for block in other.blocks:
         if block.attention.attention_lif.norm is not None:
@@ -94,6 +100,7 @@ def test_a_neuron_fires_where_its_potential_reaches_the_threshold(model, tokens,
     activity = viz.record(other, tokens, potentials=True)
     assert activity.spikes["blocks.1.attention.attention_lif"].any()
     assert activity.potentials.keys() == activity.spikes.keys()
+    assert len(activity.spikes["head.lif"]) == other.config.binary_timesteps
     for name, h in activity.potentials.items():
         fires = h >= activity.thresholds[name]
         far = (

@@ -95,6 +95,10 @@ def train(
         int | None, typer.Option(help="0 (no spikes) to 4 (all).", rich_help_panel=_MODEL)
     ] = None,
     timesteps: Annotated[int | None, typer.Option(help="SNN timesteps.", rich_help_panel=_MODEL)] = None,
+    neuron: Annotated[str | None, typer.Option(help="lif or ilif.", rich_help_panel=_MODEL)] = None,
+    levels: Annotated[
+        int | None, typer.Option(help="Largest integer of ilif neurons.", rich_help_panel=_MODEL)
+    ] = None,
     blocks: Annotated[int | None, typer.Option(help="Decoder blocks.", rich_help_panel=_MODEL)] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads.", rich_help_panel=_MODEL)] = None,
     max_len: Annotated[int | None, typer.Option(help="Context, in tokens.", rich_help_panel=_MODEL)] = None,
@@ -131,6 +135,8 @@ def train(
         "tensorboard": tensorboard,
         "spike_degree": spike_degree,
         "timesteps": timesteps,
+        "neuron": neuron,
+        "levels": levels,
         "blocks": blocks,
         "heads": heads,
         "max_len": max_len,
@@ -231,7 +237,7 @@ def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, fo
         f"text: {data.name}, {data.characters:,} characters, {len(data.train):,} tokens to learn and "
         f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones",
         f"model: {config.blocks} blocks, {config.embed_dim} channels, {config.heads} heads, "
-        f"{config.timesteps} timesteps, spike degree {config.spike_degree}; {settings.steps} steps of "
+        f"{config.binary_timesteps} timesteps, spike degree {config.spike_degree}; {settings.steps} steps of "
         f"{settings.batch_size * settings.grad_accum} x {config.max_len} tokens; output in {folder}",
     ]
 

@@ -58,7 +58,7 @@ def _nonzeros(ledger: Ledger, c: SpikeDecoderConfig) -> Counts:
 
     def mean(part: str, operation: str) -> float:
         events = [ledger.row(f"blocks.{i}.{part}", operation).events for i in range(c.blocks)]
-        return sum(events) / c.blocks / ledger.sequences / c.timesteps
+        return sum(events) / c.blocks / ledger.sequences / c.binary_timesteps
 
     def count(part: str, operation: str) -> float:
         if part == "head":  # of one pass, not per timestep
@@ -83,14 +83,14 @@ def _strict(c: SpikeDecoderConfig, n: Counts) -> float:
     mlp_in = 2 * n("mlp.fc1", "linear") * wide * e + s * e * wide
     mlp_out = 2 * n("mlp.fc2", "linear") * e + e * s
     head = 2 * n("head", "linear") * v + v * s
-    return c.timesteps * c.blocks * (3 * into + products + out + mlp_in + mlp_out) * _AC + head * _AC
+    return c.binary_timesteps * c.blocks * (3 * into + products + out + mlp_in + mlp_out) * _AC + head * _AC
 
 
 def _performance(c: SpikeDecoderConfig, n: Counts) -> float:
     e, s, v, wide = c.embed_dim, c.max_len, c.vocab_size, c.mlp_ratio
     into, products, out = _attention(c, n)
     mlp = 2 * ((2 * e - 1) * s * e * wide + e * s * wide)  # once, though it runs T times
-    block = (into + products + out) * _AC * c.timesteps + mlp * _MAC  # q, k and v counted once
+    block = (into + products + out) * _AC * c.binary_timesteps + mlp * _MAC  # q, k and v counted once
     head = (e - 1) * s * v + s * v
     return c.blocks * block + head * _AC  # the head on averages, billed as additions
 

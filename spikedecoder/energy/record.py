@@ -19,7 +19,7 @@ from spikedecoder.nn.embedding import Embedding, FloatEmbedding
 from spikedecoder.nn.head import Head
 from spikedecoder.nn.linear import LinearNormLIF, SpikeLinear
 from spikedecoder.nn.mlp import MLP
-from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.neuron import ILIF, LIF
 from spikedecoder.nn.norm import Norm
 
 Mode = Literal["prompt", "token"]
@@ -146,9 +146,13 @@ class Recorder:
         _check_finite(layer, "input", x)
         _check_finite(layer, "output", y)
         fired = x != 0
-        events = int(fired.sum())
-        if spikes:
-            _check_spikes(layer, "input", x, only_one=isinstance(module, SpikeLinear))
+        events, levels = int(fired.sum()), 1
+        if isinstance(module, SpikeLinear):
+            levels = module.levels
+            _check_spikes(layer, "input", x, levels)
+            events = _total(x)
+        elif spikes:
+            _check_constant(layer, "input", x)
         reads = self._reads(x)
         words = reads * module.weight.numel()
         if spikes and self.mode == "token":
@@ -167,13 +171,14 @@ class Recorder:
                 weight_words=words,
                 reads=reads,
                 output_kept=name in self._unkept,
+                levels=levels,
             )
         )
 
     def _norm_lif(
         self, layer: str, _name: str, module: LinearNormLIF, inputs: tuple[Tensor, ...], s: Tensor
     ) -> None:
-        _check_spikes(layer, "output", s)
+        _check_spikes(layer, "output", s, module.lif.levels)
         channels = s.shape[-1]
         self._add(
             build.norm(
@@ -188,12 +193,15 @@ class Recorder:
 
     def _lif(self, layer: str, _name: str, module: LIF, inputs: tuple[Tensor, ...], s: Tensor) -> None:
         _check_finite(layer, "input", inputs[0])
-        _check_spikes(layer, "output", s)
+        _check_spikes(layer, "output", s, module.levels)
         self._add_lif(layer, module, s, input_words=s.numel())
 
     def _add_lif(self, layer: str, module: LIF, s: Tensor, input_words: int) -> None:
-        count = {"updates": s.numel(), "spikes": int((s != 0).sum()), "channels": s.shape[-1]}
-        self._add(build.lif(layer, module.params, input_words=input_words, **count))
+        count = {"updates": s.numel(), "spikes": _total(s), "channels": s.shape[-1]}
+        if isinstance(module, ILIF):
+            self._add(build.ilif(layer, module.params, input_words=input_words, **count))
+        else:
+            self._add(build.lif(layer, module.params, input_words=input_words, **count))
 
     def _norm(self, layer: str, _name: str, module: Norm, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         _check_finite(layer, "output of the norm", y)
@@ -209,11 +217,11 @@ class Recorder:
         if past is not None and self.mode == "prompt":
             raise ValueError("mode: got 'prompt' for a pass that goes on from a state, takes 'token'")
         for what, x in (("q", q), ("k", k), ("v", v), ("output", s)):
-            _check_spikes(layer, what, x)
+            _check_spikes(layer, what, x, module.lif.levels)
         heads, t = module.heads, q.shape[0]
         d = q.shape[-1] // heads
         q, k, v = (x.unflatten(-1, (heads, d)) for x in (q, k, v))  # [T, B, S, H, d]
-        common: dict[str, Any] = {"values": s.numel(), "spikes": int((q != 0).sum())}
+        common: dict[str, Any] = {"values": s.numel(), "spikes": _total(q), "levels": module.lif.levels}
         if self.mode == "token":
             written = (k.sum(-1, dtype=torch.float64) * v.sum(-1, dtype=torch.float64)).sum()
             common |= {"written": int(written), "read": common["spikes"] * d, "state": t * heads * d * d}
@@ -221,6 +229,7 @@ class Recorder:
             decayed = q.shape[1] * q.shape[2] * common["state"]
         else:
             work = _quadratic(q, k, v)
+            work["tests"] *= module.lif.levels  # a spike of q meets each timestep of a key
             self._add(build.spiking_attention(layer, recurrent=False, **common, **work))
             decayed = work["scored"]
         if module.decay is not None:
@@ -354,9 +363,21 @@ def _check_finite(layer: str, what: str, x: Tensor) -> None:
         raise ValueError(f"energy: {what} of {layer} holds NaN or infinite values, so nothing can be counted")
 
 
-def _check_spikes(layer: str, what: str, x: Tensor, only_one: bool = True) -> None:
-    """0 and 1; with only_one=False 0 and some constant, which the weights can take up."""
+def _total(s: Tensor) -> int:
+    """How many spikes: the sum of 0 and 1, or of integers."""
+    return int(s.sum(dtype=torch.float64))
+
+
+def _check_spikes(layer: str, what: str, x: Tensor, levels: int = 1) -> None:
+    """0 and 1, or integers from 0 to `levels`."""
     _check_finite(layer, what, x)
-    spike = 1.0 if only_one else x.max()
-    if not bool(((x == 0) | (x == spike)).all()):
+    if not bool(((x >= 0) & (x <= levels) & (x == x.round())).all()):
+        takes = "0 and 1" if levels == 1 else f"integers from 0 to {levels}"
+        raise ValueError(f"energy: {what} of {layer} is not spikes: it holds other values than {takes}")
+
+
+def _check_constant(layer: str, what: str, x: Tensor) -> None:
+    """0 and some constant, which the weights can take up."""
+    _check_finite(layer, what, x)
+    if not bool(((x == 0) | (x == x.max())).all()):
         raise ValueError(f"energy: {what} of {layer} is not spikes: it holds other values than 0 and 1")

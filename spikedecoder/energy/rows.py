@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from spikedecoder.params import LIFParams
+from spikedecoder.params import ILIFParams, LIFParams
 
 Kind = Literal["mac", "ac", "lif", "norm", "lookup", "other"]
 KINDS: tuple[Kind, ...] = ("mac", "ac", "lif", "norm", "lookup", "other")
@@ -28,7 +28,8 @@ class Row:
     count: operations of that kind (MACs, accumulates, LIF updates, values normalised, look-ups, ...).
     add, mul, compare, logic, special: the elementary operations that they are made of; `compare` includes
         choices between two values, `logic` is 1-bit ANDs, `special` exp, tanh, 1/x and 1/sqrt(x).
-    events of slots: what is not zero, of what could be: the input of a Linear, the spikes of a LIF.
+    events of slots: what is not zero, of what could be: the input of a Linear, the spikes of a LIF. Each unit
+        of an I-LIF neuron's integer is one spike, each of its levels a timestep.
     fan_out: accumulates per input spike, of a Linear.
     weight_words, activation_words, state_words: numbers moved; activation_bits: spikes moved.
     held: numbers of state that must be kept at once.
@@ -79,19 +80,22 @@ def linear(
     weight_words: int,
     reads: int,
     output_kept: bool,
+    levels: int = 1,
 ) -> list[Row]:
     """y = W x + b for `rows` inputs of which `events` values are not zero.
 
-    Spikes: each input spike adds a column of W, n_out accumulates. Anything else: n_in n_out MACs a row,
-    zeros included. `output_kept`: y never leaves the chip's registers, as its neurons follow at once.
+    Spikes, in `levels` binary timesteps for each of `rows`: each input spike adds a column of W, n_out
+    accumulates. Anything else: n_in n_out MACs a row, zeros included. `output_kept`: y never leaves the
+    chip's registers, as its neurons follow at once.
     """
-    main = Row(layer, "linear", "ac" if spikes else "mac", "weights", events=events, slots=rows * n_in)
+    main = Row(layer, "linear", "ac" if spikes else "mac", "weights", events=events)
+    main.slots = rows * n_in * levels
     main.fan_out = n_out
     main.count = events * n_out if spikes else rows * n_in * n_out
     main.add, main.mul = main.count, 0 if spikes else main.count
     main.weight_words = weight_words
     if spikes:
-        main.activation_bits, main.note = rows * n_in, "one accumulate per input spike and output"
+        main.activation_bits, main.note = rows * n_in * levels, "one accumulate per input spike and output"
     else:
         main.activation_words, main.note = rows * n_in, "input is not spikes: dense multiply-accumulates"
     main.activation_words += 0 if output_kept else rows * n_out
@@ -125,6 +129,25 @@ def lif(layer: str, p: LIFParams, *, updates: int, spikes: int, channels: int, i
     return [row]
 
 
+def ilif(
+    layer: str, p: ILIFParams, *, updates: int, spikes: int, channels: int, input_words: int
+) -> list[Row]:
+    """`updates` = neurons; each runs p.levels binary timesteps of an integrate-and-fire neuron without leak.
+
+    The current is added once, each timestep compares with the threshold, each spike subtracts it.
+    """
+    timesteps = updates * p.levels
+    row = Row(layer, "LIF", "lif", "values", count=timesteps, events=spikes, slots=timesteps)
+    row.add, row.compare = updates + spikes, timesteps
+    row.state_words, row.held = 2 * timesteps, channels
+    row.activation_bits, row.activation_words = timesteps, input_words
+    row.note = (
+        f"I-LIF in {p.levels} binary timesteps: 1 add a neuron, 1 compare a timestep, 1 subtraction a spike; "
+        "potential read and written"
+    )
+    return [row]
+
+
 def norm(layer: str, kind: str, *, rows: int, channels: int, reads: int) -> list[Row]:
     """LayerNorm: mean, centring, variance, 1 / sqrt, scale, then weight and bias. Others: a x + b."""
     values = rows * channels
@@ -153,27 +176,31 @@ def spiking_attention(
     read: int = 0,
     state: int = 0,
     recurrent: bool,
+    levels: int = 1,
 ) -> list[Row]:
     """(q k^T, causal) v times the scale. values: numel of the output [T, B, S, E]; spikes: q's.
+
+    levels: of I-LIF neurons, whose integers count as so many binary timesteps of spikes.
 
     Quadratic: `tests` ANDs (each q spike with its channel of each earlier key), `coincidences` of which
     accumulate; `scored` of `pairs` scores are not zero, and add themselves where v spikes: `weighted`.
     Recurrent: k^T v gains one accumulate per pair of a k spike and a v spike (`written`); each q spike reads
     and accumulates one row of d of it (`read`). `state`: its numbers, T H d d.
     """
+    bits = values * levels
     if recurrent:
         first = Row(layer, "state += k^T v", "ac", "counts", count=written, add=written)
-        first.state_words, first.held, first.activation_bits = 2 * written, state, 2 * values
+        first.state_words, first.held, first.activation_bits = 2 * written, state, 2 * bits
         first.note = "one accumulate per pair of a k spike and a v spike"
-        second = Row(layer, "q state", "ac", "counts", count=read, add=read, events=spikes, slots=values)
-        second.state_words, second.activation_bits = read, values
+        second = Row(layer, "q state", "ac", "counts", count=read, add=read, events=spikes, slots=bits)
+        second.state_words, second.activation_bits = read, bits
         second.note = "one accumulate per q spike and column of the state"
     else:
         first = Row(layer, "q k^T", "ac", "counts", count=coincidences, add=coincidences, logic=tests)
-        first.events, first.slots, first.activation_bits = spikes, values, 2 * values
+        first.events, first.slots, first.activation_bits = spikes, bits, 2 * bits
         first.note = "causal; one accumulate where q and k both spike, one AND per q spike and key"
         second = Row(layer, "(q k^T) v", "ac", "counts", count=weighted, add=weighted)
-        second.events, second.slots, second.activation_bits = scored, pairs, values
+        second.events, second.slots, second.activation_bits = scored, pairs, bits
         second.note = "causal; one accumulate per v spike and score that is not 0; rate: scores not 0"
     scale = Row(layer, "scale", "other", "values", count=values, mul=values)
     scale.note = "one multiplication per output"

@@ -50,7 +50,8 @@ def _spike_attention(
     levels: int,
 ) -> tuple[Tensor, Tensor]:
     impl = _impl(q, decay, backend, levels)
-    out, final = impl.forward(q, k, v, scale, decay, state, return_state, **_integers(levels))
+    with torch.autocast(q.device.type, enabled=False):  # or torch's products would round the sums
+        out, final = impl.forward(q, k, v, scale, decay, state, return_state, **_integers(levels))
     return laid_out(out), q.new_empty(0) if final is None else final
 
 
@@ -74,7 +75,8 @@ def _spike_attention_backward(
     levels: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     impl = _impl(q, decay, backend, levels)
-    dq, dk, dv = impl.backward(grad, q, k, v, scale, decay, state, **_integers(levels))
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv = impl.backward(grad, q, k, v, scale, decay, state, **_integers(levels))
     return laid_out(dq), laid_out(dk), laid_out(dv)
 
 

@@ -55,6 +55,8 @@ def why_not(model: SpikeDecoder) -> str | None:
         return f"it takes float32, the model is in {model.dtype}"
     if not (c.spiking_attention and c.spiking_mlp):
         return f"it takes spiking attention and MLP (spike_degree 3 or 4), got spike_degree {c.spike_degree}"
+    if c.neuron != "lif":
+        return f"it takes LIF neurons, the model's are {c.neuron}: integers, not bits"
     for field in dataclasses.fields(c):
         if field.name not in _OPTIONS and getattr(c, field.name) != field.default:
             return f"it does not know the option {field.name}={getattr(c, field.name)!r}"
