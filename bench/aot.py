@@ -101,7 +101,13 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-_WITHOUT_PRODUCT = ("scan_segments", "pack_kernel", "lif_forward")  # kernels beside those with the product
+_WITHOUT_PRODUCT = (
+    "scan_segments",
+    "pack_kernel",
+    "lif_forward",
+    "norm_lif_forward",
+    "moments_of_rows",
+)  # kernels beside those with the product
 STREAM = ("128-bit loads", "128-bit stores", "no spill")
 LOADS = ("128-bit loads", "no spill")
 DOT = ("tensor core", "no spill")
@@ -159,44 +165,45 @@ def small_rows() -> Iterator[Row]:
 def norm_lif_rows() -> Iterator[Row]:
     from spikedecoder.kernels import norm_lif
 
-    for T, C in ((4, 512), (8, 512), (16, 512), (4, 80)):
-        x, grad = (meta((T, 64 * MEGA // T // C, C)) for _ in range(2))
+    bf16, p = torch.bfloat16, LIFParams()
+
+    def row(call: str, T: int, C: int, dtype: torch.dtype = bf16) -> Row:
+        x, grad = (meta((T, 64 * MEGA // T // C, C), dtype) for _ in range(2))
         weight, channel = meta((C,), torch.float32), meta((C,), torch.float32)
         rows = meta(x.shape[:-1], torch.float32)
-        p, mega = LIFParams(), x.numel()
-        size = f"64 Mi, T = {T}, C = {C}"
-        extra = 8 * mega / C  # row statistics
-        wide = STREAM if T <= 4 else ("no spill",)  # see norm_lif._tile
         norm = functools.partial(norm_lif.forward, x, weight, weight)
-        back = functools.partial(norm_lif.backward_layer, grad, x, weight, weight, rows, rows, 1.0, p)
-        yield Row(
-            "norm_lif",
-            "layer forward",
-            "bf16",
-            size,
-            4 * mega + extra,
-            STREAM,
-            functools.partial(norm, None, None, 1e-5, 1.0, p),
-        )
-        yield Row("norm_lif", "layer backward", "bf16", size, 6 * mega + extra, wide, back)
-        if C != 512 or T == 16:
-            continue
-        args = (grad, x, weight, weight, channel, channel, 1.0, p)
-        reduce = functools.partial(norm_lif.backward_reduce, *args)
-        apply = functools.partial(norm_lif.backward_apply, *args, channel, channel, channel)
-        moments = functools.partial(norm_lif.moments, x, True)
-        yield Row("norm_lif", "moments", "bf16", size, 2 * mega, ("no spill",), moments)
-        yield Row(
-            "norm_lif",
-            "channel forward",
-            "bf16",
-            size,
-            4 * mega,
-            ROUNDED,
-            functools.partial(norm, channel, channel, 1e-5, 1.0, p),
-        )
-        yield Row("norm_lif", "channel backward, sums", "bf16", size, 4 * mega, LOADS, reduce)
-        yield Row("norm_lif", "channel backward, x", "bf16", size, 6 * mega, STREAM, apply)
+        back = (grad, x, weight, weight)
+        run, passes, needs = {
+            "layer forward": (functools.partial(norm, None, None, 1e-5, 1.0, p), 2, STREAM),
+            "layer backward": (
+                functools.partial(norm_lif.backward_layer, *back, rows, rows, 1.0, p), 3, STREAM,
+            ),
+            "moments": (functools.partial(norm_lif.moments, x, True), 1, ("no spill",)),
+            "channel forward": (functools.partial(norm, channel, channel, 1e-5, 1.0, p), 2, ROUNDED),
+            "channel backward, sums": (
+                functools.partial(norm_lif.backward_reduce, *back, channel, channel, 1.0, p), 2, LOADS,
+            ),
+            "channel backward, x": (
+                functools.partial(
+                    norm_lif.backward_apply, *back, channel, channel, 1.0, p, channel, channel, channel
+                ),
+                3, STREAM,
+            ),
+        }[call]  # fmt: skip
+        if C > norm_lif.MAX_ROW:  # a launch that only sums writes little
+            needs = LOADS
+        minimum = passes * x.numel() * dtype.itemsize + (8 * x.numel() / C if "layer" in call else 0)
+        return Row("norm_lif", call, _TYPES[dtype], f"64 Mi, T = {T}, C = {C}", minimum, needs, run)
+
+    layer = ("layer forward", "layer backward")
+    channels = ("channel forward", "channel backward, sums", "channel backward, x")
+    for T in (4, 8, 16, 64):
+        yield from (row(call, T, 512) for call in (*layer, *channels))
+    yield row("moments", 4, 512)
+    for T, C in ((4, 80), (8, 80), (4, 1280), (16, 1280), (4, 4096), (16, 4096), (4, 8192), (16, 8192)):
+        yield from (row(call, T, C) for call in layer)
+    for T in (4, 16):
+        yield from (row(call, T, 1024, torch.float32) for call in layer)
 
 
 def attention_rows() -> Iterator[Row]:
@@ -267,10 +274,34 @@ def linear_rows() -> Iterator[Row]:
         yield Row("spike_linear", "weight gradient", _TYPES[dtype], size, moved, DOT, backward)
 
 
+def linear_norm_lif_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import linear_norm_lif as k
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype, T, R, K, N, kind in (
+        (bf16, 4, 8192, 80, 80, "layer"), (bf16, 4, 8192, 80, 1280, "layer"),
+        (bf16, 4, 8192, 80, 1280, "channel"), (bf16, 4, 8192, 512, 2048, "channel"),
+        (bf16, 4, 8192, 512, 256, "layer"), (bf16, 4, 8192, 512, 512, "layer"),
+        (fp16, 4, 8192, 80, 80, "layer"), (fp16, 4, 8192, 80, 1280, "channel"),
+        (fp32, 4, 8192, 80, 80, "layer"), (fp32, 4, 8192, 80, 1280, "layer"),
+        (fp32, 4, 8192, 512, 2048, "channel"),
+    ):  # fmt: skip
+        s, weight, channel = meta((T, R, K), dtype), meta((N, K), dtype), meta((N,), fp32)
+        given = (None, None) if kind == "layer" else (channel, channel)
+        run = functools.partial(
+            k.forward, s, weight, meta((N,), dtype), channel, channel, *given, 1e-5, 1.0, LIFParams()
+        )
+        statistics = 8 * T * R if kind == "layer" else 0
+        moved = dtype.itemsize * (T * R * (K + N) + N * K) + T * R * K / 8 + statistics
+        size = f"T = {T}, R = {R}, K = {K}, N = {N}"
+        yield Row("linear_norm_lif", f"{kind} forward", _TYPES[dtype], size, moved, DOT, run)
+
+
 def rows() -> Iterator[Row]:
     yield from lif_rows()
     yield from attention_lif_rows()
     yield from linear_rows()
+    yield from linear_norm_lif_rows()
     yield from attention_rows()
     yield from norm_lif_rows()
     yield from small_rows()

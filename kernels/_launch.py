@@ -90,10 +90,21 @@ def kernel(fn: Callable[..., None]) -> Any:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    maxnreg: int | None = None,
+    **arguments: Any,
 ) -> None:
-    """Run `kernel` on its tensors' device, without fused multiply-adds: spikes must not depend on them."""
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    """Run `kernel` on its tensors' device, without fused multiply-adds: spikes must not depend on them.
+
+    maxnreg: registers a thread, where the compiler would spill a few to run more programs side by side.
+    """
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, arguments, options))
         return

@@ -3,6 +3,8 @@
 Each program takes a band of rows: per tile the mean and the sum of squared distances from it, merged into
 what it has by Chan, Golub and LeVeque's formula (1979), so no large sums are subtracted. A second, small
 kernel merges the bands. x [M, C], b bytes an element: b read, the minimum. Bound by memory bandwidth.
+
+Rows too wide for a program's registers: mean and 1 / standard deviation of each, in the same way along it.
 """
 
 from __future__ import annotations
@@ -108,3 +110,43 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
         bands=bands, band=band, rows=rows, channels=channels, CENTER=center, BLOCK_P=32, BLOCK_C=16,
     )  # fmt: skip
     return mean, var
+
+
+@kernel
+def moments_of_rows(
+    x_ptr, mean_ptr, rstd_ptr, rows, channels, stride_t, eps,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Program (rows, timestep)."""
+    channels = channels * ALIGN
+    t = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = x_ptr + t * (stride_t.to(tl.int64) * ALIGN) + r[:, None] * channels
+    mean = tl.zeros((BLOCK_R,), tl.float32)
+    square = tl.zeros((BLOCK_R,), tl.float32)
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        inside = (r < rows)[:, None] & (c < channels)[None, :]
+        x = tl.load(at + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        new = tl.minimum(BLOCK_C, channels - first).to(tl.float32)
+        tile_mean = tl.sum(x, 1) / new
+        distance = tl.where(inside, x - tile_mean[:, None], 0.0)
+        delta = tile_mean - mean
+        share = new / (first + new)
+        square += tl.sum(distance * distance, 1) + delta * delta * (first * share)
+        mean += delta * share
+    tl.store(mean_ptr + t * rows + r, mean, mask=r < rows)
+    tl.store(rstd_ptr + t * rows + r, 1 / tl.sqrt_rn(square / channels + eps), mask=r < rows)
+
+
+def row_moments(x: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:
+    """Write mean and 1 / sqrt(variance + eps) of each row of x [T, ..., C], timesteps contiguous."""
+    channels = x.shape[-1]
+    rows, stride = x[0].numel() // channels, x.stride(0) if x.shape[0] > 1 else 0
+    align = 16 if channels % 16 == 0 and stride % 16 == 0 else 1
+    block_c = 256 * (16 // x.element_size())
+    launch(
+        moments_of_rows, (rows, x.shape[0]), x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, rows=rows,
+        channels=channels // align, stride_t=stride // align, eps=eps, BLOCK_R=1, BLOCK_C=block_c,
+        ALIGN=align,
+    )  # fmt: skip

@@ -29,7 +29,7 @@ __all__ = ["forward", "from_words", "weight_grad", "why_not"]
 def load_bits(words_ptr, row, rows, word, words, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     """0 and 1 as float32 [BLOCK_R, BLOCK_K]: spikes of rows `row`, from 32-bit word number `word` on."""
     w = word + tl.arange(0, BLOCK_K // 32)
-    at = words_ptr + row[:, None].to(tl.int64) * words + w[None, :]
+    at = words_ptr + row[:, None] * words + w[None, :]
     packed = tl.load(at, mask=(row < rows)[:, None] & (w < words)[None, :], other=0)
     return unpack_tile(packed, BLOCK_R, BLOCK_K).to(tl.float32)
 
@@ -45,16 +45,12 @@ def product(a, b, acc, dtype: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
         return tl.dot(a.to(dtype), b.to(dtype), acc)
 
 
-@kernel
-def linear_forward(
-    words_ptr, weight_ptr, bias_ptr, y_ptr, rows, inputs, outputs, words,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+@triton.jit
+def linear_tile(
+    words_ptr, weight_ptr, bias_ptr, m, rows, n, inputs, outputs, words,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    inputs = inputs * ALIGN
-    outputs = outputs * ALIGN
-    across = tl.cdiv(outputs, BLOCK_N)
-    m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    """y of rows m and outputs n in float32; 0 without the bias from `rows` on, 0 from `outputs` on."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, inputs, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -64,7 +60,23 @@ def linear_forward(
         acc = product(bits, weight, acc, weight_ptr.dtype.element_ty, 1, 3)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    at = y_ptr + m[:, None].to(tl.int64) * outputs + n[None, :]
+    return acc
+
+
+@kernel
+def linear_forward(
+    words_ptr, weight_ptr, bias_ptr, y_ptr, rows, inputs, outputs, words,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    inputs = inputs * ALIGN
+    outputs = outputs * ALIGN
+    across = tl.cdiv(outputs, BLOCK_N)
+    m = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = linear_tile(
+        words_ptr, weight_ptr, bias_ptr, m, rows, n, inputs, outputs, words, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    at = y_ptr + m[:, None] * outputs + n[None, :]
     tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (n < outputs)[None, :])
 
 
@@ -80,12 +92,12 @@ def linear_weight_grad(
     n = tl.program_id(0) // across * BLOCK_N + tl.arange(0, BLOCK_N)
     first_k = tl.program_id(0) % across * BLOCK_K
     k = first_k + tl.arange(0, BLOCK_K)
-    start = tl.program_id(1) * piece
+    start = tl.program_id(1).to(tl.int64) * piece
     stop = tl.minimum(start + piece, rows)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for first in range(start, stop, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
-        at = grad_ptr + m[:, None].to(tl.int64) * outputs + n[None, :]
+        at = grad_ptr + m[:, None] * outputs + n[None, :]
         grad = tl.load(at, mask=(m < stop)[:, None] & (n < outputs)[None, :], other=0.0)
         bits = load_bits(words_ptr, m, stop, first_k // 32, words, BLOCK_M, BLOCK_K)
         acc = product(tl.trans(grad), bits, acc, grad_ptr.dtype.element_ty, 3, 1)

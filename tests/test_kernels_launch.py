@@ -55,6 +55,14 @@ def linear(batch: int, tokens: int, make: Make) -> None:
     k.weight_grad(words, 80, y)
 
 
+def linear_norm_lif(batch: int, tokens: int, make: Make) -> None:
+    from spikedecoder.kernels import linear_norm_lif as k
+
+    s, channel = make(4, batch, tokens, 80), make(320).float()
+    for given in ((None, None), (channel, channel)):
+        k.forward(s, make(320, 80), None, channel, channel, *given, 1e-5, 1.0, P)
+
+
 def attention(batch: int, tokens: int, make: Make) -> None:
     from spikedecoder.kernels import spike_attention as k
 
@@ -70,7 +78,7 @@ def attention_lif(batch: int, tokens: int, make: Make) -> None:
     k.forward(q, q, q, 0.125, None, 1.0, P)
 
 
-USES = [lif, norm_lif, small, linear, attention, attention_lif]
+USES = [lif, norm_lif, small, linear, linear_norm_lif, attention, attention_lif]
 
 
 def meta(*shape: int) -> Tensor:

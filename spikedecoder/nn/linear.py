@@ -61,9 +61,12 @@ class LinearNormLIF(nn.Module):
         self.recompute = False  # see SpikeDecoder.recompute_activations
 
     def forward(self, s: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            n, threshold = self.norm.params(), self.lif.v_threshold
+        learns = torch.is_grad_enabled()
+        # else in one operator too, unless someone wants the Linear's result
+        watched = self.linear._forward_hooks or self.linear._forward_pre_hooks or self.linear.levels > 1
+        if self.recompute if learns else not watched:
             return ops.linear_norm_lif(
-                s, self.linear.weight, self.linear.bias, n, self.lif.params, threshold=threshold
-            )
+                s, self.linear.weight, self.linear.bias, self.norm.params(), self.lif.params,
+                threshold=self.lif.v_threshold, recompute=learns,
+            )  # fmt: skip
         return self.lif.of_norm(self.linear(s), self.norm.params())

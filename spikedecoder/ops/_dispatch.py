@@ -167,6 +167,12 @@ def _resolve(operator: str, device: str, dtype: torch.dtype, requested: str) -> 
     return next(b for b in candidates(call.device) if why_not(b, operator, call) is None)
 
 
+@torch.compiler.assume_constant_result
+def offers(backend: str, operator: str) -> bool:
+    """Whether a backend that runs here has a module of its own for `operator`. Asked while tracing."""
+    return not isinstance(_load(backend, operator), str)
+
+
 def explain(operator: str, call: Call) -> list[tuple[str, str]]:
     """(backend, "chosen" | "possible" | reason) in order of preference: what `doctor` prints."""
     rows, chosen = [], False

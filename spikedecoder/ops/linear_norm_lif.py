@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikedecoder.ops._dispatch import requested_backend
+from spikedecoder.ops._dispatch import Call, offers, requested_backend, select
 from spikedecoder.ops.norm import statistics
 from spikedecoder.ops.norm_lif import backward as norm_lif_backward
 from spikedecoder.ops.norm_lif import check_norm_lif, flat, forward, norm_lif
+from spikedecoder.ops.pack_spikes import WORD
 from spikedecoder.ops.spike_linear import _spike_linear, as_product, check_linear, from_words, spike_linear
 from spikedecoder.ops.spike_linear import backward as linear_backward
 from spikedecoder.params import LIFParams, NormParams
@@ -74,7 +75,8 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(row_mean, row_rstd)
 
 
-def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
+def _gradients(ctx, grad_spikes, want_s: bool, want_weight: bool):
+    """Of (s, Linear weight, Linear bias, weight, bias, threshold)."""
     words, linear_weight, linear_bias, *saved = ctx.saved_tensors
     backend = ctx.linear_backend
     current = from_words(words, ctx.channels, linear_weight, linear_bias, backend)
@@ -82,10 +84,15 @@ def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
         grad_spikes, (current, *saved), ctx.ema_gz, ctx.eps, ctx.channel, ctx.rest
     )
     del current
-    grad_s, grad_linear, grad_linear_bias = linear_backward(
-        grad, words, linear_weight, ctx.channels, ctx.dtype, backend,
-        wanted=(ctx.needs_input_grad[0], ctx.needs_input_grad[3], linear_bias is not None),
-    )  # fmt: skip
+    wanted = (want_s, want_weight, linear_bias is not None)
+    of_linear = linear_backward(grad, words, linear_weight, ctx.channels, ctx.dtype, backend, wanted)
+    return *of_linear, grad_weight, grad_bias, grad_threshold
+
+
+def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
+    grad_s, grad_linear, grad_linear_bias, grad_weight, grad_bias, grad_threshold = _gradients(
+        ctx, grad_spikes, ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    )
     return (
         *(grad_s, None, None, grad_linear, grad_linear_bias, grad_weight, grad_bias, None, None),
         *(grad_threshold, None, None, None, None, *(None,) * len(ctx.rest), None),
@@ -93,6 +100,85 @@ def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
 
 
 _linear_norm_lif.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op("spikedecoder::linear_norm_lif_fused", mutates_args=())
+def _fused(
+    s: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    threshold: Tensor | None,
+    eps: float,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(spikes, row mean, row rstd, words of s), of a backend that has all of it in one; row statistics empty
+    where those of channels are handed in."""
+    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    call = Call(s.device, linear_weight.dtype, (*s.shape[:-1], linear_weight.shape[0]))
+    impl = select("linear_norm_lif", call, backend)
+    limit = p.v_threshold if threshold is None else threshold
+    spikes, row_mean, row_rstd, words = impl.forward(
+        s, linear_weight, linear_bias, weight, bias, mean, rstd, eps, limit, p
+    )
+    if mean is None:
+        return spikes, row_mean, row_rstd, words
+    return spikes, s.new_empty(0), s.new_empty(0), words
+
+
+@_fused.register_fake
+def _(s, linear_weight, linear_bias, weight, bias, mean, *_):
+    spikes = linear_weight.new_empty(*s.shape[:-1], linear_weight.shape[0])
+    words = s.new_empty(*s.shape[:-1], -(-s.shape[-1] // WORD), dtype=torch.int64)
+    if mean is not None:
+        return spikes, s.new_empty(0), s.new_empty(0), words
+    rows = s.new_empty(s.shape[:-1], dtype=compute_dtype(linear_weight.dtype))
+    return spikes, rows, torch.empty_like(rows), words
+
+
+def _fused_context(ctx, inputs, output):
+    s, linear_weight, linear_bias, weight, bias, mean, rstd, threshold, eps, *neuron, backend = inputs
+    _, row_mean, row_rstd, words = output
+    ctx.channel = mean is not None
+    if mean is None:
+        mean, rstd = row_mean, row_rstd
+    ctx.ema_gz, ctx.eps = None, eps
+    ctx.channels, ctx.dtype = s.shape[-1], s.dtype
+    ctx.linear_backend = backend
+    ctx.rest = (False, None, *neuron, backend)
+    ctx.save_for_backward(words, linear_weight, linear_bias, weight, bias, mean, rstd, threshold, None, None)
+    ctx.mark_non_differentiable(row_mean, row_rstd, words)
+
+
+def _fused_autograd(ctx, grad_spikes, _grad_mean, _grad_rstd, _grad_words):
+    *grads, grad_threshold = _gradients(ctx, grad_spikes, *ctx.needs_input_grad[:2])
+    return *grads, None, None, grad_threshold, *(None,) * (len(ctx.rest) - 1)
+
+
+_fused.register_autograd(_fused_autograd, setup_context=_fused_context)
+
+
+def _one_kernel(
+    s: Tensor, weight: Tensor, bias: Tensor | None, n: NormParams, p: LIFParams, threshold: Tensor | None,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """Where no statistics of channels are taken: nothing asks for the current."""
+    shape_only = weight.new_empty(1).expand(*s.shape[:-1], weight.shape[0])
+    check_norm_lif(shape_only, n, threshold)
+    found = statistics(shape_only, n)
+    mean, rstd = (None, None) if found is None else (found.mean, found.rstd)
+    settings = (mean, rstd, threshold, n.eps, *p.flat(), backend)
+    return _fused(s, weight, bias, n.weight, n.bias, *settings)[0]
 
 
 def linear_norm_lif(
@@ -114,16 +200,24 @@ def linear_norm_lif(
             s W^T + b again there: for one more product, the N floats a row that `norm_lif` keeps are gone.
             Same spikes and gradients either way.
 
+    A backend may have all three in one kernel that never writes s W^T + b (Triton, where that moves less). It
+    runs with `recompute` or without gradients, for LayerNorm and in evaluation.
+
     Returns:
         spikes [T, ..., N] in the dtype of the product.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    check_linear(s, weight, bias)
+    product_weight, product_bias, backend = as_product(weight, bias)
+    nothing_kept = recompute or not torch.is_grad_enabled()
+    before = n.kind == "layer" or not n.training  # known before, or within a row of, the current
+    if nothing_kept and before and offers(backend, "linear_norm_lif"):
+        return _one_kernel(s, product_weight, product_bias, n, p, threshold, backend)
     if not recompute:
         return norm_lif(spike_linear(s, weight, bias), n, p, threshold=threshold)
-    check_linear(s, weight, bias)
-    weight, bias, backend = as_product(weight, bias)
+    weight, bias = product_weight, product_bias
     with torch.no_grad():
         current, words = _spike_linear(s, weight, bias, backend)
     check_norm_lif(current, n, threshold)

@@ -1,0 +1,191 @@
+"""The backward kernel of `norm_lif`: the gradient through the LIF, then through the norm.
+
+h is computed again from x, CHUNK timesteps at a time: a sweep writes the potential before each chunk to a
+scratch of one tile a program and chunk, and the walk backwards reads it and x again, both still in cache
+where T is not long. The code is the same for any T. Bytes and equations: `norm_lif`.
+"""
+
+# mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
+# ruff: noqa: RUF005
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spikedecoder.kernels._launch import kernel
+from spikedecoder.kernels._neuron import fire_backward, load_steps, load_threshold, over_tau, potentials
+
+
+@triton.jit
+def _affine(
+    xs, mean, rstd, mean_ptr, rstd_ptr, first, r, rows, weight, bias,
+    COUNT: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """(y, mean, rstd) of COUNT timesteps, y operation by operation as in forward: the same neurons fire."""
+    if STATISTICS == 0:
+        means = ()
+        rstds = ()
+        for _ in tl.static_range(COUNT):
+            means = means + (mean,)
+            rstds = rstds + (rstd,)
+    else:
+        at = first * rows.to(tl.int64) + r
+        means = load_steps(mean_ptr + at, rows, r < rows, COUNT)
+        rstds = load_steps(rstd_ptr + at, rows, r < rows, COUNT)
+    ys = ()
+    for i in tl.static_range(COUNT):
+        ys = ys + ((xs[i].to(tl.float32) - means[i]) * rstds[i] * weight + bias,)
+    return ys, means, rstds
+
+
+@triton.jit
+def _backward_chunk(
+    grad_spikes_ptr, x_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, c_ptr, grad_x_ptr, row_gw_ptr, row_gwz_ptr,
+    first, v, carry, sum_gz, sum_g, total, mean, rstd, weight, bias,
+    r1, c, at, inside, c_inside, rows, channels, timestep, stride_t, grad_stride_t,
+    limit, tau, keep, v_reset, alpha,
+    COUNT: tl.constexpr, T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr,
+    RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr,
+):  # fmt: skip
+    """COUNT timesteps from `first` on, backwards; v before and carry = dL/dv after them."""
+    r = r1[:, None]
+    xs = load_steps(x_ptr + first * stride_t + at, stride_t, inside, COUNT)
+    gs = load_steps(grad_spikes_ptr + first * grad_stride_t + at, grad_stride_t, inside, COUNT)
+    ys, means, rstds = _affine(
+        xs, mean, rstd, mean_ptr, rstd_ptr, first, r, rows, weight, bias, COUNT, STATISTICS
+    )
+    hs, v = potentials(ys, v, limit, tau, v_reset, COUNT, RECIPROCAL, HARD, DECAY_INPUT)
+    to = (first + COUNT - 1) * timestep + at
+    row_to = (first + COUNT - 1) * rows.to(tl.int64) + r1
+    for back in tl.static_range(COUNT):
+        grad_h, grad_threshold = fire_backward(
+            gs[COUNT - 1 - back].to(tl.float32), carry, hs[COUNT - 1 - back], limit, v_reset, alpha,
+            HARD, DETACH, SURROGATE,
+        )  # fmt: skip
+        carry = grad_h * keep
+        g = grad_h
+        if DECAY_INPUT:
+            g = over_tau(grad_h, tau, RECIPROCAL)
+        g = tl.where(inside, g, 0.0)
+        z = (xs[COUNT - 1 - back].to(tl.float32) - means[COUNT - 1 - back]) * rstds[COUNT - 1 - back]
+        if SUMS:
+            sum_gz += g * z
+            sum_g += g
+            total += tl.where(inside, grad_threshold, 0.0)
+        if STATISTICS == 1:
+            gw = g * weight
+            mean_gw = (tl.sum(gw, 1) / channels)[:, None]
+            mean_gwz = (tl.sum(gw * z, 1) / channels)[:, None]
+            grad_x = rstds[COUNT - 1 - back] * (gw - mean_gw - z * mean_gwz)
+            tl.store(grad_x_ptr + to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        elif STATISTICS == 2:
+            gw = g * weight
+            if SUMS:  # the tile's share of the row's sums
+                part = tl.program_id(1).to(tl.int64) * T * rows + row_to
+                tl.store(row_gw_ptr + part, tl.sum(gw, 1), mask=r1 < rows)
+                tl.store(row_gwz_ptr + part, tl.sum(gw * z, 1), mask=r1 < rows)
+            else:
+                mean_gw = tl.load(a_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
+                mean_gwz = tl.load(b_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
+                grad_x = rstds[COUNT - 1 - back] * (gw - mean_gw - z * mean_gwz)
+                tl.store(grad_x_ptr + to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        elif not SUMS:
+            a = tl.load(a_ptr + c, mask=c_inside, other=0.0)
+            b = tl.load(b_ptr + c, mask=c_inside, other=0.0)
+            shift = tl.load(c_ptr + c, mask=c_inside, other=0.0)
+            tl.store(grad_x_ptr + to, (a * g + b * z + shift).to(grad_x_ptr.dtype.element_ty), mask=inside)
+        to -= timestep
+        row_to -= rows
+    return carry, sum_gz, sum_g, total
+
+
+@kernel
+def norm_lif_backward(
+    grad_spikes_ptr, x_ptr, weight_ptr, bias_ptr, threshold_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, c_ptr,
+    scratch_ptr, grad_x_ptr, grad_weight_ptr, grad_bias_ptr, grad_threshold_ptr, row_gw_ptr, row_gwz_ptr,
+    rows, channels, stride_t, grad_stride_t, threshold, tau, keep, v_reset, alpha,
+    T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr, THRESHOLD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """g = dL/dy through the LIF; then, as asked for,
+
+    SUMS: sums over rows of g z and g, and the threshold's gradient, one row a program.
+    STATISTICS 0, of channels, without SUMS: dx = a g + b z + c.
+    STATISTICS 1, of rows, a tile wide: dx = rstd (g weight - <g weight> - z <g weight z>).
+    STATISTICS 2, of rows wider than a tile: with SUMS the tile's share of the sums of g weight and g weight z
+    [tiles, T, R]; without, dx from their means, which a and b [T, R] then are.
+    scratch [programs, chunks, tile], if T > CHUNK.
+    """
+    channels = channels * ALIGN
+    stride_t = stride_t.to(tl.int64) * ALIGN
+    grad_stride_t = grad_stride_t.to(tl.int64) * ALIGN
+    c1 = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c, c_inside = c1[None, :], (c1 < channels)[None, :]
+    timestep = rows.to(tl.int64) * channels
+    weight = tl.load(weight_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
+    mean = 0.0
+    rstd = 0.0
+    if STATISTICS == 0:
+        mean = tl.load(mean_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
+    sum_gz = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    LAST: tl.constexpr = (T - 1) // CHUNK * CHUNK
+    scratch = scratch_ptr
+    if LAST > 0:
+        pid = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        scratch += pid.to(tl.int64) * (LAST // CHUNK * BLOCK_R * BLOCK_C)
+        scratch += tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
+        r1 = tl.arange(0, BLOCK_R) + first
+        r = r1[:, None]
+        inside = (r < rows) & c_inside
+        at = r * channels + c
+        limit = load_threshold(threshold_ptr, threshold, c, c_inside, at, inside, THRESHOLD)
+        if THRESHOLD == 3:
+            total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        carry = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        if LAST > 0:
+            for begin in range(0, LAST, CHUNK):
+                tl.store(scratch + begin // CHUNK * (BLOCK_R * BLOCK_C), v)
+                xs = load_steps(x_ptr + begin * stride_t + at, stride_t, inside, CHUNK)
+                ys, _, _ = _affine(
+                    xs, mean, rstd, mean_ptr, rstd_ptr, begin, r, rows, weight, bias, CHUNK, STATISTICS
+                )
+                _, v = potentials(ys, v, limit, tau, v_reset, CHUNK, RECIPROCAL, HARD, DECAY_INPUT)
+        carry, sum_gz, sum_g, total = _backward_chunk(
+            grad_spikes_ptr, x_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, c_ptr, grad_x_ptr, row_gw_ptr,
+            row_gwz_ptr, LAST, v, carry, sum_gz, sum_g, total, mean, rstd, weight, bias, r1, c, at, inside,
+            c_inside, rows, channels, timestep, stride_t, grad_stride_t, limit, tau, keep, v_reset, alpha,
+            T - LAST, T, STATISTICS, SUMS, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE,
+        )  # fmt: skip
+        if LAST > 0:
+            for done in range(0, LAST, CHUNK):
+                begin = LAST - CHUNK - done
+                v = tl.load(scratch + begin // CHUNK * (BLOCK_R * BLOCK_C))
+                carry, sum_gz, sum_g, total = _backward_chunk(
+                    grad_spikes_ptr, x_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, c_ptr, grad_x_ptr, row_gw_ptr,
+                    row_gwz_ptr, begin, v, carry, sum_gz, sum_g, total, mean, rstd, weight, bias, r1, c, at,
+                    inside, c_inside, rows, channels, timestep, stride_t, grad_stride_t, limit, tau, keep,
+                    v_reset, alpha, CHUNK, T, STATISTICS, SUMS, RECIPROCAL, HARD, DECAY_INPUT, DETACH,
+                    SURROGATE,
+                )  # fmt: skip
+        if SUMS and THRESHOLD == 3:
+            tl.store(grad_threshold_ptr + at, total, mask=inside)
+
+    if SUMS:
+        row = tl.program_id(0).to(tl.int64) * channels
+        tl.store(grad_weight_ptr + row + c1, tl.sum(sum_gz, 0), mask=c1 < channels)
+        tl.store(grad_bias_ptr + row + c1, tl.sum(sum_g, 0), mask=c1 < channels)
+        if THRESHOLD == 2:
+            tl.store(grad_threshold_ptr + row + c1, tl.sum(total, 0), mask=c1 < channels)
+        elif THRESHOLD == 1:
+            pid = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+            tl.store(grad_threshold_ptr + pid, tl.sum(tl.sum(total, 1), 0))
