@@ -143,7 +143,7 @@ def norm_lif_backward(
         scratch += tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
 
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
-        r1 = tl.arange(0, BLOCK_R) + first
+        r1 = tl.arange(0, BLOCK_R).to(tl.int64) + first
         r = r1[:, None]
         inside = (r < rows) & c_inside
         at = r * channels + c

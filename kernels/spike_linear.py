@@ -96,7 +96,7 @@ def linear_weight_grad(
     stop = tl.minimum(start + piece, rows)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for first in range(start, stop, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
+        m = first + tl.arange(0, BLOCK_M).to(tl.int64)
         at = grad_ptr + m[:, None] * outputs + n[None, :]
         grad = tl.load(at, mask=(m < stop)[:, None] & (n < outputs)[None, :], other=0.0)
         bits = load_bits(words_ptr, m, stop, first_k // 32, words, BLOCK_M, BLOCK_K)
