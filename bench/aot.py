@@ -382,7 +382,7 @@ def compile_row(index: int, target: int) -> list[Compiled]:
 def compile_all(
     only: str | None, first: int | None, targets: tuple[int, ...], processes: int
 ) -> list[Compiled]:
-    numbers = [i for i, row in enumerate(rows()) if only in (None, row.operator)][:first]
+    numbers = [i for i, row in enumerate(rows()) if only is None or row.operator in only.split(",")][:first]
     wanted = [(i, t) for i in numbers for t in targets]
     with ProcessPoolExecutor(processes) as pool:
         parts = list(pool.map(compile_row, *zip(*wanted, strict=True)))
@@ -467,7 +467,7 @@ once, outputs written once. The floors are the minimum over the memory's rate (H
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="an operator")
+    parser.add_argument("--only", help="an operator, or several with commas between")
     parser.add_argument("--first", type=int, help="only so many calls")
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="compute capability")
     parser.add_argument("--json", type=Path, help="also write the results here")

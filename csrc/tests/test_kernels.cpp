@@ -411,6 +411,21 @@ void test_binarize(int64_t n, int threads) {
   }
 }
 
+void test_ilif(int64_t n, int threads) {
+  const auto x = dyadic(n), grad = dyadic(n);
+  auto out = array<float>(n);
+  std::vector<uint8_t> mask(static_cast<size_t>(n));
+  for (uint8_t* wanted : {mask.data(), static_cast<uint8_t*>(nullptr)}) {
+    kernels().ilif_forward({x.data(), out.data(), wanted, 2, 3, -0.5f, 3.5f, n, threads});
+    for (int64_t i = 0; i < n; i++) {
+      CHECK(out[i] == std::fmin(std::fmax(std::floor(2 * x[i] + 0.5f), 0.f), 3.f));
+      CHECK(mask[i] == (2 * x[i] >= -0.5f && 2 * x[i] <= 3.5f));
+    }
+  }
+  kernels().ilif_backward({grad.data(), mask.data(), out.data(), 2, n, threads});
+  for (int64_t i = 0; i < n; i++) CHECK(out[i] == (mask[i] ? 2 * grad[i] : 0.f));
+}
+
 void test_all() {
   for (int threads : {1, 3}) {
     for (int64_t C : {1, 15, 16, 17, 63, 64, 65, 200}) {
@@ -418,9 +433,11 @@ void test_all() {
       test_norm_lif(NormKind::row, 3, 5, C, threads);
       test_norm_lif(NormKind::channel, 2, 70, C, threads);
       test_binarize(C, threads);
+      test_ilif(C, threads);
     }
     test_pack(3000, 70, threads);
     test_binarize(50'000, threads);
+    test_ilif(50'000, threads);
     for (int surrogate = 0; surrogate < 5; surrogate++) {
       for (auto kind : {ThresholdKind::scalar, ThresholdKind::channel, ThresholdKind::element}) {
         Neuron n;

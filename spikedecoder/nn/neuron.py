@@ -47,7 +47,7 @@ class ILIF(LIF):
         self.params, self.levels, self.v_threshold = params, params.levels, None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.ilif(x, levels=self.levels, v_threshold=self.params.v_threshold)
+        return ops.ilif_params(x, self.params)
 
     def of_norm(self, x: Tensor, n: NormParams) -> Tensor:
         return self(ops.norm(x, n))

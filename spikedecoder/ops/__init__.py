@@ -2,7 +2,7 @@
 
 from spikedecoder.ops._dispatch import BackendError, use_backend
 from spikedecoder.ops.binarize import binarize
-from spikedecoder.ops.ilif import ilif
+from spikedecoder.ops.ilif import ilif, ilif_params
 from spikedecoder.ops.lif import lif, lif_params
 from spikedecoder.ops.linear_norm import linear_norm
 from spikedecoder.ops.linear_norm_lif import linear_norm_lif
@@ -18,6 +18,7 @@ __all__ = [
     "BackendError",
     "binarize",
     "ilif",
+    "ilif_params",
     "lif",
     "lif_params",
     "linear_norm",

@@ -66,7 +66,11 @@ def ilif(x: Tensor, *, levels: int, v_threshold: float = 1.0) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    return ilif_params(x, ILIFParams(levels, float(v_threshold)))
+
+
+def ilif_params(x: Tensor, p: ILIFParams) -> Tensor:
+    """`ilif` with its parameters in one object."""
     _check.floating("x", x, min_dims=0)
-    p = ILIFParams(levels, float(v_threshold))
     want_mask = torch.is_grad_enabled() and x.requires_grad
     return _ilif(x, p.levels, p.v_threshold, want_mask, requested_backend())[0]

@@ -1,7 +1,7 @@
 """Causal spiking attention in C++ (csrc/spike_attention.cpp): a scan over tokens, cost linear in S.
 
 q, k and v must hold spikes: anything that is not 0 in q or k counts as 1, and so does v in the backward pass.
-Integers (`levels` > 1) go through torch's matrix products instead (`_integer_attention`).
+Integers (`levels` > 1) take torch's matrix products, in the reference's chunks.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikedecoder.ext.cpu import _integer_attention, native
+from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu
+from spikedecoder.reference import spike_attention as reference
 
 why_not = floats_on_cpu
 
@@ -37,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(o [T, B, H, S, d], final state [T, B, H, d, d] if asked for)."""
     if levels > 1:
-        return _integer_attention.forward(q, k, v, scale, decay, state, return_state)
+        return reference.forward(q, k, v, scale, decay, state, return_state)
     dtype = q.dtype
     q, k, v = heads_last(q), heads_last(k), heads_last(v)
     decay = None if decay is None else dense(decay)
@@ -64,7 +65,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v."""
     if levels > 1:
-        return _integer_attention.backward(grad, q, k, v, scale, decay, state)
+        return reference.backward(grad, q, k, v, scale, decay, state)
     dtype = q.dtype
     grad, q, k, v = (heads_last(x) for x in (grad, q, k, v))
     decay = None if decay is None else dense(decay)
