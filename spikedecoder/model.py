@@ -201,7 +201,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
         Same results; what a training step keeps shrinks several times, for one more product a Linear. A
         setting of this object: in no config and no checkpoint. ValueError with I-LIF: it keeps bits.
         """
-        if on and self.config.spike_levels > 1:
+        if on and self.config.neuron == "ilif":
             raise ValueError("recompute: got True, takes False with neuron='ilif': it keeps spikes as bits")
         for module in self.modules():
             if isinstance(module, (LinearNorm, LinearNormLIF)):

@@ -56,7 +56,7 @@ def _variants():
     yield ilif
     yield {**ilif, "spiking_residuals": 2, "levels": 3, "attention_norm": True, "norm": "batch"}
     yield {**ilif, "token_shift": 3, "mlp_token_shift": 2, "decay_fastest": 0.75, "decay_slowest": 0.96}
-    yield {**ilif, "spike_degree": 2}
+    yield {**ilif, "spike_degree": 2, "levels": 1}
     yield {"first_block_residual_lif": True, "learn_threshold": True}
     yield {"token_shift": 4, "mlp_token_shift": 3, "embedding_gain": 2.0}
     yield {"token_shift": 12, "spike_degree": 0}

@@ -64,7 +64,7 @@ class AttentionLIF(nn.Module):
         # [T, B, S, E] -> [T, B, H, S, d]
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        if layer is None and self.norm is None and self.lif.levels == 1:
+        if layer is None and self.norm is None and self.lif.fused:
             p, threshold = self.lif.params, self.lif.v_threshold
             a = ops.spike_attention_lif(
                 q, k, v, p, self.scale, self.decay, threshold=threshold, dropout=dropout

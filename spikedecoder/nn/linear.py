@@ -63,8 +63,8 @@ class LinearNormLIF(nn.Module):
     def forward(self, s: Tensor) -> Tensor:
         learns = torch.is_grad_enabled()
         # else in one operator too, unless someone wants the Linear's result
-        watched = self.linear._forward_hooks or self.linear._forward_pre_hooks or self.linear.levels > 1
-        if self.recompute if learns else not watched:
+        watched = self.linear._forward_hooks or self.linear._forward_pre_hooks
+        if self.lif.fused and (self.recompute if learns else not watched):
             return ops.linear_norm_lif(
                 s, self.linear.weight, self.linear.bias, self.norm.params(), self.lif.params,
                 threshold=self.lif.v_threshold, recompute=learns,

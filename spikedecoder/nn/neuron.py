@@ -17,6 +17,7 @@ class LIF(nn.Module):
     """
 
     levels = 1  # the largest output
+    fused = True  # there are operators that hold it together with what comes before
     params: LIFParams
 
     def __init__(self, params: LIFParams, learn_threshold: bool = False) -> None:
@@ -40,6 +41,7 @@ class LIF(nn.Module):
 class ILIF(LIF):
     """Integer LIF: counts 0 to `levels`, one step; x of any shape."""
 
+    fused = False
     params: ILIFParams  # type: ignore[assignment]
 
     def __init__(self, params: ILIFParams) -> None:
