@@ -111,7 +111,7 @@ void bind_lif(py::module_& m) {
           const int64_t step = elements({rows, C});
           LifForward a{neuron, threshold, of_x, typed_array(x, of_x, T, step, "x"),
                        optional_array<const float>(v_init, "v_init"), typed_output(spikes, of_x, T, step, "spikes"),
-                       array<float>(v, step, "v"), T, rows, C, checked_threads(threads)};
+                       optional_array<float>(v, "v"), T, rows, C, checked_threads(threads)};
           run(kernels().lif_forward, a);
         });
   m.def("lif_backward",
@@ -285,14 +285,15 @@ SumRows make_sum_rows(uintptr_t words, uintptr_t source, uintptr_t bias, uintptr
 }
 
 void bind_spike_linear(py::module_& m) {
-  m.def("pack_and_gather", [](uintptr_t s, uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out,
-                              int64_t rows, int64_t bits, int64_t columns, int threads) {
-    const SumRows sum = make_sum_rows(words, source, bias, out, 0, rows, bits, columns, threads);
-    const Pack packing{array<const float>(s, elements({rows, bits}), "s"), Element::float32,
-                       array<uint64_t>(words, rows, "words"), nullptr, rows, bits, threads};
-    py::gil_scoped_release release;
-    kernels().pack(packing);
-    kernels().gather(sum);
+  m.def("gather_few", [](uintptr_t s, uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows,
+                         int64_t bits, int64_t columns, int threads) {
+    require(bits <= 65536, "bits: takes at most 65536");
+    run(kernels().gather_few,
+        GatherFew{array<const float>(s, elements({rows, bits}), "s"),
+                  array<uint64_t>(words, elements({rows, words_for(bits)}), "words"),
+                  array<const float>(source, elements({bits, columns}), "source"),
+                  optional_array<const float>(bias, "bias"), array<float>(out, elements({rows, columns}), "out"), rows,
+                  bits, columns, checked_threads(threads)});
   });
   const auto def_sum = [&](const char* name, auto kernel) {
     m.def(name, [kernel](uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int out_type, int64_t rows,
@@ -331,10 +332,10 @@ void bind_spike_linear(py::module_& m) {
     Transpose a{array<const float>(x, n, "x"), array<float>(out, n, "out"), rows, columns, checked_threads(threads)};
     run(kernels().transpose, a);
   });
-  m.def("count", [](uintptr_t words, int64_t n) {
-    const uint64_t* w = array<const uint64_t>(words, elements({n}), "words");
+  m.def("count", [](uintptr_t words, int64_t n, int threads) {
     int64_t set = 0;
-    for (int64_t i = 0; i < n; i++) set += __builtin_popcountll(w[i]);
+    run(kernels().count_bits,
+        CountBits{array<const uint64_t>(words, elements({n}), "words"), n, &set, checked_threads(threads)});
     return set;
   });
 }

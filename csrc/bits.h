@@ -29,6 +29,7 @@ SPIKEDECODER_INLINE int64_t indices_of(uint64_t word, uint16_t base, uint16_t* o
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(32));
   const int64_t n = __builtin_popcount(static_cast<uint32_t>(word));
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(static_cast<__mmask32>(word), low));
+  if (!(word >> 32)) return n;
   _mm512_storeu_si512(out + n, _mm512_maskz_compress_epi16(static_cast<__mmask32>(word >> 32), high));
   return n + __builtin_popcount(static_cast<uint32_t>(word >> 32));
 #else

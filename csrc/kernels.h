@@ -34,7 +34,7 @@ struct Threshold {
   const float* values = nullptr;  // channel, element
 };
 
-// x, spikes [T, rows, C] of `type`, float32 or bfloat16; v, v_init (or null: zeros) [rows, C]. One timestep is
+// x, spikes [T, rows, C] of `type`, float32 or bfloat16; v (or null), v_init (or null: zeros) [rows, C]. One timestep is
 // [rows, C].
 struct LifForward {
   Neuron neuron;
@@ -97,6 +97,14 @@ struct Pack {
   uint64_t* words;
   int64_t* count;
   int64_t rows, C;
+  int threads;
+};
+
+// `count` gets the number of bits set in n words.
+struct CountBits {
+  const uint64_t* words;
+  int64_t n;
+  int64_t* count;
   int threads;
 };
 
@@ -206,6 +214,16 @@ struct SumRows {
   int threads;
 };
 
+// Packing and gathering of a handful of rows in one: s [rows, bits] -> words, and as SumRows, all float32.
+struct GatherFew {
+  const float* s;
+  uint64_t* words;
+  const float *source, *bias;
+  float* out;
+  int64_t rows, bits, columns;
+  int threads;
+};
+
 // grad_weight[n, k] = sum of grad[m, n] over the rows m in which bit k is set.
 // words [M, words_for(K)], grad [M, N] float32 or bfloat16, grad_weight [N, K].
 struct WeightGrad {
@@ -254,6 +272,7 @@ namespace spikedecoder {
   X(attention_lif_forward, AttentionLifForward)   \
   X(attention_lif_backward, AttentionLifBackward) \
   X(gather, SumRows)                              \
+  X(gather_few, GatherFew)                        \
   X(gather_weight_grad, WeightGrad)               \
   X(subset_sums, SumRows)                         \
   X(subset_sums_weight_grad, WeightGrad)          \
@@ -264,6 +283,7 @@ namespace spikedecoder {
   X(ilif_forward, IlifForward)                    \
   X(ilif_backward, IlifBackward)                  \
   X(pack, Pack)                                   \
+  X(count_bits, CountBits)                        \
   X(unpack, Unpack)                               \
   X(decode, Decode)
 

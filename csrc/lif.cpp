@@ -11,7 +11,7 @@ namespace SPIKEDECODER_VARIANT {
 namespace {
 
 // body(Vectors<U>, element of the row's start, channel, lanes) for this thread's part of a timestep.
-template <class Body>
+template <int AT_ONCE, class Body>
 SPIKEDECODER_INLINE void for_neurons(int64_t rows, int64_t C, int thread, int threads, const Body& body) {
   const int64_t blocks = (C + AT_ONCE * W - 1) / (AT_ONCE * W);
   const Range mine = share(rows * blocks, thread, threads);
@@ -20,7 +20,7 @@ SPIKEDECODER_INLINE void for_neurons(int64_t rows, int64_t C, int thread, int th
     if (c + AT_ONCE * W <= C) {
       body(Vectors<AT_ONCE>{}, row * C, c, W);
     } else {
-      for_channels(C - c, [&](auto one, int64_t more, int n) SPIKEDECODER_INLINE_LAMBDA {
+      for_channels<AT_ONCE>(C - c, [&](auto one, int64_t more, int n) SPIKEDECODER_INLINE_LAMBDA {
         body(one, row * C, c + more, n);
       });
     }
@@ -44,7 +44,7 @@ void forward(const LifForward& a) {
   const bool past = past_cache(out, a.T * step, a.C);
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads_for(work(a.T, step, 0.3), a.threads), [&](int thread, int threads) {
-      for_neurons(a.rows, a.C, thread, threads,
+      for_neurons<AT_ONCE>(a.rows, a.C, thread, threads,
                   [&](auto vectors, int64_t row, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
         constexpr int U = decltype(vectors)::count;
         const E* x = first + row + c;
@@ -62,7 +62,7 @@ void forward(const LifForward& a) {
             store_spikes(spikes + u * W, fired, n, past);
           }
         }
-        for (int u = 0; u < U; u++) store_up_to(a.v + row + c + u * W, v[u], n);
+        for (int u = 0; a.v && u < U; u++) store_up_to(a.v + row + c + u * W, v[u], n);
       });
     });
   });
@@ -76,50 +76,56 @@ void backward(const LifBackward& a) {
   const int most = threads_for(work(a.T, step, 0.6), a.threads);
   const bool past = past_cache(out, a.T * step, a.C);
   // per thread: the membrane potentials h of a few vectors of neurons, then its share of dL/dthreshold
-  const int64_t potentials = round_up(a.T * AT_ONCE * W, 16);
-  const int64_t own = potentials + ThresholdSum::size(a.threshold, a.C);
+  const int64_t for_potentials = round_up(a.T * BACK_AT_ONCE * W, 16);
+  const int64_t own = for_potentials + ThresholdSum::size(a.threshold, a.C);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
 
-  with_cell(a.neuron, [&](const auto& cell) {
+  with_cell_and_steps(a.neuron, a.T, [&](const auto& shared_cell, auto steps) {
+    constexpr int KNOWN = decltype(steps)::known;
+    const int64_t T = KNOWN ? KNOWN : a.T;
     parallel(most, [&](int thread, int threads) {
+      const auto cell = shared_cell;  // this thread's own stays in registers
       const FlushDenormals flush;
       float* const hs = scratch.floats() + own * thread;
-      ThresholdSum sum(a.threshold, a.C, a.grad_threshold, hs + potentials);
-      for_neurons(a.rows, a.C, thread, threads,
+      ThresholdSum sum(a.threshold, a.C, a.grad_threshold, hs + for_potentials);
+      for_neurons<BACK_AT_ONCE>(a.rows, a.C, thread, threads,
                   [&](auto vectors, int64_t row, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
         constexpr int U = decltype(vectors)::count;
-        F threshold[U], v[U], carry[U], grad_threshold[U];
+        F threshold[U], v[U], carry[U], falls[U];
         const int64_t at = row + c;
         for (int u = 0; u < U; u++) {
           threshold[u] = thresholds_at(a.threshold, row, c + u * W, n);
           v[u] = a.v_init ? load_up_to(a.v_init + at + u * W, n) : zero();
           carry[u] = a.grad_v ? load_up_to(a.grad_v + at + u * W, n) : zero();
-          grad_threshold[u] = zero();
+          falls[u] = zero();
         }
-        for (int64_t t = 0; t < a.T; t++) {
+        PerStep<KNOWN, U> potentials(hs);
+#pragma GCC unroll 4
+        for (int64_t t = 0; t < T; t++) {
           for (int u = 0; u < U; u++) {
             const F h = cell.charge(load_up_to(x + t * step + at + u * W, n), v[u]);
-            store(hs + (t * U + u) * W, h);
+            potentials.put(t, u, h);
             v[u] = cell.after(h, ge(h, threshold[u]), threshold[u]);
           }
         }
-        for (int64_t t = a.T - 1; t >= 0; t--) {
+#pragma GCC unroll 4
+        for (int64_t t = T - 1; t >= 0; t--) {
           for (int u = 0; u < U; u++) {
             const F grad_spike = load_up_to(grad_spikes + t * step + at + u * W, n);
             const F grad_x =
-                cell.back(load(hs + (t * U + u) * W), threshold[u], grad_spike, carry[u], grad_threshold[u]);
+                cell.back(potentials.get(t, u), threshold[u], grad_spike, carry[u], falls[u]);
             store_result(out + t * step + at + u * W, grad_x, n, past);
           }
         }
         for (int u = 0; u < U; u++) {
           if (a.grad_v_init) store_up_to(a.grad_v_init + at + u * W, carry[u], n);
-          sum.add_up(row, c + u * W, n, grad_threshold[u]);
+          sum.add_up(row, c + u * W, n, cell.threshold_gradient(falls[u]));
         }
       });
       sum.end_run();
     });
   });
-  ThresholdSum::combine(a.threshold, a.C, a.grad_threshold, scratch.floats() + potentials, own, most);
+  ThresholdSum::combine(a.threshold, a.C, a.grad_threshold, scratch.floats() + for_potentials, own, most);
 }
 
 }  // namespace

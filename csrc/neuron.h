@@ -9,8 +9,10 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 
+constexpr float LOG2_E = 1.44269504088896341f;
+
 SPIKEDECODER_INLINE F sigmoid_derivative(F u, F alpha) {
-  const F e = exp2_of_negative(mul(mul(alpha, set1(-1.44269504088896341f)), abs(u)));  // symmetric in u
+  const F e = exp2_of_minus_abs(mul(mul(alpha, set1(LOG2_E)), u));  // symmetric in u
   const F d = add(set1(1), e);
   return div(mul(alpha, e), mul(d, d));
 }
@@ -33,11 +35,11 @@ SPIKEDECODER_INLINE F surrogate_derivative(Surrogate surrogate, F u, F alpha) {
   return div(one, mul(d, d));
 }
 
-// The neuron's constants in registers. Plain: hard reset to 0, decayed input, detached reset, tau a power of
-// two and the sigmoid, the common case, in which the branches below are decided at compile time.
+// The neuron's constants in registers. Plain: hard reset to 0, decayed input, detached reset, tau 2 and the
+// sigmoid, the common case, in which the branches below are decided at compile time.
 template <bool Plain>
 struct Cell {
-  F tau, inverse_tau, reset, leak, alpha;
+  F tau, inverse_tau, reset, leak, alpha, alpha_log2_e;
   Surrogate surrogate;
   bool exact_inverse, hard_reset, decay_input, detach_reset, shifted;
 
@@ -47,6 +49,7 @@ struct Cell {
         reset(set1(n.v_reset)),
         leak(set1(n.leak)),
         alpha(set1(n.alpha)),
+        alpha_log2_e(set1(n.alpha * LOG2_E)),
         surrogate(n.surrogate),
         exact_inverse(exact(n.tau)),
         hard_reset(n.hard_reset),
@@ -60,7 +63,7 @@ struct Cell {
     return (pattern & 0x7fffffu) == 0;
   }
   static bool plain(const Neuron& n) {
-    return n.hard_reset && n.v_reset == 0 && n.decay_input && n.detach_reset && exact(n.tau) &&
+    return n.hard_reset && n.v_reset == 0 && n.decay_input && n.detach_reset && n.tau == 2 &&
            n.surrogate == Surrogate::sigmoid;
   }
 
@@ -81,26 +84,40 @@ struct Cell {
     return hard_reset ? select(fired, reset, h) : sub(h, keep(fired, threshold));
   }
 
-  // One step backwards. `carry` is dL/dv[t] on entry and dL/dv[t-1] on return; dL/dthreshold is added to
-  // `threshold_gradient`. Returns dL/dx[t].
-  SPIKEDECODER_INLINE_MEMBER F back(F h, F threshold, F grad_spike, F& carry, F& threshold_gradient) const {
+  // One step backwards. `carry` is dL/dv[t] on entry and dL/dv[t-1] on return; `falls` grows by what
+  // threshold_gradient() makes -dL/dthreshold of. Returns dL/dx[t].
+  SPIKEDECODER_INLINE_MEMBER F back(F h, F threshold, F grad_spike, F& carry, F& falls) const {
     const Mask fired = ge(h, threshold);
-    const F u = sub(h, threshold);
-    const F slope = Plain ? sigmoid_derivative(u, alpha) : surrogate_derivative(surrogate, u, alpha);
+    if (Plain) {
+      // dL/dh = alpha grad_spike e / (1 + e)^2 + carry, e = exp(-alpha |h - threshold|), in as few multiplications
+      // as there can be
+      const F e = exp2_of_minus_abs(fma(h, alpha_log2_e, mul(threshold, sub(zero(), alpha_log2_e))));
+      const F d = add(set1(1), e);
+      const F slope = div(mul(grad_spike, e), mul(d, d));
+      falls = add(falls, slope);
+      carry = mul(fma(slope, alpha, drop(fired, carry)), inverse_tau);
+      return carry;  // leak = 1 / tau
+    }
+    const F slope = surrogate_derivative(surrogate, sub(h, threshold), alpha);
     F through_reset;
-    if (Plain || hard_reset) {
+    if (hard_reset) {
       through_reset = drop(fired, carry);
-      if (!Plain && !detach_reset) grad_spike = add(grad_spike, mul(carry, sub(reset, h)));
+      if (!detach_reset) grad_spike = add(grad_spike, mul(carry, sub(reset, h)));
     } else {
       through_reset = carry;
-      threshold_gradient = sub(threshold_gradient, keep(fired, carry));
+      falls = add(falls, keep(fired, carry));
       if (!detach_reset) grad_spike = sub(grad_spike, mul(carry, threshold));
     }
     const F grad_u = mul(grad_spike, slope);
-    threshold_gradient = sub(threshold_gradient, grad_u);
+    falls = add(falls, grad_u);
     const F grad_h = add(grad_u, through_reset);
     carry = mul(grad_h, leak);
-    return Plain || decay_input ? over_tau(grad_h) : grad_h;
+    return decay_input ? over_tau(grad_h) : grad_h;
+  }
+
+  // dL/dthreshold, of what `back` has summed up.
+  SPIKEDECODER_INLINE_MEMBER F threshold_gradient(F falls) const {
+    return sub(zero(), Plain ? mul(falls, alpha) : falls);
   }
 };
 
@@ -113,6 +130,47 @@ SPIKEDECODER_INLINE void with_cell(const Neuron& neuron, const Body& body) {
     body(Cell<false>(neuron));
   }
 }
+
+// How many timesteps there are, if it is known at compile time; else 0.
+template <int Known>
+struct Steps {
+  static constexpr int known = Known;
+};
+
+// body(Cell, Steps) with the cell's kind, and the usual number of timesteps, known at compile time.
+template <class Body>
+SPIKEDECODER_INLINE void with_cell_and_steps(const Neuron& neuron, int64_t T, const Body& body) {
+  if (!Cell<true>::plain(neuron)) {
+    body(Cell<false>(neuron), Steps<0>{});
+  } else if (T == 4) {
+    body(Cell<true>(neuron), Steps<4>{});
+  } else {
+    body(Cell<true>(neuron), Steps<0>{});
+  }
+}
+
+// A value for each timestep and vector, in registers where the number of timesteps is known, else in memory.
+template <int Known, int U>
+class PerStep {
+ public:
+  explicit SPIKEDECODER_INLINE_MEMBER PerStep(float*) {}
+  SPIKEDECODER_INLINE_MEMBER void put(int64_t t, int u, F a) { values_[t * U + u] = a; }
+  SPIKEDECODER_INLINE_MEMBER F get(int64_t t, int u) const { return values_[t * U + u]; }
+
+ private:
+  F values_[Known * U];
+};
+
+template <int U>
+class PerStep<0, U> {
+ public:
+  explicit SPIKEDECODER_INLINE_MEMBER PerStep(float* memory) : memory_(memory) {}
+  SPIKEDECODER_INLINE_MEMBER void put(int64_t t, int u, F a) { store(memory_ + (t * U + u) * W, a); }
+  SPIKEDECODER_INLINE_MEMBER F get(int64_t t, int u) const { return load(memory_ + (t * U + u) * W); }
+
+ private:
+  float* memory_;
+};
 
 // The thresholds of the n <= W channels from c on, in a row that starts at element `row`.
 SPIKEDECODER_INLINE F thresholds_at(const Threshold& t, int64_t row, int64_t c, int n) {

@@ -25,9 +25,7 @@ SPIKEDECODER_INLINE uint64_t word_at(const Pack& a, int64_t at, int n) {
 void pack(const Pack& a) {
   const int64_t words = words_for(a.C);
   const int threads = threads_for(0.2 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
-  Scratch counts(sizeof(int64_t) * 8 * static_cast<size_t>(threads));
-  int64_t* count = static_cast<int64_t*>(counts.get());
-  for (int i = 0; i < threads; i++) count[8 * i] = 0;
+  int64_t total = 0;
   parallel(threads, [&](int thread, int all) {
     const Range rows = share(a.rows, thread, all);
     int64_t set = 0;
@@ -40,12 +38,21 @@ void pack(const Pack& a) {
         set += __builtin_popcountll(word);
       }
     }
-    count[8 * thread] = set;
+    __atomic_fetch_add(&total, set, __ATOMIC_RELAXED);
   });
-  if (a.count) {
-    *a.count = 0;
-    for (int i = 0; i < threads; i++) *a.count += count[8 * i];
-  }
+  if (a.count) *a.count = total;
+}
+
+void count_bits(const CountBits& a) {
+  const int threads = threads_for(0.4 * static_cast<double>(a.n), a.threads);
+  int64_t total = 0;
+  parallel(threads, [&](int thread, int all) {
+    const Range mine = share(a.n, thread, all);
+    int64_t set = 0;
+    for (int64_t i = mine.begin; i < mine.end; i++) set += __builtin_popcountll(a.words[i]);
+    __atomic_fetch_add(&total, set, __ATOMIC_RELAXED);
+  });
+  *a.count = total;
 }
 
 void unpack(const Unpack& a) {

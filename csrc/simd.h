@@ -48,8 +48,6 @@ SPIKEDECODER_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 SPIKEDECODER_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 SPIKEDECODER_INLINE F abs(F a) { return _mm512_abs_ps(a); }
 SPIKEDECODER_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
-// a 2^n for whole n, where neither a nor the result is 0 or denormal
-SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) { return _mm512_scalef_ps(a, n); }
 SPIKEDECODER_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
 SPIKEDECODER_INLINE Mask ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 SPIKEDECODER_INLINE Mask not_zero(F a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
@@ -83,6 +81,7 @@ SPIKEDECODER_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 SPIKEDECODER_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 SPIKEDECODER_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
 SPIKEDECODER_INLINE F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// a 2^n for whole n, where neither a nor the result is 0 or denormal
 SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
@@ -182,12 +181,12 @@ SPIKEDECODER_INLINE F widen(__m256i a) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
 }
 SPIKEDECODER_INLINE __m256i narrow(F a) {
-  const __m512i x = _mm512_castps_si512(a), upper = _mm512_srli_epi32(x, 16);
-  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(x, half), 16);
-  const Mask nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40)));
+  const __m512i x = _mm512_castps_si512(a);
+  const __mmask16 odd = _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x10000));
+  const __mmask16 number = _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q);
+  __m512i rounded = _mm512_mask_add_epi32(_mm512_or_si512(x, _mm512_set1_epi32(0x400000)), number, x, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_sub_epi32(rounded, odd & number, rounded, _mm512_set1_epi32(-1));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 SPIKEDECODER_INLINE F load(const bfloat16* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -306,30 +305,72 @@ SPIKEDECODER_INLINE void store_spikes(bfloat16* p, Mask fired, int n, bool past)
 #endif
 }
 
+// The sums of the lanes of four vectors.
+SPIKEDECODER_INLINE void lane_sums(const F (&a)[4], float* sums) {
+#if defined(SPIKEDECODER_AVX512)
+  const F low = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+  const F high = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+  const __m512d l = _mm512_castps_pd(low), h = _mm512_castps_pd(high);
+  const F four = add(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)), _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
+  const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+#else
+  for (int i = 0; i < 4; i++) sums[i] = sum(a[i]);
+#endif
+}
+
 // How many vectors are worked on at once, so that one's latency hides behind another's work.
 template <int U>
 struct Vectors {
   static constexpr int count = U;
 };
 #if defined(SPIKEDECODER_AVX512)
-constexpr int AT_ONCE = 4;
+constexpr int AT_ONCE = 4, BACK_AT_ONCE = 4;
 #else
-constexpr int AT_ONCE = 2;  // of half as many registers
+constexpr int AT_ONCE = 2, BACK_AT_ONCE = 2;  // of half as many registers
 #endif
 
-// body(Vectors<U>, channel, lanes of each vector) over C channels; fewer than W lanes only in the last.
+// body(Vectors<vectors>, c, W), where vectors <= Most is known at run time only.
+template <int Most, class Body>
+SPIKEDECODER_INLINE void with_vectors(int64_t vectors, int64_t c, const Body& body) {
+  if constexpr (Most == 1) {
+    body(Vectors<1>{}, c, W);
+  } else if (vectors == Most) {
+    body(Vectors<Most>{}, c, W);
+  } else {
+    with_vectors<Most - 1>(vectors, c, body);
+  }
+}
+
+// body(Vectors<U>, channel, lanes of each vector) over C channels; fewer than W lanes only in the last. One vector
+// alone waits for its own results, so five are taken as three and two.
 template <int Most = AT_ONCE, class Body>
 SPIKEDECODER_INLINE void for_channels(int64_t C, const Body& body) {
   int64_t c = 0;
-  for (; c + Most * W <= C; c += Most * W) body(Vectors<Most>{}, c, W);
-  for (; c + W <= C; c += W) body(Vectors<1>{}, c, W);
+  for (int64_t left = C / W; left;) {
+    const int64_t vectors = left >= 2 * Most || left == Most ? Most : left > Most ? (left + 1) / 2 : left;
+    with_vectors<Most>(vectors, c, body);
+    c += vectors * W;
+    left -= vectors;
+  }
   if (c < C) body(Vectors<1>{}, c, static_cast<int>(C - c));
 }
 
-// 2^a for a <= 0. It stops falling at 2^-110, which keeps denormal numbers (slow) out of
-// what is multiplied with it. For gradients: it contracts.
-SPIKEDECODER_INLINE F exp2_of_negative(F a) {
-  a = max(a, set1(-110.f));
+// 2^-|a|. It stops falling at 2^-110, which keeps denormal numbers (slow) out of what is multiplied with it. For
+// gradients: it contracts.
+SPIKEDECODER_INLINE F exp2_of_minus_abs(F a) {
+#if defined(SPIKEDECODER_AVX512)
+  a = _mm512_range_ps(a, set1(110.f), 0xe);                                     // -min(|a|, 110)
+  const F r = _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // a - floor(a)
+  F p = set1(1.8775766948e-3f);  // polynomial with relative error 1.5e-7
+  p = fma(p, r, set1(8.9893406257e-3f));
+  p = fma(p, r, set1(5.5826317519e-2f));
+  p = fma(p, r, set1(2.4015361071e-1f));
+  p = fma(p, r, set1(6.9315308332e-1f));
+  p = fma(p, r, set1(0.99999994f));
+  return _mm512_scalef_ps(p, a);  // p 2^floor(a)
+#else
+  a = max(sub(zero(), abs(a)), set1(-110.f));
   const F n = round(a);
   const F r = sub(a, n);  // in [-1/2, 1/2]; polynomial with relative error 1.3e-7
   F p = set1(1.3400432165e-3f);
@@ -339,6 +380,7 @@ SPIKEDECODER_INLINE F exp2_of_negative(F a) {
   p = fma(p, r, set1(6.9314720671e-1f));
   p = fma(p, r, set1(1.f));
   return scale_by_exp2(p, n);
+#endif
 }
 
 }  // namespace SPIKEDECODER_VARIANT

@@ -106,7 +106,7 @@ void attention_lif_backward(const AttentionLifBackward& a) {
           for_tokens(l, l.at(head), begin, end, [&](int64_t row, int64_t token, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
             const F threshold = thresholds_at(a.threshold, row, c, n);
             float* const at = g + (begin + token) * a.d + c;
-            F v = zero(), carry = zero(), grad_threshold = zero();
+            F v = zero(), carry = zero(), falls = zero();
             for (int64_t t = 0; t < a.T; t++) {
               const F h = cell.charge(load_up_to(at + t * result, n), v);
               store(hs + t * W, h);
@@ -114,10 +114,10 @@ void attention_lif_backward(const AttentionLifBackward& a) {
             }
             for (int64_t t = a.T - 1; t >= 0; t--) {
               const F grad_spike = load_up_to(a.grad_spikes + t * l.timestep() + row + c, n);
-              const F grad = cell.back(load(hs + t * W), threshold, grad_spike, carry, grad_threshold);
+              const F grad = cell.back(load(hs + t * W), threshold, grad_spike, carry, falls);
               store_up_to(at + t * result, grad, n);
             }
-            sum.add_up(row, c, n, grad_threshold);
+            sum.add_up(row, c, n, cell.threshold_gradient(falls));
           });
         }
         for (int64_t t = 0; t < a.T; t++) {

@@ -16,12 +16,12 @@ namespace {
 
 constexpr int64_t SEGMENT_WORDS = 512;          // row numbers are 16 bits wide
 constexpr int64_t BITS_AT_A_TIME = 8 << 20;     // bounds the lists: 2 bytes each
-constexpr int64_t LIST_ROWS = 64, CHUNK = 256;  // rows listed, and rows summed, in one task
-constexpr int64_t GRAD_ROWS = 2048;             // rows of dL/dy whose sums are built up at a time
+constexpr int64_t LIST_ROWS = 64, CHUNK = 256;  // rows listed, and rows summed, in one task, at most
+constexpr int64_t PANEL_BYTES = 640 << 10;      // of dL/dy, which stay in the second-level cache
 #if defined(SPIKEDECODER_AVX2)
-constexpr int MOST_VECTORS = 10;  // of 16 registers
+constexpr int MOST_VECTORS = 10, FEW_VECTORS = 10;  // of 16 registers
 #else
-constexpr int MOST_VECTORS = 8;
+constexpr int MOST_VECTORS = 8, FEW_VECTORS = 16;  // FEW: of a handful of rows, whose source comes from afar
 #endif
 
 struct Panel {
@@ -71,37 +71,50 @@ SumList<E> sum_list_of(int vectors, bool whole) {
   }
 }
 
-// Lists of the set bits of rows, LIST_ROWS of them packed behind each other.
+// Lists of the set bits of rows, a group of rows packed behind each other.
 struct Lists {
   uint16_t* entries;
-  int64_t* offsets;  // [rows + 1 per LIST_ROWS]
-  int64_t bits;
+  int64_t* offsets;  // [group + 1] for each group
+  uint8_t* order;    // [group] for each group: its rows, shortest list first
+  int64_t bits, group;
 
-  int64_t room() const { return LIST_ROWS * bits + 64; }
-  static int64_t entries_for(int64_t rows, int64_t bits) {
-    return (rows + LIST_ROWS - 1) / LIST_ROWS * (LIST_ROWS * bits + 64);
-  }
-  static int64_t offsets_for(int64_t rows) { return (rows + LIST_ROWS - 1) / LIST_ROWS * (LIST_ROWS + 1); }
+  int64_t room() const { return group * bits + 64; }
+  static int64_t groups(int64_t rows, int64_t group) { return (rows + group - 1) / group; }
 
+  // Rows of like length behind each other spare the CPU a wrong guess at the end of each list.
   void fill(const uint64_t* words, int64_t word_stride, int64_t segment_words, Range rows) const {
-    uint16_t* group = entries + rows.begin / LIST_ROWS * room();
-    int64_t* at = offsets + rows.begin / LIST_ROWS * (LIST_ROWS + 1);
+    const int64_t g = rows.begin / group, there = rows.end - rows.begin;
+    uint16_t* to = entries + g * room();
+    int64_t* at = offsets + g * (group + 1);
     int64_t n = 0;
-    for (int64_t r = rows.begin; r < rows.end; r++) {
-      at[r - rows.begin] = n;
-      const uint64_t* row = words + r * word_stride;
+    uint8_t with_length[LENGTHS + 1] = {};
+    for (int64_t r = 0; r < there; r++) {
+      at[r] = n;
+      const uint64_t* row = words + (rows.begin + r) * word_stride;
       for (int64_t w = 0; w < segment_words; w++) {
-        if (row[w]) n += indices_of(row[w], static_cast<uint16_t>(64 * w), group + n);
+        if (row[w]) n += indices_of(row[w], static_cast<uint16_t>(64 * w), to + n);
       }
+      with_length[length(n - at[r]) + 1]++;
     }
-    at[rows.end - rows.begin] = n;
+    at[there] = n;
+    for (int i = 1; i < LENGTHS; i++) with_length[i] = static_cast<uint8_t>(with_length[i] + with_length[i - 1]);
+    for (int64_t r = 0; r < there; r++) {
+      order[g * group + with_length[length(at[r + 1] - at[r])]++] = static_cast<uint8_t>(r);
+    }
   }
+
+  // The i-th row of its group's order.
+  int64_t row(int64_t i) const { return i / group * group + order[i]; }
 
   const uint16_t* list(int64_t row, int64_t& n) const {
-    const int64_t* at = offsets + row / LIST_ROWS * (LIST_ROWS + 1) + row % LIST_ROWS;
+    const int64_t* at = offsets + row / group * (group + 1) + row % group;
     n = at[1] - at[0];
-    return entries + row / LIST_ROWS * room() + at[0];
+    return entries + row / group * room() + at[0];
   }
+
+ private:
+  static constexpr int LENGTHS = 32;  // that are told apart
+  static int64_t length(int64_t n) { return n < LENGTHS ? n : LENGTHS - 1; }
 };
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -119,20 +132,21 @@ struct Sum {
 
 // Rows begin..end of `s`, all of whose bits fit in one segment: the two phases, on this thread's share.
 template <class E>
-void sum_rows(const Sum<E>& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_tasks, int vectors) {
-  const int64_t segment_words = words_for(s.bits), chunks = (s.rows + CHUNK - 1) / CHUNK;
+void sum_rows(const Sum<E>& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_tasks, int64_t chunk, int vectors) {
+  const int64_t segment_words = words_for(s.bits), chunks = (s.rows + chunk - 1) / chunk;
   for (int64_t task; list_tasks.next(task);) {
-    lists.fill(s.words, s.word_stride, segment_words, {task * LIST_ROWS, smaller((task + 1) * LIST_ROWS, s.rows)});
+    lists.fill(s.words, s.word_stride, segment_words, {task * lists.group, smaller((task + 1) * lists.group, s.rows)});
   }
   barrier();
   for (int64_t task; sum_tasks.next(task);) {
-    const int64_t chunk = task % chunks, first = task / chunks * vectors * W;
+    const int64_t begin = task % chunks * chunk, first = task / chunks * vectors * W;
     const int64_t width = smaller(vectors * W, s.columns - first);
     const int used = static_cast<int>((width + W - 1) / W);
     const Panel panel{s.source + first, s.columns, static_cast<int>(width - (used - 1) * W),
                       s.bias ? s.bias + first : nullptr, s.accumulate, s.past};
     const SumList<E> sum = sum_list_of<MOST_VECTORS, E>(used, panel.lanes == W);
-    for (int64_t r = chunk * CHUNK; r < smaller((chunk + 1) * CHUNK, s.rows); r++) {
+    for (int64_t i = begin; i < smaller(begin + chunk, s.rows); i++) {
+      const int64_t r = lists.row(i);
       int64_t n;
       const uint16_t* list = lists.list(r, n);
       sum(list, n, panel, s.out + r * s.columns + first);
@@ -152,8 +166,16 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
   const double additions = rate * static_cast<double>(whole.rows) * static_cast<double>(whole.bits);
   const int threads = threads_for(0.4 * (additions + static_cast<double>(whole.rows)) *
                                       static_cast<double>(vectors_in_all), most);
-  Scratch entries(sizeof(uint16_t) * static_cast<size_t>(Lists::entries_for(rows_at_a_time, segment)));
-  Scratch offsets(sizeof(int64_t) * static_cast<size_t>(Lists::offsets_for(rows_at_a_time)));
+  // so that each thread has some tasks to choose from
+  const auto task_rows = [&](int64_t at_most, int64_t tasks_a_row) {
+    while (at_most > 8 && rows_at_a_time * tasks_a_row < 4 * threads * at_most) at_most /= 2;
+    return at_most;
+  };
+  const int64_t group = task_rows(LIST_ROWS, 1), chunk = task_rows(CHUNK, panels);
+  const int64_t groups = Lists::groups(rows_at_a_time, group);
+  Scratch entries(sizeof(uint16_t) * static_cast<size_t>(groups * (group * segment + 64)));
+  Scratch offsets(sizeof(int64_t) * static_cast<size_t>(groups * (group + 1)));
+  Scratch order(static_cast<size_t>(groups * group));
 
   for (int64_t r = 0; r < whole.rows; r += rows_at_a_time) {
     for (int64_t bit = 0; bit < whole.bits; bit += segment) {
@@ -165,10 +187,10 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
       part.out += r * whole.columns;
       part.accumulate = whole.accumulate || bit > 0;
       part.past = whole.bits <= segment && past_cache(whole.out, whole.rows * whole.columns, whole.columns);
-      const Lists lists{static_cast<uint16_t*>(entries.get()), static_cast<int64_t*>(offsets.get()), part.bits};
-      Tasks list_tasks((part.rows + LIST_ROWS - 1) / LIST_ROWS);
-      Tasks sum_tasks((part.rows + CHUNK - 1) / CHUNK * panels);
-      team(threads, [&](int, int) { sum_rows(part, lists, list_tasks, sum_tasks, vectors); });
+      const Lists lists{static_cast<uint16_t*>(entries.get()), static_cast<int64_t*>(offsets.get()),
+                        static_cast<uint8_t*>(order.get()), part.bits, group};
+      Tasks list_tasks(Lists::groups(part.rows, group)), sum_tasks((part.rows + chunk - 1) / chunk * panels);
+      team(threads, [&](int, int) { sum_rows(part, lists, list_tasks, sum_tasks, chunk, vectors); });
     }
   }
 }
@@ -204,17 +226,57 @@ void gather(const SumRows& a) {
   }
 }
 
+void gather_few(const GatherFew& a) {
+  const int64_t stride = words_for(a.bits), vectors = (a.columns + W - 1) / W;
+  const double work = 0.04 * static_cast<double>(a.rows * a.bits) * static_cast<double>(vectors);  // a tenth of them set
+  const int threads = threads_for(work, a.threads);
+  const int64_t own = a.rows * a.bits + 64;
+  Scratch entries(sizeof(uint16_t) * static_cast<size_t>(own * threads));
+  Scratch offsets(sizeof(int64_t) * static_cast<size_t>((a.rows + 1) * threads));
+  parallel(threads, [&](int thread, int all) {
+    // each thread lists the bits for itself: that takes less time than to wait for another
+    uint16_t* const lists = static_cast<uint16_t*>(entries.get()) + own * thread;
+    int64_t* const at = static_cast<int64_t*>(offsets.get()) + (a.rows + 1) * thread;
+    int64_t n = 0;
+    for (int64_t r = 0; r < a.rows; r++) {
+      at[r] = n;
+      for (int64_t w = 0; w < stride; w++) {
+        const int64_t left = a.bits - 64 * w;
+        const uint64_t word = word_of_floats(a.s + r * a.bits + 64 * w, static_cast<int>(left < 64 ? left : 64));
+        if (!thread) a.words[r * stride + w] = word;
+        if (word) n += indices_of(word, static_cast<uint16_t>(64 * w), lists + n);
+      }
+    }
+    at[a.rows] = n;
+    const Range mine = share(a.columns, thread, all, W);
+    for (int64_t first = mine.begin; first < mine.end;) {
+      const int64_t left = mine.end - first;
+      const bool wide = left >= FEW_VECTORS * W;
+      const int64_t width = wide ? FEW_VECTORS * W : smaller(left, MOST_VECTORS * W);
+      const int used = static_cast<int>((width + W - 1) / W);
+      const Panel panel{a.source + first, a.columns, static_cast<int>(width - (used - 1) * W),
+                        a.bias ? a.bias + first : nullptr, false, false};
+      const SumList<float> sum =
+          wide ? sum_list<FEW_VECTORS, true, float> : sum_list_of<MOST_VECTORS, float>(used, panel.lanes == W);
+      for (int64_t r = 0; r < a.rows; r++) sum(lists + at[r], at[r + 1] - at[r], panel, a.out + r * a.columns + first);
+      first += width;
+    }
+  });
+}
+
 void gather_weight_grad(const WeightGrad& a) {
   if (!a.K || !a.N) return;
-  const int64_t most_rows = smaller(a.M, GRAD_ROWS);
+  const int64_t panel_columns = smaller(round_up(a.N, W), MOST_VECTORS * W);
+  const int64_t rows_at_a_time = PANEL_BYTES / 64 / (panel_columns * static_cast<int64_t>(sizeof(float))) * 64;
+  const int64_t most_rows = smaller(a.M, rows_at_a_time);
   Scratch by_channel(sizeof(float) * static_cast<size_t>(a.K * a.N));  // [K, N]
   Scratch bits(sizeof(uint64_t) * static_cast<size_t>(a.K * words_for(most_rows) + 1));
   uint64_t* const transposed = static_cast<uint64_t*>(bits.get());
   GradientRows grad(a, most_rows);
   const double rate = rate_of(a.words, a.M, a.K);
   if (!a.M) memset(by_channel.get(), 0, sizeof(float) * static_cast<size_t>(a.K * a.N));
-  for (int64_t m = 0; m < a.M; m += GRAD_ROWS) {
-    const int64_t rows = smaller(GRAD_ROWS, a.M - m);
+  for (int64_t m = 0; m < a.M; m += rows_at_a_time) {
+    const int64_t rows = smaller(rows_at_a_time, a.M - m);
     const uint64_t* words = a.words + m * words_for(a.K);
     const double work = 0.3 * static_cast<double>(rows) * static_cast<double>(a.K);
     parallel(threads_for(work, a.threads),

@@ -39,9 +39,9 @@ void interleave(const uint64_t* words, int64_t rows, int64_t bits, uint32_t* out
 }
 
 // tables[group of 4 rows][column][subset] for `bits` rows of the source from `source` on, padded with zeros
-// to a multiple of 64 bits.
+// to a multiple of 4 bits.
 void build_tables(const float* source, int64_t stride, int64_t bits, int columns, float* tables) {
-  for (int64_t g = 0; g < words_for(bits) * 16; g++) {
+  for (int64_t g = 0; g < (bits + 3) / 4; g++) {
     alignas(64) float rows[4][16];
     for (int i = 0; i < 4; i++) {
       const bool there = 4 * g + i < bits;
@@ -59,16 +59,16 @@ void build_tables(const float* source, int64_t stride, int64_t bits, int columns
 
 // sums[column][V x 16 rows] of HALF columns.
 template <int V>
-void look_up(const uint32_t* bits, int64_t stride, int64_t words, const float* tables, float* sums) {
+void look_up(const uint32_t* bits, int64_t stride, int64_t groups, const float* tables, float* sums) {
   __m512 total[HALF][V];
   for (int j = 0; j < HALF; j++) {
     for (int v = 0; v < V; v++) total[j][v] = zero();
   }
-  for (int64_t w = 0; w < words; w++) {
+  for (int64_t first = 0; first < groups; first += 8, bits += 16) {
     __m512i four_bits[V];
-    for (int v = 0; v < V; v++) four_bits[v] = _mm512_loadu_si512(bits + v * stride + w * 16);
-    for (int g = 0; g < 8; g++) {
-      const float* table = tables + (w * 8 + g) * COLUMNS * 16;
+    for (int v = 0; v < V; v++) four_bits[v] = _mm512_loadu_si512(bits + v * stride);
+    for (int64_t g = first; g < smaller(first + 8, groups); g++) {
+      const float* table = tables + g * COLUMNS * 16;
 #pragma GCC unroll 8
       for (int j = 0; j < HALF; j++) {
         const __m512 t = load(table + j * 16);
@@ -133,16 +133,16 @@ void sum_block(const Job& job, const Output<E>& output, int64_t column, Range gr
   const int64_t stride = words_for(job.bits) * 32;
   alignas(64) float sums[COLUMNS * 3 * 16];
   for (int64_t bit = 0; bit < job.bits; bit += BITS) {
-    const int64_t bits = smaller(BITS, job.bits - bit), words = words_for(bits) * 2;
+    const int64_t bits = smaller(BITS, job.bits - bit), quarters = (bits + 3) / 4;
     build_tables(job.source + bit * job.columns + column, job.columns, bits, n, tables);
     Output<E> to = output;
     to.accumulate = output.accumulate || bit > 0;
     for (int64_t g = groups.begin; g < groups.end;) {
       const uint32_t* at = job.interleaved + g * stride + bit / 32 * 16;
-      const int v = groups.end - g >= 3 ? 3 : 1;
-      const auto half = v == 3 ? look_up<3> : look_up<1>;
-      half(at, stride, words, tables, sums);
-      half(at, stride, words, tables + HALF * 16, sums + HALF * v * 16);
+      const int v = static_cast<int>(smaller(groups.end - g, 3));
+      const auto half = v == 3 ? look_up<3> : v == 2 ? look_up<2> : look_up<1>;
+      half(at, stride, quarters, tables, sums);
+      half(at, stride, quarters, tables + HALF * 16, sums + HALF * v * 16);
       for (int i = 0; i < v; i++) to.write(sums + 16 * i, v * 16, (g + i) * 16, column, n);
       g += v;
     }

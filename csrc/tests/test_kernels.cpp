@@ -99,6 +99,9 @@ void test_pack(int64_t rows, int64_t C, int threads) {
   kernels().pack({s.data(), Element::float32, words.data(), &count, rows, C, threads});
   CHECK(words == expected);
   CHECK(count == set);
+  count = -1;
+  kernels().count_bits({words.data(), rows * words_for(C), &count, threads});
+  CHECK(count == set);
   std::vector<uint8_t> bytes(s.begin(), s.end());
   words.assign(words.size(), 0);
   kernels().pack({bytes.data(), Element::byte, words.data(), nullptr, rows, C, threads});
@@ -250,6 +253,11 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
     kernel({words.data(), columns.data(), bias.data(), y16.data(), Element::bfloat16, M, K, N, threads});
     CHECK(close(widened(y16), expected, 4e-3f));
   }
+  auto few_words = array<uint64_t>(M * words_for(K));
+  y.assign(y.size(), NAN);
+  kernels().gather_few({s.data(), few_words.data(), columns.data(), bias.data(), y.data(), M, K, N, threads});
+  CHECK(close(y, expected));
+  CHECK(few_words == words);
   for (auto kernel : {kernels().gather_weight_grad, kernels().subset_sums_weight_grad, kernels().matmul_weight_grad}) {
     for (Element type : {Element::float32, Element::bfloat16}) {
       dw.assign(dw.size(), NAN);

@@ -20,19 +20,21 @@ from spikedecoder.params import LIFParams
 
 why_not = floats_on_cpu
 
+STATES_ON_REQUEST = True  # forward takes want_v, backward want_grad_v_init
+
 
 def forward(
-    x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams
+    x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Spikes [T, ...] and the final membrane potential [...]."""
+    """Spikes [T, ...] and the final membrane potential [...], empty if not wanted."""
     x = same(x)
     v_init = None if v_init is None else dense(v_init)
     spikes = torch.empty_like(x)
-    v = torch.empty(x.shape[1:], dtype=torch.float32)
-    t = threshold_of(threshold, v.shape)
+    v = torch.empty(x.shape[1:] if want_v else (0,), dtype=torch.float32)
+    t = threshold_of(threshold, x.shape[1:])
     native.lif_forward(
-        *(neuron(p), t.native, ELEMENTS[x.dtype], address(x), address(v_init), address(spikes), address(v)),
-        *(x.shape[0], t.rows, t.channels, torch.get_num_threads()),
+        *(neuron(p), t.native, ELEMENTS[x.dtype], address(x), address(v_init), address(spikes)),
+        *(address(v) if want_v else 0, x.shape[0], t.rows, t.channels, torch.get_num_threads()),
     )
     return spikes, v
 
@@ -44,6 +46,7 @@ def backward(
     threshold: Tensor | float,
     v_init: Tensor | None,
     p: LIFParams,
+    want_grad_v_init: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of the threshold and of v_init. Those of a threshold that is a number, and of a v_init
     that is None, are not computed: the tensors in their places are uninitialised."""
@@ -55,7 +58,7 @@ def backward(
     t = threshold_of(threshold, timestep)
     grad_x = torch.empty_like(x)
     grad_threshold = grad_threshold_like(threshold, t, timestep)
-    grad_v_init = None if v_init is None else torch.empty_like(v_init)
+    grad_v_init = None if v_init is None or not want_grad_v_init else torch.empty_like(v_init)
     native.lif_backward(
         *(
             neuron(p),
@@ -71,4 +74,6 @@ def backward(
     )
     if grad_threshold is None:
         grad_threshold = torch.empty(timestep)
-    return grad_x, grad_threshold, torch.empty(timestep) if grad_v_init is None else grad_v_init
+    if grad_v_init is None:
+        grad_v_init = torch.empty(timestep if want_grad_v_init else (0,))
+    return grad_x, grad_threshold, grad_v_init

@@ -39,7 +39,11 @@ def forward(
 def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [..., N] from the spikes' bits: that of `forward`, bit for bit."""
     words = words.contiguous()
-    return _product(words, native.count(address(words), words.numel()), weight, bias, None)
+    return _product(words, _count(words), weight, bias, None)
+
+
+def _count(words: Tensor) -> int:
+    return int(native.count(address(words), words.numel(), torch.get_num_threads()))
 
 
 def _product(words: Tensor, count: int, weight: Tensor, bias: Tensor | None, method: str | None) -> Tensor:
@@ -90,11 +94,13 @@ def _is_by_columns(weight: Tensor) -> bool:
 def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
     """Packing and gathering in one call, for generation: at this size each microsecond of Python counts."""
     s = dense(s)
-    channels, out_channels = s.shape[-1], weight.shape[0]
-    y = torch.empty(*s.shape[:-1], out_channels)
-    words = torch.empty(*s.shape[:-1], -(-channels // 64), dtype=torch.int64)
-    bias = None if bias is None else dense(bias)
-    native.pack_and_gather(
+    out_channels, channels = weight.shape
+    shape = s.shape[:-1]
+    y = torch.empty((*shape, out_channels))
+    words = torch.empty((*shape, -(-channels // 64)), dtype=torch.int64)
+    if bias is not None:
+        bias = dense(bias)
+    native.gather_few(
         *(s.data_ptr(), words.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr()),
         *(rows, channels, out_channels, torch.get_num_threads()),
     )
@@ -119,8 +125,9 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
     out_channels = grad.shape[-1]
     rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
     if method is None:
-        count = native.count(address(words), words.numel())
-        method = _cost.fastest(rows, channels, out_channels, count, weight_grad=True, dtype=grad.dtype)
+        method = _cost.fastest(
+            rows, channels, out_channels, _count(words), weight_grad=True, dtype=grad.dtype
+        )
     if method == "dense" and not _own_products():
         s = unpack(words, channels, grad.dtype).view(rows, channels)
         return grad.view(rows, out_channels).t() @ s
