@@ -101,7 +101,7 @@ void forward(const NormLifForward& a) {
       const Range rows = share(a.rows, thread, threads);
       for (int64_t row = rows.begin; row < rows.end; row++) {
         if (a.kind == NormKind::row) row_statistics(p, row, a.eps, a.mean, a.rstd);
-        for_channels(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+        for_channels_evenly(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
           constexpr int U = decltype(vectors)::count;
           Channels channels[U];
           F threshold[U], v[U];
@@ -188,7 +188,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
     store(s.sum_g + t * W, zero());
     store(s.sum_gz + t * W, zero());
   }
-  for_channels<BACK_AT_ONCE>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+  for_channels_evenly<BACK_AT_ONCE>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     PerStep<Known, U> z(s.steps), h(s.steps + T * U * W);
     Channels channels[U];

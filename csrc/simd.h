@@ -342,10 +342,18 @@ SPIKEDECODER_INLINE void with_vectors(int64_t vectors, int64_t c, const Body& bo
   }
 }
 
-// body(Vectors<U>, channel, lanes of each vector) over C channels; fewer than W lanes only in the last. One vector
-// alone waits for its own results, so five are taken as three and two.
+// body(Vectors<U>, channel, lanes of each vector) over C channels; fewer than W lanes only in the last.
 template <int Most = AT_ONCE, class Body>
 SPIKEDECODER_INLINE void for_channels(int64_t C, const Body& body) {
+  int64_t c = 0;
+  for (; c + Most * W <= C; c += Most * W) body(Vectors<Most>{}, c, W);
+  for (; c + W <= C; c += W) body(Vectors<1>{}, c, W);
+  if (c < C) body(Vectors<1>{}, c, static_cast<int>(C - c));
+}
+
+// The same, in parts of like size: one vector alone waits for its own results, so five are taken as three and two.
+template <int Most = AT_ONCE, class Body>
+SPIKEDECODER_INLINE void for_channels_evenly(int64_t C, const Body& body) {
   int64_t c = 0;
   for (int64_t left = C / W; left;) {
     const int64_t vectors = left >= 2 * Most || left == Most ? Most : left > Most ? (left + 1) / 2 : left;

@@ -16,8 +16,9 @@ namespace {
 
 constexpr int64_t SEGMENT_WORDS = 512;          // row numbers are 16 bits wide
 constexpr int64_t BITS_AT_A_TIME = 8 << 20;     // bounds the lists: 2 bytes each
-constexpr int64_t LIST_ROWS = 64, CHUNK = 256;  // rows listed, and rows summed, in one task, at most
+constexpr int64_t LIST_ROWS = 64, CHUNK = 256;  // rows listed, and rows summed, in one task, at most; powers of 2
 constexpr int64_t PANEL_BYTES = 640 << 10;      // of dL/dy, which stay in the second-level cache
+constexpr int64_t NEAR_BYTES = 512 << 10;       // of a source that does so as a whole
 #if defined(SPIKEDECODER_AVX2)
 constexpr int MOST_VECTORS = 10, FEW_VECTORS = 10;  // of 16 registers
 #else
@@ -71,50 +72,37 @@ SumList<E> sum_list_of(int vectors, bool whole) {
   }
 }
 
-// Lists of the set bits of rows, a group of rows packed behind each other.
+// Lists of the set bits of rows, those of a group of rows packed behind each other.
 struct Lists {
   uint16_t* entries;
   int64_t* offsets;  // [group + 1] for each group
-  uint8_t* order;    // [group] for each group: its rows, shortest list first
-  int64_t bits, group;
+  int64_t bits;
+  int shift;  // a group is 2^shift rows: dividing by any number would take as long as a short list
 
-  int64_t room() const { return group * bits + 64; }
-  static int64_t groups(int64_t rows, int64_t group) { return (rows + group - 1) / group; }
+  int64_t group() const { return int64_t{1} << shift; }
+  int64_t room() const { return group() * bits + 64; }
 
-  // Rows of like length behind each other spare the CPU a wrong guess at the end of each list.
   void fill(const uint64_t* words, int64_t word_stride, int64_t segment_words, Range rows) const {
-    const int64_t g = rows.begin / group, there = rows.end - rows.begin;
+    const int64_t g = rows.begin >> shift;
     uint16_t* to = entries + g * room();
-    int64_t* at = offsets + g * (group + 1);
+    int64_t* at = offsets + g * (group() + 1);
     int64_t n = 0;
-    uint8_t with_length[LENGTHS + 1] = {};
-    for (int64_t r = 0; r < there; r++) {
-      at[r] = n;
-      const uint64_t* row = words + (rows.begin + r) * word_stride;
+    for (int64_t r = rows.begin; r < rows.end; r++) {
+      *at++ = n;
+      const uint64_t* row = words + r * word_stride;
       for (int64_t w = 0; w < segment_words; w++) {
         if (row[w]) n += indices_of(row[w], static_cast<uint16_t>(64 * w), to + n);
       }
-      with_length[length(n - at[r]) + 1]++;
     }
-    at[there] = n;
-    for (int i = 1; i < LENGTHS; i++) with_length[i] = static_cast<uint8_t>(with_length[i] + with_length[i - 1]);
-    for (int64_t r = 0; r < there; r++) {
-      order[g * group + with_length[length(at[r + 1] - at[r])]++] = static_cast<uint8_t>(r);
-    }
+    *at = n;
   }
-
-  // The i-th row of its group's order.
-  int64_t row(int64_t i) const { return i / group * group + order[i]; }
 
   const uint16_t* list(int64_t row, int64_t& n) const {
-    const int64_t* at = offsets + row / group * (group + 1) + row % group;
+    const int64_t g = row >> shift;
+    const int64_t* at = offsets + g * (group() + 1) + (row - (g << shift));
     n = at[1] - at[0];
-    return entries + row / group * room() + at[0];
+    return entries + g * room() + at[0];
   }
-
- private:
-  static constexpr int LENGTHS = 32;  // that are told apart
-  static int64_t length(int64_t n) { return n < LENGTHS ? n : LENGTHS - 1; }
 };
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -130,39 +118,61 @@ struct Sum {
   bool accumulate, past;
 };
 
-// Rows begin..end of `s`, all of whose bits fit in one segment: the two phases, on this thread's share.
+// Rows begin..end of the panel of `vectors` vectors from column `first` on.
 template <class E>
-void sum_rows(const Sum<E>& s, const Lists& lists, Tasks& list_tasks, Tasks& sum_tasks, int64_t chunk, int vectors) {
-  const int64_t segment_words = words_for(s.bits), chunks = (s.rows + chunk - 1) / chunk;
-  for (int64_t task; list_tasks.next(task);) {
-    lists.fill(s.words, s.word_stride, segment_words, {task * lists.group, smaller((task + 1) * lists.group, s.rows)});
+void sum_panel(const Sum<E>& s, const Lists& lists, int64_t begin, int64_t end, int64_t first, int vectors) {
+  const int64_t width = smaller(vectors * W, s.columns - first);
+  const int used = static_cast<int>((width + W - 1) / W);
+  const Panel panel{s.source + first, s.columns, static_cast<int>(width - (used - 1) * W),
+                    s.bias ? s.bias + first : nullptr, s.accumulate, s.past};
+  const SumList<E> sum = sum_list_of<MOST_VECTORS, E>(used, panel.lanes == W);
+  for (int64_t r = begin; r < end; r++) {
+    int64_t n;
+    const uint16_t* list = lists.list(r, n);
+    sum(list, n, panel, s.out + r * s.columns + first);
   }
-  barrier();
-  for (int64_t task; sum_tasks.next(task);) {
-    const int64_t begin = task % chunks * chunk, first = task / chunks * vectors * W;
-    const int64_t width = smaller(vectors * W, s.columns - first);
-    const int used = static_cast<int>((width + W - 1) / W);
-    const Panel panel{s.source + first, s.columns, static_cast<int>(width - (used - 1) * W),
-                      s.bias ? s.bias + first : nullptr, s.accumulate, s.past};
-    const SumList<E> sum = sum_list_of<MOST_VECTORS, E>(used, panel.lanes == W);
-    for (int64_t i = begin; i < smaller(begin + chunk, s.rows); i++) {
-      const int64_t r = lists.row(i);
-      int64_t n;
-      const uint16_t* list = lists.list(r, n);
-      sum(list, n, panel, s.out + r * s.columns + first);
+}
+
+// How the sums of some rows, all of whose bits fit in one segment, are shared out.
+struct Plan {
+  int64_t group, chunk;  // rows listed, rows summed in one task
+  int64_t panels;
+  int vectors;  // of a panel
+};
+
+// A source that is small enough to stay near: rows are listed and summed in one go.
+template <class E>
+void sum_near(const Sum<E>& s, const Lists& mine, const Plan& plan, Tasks& tasks) {
+  for (int64_t task; tasks.next(task);) {
+    const int64_t r = task * plan.group, rows = smaller(plan.group, s.rows - r);
+    Sum<E> part = s;
+    part.out += r * s.columns;
+    mine.fill(s.words + r * s.word_stride, s.word_stride, words_for(s.bits), {0, rows});
+    for (int64_t panel = 0; panel < plan.panels; panel++) {
+      sum_panel(part, mine, 0, rows, panel * plan.vectors * W, plan.vectors);
     }
   }
-  finish_stores();
+}
+
+// Any source: all rows are listed first, then summed panel by panel, each of which stays near.
+template <class E>
+void sum_by_panels(const Sum<E>& s, const Lists& lists, const Plan& plan, Tasks& list_tasks, Tasks& tasks) {
+  for (int64_t task; list_tasks.next(task);) {
+    lists.fill(s.words, s.word_stride, words_for(s.bits), {task * plan.group, smaller((task + 1) * plan.group, s.rows)});
+  }
+  barrier();
+  const int64_t chunks = (s.rows + plan.chunk - 1) / plan.chunk;
+  for (int64_t task; tasks.next(task);) {
+    const int64_t begin = task % chunks * plan.chunk;
+    sum_panel(s, lists, begin, smaller(begin + plan.chunk, s.rows), task / chunks * plan.vectors * W, plan.vectors);
+  }
 }
 
 template <class E>
 void gather_sum(const Sum<E>& whole, double rate, int most) {
   const int64_t vectors_in_all = (whole.columns + W - 1) / W;
-  const int64_t panels = (vectors_in_all + MOST_VECTORS - 1) / MOST_VECTORS;
-  const int vectors = static_cast<int>((vectors_in_all + panels - 1) / panels);
   const int64_t segment = smaller(whole.bits, 64 * SEGMENT_WORDS);
-  int64_t rows_at_a_time = round_up(BITS_AT_A_TIME / segment + 1, CHUNK);
-  rows_at_a_time = smaller(rows_at_a_time, whole.rows);
+  const int64_t rows_at_a_time = smaller(round_up(BITS_AT_A_TIME / segment + 1, CHUNK), whole.rows);
   const double additions = rate * static_cast<double>(whole.rows) * static_cast<double>(whole.bits);
   const int threads = threads_for(0.4 * (additions + static_cast<double>(whole.rows)) *
                                       static_cast<double>(vectors_in_all), most);
@@ -171,11 +181,21 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
     while (at_most > 8 && rows_at_a_time * tasks_a_row < 4 * threads * at_most) at_most /= 2;
     return at_most;
   };
-  const int64_t group = task_rows(LIST_ROWS, 1), chunk = task_rows(CHUNK, panels);
-  const int64_t groups = Lists::groups(rows_at_a_time, group);
-  Scratch entries(sizeof(uint16_t) * static_cast<size_t>(groups * (group * segment + 64)));
-  Scratch offsets(sizeof(int64_t) * static_cast<size_t>(groups * (group + 1)));
-  Scratch order(static_cast<size_t>(groups * group));
+  Plan plan;
+  plan.panels = (vectors_in_all + MOST_VECTORS - 1) / MOST_VECTORS;
+  plan.vectors = static_cast<int>((vectors_in_all + plan.panels - 1) / plan.panels);
+  plan.group = task_rows(LIST_ROWS, 1);
+  plan.chunk = task_rows(CHUNK, plan.panels);
+  const bool near = segment * whole.columns * static_cast<int64_t>(sizeof(float)) <= NEAR_BYTES;
+  const int64_t groups = near ? threads : (rows_at_a_time + plan.group - 1) / plan.group;
+  const int64_t room = plan.group * segment + 64;
+  Scratch entries(sizeof(uint16_t) * static_cast<size_t>(groups * room));
+  Scratch offsets(sizeof(int64_t) * static_cast<size_t>(groups * (plan.group + 1)));
+  const auto lists_from = [&](int64_t group, int64_t bits) {
+    return Lists{static_cast<uint16_t*>(entries.get()) + group * room,
+                 static_cast<int64_t*>(offsets.get()) + group * (plan.group + 1), bits,
+                 __builtin_ctzll(static_cast<uint64_t>(plan.group))};
+  };
 
   for (int64_t r = 0; r < whole.rows; r += rows_at_a_time) {
     for (int64_t bit = 0; bit < whole.bits; bit += segment) {
@@ -187,10 +207,16 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
       part.out += r * whole.columns;
       part.accumulate = whole.accumulate || bit > 0;
       part.past = whole.bits <= segment && past_cache(whole.out, whole.rows * whole.columns, whole.columns);
-      const Lists lists{static_cast<uint16_t*>(entries.get()), static_cast<int64_t*>(offsets.get()),
-                        static_cast<uint8_t*>(order.get()), part.bits, group};
-      Tasks list_tasks(Lists::groups(part.rows, group)), sum_tasks((part.rows + chunk - 1) / chunk * panels);
-      team(threads, [&](int, int) { sum_rows(part, lists, list_tasks, sum_tasks, chunk, vectors); });
+      Tasks by_group((part.rows + plan.group - 1) / plan.group);
+      Tasks by_chunk((part.rows + plan.chunk - 1) / plan.chunk * plan.panels);
+      team(threads, [&](int thread, int) {
+        if (near) {
+          sum_near(part, lists_from(thread, part.bits), plan, by_group);
+        } else {
+          sum_by_panels(part, lists_from(0, part.bits), plan, by_group, by_chunk);
+        }
+        finish_stores();
+      });
     }
   }
 }

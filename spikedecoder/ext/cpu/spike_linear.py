@@ -109,9 +109,8 @@ def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> tupl
 
 def by_columns(weight: Tensor) -> Tensor:
     """weight [N, K] as contiguous float32 [K, N]."""
-    transposed = weight.detach().t()
-    if transposed.is_contiguous():
-        return dense(transposed)
+    if not weight.is_contiguous() and weight.t().is_contiguous():
+        return dense(weight.detach().t())
     weight = dense(weight)
     n, k = weight.shape
     columns = torch.empty(k, n)
