@@ -54,12 +54,13 @@ def render(study: dict[str, Any], runs: list[dict[str, Any]], rows: list[Row]) -
         "",
         "± is the 95 % confidence interval over seeds (Student's t; two seeds make it wide). Columns with a "
         "factor: bits where windows are so many times as long as in training. Energy: estimated arithmetic "
-        f"per token ({study['prices']}, fp32), and with memory. Speeds are of runs that shared the machine.",
+        f"per token ({study['prices']}) with int8 weights, and in fp32. Tokens/s: of training, on a machine "
+        "that other runs shared.",
         "",
         "| model | bits | ± | seeds | over the best ANN | "
         + " | ".join(f"{n}x" for n in factors if n > 1)
-        + " | spikes | nJ | nJ with memory | parameters |",
-        "|---" * (9 + len(factors) - 1) + "|",
+        + " | spikes | nJ int8 | nJ fp32 | tokens/s | parameters |",
+        "|---" * (10 + len(factors) - 1) + "|",
     ]
     for name, found in by_row.items():
         bits, half = mean(found), half_width(found)
@@ -72,20 +73,21 @@ def render(study: dict[str, Any], runs: list[dict[str, Any]], rows: list[Row]) -
             if n > 1
         ]
         rate = "" if found[0]["spike_rate"] is None else f"{100 * mean(found, 'spike_rate'):.1f} %"
-        joules = [own_energy(found, kind) for kind in ("arithmetic", "with memory")]
+        joules = [own_energy(found, number_format) for number_format in ("int8", "fp32")]
         cells = [name, f"{bits:.3f}", "" if half is None else f"{half:.3f}", str(len(found)), over, *longer]
         cells += [
             rate,
             *("" if j is None else f"{1e9 * j:.0f}" for j in joules),
+            f"{max(r['tokens_per_second'] for r in found):,}",
             f"{found[0]['parameters']:,}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *twins_energy(by_row)]) + "\n"
 
 
-def own_energy(runs: list[dict[str, Any]], kind: str) -> float | None:
-    """Joules a token of the model itself, in fp32."""
-    values = [r["energy"]["this model, fp32"][kind] for r in runs if r["energy"]]
+def own_energy(runs: list[dict[str, Any]], number_format: str) -> float | None:
+    """Joules a token of the model's own arithmetic."""
+    values = [r["energy"][f"this model, {number_format}"]["arithmetic"] for r in runs if r["energy"]]
     return statistics.mean(values) if values else None
 
 
@@ -148,7 +150,7 @@ def _bars(
 
 
 def _curves(ax: Any, by_row: dict[str, list[dict[str, Any]]], anns: set[str]) -> None:
-    shown = ("original recipe", "+ token shift 4", "default", *anns)
+    shown = ("original recipe", "+ token shift 4", "+ residual init 0.3", "default", *anns)
     for name, found in by_row.items():
         if name in shown:
             tokens = [point[0] / 1e6 for point in found[0]["curve"]]
@@ -161,7 +163,7 @@ def _curves(ax: Any, by_row: dict[str, list[dict[str, Any]]], anns: set[str]) ->
 
 def _against_energy(ax: Any, by_row: dict[str, list[dict[str, Any]]], twin: str | None) -> None:
     for name, found in by_row.items():
-        joules = own_energy(found, "arithmetic")
+        joules = own_energy(found, "int8")
         if joules is not None:
             ax.plot(1e9 * joules, mean(found), "o", color="tab:orange")
             ax.annotate(
@@ -169,7 +171,7 @@ def _against_energy(ax: Any, by_row: dict[str, list[dict[str, Any]]], twin: str 
             )
     runs = by_row.get("default")
     if runs and twin is not None:
-        for variant in (v for v in runs[0]["energy"] if v.startswith("ANN")):
+        for variant in (v for v in runs[0]["energy"] if v.startswith("ANN, int8")):
             joules = statistics.mean(r["energy"][variant]["arithmetic"] for r in runs)
             ax.plot(1e9 * joules, mean(by_row[twin]), "s", color="tab:gray")
             ax.annotate(
@@ -180,17 +182,23 @@ def _against_energy(ax: Any, by_row: dict[str, list[dict[str, Any]]], twin: str 
                 textcoords="offset points",
             )
     ax.set_xscale("log")
-    ax.set_xlabel("estimated nJ per token, arithmetic (gray: the best ANN's bits at its shapes' energy)")
+    ax.set_xlabel(
+        "estimated nJ per token, int8 (gray: the best ANN's bits, at the energy of the default's shapes)"
+    )
     ax.set_ylabel("held-out bits per token")
 
 
 def _against_timesteps(ax: Any, by_row: dict[str, list[dict[str, Any]]], rows: list[Row]) -> None:
-    points = sorted(
-        (row.model.get("timesteps", 4), mean(by_row[row.name]))
-        for row in rows
-        if row.name in by_row and (row.name.startswith("T = ") or row.name == "default")
-    )
-    if points:
-        ax.plot(*zip(*points, strict=True), marker="o", color="tab:orange")
-    ax.set_xlabel("T, timesteps")
+    """LIF, and I-LIF whose integers take as many binary timesteps as they have digits."""
+    lines: dict[str, list[tuple[int, float]]] = {"LIF": [], "I-LIF": []}
+    for row in rows:
+        if row.name in by_row and row.steps is not None:
+            lines["LIF" if row.kind == "spike" and "levels" not in row.model else "I-LIF"].append(
+                (row.steps, mean(by_row[row.name]))
+            )
+    for name, points in lines.items():
+        if points:
+            ax.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    ax.legend(fontsize=8, frameon=False)
+    ax.set_xlabel("binary timesteps of one token")
     ax.set_ylabel("held-out bits per token")

@@ -13,7 +13,18 @@ SHIFT: dict[str, Any] = {**GAIN, "token_shift": 4, "mlp_token_shift": 4}
 SOFT: dict[str, Any] = {**SHIFT, "v_reset": None}
 DECAY: dict[str, Any] = {**SOFT, "decay_fastest": 0.75, "decay_slowest": 0.99}
 BATCH: dict[str, Any] = {**DECAY, "norm": "batch"}
-BEST: dict[str, Any] = {**BATCH, "decay_slowest": 0.96, "token_dim": 95, "position_dim": 1}
+LIF: dict[str, Any] = {**BATCH, "decay_slowest": 0.96, "token_dim": 95, "position_dim": 1}
+SPREAD: dict[str, Any] = {**LIF, "embedding_std": 1.0}
+BEST_LIF: dict[str, Any] = {**SPREAD, "residual_init": 0.3}
+
+
+def integers(levels: int, unit: float, **changes: Any) -> dict[str, Any]:
+    """The last step of the ladder: neurons of integers 0 to `levels`, each worth `unit`, in one timestep."""
+    # the scale that LIF's attention has, for spikes worth `unit`
+    own = {"neuron": "ilif", "levels": levels, "v_threshold": unit, "attention_scale": 0.125 * unit**3}
+    return {**BEST_LIF, "v_reset": 0.0, "timesteps": 1, **own, **changes}
+
+
 STILL: dict[str, Any] = {"decay_fastest": 1.0, "decay_slowest": 1.0}
 HELPS: dict[str, Any] = {"shift": 4, "mlp_shift": 4}
 SLOW: dict[str, Any] = {"lr": 4e-3}
@@ -25,7 +36,8 @@ class Row:
     """One model of the study.
 
     kind: what `model` holds: "spike" fields of a `SpikeDecoderConfig`, "preset" its name and changes to it,
-    "gpt" arguments of `GPT`. train: fields of a `TrainConfig`. tried: a change of `quality_tried.TRIED`.
+    "gpt" arguments of `GPT`. train: fields of a `TrainConfig`. tried: a change of
+    `quality_tried.TRIED`.
     """
 
     name: str
@@ -33,6 +45,7 @@ class Row:
     model: dict[str, Any]
     train: dict[str, Any] = field(default_factory=lambda: dict(SLOW))
     tried: str | None = None
+    steps: int | None = None  # binary timesteps, of the rows that differ by these alone
 
     @property
     def slug(self) -> str:
@@ -56,40 +69,51 @@ SMALL: list[Row] = [
     Row("+ decay per head", "spike", DECAY),
     Row("+ learning rate 8e-3", "spike", DECAY, FAST),
     Row("+ BatchNorm", "spike", BATCH, FAST),
-    Row("default", "preset", {"name": "default"}, FAST),  # + one position channel, decay of 0.75 to 0.96
+    Row("+ one position channel", "spike", LIF, FAST),  # and decay of 0.75 to 0.96
+    Row("+ embedding spread 1", "spike", SPREAD, FAST),
+    Row("+ residual init 0.3", "spike", BEST_LIF, FAST, steps=4),
+    Row("default", "preset", {"name": "default"}, FAST, steps=4),  # + I-LIF, 15 levels
+    # levels and timesteps
+    Row("I-LIF, 1 level", "spike", integers(1, 1.0), FAST, steps=1),
+    Row("I-LIF, 3 levels", "spike", integers(3, 0.75), FAST, steps=2),
+    Row("I-LIF, 4 levels", "spike", integers(4, 0.5), FAST),
+    Row("I-LIF, 7 levels", "spike", integers(7, 0.4), FAST, steps=3),
+    Row("LIF, T = 1", "spike", {**BEST_LIF, "timesteps": 1}, FAST, steps=1),
+    Row("LIF, T = 2", "spike", {**BEST_LIF, "timesteps": 2}, FAST, steps=2),
+    Row("LIF, T = 8", "spike", {**BEST_LIF, "timesteps": 8}, FAST, steps=8),
     # single changes
     Row("original recipe, BatchNorm", "spike", {**ORIGINAL, "norm": "batch"}),
-    Row("default without decay", "spike", {**BEST, **STILL}, FAST),
-    Row("default, LayerNorm", "spike", {**BEST, "norm": "layer"}, FAST),
-    Row("default, attention norm", "spike", {**BEST, "attention_norm": True}, FAST),
-    Row("default, attention norm, no decay", "spike", {**BEST, **STILL, "attention_norm": True}, FAST),
-    Row("default, PowerNorm", "spike", {**BEST, "norm": "power"}, FAST),
-    Row("default, timesteps concatenated", "spike", {**BEST, "reunite": "concatenate"}, FAST),
-    Row("default, MLP shift 2", "spike", {**BEST, "mlp_token_shift": 2}, FAST),
-    Row("default, shifts 8", "spike", {**BEST, "token_shift": 8, "mlp_token_shift": 8}, FAST),
-    Row("default, learned thresholds", "spike", {**BEST, "learn_threshold": True}, FAST),
-    Row("default, surrogate alpha 2", "spike", {**BEST, "surrogate_alpha": 2.0}, FAST),
-    Row("default, surrogate alpha 8", "spike", {**BEST, "surrogate_alpha": 8.0}, FAST),
-    Row("default, real-valued MLP and head", "spike", {**BEST, "spike_degree": 2}, FAST),
-    Row("T = 1", "spike", {**BEST, "timesteps": 1}, FAST),
-    Row("T = 2", "spike", {**BEST, "timesteps": 2}, FAST),
-    Row("T = 8", "spike", {**BEST, "timesteps": 8}, FAST),
+    Row("default without decay", "spike", integers(15, 0.2, **STILL), FAST),
+    Row("default, LayerNorm", "spike", integers(15, 0.2, norm="layer"), FAST),
+    Row("default, PowerNorm", "spike", integers(15, 0.2, norm="power"), FAST),
+    Row("default, attention norm", "spike", integers(15, 0.2, attention_norm=True), FAST),
+    Row("default, attention norm, no decay", "spike", integers(15, 0.2, attention_norm=True, **STILL), FAST),
+    Row("default, MLP shift 2", "spike", integers(15, 0.2, mlp_token_shift=2), FAST),
+    Row("default, shifts 8", "spike", integers(15, 0.2, token_shift=8, mlp_token_shift=8), FAST),
+    Row("default, learning rate 4e-3", "spike", integers(15, 0.2), SLOW),
+    Row("default, embedding spread 1e-5", "spike", integers(15, 0.2, embedding_std=1e-5), FAST),
+    Row("default, residual init 1", "spike", integers(15, 0.2, residual_init=1.0), FAST),
+    Row("LIF, timesteps concatenated", "spike", {**BEST_LIF, "reunite": "concatenate"}, FAST),
+    Row("LIF, learned thresholds", "spike", {**BEST_LIF, "learn_threshold": True}, FAST),
+    Row("LIF, surrogate alpha 2", "spike", {**BEST_LIF, "surrogate_alpha": 2.0}, FAST),
+    Row("LIF, surrogate alpha 8", "spike", {**BEST_LIF, "surrogate_alpha": 8.0}, FAST),
+    Row("LIF, real-valued MLP and head", "spike", {**BEST_LIF, "spike_degree": 2}, FAST),
     # tried, and left out of the package
-    Row("default, PLIF", "spike", BEST, FAST, tried="learned tau"),
-    Row("default, thresholds per channel", "spike", BEST, FAST, tried="channel thresholds"),
-    Row(
-        "default, I-LIF, 4 levels",
-        "spike",
-        {**BEST, "timesteps": 1, "attention_scale": 1 / 64},
-        FAST,
-        tried="integer",
-    ),
+    Row("LIF, learned tau (PLIF)", "spike", BEST_LIF, FAST, tried="learned tau"),
+    Row("LIF, thresholds per channel", "spike", BEST_LIF, FAST, tried="channel thresholds"),
     # twins that do not spike
     Row("GPT, learned positions", "gpt", {"position": "learned"}),
     Row("GPT, ALiBi", "gpt", {"position": "alibi"}),
     Row("GPT, ALiBi, convolution 4", "gpt", {"position": "alibi", "convolution": 4}),
     Row("GPT, ALiBi, shifts", "gpt", {"position": "alibi", **HELPS}),
     Row("GPT, ALiBi, shifts, lr 8e-3", "gpt", {"position": "alibi", **HELPS}, FAST),
+    Row("GPT, ALiBi, shifts, lr 1.6e-2", "gpt", {"position": "alibi", **HELPS}, {"lr": 1.6e-2}),
+    Row(
+        "GPT, ALiBi, shifts, convolution 4, lr 8e-3",
+        "gpt",
+        {"position": "alibi", "convolution": 4, **HELPS},
+        FAST,
+    ),
     Row(
         "the original's baseline, shifts",
         "spike",

@@ -9,31 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikedecoder import SpikeDecoder, ops
 from spikedecoder.nn.attention import AttentionLIF
-from spikedecoder.nn.linear import LinearNormLIF, SpikeLinear
+from spikedecoder.nn.linear import LinearNormLIF
 from spikedecoder.nn.neuron import LIF
 from spikedecoder.surrogate import get_surrogate
 
 Neuron = Callable[[Tensor, LIF], Tensor]
-
-
-class _Integer(torch.autograd.Function):
-    """round(u) between 0 and `levels`; the gradient passes where u is within half a level of that."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, levels: int) -> Tensor:
-        ctx.save_for_backward(u)
-        ctx.levels = levels
-        return u.round().clamp(0, levels)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (u,) = ctx.saved_tensors
-        return grad * ((u >= -0.5) & (u <= ctx.levels + 0.5)), None
 
 
 class _Fire(torch.autograd.Function):
@@ -46,14 +30,6 @@ class _Fire(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad * ctx.derivative(*ctx.saved_tensors), None, None
-
-
-def integer_neurons(model: SpikeDecoder, levels: int = 4, unit: float = 0.5) -> None:
-    """I-LIF (Luo et al., 2024): one step of integers 0 to `levels`, later run as so many binary steps."""
-    _replace(model, lambda x, _lif: _Integer.apply(x / unit, levels))
-    for module in model.modules():
-        if isinstance(module, SpikeLinear):  # sums of spikes: what the unrolled steps add up to
-            module.forward = lambda s, m=module: F.linear(s, m.weight, m.bias)  # type: ignore[method-assign]
 
 
 def learned_tau(model: SpikeDecoder) -> None:
@@ -110,7 +86,6 @@ def _attention(module: AttentionLIF, neuron: Neuron) -> Callable[..., Tensor]:
 
 
 TRIED: dict[str, Callable[[SpikeDecoder], None]] = {
-    "integer": integer_neurons,
     "learned tau": learned_tau,
     "channel thresholds": channel_thresholds,
 }
