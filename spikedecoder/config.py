@@ -291,6 +291,11 @@ class SpikeDecoderConfig:
         """Timesteps of 0 and 1 that a neuron runs: T, or an I-LIF neuron's levels."""
         return self.timesteps * self.spike_levels
 
+    @property
+    def spike_worth(self) -> float:
+        """What a spike counts in the head: 1, or an I-LIF neuron's unit of current."""
+        return 1.0 if self.levels is None else self.v_threshold
+
     def replace(self, **changes: Any) -> SpikeDecoderConfig:
         """A copy with some fields changed; unknown names raise ValueError."""
         return self.from_dict({**self.to_dict(), **changes})
@@ -346,11 +351,17 @@ _ORIGINAL_CHAR: dict[str, Any] = {
 _BEST: dict[str, Any] = {
     "norm": "batch",
     "embedding_gain": 2.0,
+    "embedding_std": 1.0,
     "token_shift": 4,
     "mlp_token_shift": 4,
-    "v_reset": None,
+    "residual_init": 0.3,
     "decay_fastest": 0.75,
     "decay_slowest": 0.96,
+    "attention_scale": 0.001,
+    "neuron": "ilif",
+    "levels": 15,
+    "v_threshold": 0.2,
+    "timesteps": 1,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

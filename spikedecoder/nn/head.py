@@ -12,7 +12,8 @@ from spikedecoder.nn.neuron import neurons
 class Head(nn.Module):
     """x [T, B, S, E] -> logits [B, S, V]: LIF (where the head spikes), join the timesteps, Linear.
 
-    `float_reunite`: join first, then one LIF step. Without timesteps, x [B, S, E], only the Linear.
+    `float_reunite`: join first, then one LIF step. Without timesteps, x [B, S, E], only the Linear. No norm
+    follows it, so that the size of its input matters: integers of I-LIF neurons are worth v_threshold each.
     """
 
     def __init__(self, c: SpikeDecoderConfig) -> None:
@@ -24,7 +25,7 @@ class Head(nn.Module):
         kept = c.float_reunite or c.timesteps == 1 or c.reunite in ("concatenate", "final")
         width = c.embed_dim * (c.timesteps if joined else 1)
         if c.head_spikes and kept:
-            self.linear: nn.Linear = SpikeLinear(width, c.vocab_size, levels=c.spike_levels)
+            self.linear: nn.Linear = SpikeLinear(width, c.vocab_size, levels=c.spike_levels, unit=c.spike_worth)
         else:
             self.linear = nn.Linear(width, c.vocab_size)
 

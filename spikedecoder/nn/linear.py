@@ -17,18 +17,28 @@ class SpikeLinear(nn.Linear):
 
     With `levels` > 1 its input is integers from 0 to that, sums of so many binary timesteps: trained as one
     dense product, and where `unrolled` is set (`SpikeDecoder.unroll`) computed from the timesteps.
+
+    unit: what a spike is worth, y = unit (s W^T) + b: one multiplication an output, where it is not 1.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, levels: int = 1) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, levels: int = 1, unit: float = 1.0
+    ) -> None:
         super().__init__(in_features, out_features, bias)
-        self.levels, self.unrolled = levels, False
+        self.levels, self.unit, self.unrolled = levels, unit, False
 
     def forward(self, s: Tensor) -> Tensor:
+        if self.unit == 1:
+            return self._sums(s, self.bias)
+        y = self._sums(s, None) * self.unit
+        return y if self.bias is None else y + self.bias
+
+    def _sums(self, s: Tensor, bias: Tensor | None) -> Tensor:
         if self.levels == 1:
-            return ops.spike_linear(s, self.weight, self.bias)
+            return ops.spike_linear(s, self.weight, bias)
         if self.unrolled:
-            return ops.unrolled_linear(s, self.weight, self.bias, levels=self.levels)
-        return F.linear(s, self.weight, self.bias)
+            return ops.unrolled_linear(s, self.weight, bias, levels=self.levels)
+        return F.linear(s, self.weight, bias)
 
 
 class LinearNorm(nn.Module):
