@@ -21,8 +21,13 @@ BEST_LIF: dict[str, Any] = {**SPREAD, "residual_init": 0.3}
 def integers(levels: int, unit: float, **changes: Any) -> dict[str, Any]:
     """The last step of the ladder: neurons of integers 0 to `levels`, each worth `unit`, in one timestep."""
     # the scale that LIF's attention has, for spikes worth `unit`
-    own = {"neuron": "ilif", "levels": levels, "v_threshold": unit, "attention_scale": round(0.125 * unit**3, 6)}
-    return {**BEST_LIF, "v_reset": 0.0, "timesteps": 1, **own, **changes}
+    own = {
+        "neuron": "ilif",
+        "levels": levels,
+        "v_threshold": unit,
+        "attention_scale": round(0.125 * unit**3, 6),
+    }
+    return {**BEST_LIF, "timesteps": 1, **own, **changes}
 
 
 STILL: dict[str, Any] = {"decay_fastest": 1.0, "decay_slowest": 1.0}

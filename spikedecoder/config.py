@@ -348,25 +348,31 @@ _ORIGINAL_CHAR: dict[str, Any] = {
 
 # what made small models learn best, and last in long contexts, by bench/quality.py; one position channel, a
 # sine of period 2 pi: slower ones take values at long range that training never saw
-_BEST: dict[str, Any] = {
+_BEST_LIF: dict[str, Any] = {
     "norm": "batch",
     "embedding_gain": 2.0,
     "embedding_std": 1.0,
     "token_shift": 4,
     "mlp_token_shift": 4,
     "residual_init": 0.3,
+    "v_reset": None,
     "decay_fastest": 0.75,
     "decay_slowest": 0.96,
-    "attention_scale": 0.001,
+}
+_BEST: dict[str, Any] = {
+    **_BEST_LIF,
     "neuron": "ilif",
     "levels": 15,
     "v_threshold": 0.2,
     "timesteps": 1,
+    "attention_scale": 0.001,  # LIF's 0.125, for q, k and v of spikes that are worth v_threshold
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
     # small enough for a laptop's minutes
     "default": {**_BEST, "max_len": 128, "token_dim": 95, "position_dim": 1},
+    # the same with LIF neurons of four timesteps
+    "default-lif": {**_BEST_LIF, "max_len": 128, "token_dim": 95, "position_dim": 1},
     "default-ann": {"max_len": 128, "spike_degree": 0, "token_shift": 4, "mlp_token_shift": 4},
     # the same recipe with 0.8 and 14 million parameters
     "best-small": {**_BEST, "max_len": 256, "token_dim": 127, "position_dim": 1, "blocks": 4},

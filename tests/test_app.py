@@ -63,7 +63,7 @@ def runs(tmp_path: Path) -> Path:
 
 def test_kinds_are_told_from_configurations():
     for name, changes in KINDS.items():
-        assert kind_of(SpikeDecoderConfig.preset("default", **changes)) == name
+        assert kind_of(SpikeDecoderConfig.preset("default-lif", **changes)) == name
     of = lambda **changes: kind_of(SpikeDecoderConfig(**changes))  # noqa: E731
     assert of() == "SpikeDecoder" and of(timesteps=1) == "fully spiking"
     assert of(spike_degree=3) == "SpikeDecoder" and of(spike_degree=1) == "partly spiking"

@@ -20,7 +20,7 @@ from spikedecoder.training.checkpoints import read_step
 
 GOLDEN = Path(__file__).parent / "golden"
 STORY = "The cat sat on the mat. The dog ate the hat. A rat ran to the cat and sat. " * 40
-SMALL = ["--max-len", "16", "--blocks", "1", "--timesteps", "2", "--heads", "2", "--batch-size", "2"]
+SMALL = ["--max-len", "16", "--blocks", "1", "--heads", "2", "--batch-size", "2"]
 SMALL += ["--set", "token_dim=12", "--set", "position_dim=4", "--threads", "1"]
 
 ILIF = ["--neuron", "ilif", "--levels", "3", "--timesteps", "1"]
@@ -92,7 +92,7 @@ def test_a_person_sees_progress_and_text(
 def test_every_field_can_be_set(story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "my.toml"
     file.write_text(
-        'preset = "default"\n[model]\nblocks = 2\nv_reset = "none"\nattention_scale = 1\n'
+        'preset = "default-lif"\n[model]\nblocks = 2\nv_reset = "none"\nattention_scale = 1\n'
         '[train]\nlr = 0.5\nsteps = 9\neval_tokens = "none"\nbeta1 = 0.8\n'
     )
     out = tmp_path / "run"

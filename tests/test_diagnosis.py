@@ -28,7 +28,8 @@ def make(**changes: object) -> SpikeDecoder:
     torch.manual_seed(0)
     settings = {"max_len": 16, "token_dim": 24, "position_dim": 8, "blocks": 2, "norm": "layer"}
     config = SpikeDecoderConfig.preset(
-        "default", **{**settings, "vocab_size": TOKENIZER.vocab_size, "pad_id": TOKENIZER.pad_id, **changes}
+        "default-lif",
+        **{**settings, "vocab_size": TOKENIZER.vocab_size, "pad_id": TOKENIZER.pad_id, **changes},
     )
     model = SpikeDecoder(config)
     model.tokenizer = TOKENIZER

@@ -82,7 +82,7 @@ def model_of(changes: dict[str, Any]) -> SpikeDecoder:
     torch.manual_seed(0)
     small = {"blocks": 2, "heads": 2, "token_dim": 12, "position_dim": 4, "mlp_ratio": 2, "timesteps": 2}
     off = {"max_len": 8, "v_threshold": 0.97, "attention_scale": 1.0, "norm": "layer"}
-    config = SpikeDecoderConfig.preset("default", **{**small, **off, **changes})
+    config = SpikeDecoderConfig.preset("default-lif", **{**small, **off, **changes})
     return SpikeDecoder(config).double()
 
 

@@ -75,7 +75,7 @@ def test_attention_keeps_bits(operator: str, options: dict[str, Any], backend: s
 def gradients(backend: str, recompute: bool, dtype: torch.dtype, **changes: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
     config = SpikeDecoderConfig.preset(
-        "default", blocks=2, heads=2, token_dim=12, position_dim=4, mlp_ratio=2, timesteps=2, max_len=8,
+        "default-lif", blocks=2, heads=2, token_dim=12, position_dim=4, mlp_ratio=2, timesteps=2, max_len=8,
         **changes,
     )  # fmt: skip
     model = SpikeDecoder(config)
@@ -105,7 +105,7 @@ def test_a_model_that_recomputes_learns_the_same(backend: str, dtype: torch.dtyp
 
 
 def test_evaluation_and_hooks_see_the_linear_as_ever() -> None:
-    model = SpikeDecoder(SpikeDecoderConfig.preset("default", blocks=1, max_len=8))
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", blocks=1, max_len=8))
     model.recompute_activations()
     seen: list[str] = []
     for name, module in model.named_modules():
@@ -164,7 +164,7 @@ def test_the_readme_models_step_keeps_an_eighth(dtype: torch.dtype, backend: str
 def test_counting_is_counting() -> None:
     """Against tensors that are there: a Linear and a LIF keep their inputs."""
     script = load_script()
-    model = SpikeDecoder(SpikeDecoderConfig.preset("default", blocks=1, max_len=8))
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", blocks=1, max_len=8))
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     with use_backend("cpu"):
         real = script.saved_bytes(model, tokens)

@@ -24,6 +24,7 @@ optuna = pytest.importorskip("optuna")
 
 STORY = "the cat sat on the mat. the dog ate the hat. a rat ran to the cat and sat. " * 40
 TINY = """
+preset = "default-lif"
 [model]
 blocks = 1
 heads = 2

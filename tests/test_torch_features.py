@@ -31,7 +31,7 @@ def make(device: str = "cpu", **changes: Any) -> SpikeDecoder:
     torch.manual_seed(0)
     small = {"blocks": 2, "heads": 2, "token_dim": 12, "position_dim": 4, "mlp_ratio": 2, "timesteps": 2}
     config = SpikeDecoderConfig.preset(
-        "default", **{**small, "norm": "layer", "max_len": 8, "attention_scale": 1.0, **changes}
+        "default-lif", **{**small, "norm": "layer", "max_len": 8, "attention_scale": 1.0, **changes}
     )
     return SpikeDecoder(config).to(device)
 

@@ -47,7 +47,7 @@ def tiny(corpus: Corpus, **changes: object) -> SpikeDecoderConfig:
     t = corpus.tokenizer
     small = {"max_len": 16, "token_dim": 12, "position_dim": 4, "heads": 2, "blocks": 1, "timesteps": 2}
     vocabulary = {"vocab_size": t.vocab_size, "pad_id": t.pad_id, "norm": "layer"}
-    return SpikeDecoderConfig.preset("default", **{**small, **vocabulary, **changes})
+    return SpikeDecoderConfig.preset("default-lif", **{**small, **vocabulary, **changes})
 
 
 def settings(**changes: object) -> TrainConfig:
@@ -597,7 +597,20 @@ def test_two_processes_share_a_batch(corpus: Corpus, tmp_path: Path) -> None:
         "--max-steps",
         "4",
     ]
-    command += ["--batch-size", "2", "--max-len", "16", "--heads", "2", "--blocks", "1", "--timesteps", "2"]
+    command += [
+        "--preset",
+        "default-lif",
+        "--batch-size",
+        "2",
+        "--max-len",
+        "16",
+        "--heads",
+        "2",
+        "--blocks",
+        "1",
+        "--timesteps",
+        "2",
+    ]
     # a BatchNorm whose statistics the processes share; currents that meet no threshold exactly
     changes = {"norm": "batch", "v_threshold": 0.97, "attention_scale": 1.0}
     assignments = ["token_dim=12", "position_dim=4", "warmup=0", "sync_norm=true"]

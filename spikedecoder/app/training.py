@@ -49,7 +49,7 @@ def train_small(kind: str, tokens: str, steps: int, parent: Path, tell: Tell) ->
         corpus = prepare_corpus(tokenizer=settings.tokenizer, min_count=settings.min_count)
         vocabulary = {"vocab_size": corpus.tokenizer.vocab_size, "pad_id": corpus.tokenizer.pad_id}
         shape = {"max_len": 64} if words else {}
-        config = SpikeDecoderConfig.preset("default", **vocabulary, **shape, **KINDS[kind])
+        config = SpikeDecoderConfig.preset("default-lif", **vocabulary, **shape, **KINDS[kind])
         out = free_folder(f"{kind}-{tokens}".replace(" ", "-"), corpus.name, parent)
         train(config, corpus, settings, out=out, reporter=_Progress(tell))
         return out

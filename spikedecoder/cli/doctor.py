@@ -113,8 +113,9 @@ def _try_step() -> dict[str, Any]:
 
     from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 
-    shape = {"vocab_size": 8, "max_len": 8, "token_dim": 12, "position_dim": 4, "blocks": 1}
-    config = SpikeDecoderConfig.preset("default", **shape, neuron="lif", levels=None, timesteps=2)
+    config = SpikeDecoderConfig.preset(
+        "default-lif", vocab_size=8, max_len=8, token_dim=12, position_dim=4, blocks=1, timesteps=2
+    )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -25,7 +25,9 @@ class Head(nn.Module):
         kept = c.float_reunite or c.timesteps == 1 or c.reunite in ("concatenate", "final")
         width = c.embed_dim * (c.timesteps if joined else 1)
         if c.head_spikes and kept:
-            self.linear: nn.Linear = SpikeLinear(width, c.vocab_size, levels=c.spike_levels, unit=c.spike_worth)
+            self.linear: nn.Linear = SpikeLinear(
+                width, c.vocab_size, levels=c.spike_levels, unit=c.spike_worth
+            )
         else:
             self.linear = nn.Linear(width, c.vocab_size)
 

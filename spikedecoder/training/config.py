@@ -138,6 +138,7 @@ _ORIGINAL: dict[str, Any] = {
 # under the names of `spikedecoder.config.PRESETS`
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "default": {"lr": 8e-3},
+    "default-lif": {"lr": 8e-3},
     "default-ann": {},
     "best-small": {"lr": 8e-3, "steps": 5000},
     "best-medium": {"lr": 3e-3, "steps": 20_000, "batch_size": 32, "warmup": 500, "eval_every": 1000},
