@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from spikedecoder.spike_stats import neurons_of, spiking_layers
 class Activity:
     """spikes: by layer, [T, B, S, N] of 0 and 1. potentials: by layer, h before the reset, same shapes.
 
-    Of I-LIF neurons, the binary timesteps that their integers stand for: T = levels.
+    Of I-LIF neurons, the binary timesteps that their integers stand for.
 
     scores: by attention layer, q k^T before masking and scaling, summed over T: [B, H, S, S], lower triangle.
     thresholds: by layer, a float.
@@ -128,12 +129,17 @@ def _potentials(x: Tensor, lif: LIF, threshold: float) -> Tensor:
 
 
 def _integer_potentials(x: Tensor, neurons: ILIF) -> Tensor:
-    """h [levels, ...] over the binary timesteps of x [1, ...]."""
-    threshold = neurons.params.v_threshold
-    h, kept = x + threshold / 2, []
-    for _ in range(neurons.levels):
-        kept.append(h)
-        h = h - (h >= threshold) * threshold
+    """h [B, ...] over the binary timesteps of x [1, ...], divided by what a spike there counts.
+
+    So v_threshold is the threshold at each. What a potential has beyond the levels shows at the first only.
+    """
+    unit, worths = neurons.params.v_threshold, ops.spike_worths(neurons.levels)
+    h = x + unit / 2
+    kept = [h / worths[0]]
+    h = h.clamp(max=(neurons.levels + 0.5) * unit)
+    for now, after in itertools.pairwise(worths):
+        h = h - (h >= now * unit) * now * unit
+        kept.append(h / after)
     return torch.cat(kept)
 
 

@@ -60,7 +60,7 @@ class SpikeDecoderConfig:
     reunite: how the head joins timesteps. float_reunite: join first, then one LIF step.
     spiking_head: LIF before the head's Linear; None: where spike_degree is 4.
     neuron: "lif"; or "ilif", which trains in one timestep (T = 1) with integers 0 to `levels` in units of
-        v_threshold and runs as so many binary timesteps (`SpikeDecoder.unroll`); see
+        v_threshold and runs as binary timesteps, one for each of their digits (`SpikeDecoder.unroll`); see
         `spikedecoder.params.ILIFParams`. It has none of LIF's other parameters.
     levels: of "ilif", 1 to 15; None with "lif".
     tau, v_threshold, v_reset (None: soft), decay_input, learn_threshold, surrogate, surrogate_alpha,
@@ -178,8 +178,8 @@ class SpikeDecoderConfig:
             raise ValueError(f"levels: got None, takes 1 to {MAX_LEVELS} with neuron='ilif'")
         if self.timesteps != 1:
             raise ValueError(
-                f"timesteps: got {self.timesteps}, takes 1 with neuron='ilif': its integers stand for "
-                f"levels = {self.levels} binary timesteps"
+                f"timesteps: got {self.timesteps}, takes 1 with neuron='ilif': its integers, up to levels = "
+                f"{self.levels}, stand for {self.levels.bit_length()} binary timesteps"
             )
         for name in _LIF_ONLY:
             got, default = getattr(self, name), _DEFAULTS[name]
@@ -288,8 +288,17 @@ class SpikeDecoderConfig:
 
     @property
     def binary_timesteps(self) -> int:
-        """Timesteps of 0 and 1 that a neuron runs: T, or an I-LIF neuron's levels."""
-        return self.timesteps * self.spike_levels
+        """Timesteps of 0 and 1 that a neuron runs: T, or the binary digits of an I-LIF neuron's levels."""
+        return self.timesteps * self.spike_levels.bit_length()
+
+    @property
+    def exact_tokens(self) -> float:
+        """For how many tokens the attention's sums, d D^3 a token, stay below 2^24 and so exact in float32.
+
+        D is 1, or the levels of I-LIF neurons. With a decay the sums are real numbers, and bounded.
+        """
+        tokens = 2**24 / (self.embed_dim // self.heads * self.spike_levels**3)
+        return math.inf if self.decay_slowest < 1 and 1 / (1 - self.decay_slowest) <= tokens else tokens
 
     @property
     def spike_worth(self) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikedecoder import ops
 from spikedecoder.activity import record
 from spikedecoder.model import SpikeDecoder
 from spikedecoder.nn.evaluating import evaluating
@@ -73,7 +74,8 @@ def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None)
         potentials = activity.potentials[name].float()
         if isinstance(c.neurons, ILIFParams):
             low, high = c.neurons.window
-            u = potentials[0] / threshold - 0.5  # the first timestep starts at half a threshold
+            # the potential of the first timestep is the current and half a unit
+            u = potentials[0] * ops.spike_worths(c.neurons.levels)[0] / threshold - 0.5
             flat = (u < low) | (u > high)
         else:
             flat = surrogate.derivative(potentials - threshold, c.surrogate_alpha) < FLAT_SLOPE * steepest

@@ -136,12 +136,8 @@ class SpikeDecoder(nn.Module, FolderMixin):
         return logits[:, 0], state
 
     def _keep_exact(self, state: DecoderState, more: int) -> None:
-        """Sums of spikes reach d D^3 times the tokens read; past 2^24 the state goes on in float64.
-
-        D = 1, or the levels of I-LIF neurons.
-        """
-        most = self.config.embed_dim // self.config.heads * self.config.spike_levels**3
-        if (state.longest + more) * most > 2**24:
+        """Where float32 would not hold the sums of spikes any more, the state goes on in float64."""
+        if state.longest + more > self.config.exact_tokens:
             for layer in state.layers:
                 if "attention.state" in layer:
                     layer["attention.state"] = layer["attention.state"].double()
@@ -208,12 +204,13 @@ class SpikeDecoder(nn.Module, FolderMixin):
                 module.recompute = on
 
     def unroll(self, on: bool = True) -> None:
-        """Run I-LIF neurons as what they stand for: `levels` binary timesteps.
+        """Run I-LIF neurons as what they stand for: binary timesteps, one for each binary digit of `levels`.
 
         Every matrix product then takes the timesteps' spikes, 0 and 1, of its integer operand, and adds up
-        what they give: the same numbers and gradients, but for the order of sums. A neuron's spikes over the
-        timesteps are those of `spikedecoder.params.ILIFParams`. Without I-LIF neurons nothing changes. A
-        setting of this object: in no config and no checkpoint.
+        what they give, twice as much at each timestep as at the one after: the same numbers and gradients, but
+        for the order of sums. A neuron's spikes over the timesteps are those of
+        `spikedecoder.params.ILIFParams`. Without I-LIF neurons nothing changes. A setting of this object: in
+        no config and no checkpoint.
         """
         for module in self.modules():
             if isinstance(module, (SpikeLinear, AttentionLIF)):

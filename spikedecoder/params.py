@@ -75,11 +75,14 @@ class ILIFParams:
         s = clip(floor(x / v_threshold + 1/2), 0, D)
         ds/dx = 1 / v_threshold where -WINDOW <= x / v_threshold <= D + WINDOW, else 0
 
-    It is the number of spikes of a binary neuron without leak that runs D timesteps: its potential starts at
-    v_threshold / 2, the whole current x comes at the first timestep, and each spike subtracts v_threshold
-    (soft reset). Its spike at timestep t is 1 where s >= t: see `spikedecoder.ops.spike_planes`.
+    At inference s is B binary timesteps, its binary digits, 2^B > D: an integrate-and-fire neuron without
+    leak whose potential starts at x + v_threshold / 2 (at most (D + 1/2) v_threshold), whose threshold is
+    2^(B-1) v_threshold at the first timestep and half as large at each later one, and from which each spike
+    subtracts the threshold that it crossed (soft reset). A spike counts as much as its threshold: see
+    `spikedecoder.ops.spike_planes`.
 
-    Source: I-LIF, Luo et al., 2024 (SpikeYOLO, arXiv 2407.20708).
+    Sources: I-LIF, Luo et al., 2024 (SpikeYOLO, arXiv 2407.20708), there with D timesteps of equal worth;
+    spikes weighted by powers of 2: Kim et al., 2018 (Neurocomputing 311).
     """
 
     levels: int

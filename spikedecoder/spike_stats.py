@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikedecoder import ops
 from spikedecoder.nn.attention import AttentionLIF
 from spikedecoder.nn.linear import LinearNormLIF
 from spikedecoder.nn.neuron import LIF
@@ -40,7 +41,7 @@ class SpikeCounter:
             model(tokens)
         counter.rates()                     # spikes per neuron and timestep, 0 to 1, by layer
 
-    The integers of I-LIF neurons count as the spikes of as many binary timesteps as they have levels.
+    The integers of I-LIF neurons count as the spikes of their binary timesteps (`ops.spike_planes`).
     Costs one pass over each layer's output. Counts are exact.
     """
 
@@ -65,15 +66,15 @@ class SpikeCounter:
 
     def _hook(self, name: str, levels: int) -> Any:
         def count(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            # [T, B, S, E]: per position at most T * E * levels spikes, exact in float32
-            per_position = output.detach().sum((0, -1), dtype=torch.float32)
+            # [T, B, S, E]: per position at most 4 * T * E spikes, exact in float32
+            per_position = ops.spike_counts(output.detach(), levels).sum((0, -1), dtype=torch.float32)
             positions = per_position.numel()
             if self.mask is not None:
                 per_position = per_position[self.mask]
                 positions = per_position.numel()
             total = per_position.to(torch.int64).sum()
             self._totals[name] = self._totals[name] + total if name in self._totals else total
-            timesteps = output.shape[0] * levels
+            timesteps = output.shape[0] * levels.bit_length()
             self._slots[name] = self._slots.get(name, 0) + positions * timesteps * output.shape[-1]
 
         return count

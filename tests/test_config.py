@@ -121,7 +121,7 @@ def test_bad_values_name_the_field_what_it_got_and_what_it_takes(changes, messag
 
 def test_ilif_takes_what_it_has():
     config = SpikeDecoderConfig.from_dict({**ILIF, "v_reset": None, "v_threshold": 0.5})
-    assert config.neurons == ILIFParams(4, 0.5) and config.binary_timesteps == config.spike_levels == 4
+    assert config.neurons == ILIFParams(4, 0.5) and (config.binary_timesteps, config.spike_levels) == (3, 4)
     assert SpikeDecoderConfig().binary_timesteps == 4 and SpikeDecoderConfig().spike_levels == 1
     with pytest.raises(ValueError, match="recompute: got True, takes False with neuron='ilif'"):
         SpikeDecoder(config).recompute_activations()

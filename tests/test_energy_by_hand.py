@@ -116,25 +116,26 @@ def test_attention_by_hand():
 def test_integers_are_billed_as_the_spikes_they_stand_for():
     """I-LIF of 3 levels: 4 currents of one neuron, then a Linear 1 -> 2."""
     model = nn.Sequential(ILIF(ILIFParams(3, 0.5)), SpikeLinear(1, 2, levels=3))
-    x = torch.tensor([-1.0, 0.3, 1.1, 9.0]).reshape(1, 1, 4, 1)  # 0, 1, 2 and 3 spikes
+    x = torch.tensor([-1.0, 0.3, 1.1, 9.0]).reshape(1, 1, 4, 1)  # 00, 01, 10, 11: of two timesteps
     with energy.Recorder(model) as recorder:
         model(x)
     neuron, linear = recorder.ledger().row("0", "LIF"), recorder.ledger().row("1", "linear")
-    # 4 currents added, 6 spikes subtract the threshold; 12 comparisons
-    assert (neuron.events, neuron.slots, neuron.add, neuron.mul, neuron.compare) == (6, 12, 10, 0, 12)
-    assert (linear.kind, linear.events, linear.slots, linear.add, linear.mul) == ("ac", 6, 12, 12, 0)
-    assert linear.activation_bits == 12 and recorder.ledger().rate == 0.5
+    # 4 currents added, 4 spikes subtract the threshold; 8 comparisons
+    assert (neuron.events, neuron.slots, neuron.add, neuron.mul, neuron.compare) == (4, 8, 8, 0, 8)
+    assert (linear.kind, linear.events, linear.slots, linear.add, linear.mul) == ("ac", 4, 8, 8, 0)
+    assert linear.activation_bits == 8 and recorder.ledger().rate == 0.5
+    # between the timesteps 4 x 2 sums are shifted
+    assert recorder.ledger().row("1", "shift").add == 8
     with energy.Recorder(model[1]), pytest.raises(ValueError, match="other values than integers from 0 to 3"):
         model[1](torch.tensor([[[4.0]]]))
 
 
 def test_attention_of_integers_is_billed_as_that_of_their_spikes():
-    """The ledger of T = levels binary timesteps, but for products between different timesteps: by hand."""
-    settings = {"heads": 1, "timesteps": 1, "token_dim": 1, "position_dim": 1, "neuron": "ilif", "levels": 2}
+    settings = {"heads": 1, "timesteps": 1, "token_dim": 1, "position_dim": 1, "neuron": "ilif", "levels": 3}
     attention = AttentionLIF(SpikeDecoderConfig.from_dict(settings))
     q, k, v = (
         torch.tensor(rows, dtype=torch.float32).reshape(1, 1, 2, 2)
-        for rows in ([[2, 1], [0, 1]], [[1, 0], [0, 2]], [[0, 2], [1, 1]])
+        for rows in ([[3, 1], [0, 1]], [[1, 0], [0, 3]], [[0, 3], [2, 1]])
     )
     for mode in ("prompt", "token"):
         with energy.Recorder(attention, mode) as recorder:

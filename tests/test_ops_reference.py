@@ -142,18 +142,22 @@ def test_ilif(case):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("levels", [1, 4])
-def test_ilif_counts_the_spikes_of_a_binary_neuron(levels):
-    """Without leak, from half a threshold on, all current at the first of D timesteps, soft reset."""
-    x = torch.randint(-40, 100, (3, 50), generator=torch.Generator().manual_seed(0)) / 16  # ties among them
+@pytest.mark.parametrize("levels", [1, 4, 15])
+def test_ilif_is_a_binary_neuron(levels):
+    """Without leak, from half a unit on, all current at once, a threshold that halves, soft reset."""
+    x = torch.randint(-40, 200, (3, 200), generator=torch.Generator().manual_seed(0)) / 16  # ties among them
     counts = ops.ilif(x, levels=levels, v_threshold=0.5)
-    current = torch.cat([x[None], torch.zeros(levels - 1, *x.shape)])
-    # no leak is tau without bound: what leaks is 0 and what comes is all of x
-    spikes = ops.lif(
-        current, tau=1e30, decay_input=False, v_threshold=0.5, v_reset=None, v_init=torch.full_like(x, 0.25)
-    )
-    assert torch.equal(spikes, ops.spike_planes(counts, levels))
-    assert torch.equal(spikes.sum(0), counts) and set(counts.unique().tolist()) == set(range(levels + 1))
+    v, spikes = (x + 0.25).clamp(max=0.5 * (levels + 0.5)), []
+    for worth in ops.spike_worths(levels):
+        # no leak is tau without bound: what leaks is 0; nothing comes after the first timestep
+        p = {"tau": 1e30, "decay_input": False, "v_threshold": 0.5 * worth, "v_reset": None}
+        fired, v = ops.lif(torch.zeros(1, *x.shape), v_init=v, return_state=True, **p)
+        spikes.append(fired[0])
+    planes = ops.spike_planes(counts, levels)
+    assert torch.equal(torch.stack(spikes), planes) and len(planes) == levels.bit_length()
+    assert torch.equal(sum(w * s for w, s in zip(ops.spike_worths(levels), planes, strict=True)), counts)
+    assert torch.equal(ops.spike_counts(counts, levels), planes.sum(0))
+    assert set(counts.unique().tolist()) == set(range(levels + 1))
 
 
 @pytest.mark.parametrize("case", cases("binarize"), ids=str)

@@ -148,6 +148,8 @@ def test_integers_reach_the_limit_of_float32_sooner():
         state.longest = 2**24 // (12 * 4**3) - 1 + more  # head size 12
         _, state = model.step(torch.tensor([1]), state)
         assert state.layers[0]["attention.state"].dtype == dtype
+    forgets = model.config.replace(decay_fastest=0.5, decay_slowest=0.9)
+    assert forgets.exact_tokens == float("inf") and model.config.exact_tokens == 2**24 / (12 * 4**3)
 
 
 def test_saved_and_loaded(tmp_path):

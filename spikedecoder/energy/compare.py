@@ -106,7 +106,7 @@ def compare(
         if spiking:
             kinds += [("ANN, fp32", twin, {}), ("ANN, int8", twin, {"number_format": "int8"})]
             assert ledger.config is not None
-            bits = min(8, equal_bits(ledger.config.binary_timesteps))
+            bits = min(8, equal_bits(ledger.config.timesteps * ledger.config.spike_levels))
             narrow = {"number_format": "int8", "activation_bits": bits}
             kinds.append((f"ANN, int8 x {bits} bit", twin, narrow))
             break_even[name] = tuple(break_even_rate(ledger, table, f) for f in ("fp32", "int8"))

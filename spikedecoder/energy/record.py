@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.energy import rows as build
 from spikedecoder.energy.ledger import Ledger
@@ -150,7 +151,7 @@ class Recorder:
         if isinstance(module, SpikeLinear):
             levels = module.levels
             _check_spikes(layer, "input", x, levels)
-            events = _total(x)
+            events = _total(x, levels)
         elif spikes:
             _check_constant(layer, "input", x)
         reads = self._reads(x)
@@ -197,7 +198,7 @@ class Recorder:
         self._add_lif(layer, module, s, input_words=s.numel())
 
     def _add_lif(self, layer: str, module: LIF, s: Tensor, input_words: int) -> None:
-        count = {"updates": s.numel(), "spikes": _total(s), "channels": s.shape[-1]}
+        count = {"updates": s.numel(), "spikes": _total(s, module.levels), "channels": s.shape[-1]}
         if isinstance(module, ILIF):
             self._add(build.ilif(layer, module.params, input_words=input_words, **count))
         else:
@@ -220,8 +221,10 @@ class Recorder:
             _check_spikes(layer, what, x, module.lif.levels)
         heads, t = module.heads, q.shape[0]
         d = q.shape[-1] // heads
-        q, k, v = (x.unflatten(-1, (heads, d)) for x in (q, k, v))  # [T, B, S, H, d]
-        common: dict[str, Any] = {"values": s.numel(), "spikes": _total(q), "levels": module.lif.levels}
+        levels = module.lif.levels
+        # how many spikes each of them takes, [T, B, S, H, d]
+        q, k, v = (ops.spike_counts(x, levels).unflatten(-1, (heads, d)) for x in (q, k, v))
+        common: dict[str, Any] = {"values": s.numel(), "spikes": _total(q), "levels": levels}
         if self.mode == "token":
             written = (k.sum(-1, dtype=torch.float64) * v.sum(-1, dtype=torch.float64)).sum()
             common |= {"written": int(written), "read": common["spikes"] * d, "state": t * heads * d * d}
@@ -229,7 +232,7 @@ class Recorder:
             decayed = q.shape[1] * q.shape[2] * common["state"]
         else:
             work = _quadratic(q, k, v)
-            work["tests"] *= module.lif.levels  # a spike of q meets each timestep of a key
+            work["tests"] *= levels.bit_length()  # a spike of q meets each timestep of a key
             self._add(build.spiking_attention(layer, recurrent=False, **common, **work))
             decayed = work["scored"]
         if module.decay is not None:
@@ -363,9 +366,9 @@ def _check_finite(layer: str, what: str, x: Tensor) -> None:
         raise ValueError(f"energy: {what} of {layer} holds NaN or infinite values, so nothing can be counted")
 
 
-def _total(s: Tensor) -> int:
-    """How many spikes: the sum of 0 and 1, or of integers."""
-    return int(s.sum(dtype=torch.float64))
+def _total(s: Tensor, levels: int = 1) -> int:
+    """How many spikes: of integers up to `levels`, the ones among their binary digits."""
+    return int(ops.spike_counts(s, levels).sum(dtype=torch.float64))
 
 
 def _check_spikes(layer: str, what: str, x: Tensor, levels: int = 1) -> None:

@@ -28,8 +28,8 @@ class Row:
     count: operations of that kind (MACs, accumulates, LIF updates, values normalised, look-ups, ...).
     add, mul, compare, logic, special: the elementary operations that they are made of; `compare` includes
         choices between two values, `logic` is 1-bit ANDs, `special` exp, tanh, 1/x and 1/sqrt(x).
-    events of slots: what is not zero, of what could be: the input of a Linear, the spikes of a LIF. Each unit
-        of an I-LIF neuron's integer is one spike, each of its levels a timestep.
+    events of slots: what is not zero, of what could be: the input of a Linear, the spikes of a LIF. The
+        binary digits of an I-LIF neuron's integer are timesteps, the ones among them spikes.
     fan_out: accumulates per input spike, of a Linear.
     weight_words, activation_words, state_words: numbers moved; activation_bits: spikes moved.
     held: numbers of state that must be kept at once.
@@ -84,26 +84,39 @@ def linear(
 ) -> list[Row]:
     """y = W x + b for `rows` inputs of which `events` values are not zero.
 
-    Spikes, in `levels` binary timesteps for each of `rows`: each input spike adds a column of W, n_out
-    accumulates. Anything else: n_in n_out MACs a row, zeros included. `output_kept`: y never leaves the
-    chip's registers, as its neurons follow at once.
+    Spikes, in as many binary timesteps for each of `rows` as `levels` has digits: each input spike adds a
+    column of W, n_out accumulates, and from one timestep to the next the sums are shifted. Anything else:
+    n_in n_out MACs a row, zeros included. `output_kept`: y never leaves the chip's registers, as its neurons
+    follow at once.
     """
     main = Row(layer, "linear", "ac" if spikes else "mac", "weights", events=events)
-    main.slots = rows * n_in * levels
+    timesteps = levels.bit_length()
+    main.slots = rows * n_in * timesteps
     main.fan_out = n_out
     main.count = events * n_out if spikes else rows * n_in * n_out
     main.add, main.mul = main.count, 0 if spikes else main.count
     main.weight_words = weight_words
     if spikes:
-        main.activation_bits, main.note = rows * n_in * levels, "one accumulate per input spike and output"
+        main.activation_bits, main.note = rows * n_in * timesteps, "one accumulate per input spike and output"
     else:
         main.activation_words, main.note = rows * n_in, "input is not spikes: dense multiply-accumulates"
     main.activation_words += 0 if output_kept else rows * n_out
+    parts = [main, *shifts(layer, rows * n_out, levels)]
     if not bias:
-        return [main]
+        return parts
     added = Row(layer, "bias", "other", "weights", count=rows * n_out, add=rows * n_out)
     added.weight_words, added.note = reads * n_out, "one addition per output"
-    return [main, added]
+    return [*parts, added]
+
+
+def shifts(layer: str, outputs: int, levels: int) -> list[Row]:
+    """Between the binary timesteps of I-LIF neurons, whose spikes count half as much at each next one."""
+    count = (levels.bit_length() - 1) * outputs
+    if not count:
+        return []
+    row = Row(layer, "shift", "other", "counts", count=count, add=count)
+    row.note = "one shift, billed as an addition, per output and timestep but the first"
+    return [row]
 
 
 def lif(layer: str, p: LIFParams, *, updates: int, spikes: int, channels: int, input_words: int) -> list[Row]:
@@ -132,17 +145,18 @@ def lif(layer: str, p: LIFParams, *, updates: int, spikes: int, channels: int, i
 def ilif(
     layer: str, p: ILIFParams, *, updates: int, spikes: int, channels: int, input_words: int
 ) -> list[Row]:
-    """`updates` = neurons; each runs p.levels binary timesteps of an integrate-and-fire neuron without leak.
+    """`updates` = neurons; each runs the binary timesteps of an integrate-and-fire neuron without leak.
 
-    The current is added once, each timestep compares with the threshold, each spike subtracts it.
+    The current is added once, each timestep compares with its threshold, each spike subtracts that.
     """
-    timesteps = updates * p.levels
+    steps = p.levels.bit_length()
+    timesteps = updates * steps
     row = Row(layer, "LIF", "lif", "values", count=timesteps, events=spikes, slots=timesteps)
     row.add, row.compare = updates + spikes, timesteps
     row.state_words, row.held = 2 * timesteps, channels
     row.activation_bits, row.activation_words = timesteps, input_words
     row.note = (
-        f"I-LIF in {p.levels} binary timesteps: 1 add a neuron, 1 compare a timestep, 1 subtraction a spike; "
+        f"I-LIF in {steps} binary timesteps: 1 add a neuron, 1 compare a timestep, 1 subtraction a spike; "
         "potential read and written"
     )
     return [row]
@@ -180,14 +194,14 @@ def spiking_attention(
 ) -> list[Row]:
     """(q k^T, causal) v times the scale. values: numel of the output [T, B, S, E]; spikes: q's.
 
-    levels: of I-LIF neurons, whose integers count as so many binary timesteps of spikes.
+    levels: of I-LIF neurons; their integers' binary digits are the timesteps, counted as spikes.
 
     Quadratic: `tests` ANDs (each q spike with its channel of each earlier key), `coincidences` of which
     accumulate; `scored` of `pairs` scores are not zero, and add themselves where v spikes: `weighted`.
     Recurrent: k^T v gains one accumulate per pair of a k spike and a v spike (`written`); each q spike reads
     and accumulates one row of d of it (`read`). `state`: its numbers, T H d d.
     """
-    bits = values * levels
+    bits = values * levels.bit_length()
     if recurrent:
         first = Row(layer, "state += k^T v", "ac", "counts", count=written, add=written)
         first.state_words, first.held, first.activation_bits = 2 * written, state, 2 * bits
@@ -204,7 +218,7 @@ def spiking_attention(
         second.note = "causal; one accumulate per v spike and score that is not 0; rate: scores not 0"
     scale = Row(layer, "scale", "other", "values", count=values, mul=values)
     scale.note = "one multiplication per output"
-    return [first, second, scale]
+    return [first, second, *shifts(layer, values, levels), scale]
 
 
 def decay(layer: str, *, values: int, recurrent: bool) -> list[Row]:

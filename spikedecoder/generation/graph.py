@@ -63,7 +63,7 @@ class StaticStep:
         mine, other = _tensors(self.state), _tensors(state)
         c = state.config
         wide = self.state.layers[0]["attention.state"].dtype == torch.float64
-        exact = wide or (state.longest + 1) * (c.embed_dim // c.heads) <= 2**24
+        exact = wide or state.longest + 1 <= c.exact_tokens
         same = len(mine) == len(other) and all(
             a.shape == b.shape and a.dtype == b.dtype for a, b in zip(mine, other, strict=True)
         )

@@ -15,8 +15,8 @@ from spikedecoder.nn.norm import Norm
 class SpikeLinear(nn.Linear):
     """Linear whose input is exactly 0 and 1: accumulates, multiplies nothing.
 
-    With `levels` > 1 its input is integers from 0 to that, sums of so many binary timesteps: trained as one
-    dense product, and where `unrolled` is set (`SpikeDecoder.unroll`) computed from the timesteps.
+    With `levels` > 1 its input is integers from 0 to that, each the spikes of several binary timesteps:
+    trained as one dense product, and where `unrolled` is set (`SpikeDecoder.unroll`) computed from those.
 
     unit: what a spike is worth, y = unit (s W^T) + b: one multiplication an output, where it is not 1.
     """

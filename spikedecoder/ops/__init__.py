@@ -12,7 +12,13 @@ from spikedecoder.ops.pack_spikes import pack_spikes, unpack_spikes
 from spikedecoder.ops.spike_attention import spike_attention
 from spikedecoder.ops.spike_attention_lif import spike_attention_lif
 from spikedecoder.ops.spike_linear import spike_linear
-from spikedecoder.ops.unrolled import spike_planes, unrolled_attention, unrolled_linear
+from spikedecoder.ops.unrolled import (
+    spike_counts,
+    spike_planes,
+    spike_worths,
+    unrolled_attention,
+    unrolled_linear,
+)
 
 __all__ = [
     "BackendError",
@@ -28,8 +34,10 @@ __all__ = [
     "pack_spikes",
     "spike_attention",
     "spike_attention_lif",
+    "spike_counts",
     "spike_linear",
     "spike_planes",
+    "spike_worths",
     "unpack_spikes",
     "unrolled_attention",
     "unrolled_linear",

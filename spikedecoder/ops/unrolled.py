@@ -10,12 +10,18 @@ from spikedecoder.ops.spike_attention import check_levels, spike_attention
 from spikedecoder.ops.spike_linear import spike_linear
 
 
-def spike_planes(s: Tensor, levels: int) -> Tensor:
-    """The spikes whose sum over timesteps is s: [levels, ...] of 0 and 1 in s's dtype.
+def spike_worths(levels: int) -> list[int]:
+    """What a spike at each binary timestep counts: 2^(B-1), ..., 2, 1, where 2^B > levels >= 2^(B-1)."""
+    check_levels(levels)
+    return [1 << bit for bit in reversed(range(levels.bit_length()))]
 
-    Timestep t, from 1, holds 1 where s >= t: what a binary neuron emits, see
-    `spikedecoder.params.ILIFParams`. The gradient to s is the mean of the timesteps', which makes that of
-    every sum over timesteps of a product exact.
+
+def spike_planes(s: Tensor, levels: int) -> Tensor:
+    """The spikes that integers stand for, their binary digits: [B, ...] of 0 and 1 in s's dtype.
+
+    s = sum over timesteps t of `spike_worths`[t] planes[t], the most significant first: what a binary neuron
+    emits, see `spikedecoder.params.ILIFParams`. The gradient to s is the mean over timesteps of each one's
+    by its worth, which makes that of every such sum of products exact.
 
     Args:
         s: integers 0 to levels, any shape, float; levels: 1 to 15.
@@ -24,21 +30,28 @@ def spike_planes(s: Tensor, levels: int) -> Tensor:
         TypeError, ValueError: naming the argument.
     """
     _check.floating("s", s, min_dims=0)
-    check_levels(levels)
-    t = torch.arange(levels, device=s.device, dtype=s.dtype).view(-1, *(1,) * s.dim())
-    planes = (s.detach() > t).to(s.dtype)
+    worths = torch.tensor(spike_worths(levels), device=s.device, dtype=s.dtype).view(-1, *(1,) * s.dim())
+    planes = (s.detach() / worths).floor().remainder(2)
     if s.requires_grad and torch.is_grad_enabled():
-        planes = planes + (s - s.detach()) / levels
+        planes = planes + (s - s.detach()) / (worths * len(worths))
     return planes
 
 
+def spike_counts(s: Tensor, levels: int) -> Tensor:
+    """How many spikes each integer of s takes, in s's dtype and shape."""
+    return s if levels == 1 else spike_planes(s.detach(), levels).sum(0)
+
+
 def unrolled_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None, *, levels: int) -> Tensor:
-    """y = s W^T + b for integers s [..., K] from 0 to `levels`: the sum of `spike_linear` over timesteps.
+    """y = s W^T + b for integers s [..., K] from 0 to `levels`, by `spike_linear` of each binary timestep.
 
     Arguments, result and errors otherwise as of `spikedecoder.ops.spike_linear`.
     """
-    y = spike_linear(spike_planes(s, levels), weight).sum(0)
-    return y if bias is None else y + bias
+    y = spike_linear(spike_planes(s, levels), weight)
+    total = y[0]
+    for timestep in y[1:]:  # from the most significant on: a shift and a sum each
+        total = 2 * total + timestep
+    return total if bias is None else total + bias
 
 
 def unrolled_attention(
@@ -55,22 +68,30 @@ def unrolled_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`spikedecoder.ops.spike_attention` of integers from 0 to `levels`, from binary operands alone.
 
-    (q k^T, causal) v is linear in each of q, k and v: the sum over all D^3 triples of their timesteps. The
-    state is the sum of k^T v over D^2 pairs; each timestep of q meets the past's once.
+    (q k^T, causal) v is linear in each of q, k and v: the sum over all B^3 triples of their timesteps, each
+    by the product of its worths, a power of 2. The state is that of k^T v over B^2 pairs; each timestep of q
+    meets the past's once.
     """
     if dropout > 0:
         raise ValueError("dropout: takes 0 where the attention is unrolled")
+    worths = spike_worths(levels)
     queries, keys, values = (spike_planes(x, levels) for x in (q, k, v))
+    pairs = [
+        (key, value, a * b)
+        for key, a in zip(keys, worths, strict=True)
+        for value, b in zip(values, worths, strict=True)
+    ]
     total: Tensor | None = None
     final: Tensor | None = None
     for i, query in enumerate(queries):
-        for j, (key, value) in enumerate((key, value) for key in keys for value in values):
-            past = state if j == 0 else None
+        for j, (key, value, worth) in enumerate(pairs):
+            past = None if j or state is None else state / worth  # what the pair's worth multiplies again
             result = spike_attention(query, key, value, scale, decay, past, return_state)
             out, new = result if isinstance(result, tuple) else (result, None)
+            out = out * (worths[i] * worth)
             total = out if total is None else total + out
             if i == 0 and new is not None:
-                final = new if final is None else final + new
+                final = new * worth if final is None else final + new * worth
     assert total is not None
     if return_state:
         assert final is not None

@@ -120,7 +120,7 @@ class Decoder:
     def takes(self, state: DecoderState, more: int = 1) -> bool:
         """Whether `more` tokens can follow here: the sums of spikes still fit float32 exactly."""
         c = self.config
-        exact = (state.longest + more) * (c.embed_dim // c.heads) <= 2**24
+        exact = state.longest + more <= c.exact_tokens
         sums = state.layers[0].get("attention.state")
         return exact and (sums is None or sums.dtype == torch.float32)
 
