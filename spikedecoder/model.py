@@ -204,7 +204,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
                 module.recompute = on
 
     def unroll(self, on: bool = True) -> None:
-        """Run I-LIF neurons as what they stand for: binary timesteps, one for each binary digit of `levels`.
+        """Run I-LIF neurons as what they stand for: a binary timestep for each digit of `levels`.
 
         Every matrix product then takes the timesteps' spikes, 0 and 1, of its integer operand, and adds up
         what they give, twice as much at each timestep as at the one after: the same numbers and gradients, but
