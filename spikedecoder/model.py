@@ -207,10 +207,10 @@ class SpikeDecoder(nn.Module, FolderMixin):
         """Run I-LIF neurons as what they stand for: a binary timestep for each digit of `levels`.
 
         Every matrix product then takes the timesteps' spikes, 0 and 1, of its integer operand, and adds up
-        what they give, twice as much at each timestep as at the one after: the same numbers and gradients, but
-        for the order of sums. A neuron's spikes over the timesteps are those of
-        `spikedecoder.params.ILIFParams`. Without I-LIF neurons nothing changes. A setting of this object: in
-        no config and no checkpoint.
+        what they give, twice as much at each timestep as at the one after: the same numbers and gradients,
+        but for the order of sums. A neuron's spikes over the timesteps are those of
+        `spikedecoder.params.ILIFParams`. Without I-LIF neurons nothing changes. A setting of this object:
+        in no config and no checkpoint.
         """
         for module in self.modules():
             if isinstance(module, (SpikeLinear, AttentionLIF)):
