@@ -231,6 +231,8 @@ def attention_rows() -> Iterator[Row]:
             (fp32, 16, 2048, 128, True), (fp32, 16, 2048, 128, False),
         ):  # fmt: skip
             yield row(call, dtype, B, S, d, decay)
+    for decay in (False, True):  # in segments
+        yield row("forward", fp32, 1, 65536, 128, decay)
 
 
 def attention_lif_rows() -> Iterator[Row]:

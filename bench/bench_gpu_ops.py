@@ -198,15 +198,26 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
                     (torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)) if kind == "batch" else ()
                 )
 
-                def both() -> Tensor:
-                    leaf = x.detach().requires_grad_()
-                    w = weight.detach().requires_grad_()
-                    n = NormParams(kind, w, bias, running=tuple(r.clone() for r in running))
-                    ops.norm_lif(leaf, n, P).backward(grad)
-                    assert leaf.grad is not None
-                    return leaf.grad
+                def through(fn: Callable[[Tensor, NormParams], Tensor]) -> Callable[[], Tensor]:
+                    def call() -> Tensor:
+                        leaf = x.detach().requires_grad_()
+                        w = weight.detach().requires_grad_()
+                        n = NormParams(kind, w, bias, running=tuple(r.clone() for r in running))
+                        fn(leaf, n).backward(grad)
+                        assert leaf.grad is not None
+                        return leaf.grad
 
-                return {"ours": _on("triton", both), "eager reference": _on("reference", both)}
+                    return call
+
+                both = through(lambda x, n: ops.norm_lif(x, n, P))
+                compiled = through(
+                    _compiled(lambda x, n: norm_lif_reference.norm_lif(x.float(), n, 1.0, P).to(x.dtype))
+                )
+                return {
+                    "ours": _on("triton", both),
+                    "eager reference": _on("reference", both),
+                    "compiled reference": DRY if dry else compiled,
+                }
 
             bytes_ = (10.0 if kind == "layer" else 16.0) * elements
             name = f"norm_lif {kind} forward + backward bf16 T={T} C={C} n={elements}"
@@ -265,9 +276,11 @@ def attention_groups(dry: bool) -> Iterator[Group]:
                 flat = (x.flatten(0, 1) for x in (q, key, v))
                 return F.scaled_dot_product_attention(*flat, is_causal=True).unflatten(0, shape[:2])
 
+            compiled = _compiled(lambda *x: attention_reference.forward(*x, 0.125, None, None, False)[0])
             return {
                 "ours": _on("triton", through(lambda *x: ops.spike_attention(*x))),  # type: ignore[arg-type, return-value]
                 "eager reference": _on("reference", through(lambda *x: ops.spike_attention(*x))),  # type: ignore[arg-type, return-value]
+                "compiled reference": DRY if dry else through(compiled),
                 "SDPA causal (softmax)": through(sdpa),
             }
 
