@@ -41,7 +41,7 @@ from spikedecoder.reference import spike_attention_lif as attention_lif_referenc
 
 # how to call each row; a string instead says why it is left out
 Calls = dict[str, "Callable[[], Any] | str"]
-DRY = "dry run"
+ONCE = "compiled at T = 4 only: a longer loop over time takes the compiler minutes"
 P = LIFParams()
 RATE = 0.16
 CUDA = torch.cuda.is_available()
@@ -82,7 +82,8 @@ def ceilings(dry: bool) -> dict[str, float]:
 
 
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(fn, dynamic=False)
+    """Without a GPU traced only: a dry run walks the same calls."""
+    return torch.compile(fn, dynamic=False, backend="inductor" if CUDA else "eager")
 
 
 def _on(backend: str, fn: Callable[[], Any]) -> Callable[[], Any]:
@@ -115,7 +116,7 @@ def lif_groups(dry: bool) -> Iterator[Group]:
                 "ours, packed": lambda: k.forward_packed(x, 1.0, None, P),
             }
             compiled = _compiled(lambda x: lif_reference.forward(x, 1.0, None, P)[0])
-            calls["compiled reference"] = DRY if dry else lambda: compiled(x)
+            calls["compiled reference"] = ONCE if T > 4 else lambda: compiled(x)
             return calls
 
         yield Group(f"lif forward bf16 T={T} n={elements}", make, 4.0 * elements)
@@ -138,7 +139,7 @@ def lif_groups(dry: bool) -> Iterator[Group]:
                 "eager reference": through(lambda x: lif_reference.lif(x, 1.0, None, P)[0]),
             }
             compiled = through(_compiled(lambda x: lif_reference.lif(x, 1.0, None, P)[0]))
-            calls["compiled reference"] = DRY if dry else compiled
+            calls["compiled reference"] = ONCE if T > 4 else compiled
             return calls
 
         # forward 2 b, backward 3 b
@@ -184,7 +185,7 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
                 )[0],
             }
             fn = _compiled(lambda x: norm_lif_reference.forward(x, weight, bias, None, None, 1e-5, 1.0, P)[0])
-            calls["compiled reference"] = DRY if dry else lambda: fn(x)
+            calls["compiled reference"] = ONCE if T > 4 else lambda: fn(x)
             return calls
 
         yield Group(f"norm_lif layer forward bf16 T={T} C={C} n={elements}", make, 4.0 * elements)
@@ -216,7 +217,7 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
                 return {
                     "ours": _on("triton", both),
                     "eager reference": _on("reference", both),
-                    "compiled reference": DRY if dry else compiled,
+                    "compiled reference": ONCE if T > 4 else compiled,
                 }
 
             bytes_ = (10.0 if kind == "layer" else 16.0) * elements
@@ -249,11 +250,12 @@ def attention_groups(dry: bool) -> Iterator[Group]:
             }
             flat = [x.flatten(0, 1) for x in (q, key, v)]
             fn = _compiled(lambda *x: attention_reference.forward(*x, 0.125, None, None, False)[0])
-            calls["compiled reference"] = DRY if dry else LONG if long else lambda: fn(q, key, v)
+            calls["compiled reference"] = LONG if long else lambda: fn(q, key, v)
             calls["SDPA causal (softmax)"] = (
                 LONG if long else lambda: F.scaled_dot_product_attention(*flat, is_causal=True)
             )
-            calls["flash-linear-attention"] = _flash_linear_attention(flat)
+            fla = _flash_linear_attention()
+            calls["flash-linear-attention"] = fla if isinstance(fla, str) else lambda: fla(q, key, v)
             return calls
 
         yield Group(f"spike_attention forward bf16 {name}", make, 8.0 * elements, flops)
@@ -277,11 +279,13 @@ def attention_groups(dry: bool) -> Iterator[Group]:
                 return F.scaled_dot_product_attention(*flat, is_causal=True).unflatten(0, shape[:2])
 
             compiled = _compiled(lambda *x: attention_reference.forward(*x, 0.125, None, None, False)[0])
+            fla = _flash_linear_attention()
             return {
                 "ours": _on("triton", through(lambda *x: ops.spike_attention(*x))),  # type: ignore[arg-type, return-value]
                 "eager reference": _on("reference", through(lambda *x: ops.spike_attention(*x))),  # type: ignore[arg-type, return-value]
-                "compiled reference": DRY if dry else through(compiled),
+                "compiled reference": through(compiled),
                 "SDPA causal (softmax)": through(sdpa),
+                "flash-linear-attention": fla if isinstance(fla, str) else through(fla),
             }
 
         name_both = f"spike_attention forward + backward bf16 {name}"
@@ -302,16 +306,21 @@ def attention_groups(dry: bool) -> Iterator[Group]:
         yield Group(f"spike_attention_lif forward bf16 {name}", make_fused, 8.0 * elements, flops)
 
 
-def _flash_linear_attention(qkv: list[Tensor]) -> Callable[[], Any] | str:
-    """q, k, v [T B, H, S, d]; its kernels take [B, S, H, d]."""
+def _flash_linear_attention() -> Callable[..., Tensor] | str:
+    """Of q, k, v [T, B, H, S, d]; its kernels take [B, S, H, d]."""
     if not CUDA:
         return "needs a CUDA device"
     try:
         from fla.ops.linear_attn import chunk_linear_attn
     except ImportError as error:
         return f"{error.name or 'fla'} is not installed"
-    q, k, v = (x.transpose(1, 2).contiguous() for x in qkv)
-    return lambda: chunk_linear_attn(q, k, v, scale=0.125, normalize=False)[0]
+
+    def attend(*qkv: Tensor) -> Tensor:
+        q, k, v = (x.transpose(2, 3).flatten(0, 1) for x in qkv)
+        out = chunk_linear_attn(q, k, v, scale=0.125, normalize=False)[0]
+        return out.unflatten(0, qkv[0].shape[:2]).transpose(2, 3)
+
+    return attend
 
 
 def linear_groups(dry: bool) -> Iterator[Group]:
@@ -346,11 +355,45 @@ def linear_groups(dry: bool) -> Iterator[Group]:
         yield Group(name, make_grad, 2.0 * (M * N + N * K) + M * K / 8, 2.0 * M * K * N, exact=())
 
 
+def linear_norm_lif_groups(dry: bool) -> Iterator[Group]:
+    """Inference: one kernel where it pays, its parts beside it."""
+    from spikedecoder.kernels import linear_norm_lif as k
+    from spikedecoder.kernels import norm_lif, spike_linear
+
+    sizes = [(2, 40, 80, 32)] if dry else [(4, 8192, 80, 80), (4, 8192, 80, 1280), (4, 8192, 512, 2048)]
+    for T, R, K, N in sizes:
+        for kind in ("layer", "channel") if K == 80 else ("channel",):
+
+            def make(T: int = T, R: int = R, K: int = K, N: int = N, kind: str = kind) -> Calls:
+                s = _spikes(T, R, K)
+                weight = torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) * (3 / K) ** 0.5
+                ones, zeros = torch.ones(N, device=DEVICE), torch.zeros(N, device=DEVICE)
+                given = (zeros, ones) if kind == "channel" else (None, None)
+                rest = (ones, zeros, *given, 1e-5, 1.0, P)
+
+                def eager() -> Tensor:
+                    x = F.linear(s.float(), weight.float()).to(torch.bfloat16)
+                    return norm_lif_reference.forward(x, *rest)[0]
+
+                return {
+                    "ours": lambda: k.forward(s, weight, None, *rest)[0],
+                    "ours, two kernels": lambda: norm_lif.forward(
+                        spike_linear.forward(s, weight, None)[0], *rest
+                    )[0],
+                    "eager reference": eager,
+                }
+
+            name = f"linear_norm_lif {kind} forward bf16 T={T} R={R} K={K} N={N}"
+            moved = 2.0 * (T * R * (K + N) + N * K) + T * R * K / 8
+            yield Group(name, make, moved, 2.0 * T * R * K * N)
+
+
 GROUPS: dict[str, Callable[[bool], Iterator[Group]]] = {
     "lif": lif_groups,
     "spike_attention": attention_groups,
     "norm_lif": norm_lif_groups,
     "spike_linear": linear_groups,
+    "linear_norm_lif": linear_norm_lif_groups,
 }
 
 

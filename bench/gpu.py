@@ -72,8 +72,10 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     build += "ops.use_backend('triton'); print(ops.lif(x).sum())"
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
     kernels = [str(ROOT / "tests/test_kernels_parity.py"), str(ROOT / "tests/test_kernels_launch.py")]
-    if dry:
-        parity = [("parity", [*pytest, kernels[0], "-k", "is_the_reference and lif-one"])]
+    marked = ("convergence", "ext_cuda", "torch_features", "generation_graph", "training")
+    others = ("others", [*pytest, "-m", "gpu", *(str(ROOT / f"tests/test_{name}.py") for name in marked)])
+    if dry:  # all of the second are skipped, but imported
+        parity = [("parity", [*pytest, kernels[0], "-k", "is_the_reference and lif-one"]), others]
     else:  # compiling takes most of the time: spread over processes
         groups = {
             "lif-float32": "not norm_lif and not attention and float32",
@@ -86,8 +88,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
             "rest": "not float32 and not float16 and not bfloat16 and not norm_lif",
         }
         parity = [(name, [*pytest, *kernels, "-k", expression]) for name, expression in groups.items()]
-        others = ["tests/test_convergence.py", "tests/test_ext_cuda.py"]
-        parity += [("others", [*pytest, "-m", "gpu", *(str(ROOT / path) for path in others)])]
+        parity += [others, ("model", [*pytest, str(ROOT / "tests/test_kernels_model.py")])]
     rows = {
         "triton": ["--row", "triton"],
         "reference": ["--row", "reference"],
@@ -98,7 +99,6 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     steps = [
         Stage(f"model-{name}", 90 if "--compile" in flags else 60, [("step", [*model, *flags])])
         for name, flags in rows.items()
-        if not (dry and "--compile" in flags)
     ]
     profiles = [
         Stage(
@@ -106,7 +106,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
             40,
             [("trace", [*model, "--row", row, "--profile", str(out / f"trace-{row}.json")])],
         )
-        for row in (("triton",) if dry else ("triton", "reference"))
+        for row in ("triton", "reference")
     ]
     return [
         Stage("environment", 60, [("report", [*python, "-c", _ENVIRONMENT])]),
