@@ -382,10 +382,13 @@ def compile_row(index: int, target: int) -> list[Compiled]:
 
 
 def compile_all(
-    only: str | None, first: int | None, targets: tuple[int, ...], processes: int
+    only: str | None, first: int | None, targets: tuple[int, ...], processes: int, spread: bool = False
 ) -> list[Compiled]:
+    """`spread`: each call for one of the targets in turn."""
     numbers = [i for i, row in enumerate(rows()) if only is None or row.operator in only.split(",")][:first]
     wanted = [(i, t) for i in numbers for t in targets]
+    if spread:
+        wanted = [(i, targets[n % len(targets)]) for n, i in enumerate(numbers)]
     with ProcessPoolExecutor(processes) as pool:
         parts = list(pool.map(compile_row, *zip(*wanted, strict=True)))
     return [compiled for part in parts for compiled in part]
@@ -446,6 +449,28 @@ def floors(results: list[Compiled], target: int) -> str:
     return "\n".join(lines)
 
 
+def fusion() -> str:
+    """Where Linear, norm and LIF in one kernel pay, by count: bfloat16, a row of the input and timestep."""
+    from spikedecoder.kernels.linear_norm_lif import BLOCK_M, MAX_INPUTS
+
+    lines = [
+        "| norm | K | N | three parts | one kernel | memory is spared | W again, from cache | fused |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for norm, K, N in (
+        ("layer", 80, 80), ("layer", 80, 1280), ("layer", 1280, 80), ("channels", 80, 1280),
+        ("layer", 512, 512), ("layer", 512, 2048), ("channels", 512, 2048),
+    ):  # fmt: skip
+        apart, together = 6 * N + K / 8, 2 * N + K / 8
+        wide = norm == "layer" and N > 128
+        again = 2 * N * K / BLOCK_M if wide else 0
+        lines.append(
+            f"| {norm} | {K} | {N} | {apart:.0f} | {together:.0f} | {apart - together:.0f} | {again:.0f} "
+            f"| {'no' if wide and K > MAX_INPUTS else 'yes'} |"
+        )
+    return "\n".join(lines)
+
+
 def page(results: list[Compiled]) -> str:
     return f"""# The kernels as compiled
 
@@ -464,6 +489,15 @@ What a call's launches touch, each tensor once, against what the operator must m
 once, outputs written once. The floors are the minimum over the memory's rate (H100 3.35 TB/s, H200 4.8 TB/s).
 
 {floors(results, 90)}
+
+## Linear, norm and LIF in one kernel
+
+Bytes a row of the input and timestep in bfloat16, K inputs as bits, N outputs: the parts write the current
+and read it again. In one kernel a LayerNorm over more than 128 outputs, too many for a tile beside its
+potentials, takes the product twice and so W once more a tile of 64 rows. It runs where that is no more than
+what memory is spared.
+
+{fusion()}
 """
 
 
@@ -472,16 +506,18 @@ def main() -> int:
     parser.add_argument("--only", help="an operator, or several with commas between")
     parser.add_argument("--first", type=int, help="only so many calls")
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="compute capability")
+    parser.add_argument("--spread", action="store_true", help="each call for one of the targets in turn")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if _launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels can't be compiled under the interpreter")
-    results = compile_all(options.only, options.first, tuple(options.target or TARGETS), options.processes)
+    targets = tuple(options.target or TARGETS)
+    results = compile_all(options.only, options.first, targets, options.processes, options.spread)
     print(table(results), floors(results, (options.target or [90])[0]), sep="\n\n")
     if options.json:
         options.json.write_text(json.dumps([asdict(c) | {"faults": faults(c)} for c in results], indent=1))
-    elif options.only is None and options.first is None and options.target is None:
+    elif not (options.only or options.first or options.target or options.spread):
         DOCS.write_text(page(results))
     wrong = [f"{c.kernel} ({c.call}, {c.dtype}, sm_{c.target}): {f}" for c in results for f in faults(c)]
     print(*wrong, sep="\n", file=sys.stderr)
