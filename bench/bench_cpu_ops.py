@@ -156,9 +156,9 @@ def spike_linear_token(m: int, k: int, n: int, rate: float) -> Calls:
     s, weight, bias = _linear(m, k, n, rate)
     by_columns = weight.t().contiguous().t()
     y, words = torch.empty(m, n), torch.empty(m, -(-k // 64), dtype=torch.int64)
-    addresses = [x.data_ptr() for x in (s, words, by_columns, bias, y)]
 
     def kernel() -> tuple[torch.Tensor]:
+        addresses = (x.data_ptr() for x in (s, words, by_columns, bias, y))
         backend.native.gather_few(*addresses, m, k, n, torch.get_num_threads())
         return (y,)
 
