@@ -44,10 +44,12 @@ class Step {
     z_ = own_ + parts_.z;
     spikes_ = own_ + parts_.spikes;
     values_ = spikes_ + a.T * E_;
+    first_of_ = reinterpret_cast<int32_t*>(own_ + parts_.first_of);
     joined_ = own_ + parts_.joined;
     words_ = reinterpret_cast<uint64_t*>(own_ + parts_.words);
-    q_words_ = words_ + parts_.words_size / 2;
-    k_words_ = q_words_ + parts_.words_size / 2;
+    q_ = channels(0);
+    k_ = channels(1);
+    for (int64_t c = 0; c < a.E; c++) first_of_[c] = static_cast<int32_t>(c - c % (a.E / a.H));
     // the lanes behind the channels stay 0
     for (int64_t i = 0; i < a.T * E_; i++) z_[i] = spikes_[i] = 0;
   }
@@ -139,12 +141,6 @@ class Step {
 
     for (int64_t g = 0; g < size; g++) {
       const Rows x = stream(first + g);
-      if (a_.B > 1 && a_.S == 1) {  // more states than the caches keep from token to token
-        const int64_t floats = a_.E * (a_.E / a_.H);
-        for (int64_t t = 0; t < a_.T; t++) {
-          fetch(state.attention + (t * a_.B + group.begin + g) * floats, floats, 0, 1);
-        }
-      }
       fire_if(block_input, x);
       spikes_of(x, present[attention_input], threshold[attention_input], state.attention_shift, a_.token_shift,
                 (group.begin + g) / a_.S);
@@ -153,8 +149,10 @@ class Step {
     sum(w.qkv, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
       float* y = y_ + g * parts_.y_size;
-      neurons_.fire({y, 3 * E_}, a_.E, threshold[q_neuron], nullptr, q_words_, w.qkv.norm);
-      neurons_.fire({y + E_, 3 * E_}, a_.E, threshold[k_neuron], nullptr, k_words_, w.qkv.norm.from(E_));
+      neurons_.fire({y, 3 * E_}, a_.E, threshold[q_neuron], nullptr, words_, w.qkv.norm);
+      list_timesteps(q_);
+      neurons_.fire({y + E_, 3 * E_}, a_.E, threshold[k_neuron], nullptr, words_, w.qkv.norm.from(E_));
+      list_timesteps(k_);
       neurons_.fire({y + 2 * E_, 3 * E_}, a_.E, threshold[v_neuron], values_, nullptr, w.qkv.norm.from(2 * E_));
       attention(state.attention, (group.begin + g) / a_.S);
       neurons_.fire({z_, E_}, a_.E, threshold[attention_neuron], nullptr, words_, w.attention);
@@ -234,19 +232,13 @@ class Step {
     copy(now, E, past + (shift - 2) * E);
   }
 
-  // Asks for part g of `size` of the `floats` that will be read soon.
-  static void fetch(const float* from, int64_t floats, int64_t g, int64_t size) {
-    const int64_t lines = floats / 16;
-    for (int64_t i = lines * g / size; i < lines * (g + 1) / size; i++) __builtin_prefetch(from + 16 * i, 0, 2);
-  }
-
-  SpikeLists lists(int64_t place) const {
+  SpikeLists lists_of(int64_t place) const {
     return {reinterpret_cast<uint16_t*>(own_ + parts_.lists + place * parts_.list_size),
             reinterpret_cast<int32_t*>(own_ + parts_.ends + place * parts_.ends_size)};
   }
 
   // The spikes of words_ (C a timestep), as the lists of one token of the chunk.
-  void list(int64_t place, int64_t C) const { list_spikes(words_, a_.T, word_stride_, words_for(C), lists(place)); }
+  void list(int64_t place, int64_t C) const { list_spikes(words_, a_.T, word_stride_, words_for(C), lists_of(place)); }
 
   // y [size, T, columns] = the Linear of the listed spikes of `size` tokens from place `first` on, C inputs.
   void sum(const Linear& l, int64_t C, int64_t first, int64_t size) const {
@@ -255,16 +247,40 @@ class Step {
       const int64_t columns = l.columns - begin < width ? l.columns - begin : width;
       const float* panel = l.weight + begin * C;
       // one token needs only some of the next panel's rows, many need nearly all of them
-      const int64_t soon = size >= FETCH_FOR && l.columns - begin > width ? columns * C : 0;
+      const bool ahead = size >= FETCH_FOR && l.columns - begin > width;
+      const int64_t nodes = 2 * a_.T - (a_.T + TREE - 1) / TREE;
+      const int64_t lines = (columns * C / 16 + size * nodes - 1) / (size * nodes);
       for (int64_t c = 0; c < columns; c += MOST_VECTORS * W) {
         const int64_t left = (columns - c) / W;
         const SumTrees add_up = sum_trees_of<MOST_VECTORS>(left < MOST_VECTORS ? left : MOST_VECTORS);
-        const Strip strip{panel + c, l.bias + begin + c, columns};
+        Strip strip{panel + c, l.bias + begin + c, columns, nullptr, lines};
         for (int64_t g = 0; g < size; g++) {
-          if (!c) fetch(panel + columns * C, soon, g, size);
-          add_up(strip, lists(first + g), a_.T, y_ + g * parts_.y_size + begin + c, l.columns);
+          if (ahead && !c) strip.soon = panel + columns * C + 16 * g * nodes * lines;
+          add_up(strip, lists_of(first + g), a_.T, y_ + g * parts_.y_size + begin + c, l.columns);
         }
       }
+    }
+  }
+
+  // The channels that spike at each timestep.
+  struct Channels {
+    uint16_t* lists;
+    int32_t* counts;
+    int64_t stride;
+
+    uint16_t* list(int64_t t) const { return lists + t * stride; }
+  };
+
+  Channels channels(int64_t i) const {
+    float* start = own_ + parts_.channels + i * parts_.channels_size;
+    const int64_t stride = decode_channels(a_);
+    return {reinterpret_cast<uint16_t*>(start), reinterpret_cast<int32_t*>(start + a_.T * stride / 2), stride};
+  }
+
+  // The spikes of words_ [T, E].
+  void list_timesteps(const Channels& to) const {
+    for (int64_t t = 0; t < a_.T; t++) {
+      to.counts[t] = static_cast<int32_t>(list_bits(words_ + t * word_stride_, a_.E, to.list(t)));
     }
   }
 
@@ -273,11 +289,9 @@ class Step {
     const int64_t d = a_.E / a_.H;
     const F scale = set1(a_.scale);
     for (int64_t t = 0; t < a_.T; t++) {
-      for (int64_t h = 0; h < a_.H; h++) {
-        const HeadSpikes s{q_words_ + t * word_stride_, k_words_ + t * word_stride_, h * d, values_ + t * E_ + h * d};
-        attend(s, d, a_.decay ? a_.decay[h] : 1, scale, states + ((t * a_.B + b) * a_.H + h) * d * d,
-               z_ + t * E_ + h * d);
-      }
+      const Attention at{q_.list(t), k_.list(t), q_.counts[t], k_.counts[t], values_ + t * E_,
+                         a_.E,       d,          first_of_,    a_.decay};
+      (d % W ? attend<false> : attend<true>)(at, scale, states + (t * a_.B + b) * a_.E * d, z_ + t * E_);
     }
   }
 
@@ -309,7 +323,9 @@ class Step {
   float* const own_;
   const Neurons<PlainCell> neurons_;
   float *y_, *z_, *spikes_, *values_, *joined_;
-  uint64_t *words_, *q_words_, *k_words_;
+  uint64_t* words_;
+  int32_t* first_of_;
+  Channels q_, k_;
 };
 
 // Nanoseconds of one token on one thread, at a guess: a sixth of the neurons spikes.

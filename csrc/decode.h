@@ -105,13 +105,17 @@ static inline int64_t decode_group(const Decode& a) {
   return room < 1 ? 1 : room > 16 ? 16 : room;
 }
 
-// Where the parts of one thread's scratch memory begin, in floats: the residual streams [chunk, T, E], the
-// results of a Linear [group, T, columns], of the attention [T, E], spikes [2, T, E], statistics [2, T], the head's input, words of bits
-// [3, T, inputs / 64], lists of spikes [chunk, T * inputs] (16 bits each) and where a node's ends [chunk, nodes]. All
-// rows are padded.
+// 16-bit entries of a list of channels.
+static inline int64_t decode_channels(const Decode& a) { return decode_padded(a.E) + 64; }
+
+// Where the parts of one thread's scratch memory begin, in floats: the residual streams [chunk, T, E], the results of a
+// Linear [group, T, columns], of the attention [T, E], spikes [2, T, E], the first channel of each channel's head [E],
+// statistics [2, T], the head's input, words of bits [T, inputs / 64], the channels at which q and k spike [2, T, E]
+// (16 bits each) and how many [2, T], lists of spikes [chunk, T * inputs] (16 bits each) and where a node's ends
+// [chunk, nodes]. All rows are padded.
 struct DecodeScratch {
-  int64_t y, z, spikes, statistics, joined, words, lists, ends, size;
-  int64_t y_size, words_size, list_size, ends_size;  // of one token; of one set of words; of one token's lists
+  int64_t y, z, spikes, first_of, statistics, joined, words, channels, lists, ends, size;
+  int64_t y_size, words_size, channels_size, list_size, ends_size;  // of one token; of one set of words; of one token's lists
 };
 
 static inline DecodeScratch decode_scratch_parts(const Decode& a) {
@@ -120,15 +124,18 @@ static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   DecodeScratch s{};
   s.y_size = larger(3 * E, hidden) * a.T;
   s.words_size = decode_padded(2 * words_for(widest) * a.T);
+  s.channels_size = decode_padded(a.T * decode_channels(a) / 2 + a.T);
   s.list_size = decode_padded((a.T * widest + 64) / 2 + 1);
   s.ends_size = decode_padded(decode_nodes(a.T));
   s.y = chunk * a.T * E;
   s.z = s.y + decode_group(a) * s.y_size;
   s.spikes = s.z + E * a.T;
-  s.statistics = s.spikes + 2 * E * a.T;
+  s.first_of = s.spikes + 2 * E * a.T;
+  s.statistics = s.first_of + E;
   s.joined = s.statistics + decode_padded(2 * a.T);
   s.words = s.joined + inputs;
-  s.lists = s.words + 3 * s.words_size;
+  s.channels = s.words + s.words_size;
+  s.lists = s.channels + 2 * s.channels_size;
   s.ends = s.lists + larger(chunk * s.list_size, inputs);
   s.size = s.ends + chunk * s.ends_size;
   return s;

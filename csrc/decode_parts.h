@@ -67,78 +67,58 @@ struct BlockWeights {
   }
 };
 
-// Bits first .. first + n of a row of words, n <= 64.
-SPIKEDECODER_INLINE uint64_t take_bits(const uint64_t* words, int64_t first, int n) {
-  const int64_t word = first / 64, shift = first % 64;
-  uint64_t bits = words[word] >> shift;
-  if (shift && shift + n > 64) bits |= words[word + 1] << (64 - shift);
-  return n == 64 ? bits : bits & ((uint64_t{1} << n) - 1);
-}
-
-// body(i) for each bit i < n that is set from bit `first` on.
-template <class Body>
-SPIKEDECODER_INLINE void for_bits(const uint64_t* words, int64_t first, int64_t n, const Body& body) {
-  for (int64_t i = 0; i < n; i += 64) {
-    uint64_t word = take_bits(words, first + i, static_cast<int>(n - i < 64 ? n - i : 64));
-    for (; word; word &= word - 1) body(i + __builtin_ctzll(word));
-  }
-}
-
-struct HeadSpikes {
-  const uint64_t *q, *k;
-  int64_t first;   // the head's first channel
-  const float* v;  // [d]
+// One timestep of one token's attention: the channels at which q and k spike, v [E], and the first channel of each
+// channel's head.
+struct Attention {
+  const uint16_t *q, *k;
+  int64_t q_count, k_count;
+  const float* v;
+  int64_t E, d;
+  const int32_t* first_of;
+  const float* decay;  // [E / d] or null
 };
 
-// One head and timestep: V vectors of the state's columns from `column` on, of which the last has `last` lanes.
-template <int V>
-SPIKEDECODER_INLINE void attend_columns(const HeadSpikes& s, int64_t d, int64_t column, int last, float decay, F scale,
-                                        float* state, float* out) {
-  F value[V], sums[V];
-  const auto lanes = [last](int j) SPIKEDECODER_INLINE_LAMBDA { return j < V - 1 ? W : last; };
-  for (int j = 0; j < V; j++) {
-    value[j] = load_up_to(s.v + column + j * W, lanes(j));
-    sums[j] = zero();
-  }
-  state += column;
-  if (decay != 1) {
-    for (int64_t row = 0; row < d; row++) {
-      for (int j = 0; j < V; j++) {
-        float* at = state + row * d + j * W;
-        store_up_to(at, mul(load_up_to(at, lanes(j)), set1(decay)), lanes(j));
-      }
-    }
-  }
-  for_bits(s.k, s.first, d, [&](int64_t row) SPIKEDECODER_INLINE_LAMBDA {
-    for (int j = 0; j < V; j++) {
-      float* at = state + row * d + j * W;
-      store_up_to(at, add(load_up_to(at, lanes(j)), value[j]), lanes(j));
-    }
-  });
-  for_bits(s.q, s.first, d, [&](int64_t row) SPIKEDECODER_INLINE_LAMBDA {
-    for (int j = 0; j < V; j++) sums[j] = add(sums[j], load_up_to(state + row * d + j * W, lanes(j)));
-  });
-  for (int j = 0; j < V; j++) store_up_to(out + column + j * W, mul(sums[j], scale), lanes(j));
+// Lists the bits that are set in E, ascending; returns how many. Writes up to 64 more.
+SPIKEDECODER_INLINE int64_t list_bits(const uint64_t* words, int64_t E, uint16_t* list) {
+  int64_t n = 0;
+  for (int64_t w = 0; w < words_for(E); w++) n += indices_of(words[w], static_cast<uint16_t>(64 * w), list + n);
+  return n;
 }
 
-void attend(const HeadSpikes& s, int64_t d, float decay, F scale, float* state, float* out) {
-  for (int64_t column = 0; column < d; column += 4 * W) {
-    const int64_t left = d - column;
-    const int vectors = left >= 4 * W ? 4 : static_cast<int>((left + W - 1) / W);
-    const int last = left >= 4 * W ? W : static_cast<int>(left - (vectors - 1) * W);
-    switch (vectors) {
-      case 1:
-        if (last == W) {
-          attend_columns<1>(s, d, column, W, decay, scale, state, out);
-        } else {
-          attend_columns<1>(s, d, column, last, decay, scale, state, out);
-        }
-        break;
-      case 2: attend_columns<2>(s, d, column, last, decay, scale, state, out); break;
-      case 3: attend_columns<3>(s, d, column, last, decay, scale, state, out); break;
-      default: attend_columns<4>(s, d, column, last, decay, scale, state, out);
+// The state [E, d], the heads' tables one below the other, gets v in the rows at which k spikes; out [E, padded] =
+// scale * each head's sum of the rows at which q spikes. Whole: d is a multiple of W.
+template <bool Whole>
+void attend(const Attention& a, F scale, float* state, float* out) {
+  const int64_t E = a.E, d = a.d;
+  const int32_t* const first_of = a.first_of;
+  const auto for_columns = [d](const auto& body) SPIKEDECODER_INLINE_LAMBDA {
+    for (int64_t c = 0; c < d; c += W) body(c, static_cast<int>(Whole || d - c >= W ? W : d - c));
+  };
+  if (a.decay) {
+    for (int64_t row = 0; row < E; row++) {
+      const F decay = set1(a.decay[first_of[row] / d]);
+      float* at = state + row * d;
+      for_columns([&](int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+        store_up_to(at + c, mul(load_up_to(at + c, n), decay), n);
+      });
     }
   }
+  for (const uint16_t *k = a.k, *const end = k + a.k_count; k < end; k++) {
+    float* at = state + *k * d;
+    const float* v = a.v + first_of[*k];
+    for_columns([&](int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+      store_up_to(at + c, add(load_up_to(at + c, n), load_up_to(v + c, n)), n);
+    });
+  }
+  for (int64_t c = 0; c < E; c += W) store(out + c, zero());
+  for (const uint16_t *q = a.q, *const end = q + a.q_count; q < end; q++) {
+    const float* at = state + *q * d;
+    float* sum = out + first_of[*q];
+    for_columns([&](int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+      store_up_to(sum + c, add(load_up_to(sum + c, n), load_up_to(at + c, n)), n);
+    });
+  }
+  for (int64_t c = 0; c < E; c += W) store(out + c, mul(load(out + c), scale));
 }
 
 }  // namespace

@@ -36,13 +36,15 @@ struct SpikeLists {
   int32_t* ends;  // [nodes of all trees]
 };
 
-// Lists bits, set in n words at each of a node's timesteps, for the node and those below it; clears them.
+// Lists bits, set in n words at each of a node's timesteps, for the node and those below it; clears those it shares.
 template <int T, int First = 0, int Stride = 1>
 void list_node(uint64_t* words, int64_t row, int64_t n, const SpikeLists& lists, int64_t& node, int64_t& end) {
   for (int64_t w = 0; w < n; w++) {
     uint64_t shared = words[First * row + w];
-    for (int t = First + Stride; t < T; t += Stride) shared &= words[t * row + w];
-    for (int t = First; t < T; t += Stride) words[t * row + w] &= ~shared;
+    if constexpr (!is_leaf<T, First, Stride>) {
+      for (int t = First + Stride; t < T; t += Stride) shared &= words[t * row + w];
+      for (int t = First; t < T; t += Stride) words[t * row + w] &= ~shared;
+    }
     end += indices_of(shared, static_cast<uint16_t>(64 * w), lists.entries + end);
   }
   lists.ends[node++] = static_cast<int32_t>(end);
@@ -52,7 +54,7 @@ void list_node(uint64_t* words, int64_t row, int64_t n, const SpikeLists& lists,
   }
 }
 
-// Lists the set bits of `words` [T, row], of which `n` words a timestep are read; clears them.
+// Lists the set bits of `words` [T, row], of which `n` words a timestep are read; changes them.
 inline void list_spikes(uint64_t* words, int64_t T, int64_t row, int64_t n, const SpikeLists& lists) {
   int64_t node = 0, end = 0;
   for (int64_t t = 0; t < T; t += TREE, words += TREE * row) {
@@ -69,46 +71,83 @@ inline void list_spikes(uint64_t* words, int64_t T, int64_t row, int64_t n, cons
 struct Strip {
   const float *panel, *bias;
   int64_t width;  // of the panel's rows
+  // what will be read soon, and how many lines of it to ask for at each node: spread, for only so many are on their way
+  // at a time; null where there is nothing to ask for
+  const float* soon;
+  int64_t lines;
 };
 
-// Adds a node's rows to `start`, goes on to the nodes below it, and stores a leaf's sums at y[t].
+// Where a walk through the lists is.
+struct Place {
+  const uint16_t* entry;
+  const int32_t* ends;
+  const float* soon;
+};
+
+// V vectors, each a variable of its own: the compiler keeps them in registers, which it does not with an array.
+template <int V>
+struct Sums {
+  F first;
+  Sums<V - 1> rest;
+
+  SPIKEDECODER_INLINE_MEMBER void read(const float* from) {
+    first = load(from);
+    rest.read(from + W);
+  }
+  SPIKEDECODER_INLINE_MEMBER void add_row(const float* row) {
+    first = add(first, load(row));
+    rest.add_row(row + W);
+  }
+  SPIKEDECODER_INLINE_MEMBER void write(float* to) const {
+    store(to, first);
+    rest.write(to + W);
+  }
+};
+template <>
+struct Sums<0> {
+  SPIKEDECODER_INLINE_MEMBER void read(const float*) {}
+  SPIKEDECODER_INLINE_MEMBER void add_row(const float*) {}
+  SPIKEDECODER_INLINE_MEMBER void write(float*) const {}
+};
+
+// Adds a node's rows to `sums`, goes on to the nodes below it, and stores a leaf's sums at y[t]. Returns where the next
+// node begins.
 template <int V, int T, int First = 0, int Stride = 1>
-SPIKEDECODER_INLINE void sum_node(const Strip& strip, const F* start, const uint16_t*& entry, const uint16_t* entries,
-                                  const int32_t*& ends, float* y, int64_t row) {
-  F sums[V];
-  for (int j = 0; j < V; j++) sums[j] = start[j];
-  for (const uint16_t* end = entries + *ends++; entry < end; entry++) {
-    const float* weights = strip.panel + *entry * strip.width;
-#pragma GCC unroll 8
-    for (int j = 0; j < V; j++) sums[j] = add(sums[j], load(weights + j * W));
+SPIKEDECODER_INLINE Place sum_node(const Strip& strip, Sums<V> sums, Place at, const uint16_t* entries, float* y,
+                                   int64_t row) {
+  if (at.soon) {
+    for (int64_t i = 0; i < strip.lines; i++) __builtin_prefetch(at.soon + 16 * i, 0, 2);
+    at.soon += 16 * strip.lines;
+  }
+  for (const uint16_t* const end = entries + *at.ends++; at.entry < end; at.entry++) {
+    sums.add_row(strip.panel + *at.entry * strip.width);
   }
   if constexpr (is_leaf<T, First, Stride>) {
-    for (int j = 0; j < V; j++) store(y + First * row + j * W, sums[j]);
+    sums.write(y + First * row);
   } else {
-    sum_node<V, T, First, 2 * Stride>(strip, sums, entry, entries, ends, y, row);
-    sum_node<V, T, First + Stride, 2 * Stride>(strip, sums, entry, entries, ends, y, row);
+    at = sum_node<V, T, First, 2 * Stride>(strip, sums, at, entries, y, row);
+    at = sum_node<V, T, First + Stride, 2 * Stride>(strip, sums, at, entries, y, row);
   }
+  return at;
 }
 
 template <int V, int T>
-void sum_tree(const Strip& strip, const uint16_t*& entry, const uint16_t* entries, const int32_t*& ends, float* y,
-              int64_t row) {
-  F bias[V];
-  for (int j = 0; j < V; j++) bias[j] = load(strip.bias + j * W);
-  sum_node<V, T>(strip, bias, entry, entries, ends, y, row);
+Place sum_tree(const Strip& strip, Place at, const uint16_t* entries, float* y, int64_t row) {
+  Sums<V> bias;
+  bias.read(strip.bias);
+  return sum_node<V, T>(strip, bias, at, entries, y, row);
 }
 
 // y [T, row] = the sums of all timesteps.
 template <int V>
 void sum_trees(const Strip& strip, const SpikeLists& lists, int64_t T, float* y, int64_t row) {
-  const uint16_t* entry = lists.entries;
-  const int32_t* ends = lists.ends;
+  Place at{lists.entries, lists.ends, strip.soon};
   for (int64_t t = 0; t < T; t += TREE, y += TREE * row) {
     switch (T - t) {
-      case 1: sum_tree<V, 1>(strip, entry, lists.entries, ends, y, row); break;
-      case 2: sum_tree<V, 2>(strip, entry, lists.entries, ends, y, row); break;
-      case 3: sum_tree<V, 3>(strip, entry, lists.entries, ends, y, row); break;
-      default: sum_tree<V, TREE>(strip, entry, lists.entries, ends, y, row);
+      case 1: at = sum_tree<V, 1>(strip, at, lists.entries, y, row); break;
+      case 2: at = sum_tree<V, 2>(strip, at, lists.entries, y, row); break;
+      case 3: at = sum_tree<V, 3>(strip, at, lists.entries, y, row); break;
+      default: at = sum_tree<V, TREE>(strip, at, lists.entries, y, row);
     }
   }
 }
