@@ -150,7 +150,14 @@ def _bars(
 
 
 def _curves(ax: Any, by_row: dict[str, list[dict[str, Any]]], anns: set[str]) -> None:
-    shown = ("original recipe", "+ token shift 4", "+ residual init 0.3", "default", *anns)
+    shown = (
+        "original recipe",
+        "+ token shift 4",
+        "+ residual init 0.3",
+        "default",
+        "GPT, ALiBi",
+        "GPT, ALiBi, shifts, lr 8e-3",
+    )
     for name, found in by_row.items():
         if name in shown:
             tokens = [point[0] / 1e6 for point in found[0]["curve"]]

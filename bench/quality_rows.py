@@ -77,7 +77,8 @@ SMALL: list[Row] = [
     Row("+ one position channel", "spike", LIF, FAST),  # and decay of 0.75 to 0.96
     Row("+ embedding spread 1", "spike", SPREAD, FAST),
     Row("+ residual init 0.3", "spike", BEST_LIF, FAST, steps=4),
-    Row("default", "preset", {"name": "default"}, FAST, steps=4),  # + I-LIF, 15 levels
+    Row("+ I-LIF, 15 levels", "spike", integers(15, 0.2), FAST, steps=4),
+    Row("default", "preset", {"name": "default"}, FAST),  # + MLP shift of 2 in place of 4
     # levels and timesteps
     Row("I-LIF, 1 level", "spike", integers(1, 1.0), FAST, steps=1),
     Row("I-LIF, 3 levels", "spike", integers(3, 0.75), FAST, steps=2),
@@ -88,16 +89,15 @@ SMALL: list[Row] = [
     Row("LIF, T = 8", "spike", {**BEST_LIF, "timesteps": 8}, FAST, steps=8),
     # single changes
     Row("original recipe, BatchNorm", "spike", {**ORIGINAL, "norm": "batch"}),
-    Row("default without decay", "spike", integers(15, 0.2, **STILL), FAST),
-    Row("default, LayerNorm", "spike", integers(15, 0.2, norm="layer"), FAST),
-    Row("default, PowerNorm", "spike", integers(15, 0.2, norm="power"), FAST),
-    Row("default, attention norm", "spike", integers(15, 0.2, attention_norm=True), FAST),
-    Row("default, attention norm, no decay", "spike", integers(15, 0.2, attention_norm=True, **STILL), FAST),
-    Row("default, MLP shift 2", "spike", integers(15, 0.2, mlp_token_shift=2), FAST),
-    Row("default, shifts 8", "spike", integers(15, 0.2, token_shift=8, mlp_token_shift=8), FAST),
-    Row("default, learning rate 4e-3", "spike", integers(15, 0.2), SLOW),
-    Row("default, embedding spread 1e-5", "spike", integers(15, 0.2, embedding_std=1e-5), FAST),
-    Row("default, residual init 1", "spike", integers(15, 0.2, residual_init=1.0), FAST),
+    Row("I-LIF 15, no decay", "spike", integers(15, 0.2, **STILL), FAST),
+    Row("I-LIF 15, LayerNorm", "spike", integers(15, 0.2, norm="layer"), FAST),
+    Row("I-LIF 15, PowerNorm", "spike", integers(15, 0.2, norm="power"), FAST),
+    Row("I-LIF 15, attention norm", "spike", integers(15, 0.2, attention_norm=True), FAST),
+    Row("I-LIF 15, attention norm, no decay", "spike", integers(15, 0.2, attention_norm=True, **STILL), FAST),
+    Row("I-LIF 15, shifts 8", "spike", integers(15, 0.2, token_shift=8, mlp_token_shift=8), FAST),
+    Row("I-LIF 15, learning rate 4e-3", "spike", integers(15, 0.2), SLOW),
+    Row("I-LIF 15, embedding spread 1e-5", "spike", integers(15, 0.2, embedding_std=1e-5), FAST),
+    Row("I-LIF 15, residual init 1", "spike", integers(15, 0.2, residual_init=1.0), FAST),
     Row("LIF, timesteps concatenated", "spike", {**BEST_LIF, "reunite": "concatenate"}, FAST),
     Row("LIF, learned thresholds", "spike", {**BEST_LIF, "learn_threshold": True}, FAST),
     Row("LIF, surrogate alpha 2", "spike", {**BEST_LIF, "surrogate_alpha": 2.0}, FAST),
@@ -112,6 +112,12 @@ SMALL: list[Row] = [
     Row("GPT, ALiBi, convolution 4", "gpt", {"position": "alibi", "convolution": 4}),
     Row("GPT, ALiBi, shifts", "gpt", {"position": "alibi", **HELPS}),
     Row("GPT, ALiBi, shifts, lr 8e-3", "gpt", {"position": "alibi", **HELPS}, FAST),
+    Row(
+        "GPT, ALiBi, shift 4, MLP shift 2, lr 8e-3",
+        "gpt",
+        {"position": "alibi", "shift": 4, "mlp_shift": 2},
+        FAST,
+    ),
     Row("GPT, ALiBi, shifts, lr 1.6e-2", "gpt", {"position": "alibi", **HELPS}, {"lr": 1.6e-2}),
     Row(
         "GPT, ALiBi, shifts, convolution 4, lr 8e-3",

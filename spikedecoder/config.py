@@ -370,6 +370,7 @@ _BEST_LIF: dict[str, Any] = {
 }
 _BEST: dict[str, Any] = {
     **_BEST_LIF,
+    "mlp_token_shift": 2,
     "neuron": "ilif",
     "levels": 15,
     "v_threshold": 0.2,
