@@ -125,7 +125,7 @@ def draw(study: dict[str, Any], runs: list[dict[str, Any]], rows: list[Row], pat
     fig, axes = plt.subplots(2, 2, figsize=(13, 11), constrained_layout=True, width_ratios=[1.25, 1])
     _bars(axes[0, 0], by_row, anns, study["baselines"])
     _curves(axes[0, 1], by_row, anns)
-    _against_energy(axes[1, 0], by_row, best_ann(by_row, rows))
+    _against_energy(axes[1, 0], by_row, rows, best_ann(by_row, rows))
     _against_timesteps(axes[1, 1], by_row, rows)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -168,27 +168,28 @@ def _curves(ax: Any, by_row: dict[str, list[dict[str, Any]]], anns: set[str]) ->
     ax.legend(fontsize=8, frameon=False)
 
 
-def _against_energy(ax: Any, by_row: dict[str, list[dict[str, Any]]], twin: str | None) -> None:
-    for name, found in by_row.items():
-        joules = own_energy(found, "int8")
-        if joules is not None:
-            ax.plot(1e9 * joules, mean(found), "o", color="tab:orange")
-            ax.annotate(
-                name, (1e9 * joules, mean(found)), fontsize=7, xytext=(4, 2), textcoords="offset points"
-            )
+def _against_energy(
+    ax: Any, by_row: dict[str, list[dict[str, Any]]], rows: list[Row], twin: str | None
+) -> None:
+    """All rows; those of the ladder and of timesteps by name."""
+    named = {row.name for row in rows if row.name[0] == "+" or row.steps is not None or row.name == "default"}
+    points = [
+        (name, 1e9 * joules, mean(found), "o")
+        for name, found in by_row.items()
+        if (joules := own_energy(found, "int8")) is not None
+    ]
     runs = by_row.get("default")
     if runs and twin is not None:
         for variant in (v for v in runs[0]["energy"] if v.startswith("ANN, int8")):
             joules = statistics.mean(r["energy"][variant]["arithmetic"] for r in runs)
-            ax.plot(1e9 * joules, mean(by_row[twin]), "s", color="tab:gray")
-            ax.annotate(
-                variant,
-                (1e9 * joules, mean(by_row[twin])),
-                fontsize=7,
-                xytext=(4, -9),
-                textcoords="offset points",
-            )
-    ax.set_xscale("log")
+            points.append((variant, 1e9 * joules, mean(by_row[twin]), "s"))
+    taken: list[tuple[float, float]] = []
+    for name, x, y, marker in sorted(points, key=lambda point: (point[3] != "s", point[2])):
+        ax.plot(x, y, marker, color="tab:gray" if marker == "s" else "tab:orange")
+        near = any(abs(x - left) < 45 and abs(y - at) < 0.03 for left, at in taken)
+        if (name in named or marker == "s") and not near:
+            taken.append((x, y))
+            ax.annotate(name, (x, y), fontsize=7, xytext=(5, -2), textcoords="offset points")
     ax.set_xlabel(
         "estimated nJ per token, int8 (gray: the best ANN's bits, at the energy of the default's shapes)"
     )
