@@ -140,7 +140,8 @@ def weight_grad(words: Tensor, inputs: int, grad: Tensor) -> Tensor:
     if out.numel() == 0 or grad.numel() == 0:
         return out.zero_()
     rows = grad.numel() // outputs
-    tiles = cdiv(outputs, 64) * cdiv(inputs, 64)
+    block_n = 32 if grad.dtype == torch.float32 and major(grad.device) == 8 else 64  # 64 spills there
+    tiles = cdiv(outputs, block_n) * cdiv(inputs, 64)
     pieces = max(1, min(cdiv(2 * multiprocessors(grad.device), tiles), cdiv(rows, 512)))
     piece = cdiv(cdiv(rows, pieces), 64) * 64
     pieces = cdiv(rows, piece)
@@ -150,6 +151,6 @@ def weight_grad(words: Tensor, inputs: int, grad: Tensor) -> Tensor:
     launch(
         linear_weight_grad, (tiles, pieces), words_ptr=words.view(torch.int32), grad_ptr=grad, out_ptr=parts,
         rows=rows, inputs=inputs // align, outputs=outputs // align, words=2 * words.shape[-1], piece=piece,
-        BLOCK_M=64, BLOCK_N=64, BLOCK_K=WORD, ALIGN=align,
+        BLOCK_M=64, BLOCK_N=block_n, BLOCK_K=WORD, ALIGN=align,
     )  # fmt: skip
     return parts.sum(0).to(grad.dtype)
