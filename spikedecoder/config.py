@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spikedecoder.fields import at_least, check_field, coerce
-from spikedecoder.params import MAX_LEVELS, NORMS, ILIFParams, LIFParams
+from spikedecoder.params import MAX_LEVELS, NORMS, ILIFParams, LIFParams, binary_timesteps
 from spikedecoder.surrogate import SURROGATES
 
 TokenEncoding = Literal["learned", "one-hot", "two-hot", "binary"]
@@ -179,7 +179,7 @@ class SpikeDecoderConfig:
         if self.timesteps != 1:
             raise ValueError(
                 f"timesteps: got {self.timesteps}, takes 1 with neuron='ilif': its integers, up to levels = "
-                f"{self.levels}, stand for {self.levels.bit_length()} binary timesteps"
+                f"{self.levels}, stand for {binary_timesteps(self.levels)} binary timesteps"
             )
         for name in _LIF_ONLY:
             got, default = getattr(self, name), _DEFAULTS[name]
@@ -289,7 +289,7 @@ class SpikeDecoderConfig:
     @property
     def binary_timesteps(self) -> int:
         """Timesteps of 0 and 1 that a neuron runs: T, or the binary digits of an I-LIF neuron's levels."""
-        return self.timesteps * self.spike_levels.bit_length()
+        return self.timesteps * binary_timesteps(self.spike_levels)
 
     @property
     def exact_tokens(self) -> float:

@@ -66,6 +66,11 @@ class LIFParams:
 MAX_LEVELS = 15
 
 
+def binary_timesteps(levels: int) -> int:
+    """B, the binary digits of integers up to `levels`: 2^B > levels; 1 for spikes."""
+    return levels.bit_length()
+
+
 @dataclass(frozen=True)
 class ILIFParams:
     """What defines an integer leaky integrate-and-fire neuron (I-LIF) besides its input.

@@ -13,6 +13,7 @@ from spikedecoder import ops
 from spikedecoder.nn.attention import AttentionLIF
 from spikedecoder.nn.linear import LinearNormLIF
 from spikedecoder.nn.neuron import LIF
+from spikedecoder.params import binary_timesteps
 
 SPIKING = (LIF, LinearNormLIF, AttentionLIF)  # modules whose output is spikes
 
@@ -74,7 +75,7 @@ class SpikeCounter:
                 positions = per_position.numel()
             total = per_position.to(torch.int64).sum()
             self._totals[name] = self._totals[name] + total if name in self._totals else total
-            timesteps = output.shape[0] * levels.bit_length()
+            timesteps = output.shape[0] * binary_timesteps(levels)
             self._slots[name] = self._slots.get(name, 0) + positions * timesteps * output.shape[-1]
 
         return count

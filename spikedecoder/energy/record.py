@@ -22,6 +22,7 @@ from spikedecoder.nn.linear import LinearNormLIF, SpikeLinear
 from spikedecoder.nn.mlp import MLP
 from spikedecoder.nn.neuron import ILIF, LIF
 from spikedecoder.nn.norm import Norm
+from spikedecoder.params import binary_timesteps
 
 Mode = Literal["prompt", "token"]
 _PARTS = ("linear", "norm", "lif")  # sub-modules whose rows stand under their parent's name
@@ -232,7 +233,7 @@ class Recorder:
             decayed = q.shape[1] * q.shape[2] * common["state"]
         else:
             work = _quadratic(q, k, v)
-            work["tests"] *= levels.bit_length()  # a spike of q meets each timestep of a key
+            work["tests"] *= binary_timesteps(levels)  # a spike of q meets each timestep of a key
             self._add(build.spiking_attention(layer, recurrent=False, **common, **work))
             decayed = work["scored"]
         if module.decay is not None:

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from spikedecoder.params import ILIFParams, LIFParams
+from spikedecoder.params import ILIFParams, LIFParams, binary_timesteps
 
 Kind = Literal["mac", "ac", "lif", "norm", "lookup", "other"]
 KINDS: tuple[Kind, ...] = ("mac", "ac", "lif", "norm", "lookup", "other")
@@ -90,7 +90,7 @@ def linear(
     follow at once.
     """
     main = Row(layer, "linear", "ac" if spikes else "mac", "weights", events=events)
-    timesteps = levels.bit_length()
+    timesteps = binary_timesteps(levels)
     main.slots = rows * n_in * timesteps
     main.fan_out = n_out
     main.count = events * n_out if spikes else rows * n_in * n_out
@@ -111,7 +111,7 @@ def linear(
 
 def shifts(layer: str, outputs: int, levels: int) -> list[Row]:
     """Between the binary timesteps of I-LIF neurons, whose spikes count half as much at each next one."""
-    count = (levels.bit_length() - 1) * outputs
+    count = (binary_timesteps(levels) - 1) * outputs
     if not count:
         return []
     row = Row(layer, "shift", "other", "counts", count=count, add=count)
@@ -149,7 +149,7 @@ def ilif(
 
     The current is added once, each timestep compares with its threshold, each spike subtracts that.
     """
-    steps = p.levels.bit_length()
+    steps = binary_timesteps(p.levels)
     timesteps = updates * steps
     row = Row(layer, "LIF", "lif", "values", count=timesteps, events=spikes, slots=timesteps)
     row.add, row.compare = updates + spikes, timesteps
@@ -201,7 +201,7 @@ def spiking_attention(
     Recurrent: k^T v gains one accumulate per pair of a k spike and a v spike (`written`); each q spike reads
     and accumulates one row of d of it (`read`). `state`: its numbers, T H d d.
     """
-    bits = values * levels.bit_length()
+    bits = values * binary_timesteps(levels)
     if recurrent:
         first = Row(layer, "state += k^T v", "ac", "counts", count=written, add=written)
         first.state_words, first.held, first.activation_bits = 2 * written, state, 2 * bits

@@ -8,12 +8,13 @@ from torch import Tensor
 from spikedecoder.ops import _check
 from spikedecoder.ops.spike_attention import check_levels, spike_attention
 from spikedecoder.ops.spike_linear import spike_linear
+from spikedecoder.params import binary_timesteps
 
 
 def spike_worths(levels: int) -> list[int]:
     """What a spike at each binary timestep counts: 2^(B-1), ..., 2, 1, where 2^B > levels >= 2^(B-1)."""
     check_levels(levels)
-    return [1 << bit for bit in reversed(range(levels.bit_length()))]
+    return [1 << bit for bit in reversed(range(binary_timesteps(levels)))]
 
 
 def spike_planes(s: Tensor, levels: int) -> Tensor:
