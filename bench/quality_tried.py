@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from spikedecoder import SpikeDecoder, ops
 from spikedecoder.nn.attention import AttentionLIF
 from spikedecoder.nn.linear import LinearNormLIF
-from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.neuron import ILIF, LIF
+from spikedecoder.params import ILIFParams
 from spikedecoder.surrogate import get_surrogate
 
 Neuron = Callable[[Tensor, LIF], Tensor]
@@ -59,6 +60,45 @@ def channel_thresholds(model: SpikeDecoder) -> None:
             module.lif.v_threshold = nn.Parameter(start)
 
 
+class _Signed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, levels: int) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.levels = levels
+        return u.round().clamp(-levels, levels)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (u,) = ctx.saved_tensors
+        return grad * (u.abs() <= ctx.levels + 0.5), None
+
+
+def ternary_spikes(model: SpikeDecoder) -> None:
+    """I-LIF neurons of either sign, -D to D: binary digits that are -1, 0 or 1."""
+    for module in model.modules():
+        if isinstance(module, ILIF):
+            p = module.params
+            module.forward = lambda x, p=p: _Signed.apply(x / p.v_threshold, p.levels)  # type: ignore[method-assign]
+
+
+class _Wide(ILIFParams):
+    WINDOW = 1.5
+
+
+def wide_window(model: SpikeDecoder) -> None:
+    """The gradient of I-LIF neurons passes up to one level farther outside of their range."""
+    for module in model.modules():
+        if isinstance(module, ILIF):
+            p = module.params
+            low, high = _Wide(p.levels, p.v_threshold).window
+
+            def forward(x: Tensor, p: ILIFParams = p, low: float = low, high: float = high) -> Tensor:
+                through = (x / p.v_threshold).clamp(low, high)
+                return through + (ops.ilif_params(x.detach(), p) - through).detach()
+
+            module.forward = forward  # type: ignore[method-assign]
+
+
 def _replace(model: SpikeDecoder, neuron: Neuron) -> None:
     """Every layer of neurons computes `neuron` of its current."""
     for module in model.modules():
@@ -88,4 +128,6 @@ def _attention(module: AttentionLIF, neuron: Neuron) -> Callable[..., Tensor]:
 TRIED: dict[str, Callable[[SpikeDecoder], None]] = {
     "learned tau": learned_tau,
     "channel thresholds": channel_thresholds,
+    "ternary": ternary_spikes,
+    "wide window": wide_window,
 }
