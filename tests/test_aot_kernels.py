@@ -24,11 +24,13 @@ def load_script() -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["aot"] = module
+    sys.path.insert(0, str(SCRIPT.parent))  # for the rows beside it
     spec.loader.exec_module(module)
     return module
 
 
 aot = load_script()
+aot_rows = sys.modules["aot_rows"]
 OPERATORS = sorted({row.operator for row in aot.rows()})
 
 
@@ -74,7 +76,7 @@ def test_all_kernels_compile_well_for_all_targets(tmp_path: Path) -> None:
 def example(**changes: Any) -> Any:
     values = {
         "operator": "lif", "call": "forward", "dtype": "bf16", "size": "", "kernel": "k", "target": 90,
-        "needs": (*aot.ROUNDED, *aot.DOT), "registers": 40, "shared": 0, "local": 0, "moved": 0.0,
+        "needs": (*aot_rows.ROUNDED, *aot_rows.DOT), "registers": 40, "shared": 0, "local": 0, "moved": 0.0,
         "opcodes": {"LDG.E.128": 4, "LDG.E.LTC128B.128": 1, "STG.E.128": 4, "HGMMA.64x64x16.F32.BF16": 2},
     }  # fmt: skip
     return aot.Compiled(**{**values, **changes})

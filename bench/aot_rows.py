@@ -1,0 +1,233 @@
+"""The calls of the operators that `bench/aot.py` compiles, and what the code of each must have."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spikedecoder.params import ILIFParams, LIFParams
+
+MEGA = 1 << 20
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8",
+}  # fmt: skip
+
+STREAM = ("128-bit loads", "128-bit stores", "no spill")
+LOADS = ("128-bit loads", "no spill")
+DOT = ("tensor core", "no spill")
+ROUNDED = (*STREAM, "no FFMA")
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operator's call. `minimum`: bytes that it must move; `needs`: what its code must have."""
+
+    operator: str
+    call: str
+    dtype: str
+    size: str
+    minimum: float
+    needs: tuple[str, ...]
+    run: Callable[[], object]
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def lif_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import lif
+
+    def forward(T: int, dtype: torch.dtype, threshold: Tensor | float) -> Callable[[], object]:
+        x = meta((T, 64 * MEGA // T // 1024, 1024), dtype)
+        return lambda: lif.forward(x, threshold, None, LIFParams(), want_v=False)
+
+    def backward(T: int, dtype: torch.dtype, threshold: Tensor | float) -> Callable[[], object]:
+        x = meta((T, 64 * MEGA // T // 1024, 1024), dtype)
+        return lambda: lif.backward(x, None, x, threshold, None, LIFParams(), want_grad_v_init=False)
+
+    scalar, channel = meta((), torch.float32), meta((1024,), torch.float32)
+    for T, dtype in ((4, torch.bfloat16), (8, torch.bfloat16), (16, torch.bfloat16), (4, torch.float32)):
+        size = dtype.itemsize
+        name = f"64 Mi, T = {T}"
+        yield Row("lif", "forward", TYPES[dtype], name, 2 * size * 64 * MEGA, ROUNDED, forward(T, dtype, 1.0))
+        yield Row(
+            "lif", "backward", TYPES[dtype], name, 3 * size * 64 * MEGA, STREAM, backward(T, dtype, 1.0)
+        )
+    for label, threshold in (("scalar threshold", scalar), ("threshold per channel", channel)):
+        run = backward(4, torch.bfloat16, threshold)
+        yield Row("lif", f"backward, {label}", "bf16", "64 Mi, T = 4", 6 * 64 * MEGA, STREAM, run)
+    x = meta((4, 16 * MEGA // 1024, 1024))
+    packed = lambda: lif.forward_packed(x, 1.0, None, LIFParams())  # noqa: E731
+    yield Row("lif", "forward to bits", "bf16", "64 Mi, T = 4", (2 + 1 / 8) * 64 * MEGA, LOADS, packed)
+
+
+def small_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import binarize, ilif, pack_spikes
+
+    x, words = meta((64 * MEGA // 1024, 1024)), meta((64 * MEGA // 1024, 16), torch.int64)
+    bits = 2 + 1 / 8
+    unpack = lambda: pack_spikes.unpack(words, 1024, torch.bfloat16)  # noqa: E731
+    yield Row("binarize", "forward", "bf16", "64 Mi", 4 * 64 * MEGA, STREAM, lambda: binarize.forward(x, 2.0))
+    backward = lambda: binarize.backward(meta(x.shape), x, 2.0)  # noqa: E731
+    yield Row("binarize", "backward", "bf16", "64 Mi", 6 * 64 * MEGA, STREAM, backward)
+    p = ILIFParams(4)
+    yield Row("ilif", "forward", "bf16", "64 Mi", 5 * 64 * MEGA, STREAM, lambda: ilif.forward(x, p, True))
+    passes = meta(x.shape, torch.uint8)
+    yield Row("ilif", "backward", "bf16", "64 Mi", 5 * 64 * MEGA, STREAM, lambda: ilif.backward(x, passes, p))
+    yield Row("pack_spikes", "pack", "bf16", "64 Mi", bits * 64 * MEGA, LOADS, lambda: pack_spikes.pack(x))
+    yield Row(
+        "pack_spikes", "unpack", "bf16", "64 Mi", bits * 64 * MEGA, ("128-bit stores", "no spill"), unpack
+    )
+
+
+def norm_lif_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import norm_lif
+
+    bf16, p = torch.bfloat16, LIFParams()
+
+    def row(call: str, T: int, C: int, dtype: torch.dtype = bf16) -> Row:
+        x, grad = (meta((T, 64 * MEGA // T // C, C), dtype) for _ in range(2))
+        weight, channel = meta((C,), torch.float32), meta((C,), torch.float32)
+        rows = meta(x.shape[:-1], torch.float32)
+        norm = functools.partial(norm_lif.forward, x, weight, weight)
+        back = (grad, x, weight, weight)
+        run, passes, needs = {
+            "layer forward": (functools.partial(norm, None, None, 1e-5, 1.0, p), 2, STREAM),
+            "layer backward": (
+                functools.partial(norm_lif.backward_layer, *back, rows, rows, 1.0, p), 3, STREAM,
+            ),
+            "moments": (functools.partial(norm_lif.moments, x, True), 1, ("no spill",)),
+            "channel forward": (functools.partial(norm, channel, channel, 1e-5, 1.0, p), 2, ROUNDED),
+            "channel backward, sums": (
+                functools.partial(norm_lif.backward_reduce, *back, channel, channel, 1.0, p), 2, LOADS,
+            ),
+            "channel backward, x": (
+                functools.partial(
+                    norm_lif.backward_apply, *back, channel, channel, 1.0, p, channel, channel, channel
+                ),
+                3, STREAM,
+            ),
+        }[call]  # fmt: skip
+        if C > norm_lif.MAX_ROW:  # a launch that only sums writes little
+            needs = LOADS
+        minimum = passes * x.numel() * dtype.itemsize + (8 * x.numel() / C if "layer" in call else 0)
+        return Row("norm_lif", call, TYPES[dtype], f"64 Mi, T = {T}, C = {C}", minimum, needs, run)
+
+    layer = ("layer forward", "layer backward")
+    channels = ("channel forward", "channel backward, sums", "channel backward, x")
+    for T in (4, 8, 16, 64):
+        yield from (row(call, T, 512) for call in (*layer, *channels))
+    yield row("moments", 4, 512)
+    for T, C in ((4, 80), (8, 80), (4, 1280), (16, 1280), (4, 4096), (16, 4096), (4, 8192), (16, 8192)):
+        yield from (row(call, T, C) for call in layer)
+    for T in (4, 16):
+        yield from (row(call, T, 1024, torch.float32) for call in layer)
+
+
+def attention_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import spike_attention as k
+
+    def row(call: str, dtype: torch.dtype, B: int, S: int, d: int, decay: bool) -> Row:
+        q, key, v, grad = (meta((4, B, S, 8, d), dtype).transpose(2, 3) for _ in range(4))
+        powers = meta((8,), torch.float32) if decay else None
+        run = {
+            "forward": lambda: k.forward(q, key, v, 0.125, powers, None, False),
+            "backward": lambda: k.backward(grad, q, key, v, 0.125, powers, None),
+        }[call]
+        moved = q.numel() * dtype.itemsize * (4 if call == "forward" else 7)
+        name = f"T = 4, B H = {8 * B}, S = {S}, d = {d}"
+        return Row("spike_attention", call + ", decay" * decay, TYPES[dtype], name, moved, DOT, run)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for call in ("forward", "backward"):
+        yield row(call, bf16, 16, 2048, 64, False)
+        yield row(call, bf16, 32, 256, 16, False)
+    for call in ("forward", "backward"):
+        for dtype, B, S, d, decay in (
+            (bf16, 16, 2048, 32, False), (bf16, 16, 2048, 128, False), (bf16, 1, 65536, 64, False),
+            (bf16, 16, 2048, 64, True), (fp16, 16, 2048, 64, False), (fp32, 16, 2048, 64, False),
+            (fp32, 16, 2048, 128, True), (fp32, 16, 2048, 128, False),
+        ):  # fmt: skip
+            yield row(call, dtype, B, S, d, decay)
+    for decay in (False, True):  # in segments
+        yield row("forward", fp32, 1, 65536, 128, decay)
+
+
+def attention_lif_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import spike_attention_lif as k
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for T, dtype, B, S, d, decay in (
+        (4, bf16, 16, 2048, 64, False), (4, bf16, 32, 256, 16, False), (4, bf16, 16, 2048, 32, False),
+        (8, bf16, 16, 2048, 16, False), (4, bf16, 16, 2048, 64, True), (4, fp16, 16, 2048, 64, False),
+        (4, bf16, 16, 2048, 128, False), (16, bf16, 16, 2048, 64, False), (4, fp32, 16, 2048, 64, False),
+    ):  # fmt: skip
+        q, key, v = (meta((T, B, S, 8, d), dtype).transpose(2, 3) for _ in range(3))
+        powers = meta((8,), torch.float32) if decay else None
+        run = functools.partial(k.forward, q, key, v, 0.125, powers, 1.0, LIFParams())
+        name = f"T = {T}, B H = {8 * B}, S = {S}, d = {d}"
+        call, moved = "forward" + ", decay" * decay, 4 * q.numel() * dtype.itemsize
+        yield Row("spike_attention_lif", call, TYPES[dtype], name, moved, DOT, run)
+
+
+def linear_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import spike_linear as k
+
+    for dtype, M, K, N in (
+        (torch.bfloat16, 32768, 512, 2048), (torch.bfloat16, 32768, 80, 160), (torch.float16, 32768, 512,
+        2048),
+        (torch.float32, 32768, 512, 2048),
+    ):  # fmt: skip
+        s, grad, weight, bias = (
+            meta((M, K), dtype),
+            meta((M, N), dtype),
+            meta((N, K), dtype),
+            meta((N,), dtype),
+        )
+        words = meta((M, -(-K // 64)), torch.int64)
+        size, b = f"M = {M}, K = {K}, N = {N}", dtype.itemsize
+        forward = functools.partial(k.forward, s, weight, bias)
+        backward = functools.partial(k.weight_grad, words, K, grad)
+        moved = b * (M * K + N * K + M * N) + M * K / 8
+        yield Row("spike_linear", "forward", TYPES[dtype], size, moved, DOT, forward)
+        moved = b * (M * N + N * K) + M * K / 8
+        yield Row("spike_linear", "weight gradient", TYPES[dtype], size, moved, DOT, backward)
+
+
+def linear_norm_lif_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import linear_norm_lif as k
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype, T, R, K, N, kind in (
+        (bf16, 4, 8192, 80, 80, "layer"), (bf16, 4, 8192, 80, 1280, "layer"),
+        (bf16, 4, 8192, 80, 1280, "channel"), (bf16, 4, 8192, 512, 2048, "channel"),
+        (bf16, 4, 8192, 512, 256, "layer"), (bf16, 4, 8192, 512, 512, "layer"),
+        (fp16, 4, 8192, 80, 80, "layer"), (fp16, 4, 8192, 80, 1280, "channel"),
+        (fp32, 4, 8192, 80, 80, "layer"), (fp32, 4, 8192, 80, 1280, "layer"),
+        (fp32, 4, 8192, 512, 2048, "channel"),
+    ):  # fmt: skip
+        s, weight, channel = meta((T, R, K), dtype), meta((N, K), dtype), meta((N,), fp32)
+        given = (None, None) if kind == "layer" else (channel, channel)
+        run = functools.partial(
+            k.forward, s, weight, meta((N,), dtype), channel, channel, *given, 1e-5, 1.0, LIFParams()
+        )
+        statistics = 8 * T * R if kind == "layer" else 0
+        moved = dtype.itemsize * (T * R * (K + N) + N * K) + T * R * K / 8 + statistics
+        size = f"T = {T}, R = {R}, K = {K}, N = {N}"
+        yield Row("linear_norm_lif", f"{kind} forward", TYPES[dtype], size, moved, DOT, run)
+
+
+def rows() -> Iterator[Row]:
+    yield from lif_rows()
+    yield from attention_lif_rows()
+    yield from linear_rows()
+    yield from linear_norm_lif_rows()
+    yield from attention_rows()
+    yield from norm_lif_rows()
+    yield from small_rows()

@@ -1,0 +1,368 @@
+"""Training: runs that go on as if never stopped, and what they report."""
+
+# ruff: noqa: F811 (fixtures)
+
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import STORY, Messages, StopAt, corpus, files, settings, tiny  # noqa: F401
+
+from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.data import Corpus, held_out_batches, prepare_corpus
+from spikedecoder.training import (
+    Reporter,
+    TrainingError,
+    TrainResult,
+    evaluate,
+    train,
+)
+from spikedecoder.training.checkpoints import latest
+from spikedecoder.viz import record
+
+
+@pytest.fixture(scope="module")
+def whole_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """12 steps with dropout and accumulation, never stopped."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return train(dropping(corpus), corpus, settings(grad_accum=2), out=out)
+
+
+def dropping(corpus: Corpus) -> SpikeDecoderConfig:
+    return tiny(corpus, attention_dropout=0.2, mlp_dropout=0.2, learn_threshold=True, norm="batch")
+
+
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGINT), (5, signal.SIGTERM), (11, signal.SIGINT)])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    corpus: Corpus, tmp_path: Path, whole_run: TrainResult, step: int, number: int
+) -> None:
+    out = tmp_path / "run"
+    before = signal.getsignal(signal.SIGINT)
+    stopped = train(dropping(corpus), corpus, settings(grad_accum=2), out=out, reporter=StopAt(step, number))
+    assert (stopped.interrupted, stopped.step) == (signal.Signals(number).name, step)
+    assert signal.getsignal(signal.SIGINT) is before
+    torch.rand(100)  # whatever the process does with the generator in between
+    resumed = train(dropping(corpus), corpus, settings(grad_accum=2), out=out, resume=True)
+    assert resumed.interrupted is None and resumed.step == 12
+    assert files(out / "last") == files(whole_run.out / "last")
+    assert files(out / "best") == files(whole_run.out / "best")
+    assert resumed.train_loss == whole_run.train_loss
+    assert resumed.evaluation == whole_run.evaluation
+
+
+def test_a_run_leaves_the_callers_generator_and_threads_alone(corpus: Corpus, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+def test_a_seed_makes_a_run_repeatable(corpus: Corpus, tmp_path: Path) -> None:
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(dropping(corpus), corpus, settings(steps=3, seed=seed), out=tmp_path / name)
+        runs[name] = (tmp_path / name / "last" / "model.safetensors").read_bytes()
+    assert runs["a"] == runs["b"] != runs["c"]
+
+
+def test_the_reported_figures_are_the_checkpoints(corpus: Corpus, whole_run: TrainResult) -> None:
+    for name, loss in (("last", whole_run.evaluation.loss), ("best", whole_run.best["val_loss"])):  # type: ignore[union-attr]
+        model = SpikeDecoder.from_pretrained(whole_run.out / name)
+        got = evaluate(model, corpus.val, batch_size=2)
+        assert got is not None and got.loss == pytest.approx(loss, rel=1e-6)
+        assert model.tokenizer == corpus.tokenizer
+    values = json.loads(json.dumps(whole_run.to_dict()))
+    assert values["steps"] == 12 and values["checkpoint"] == str(whole_run.out / "last")
+    assert values["tokens_per_second"] > 0 and values["peak_rss_mib"] > 50
+    assert set(values["baselines"]) == {"unigram", "bigram", "trigram"}
+
+
+def test_accumulation_equals_one_larger_batch(corpus: Corpus, tmp_path: Path) -> None:
+    """Its micro-batches are those of steps 2n and 2n + 1, so compare with a step made by hand."""
+    from spikedecoder.data import WindowSampler
+
+    c = settings(steps=1, grad_accum=2, clip=0.0, seed=3)
+    config = tiny(corpus)
+    train(config, corpus, c, out=tmp_path / "run")
+    torch.manual_seed(3)
+    model = SpikeDecoder(config)
+    sampler = WindowSampler(corpus.train, 16, 2, 3)
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=c.lr_at(0), betas=(0.9, 0.95))
+    inputs, targets = (torch.cat(pair) for pair in zip(sampler.batch(0), sampler.batch(1), strict=True))
+    model.loss(inputs, targets).backward()
+    optimizer.step()
+    trained = SpikeDecoder.from_pretrained(tmp_path / "run" / "last")
+    for ours, theirs in zip(trained.parameters(), model.parameters(), strict=True):
+        # Adam's first step is lr * sign(gradient) where the gradient is not tiny
+        assert torch.isclose(ours, theirs, atol=1e-5).float().mean() > 0.99
+
+
+def test_it_learns(corpus: Corpus, tmp_path: Path) -> None:
+    c = settings(steps=150, batch_size=8, eval_every=0, save_every=0)
+    result = train(tiny(corpus, token_dim=28, heads=4), corpus, c, out=tmp_path / "run")
+    assert result.evaluation is not None
+    assert result.evaluation.bits < result.baselines["bigram"] < result.baselines["unigram"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert list(losses) == list(range(3, 151, 3))
+    assert losses[3] > 1.5 * losses[150]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_goes_on(
+    corpus: Corpus, tmp_path: Path, precision: str, device: str
+) -> None:
+    c = settings(mixed_precision=precision, lr=1e-2, device=device)
+    if (precision, device) == ("fp16", "cpu"):
+        with pytest.raises(ValueError, match="mixed_precision: got 'fp16' on the CPU"):
+            train(tiny(corpus), corpus, c, out=tmp_path / "no")
+        return
+    whole = train(tiny(corpus), corpus, c, out=tmp_path / "whole")
+    train(tiny(corpus), corpus, c, out=tmp_path / "run", reporter=StopAt(7))
+    train(tiny(corpus), corpus, c, out=tmp_path / "run", resume=True)
+    assert files(tmp_path / "run" / "last") == files(tmp_path / "whole" / "last")
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+    exact = train(tiny(corpus), corpus, c.replace(mixed_precision="no"), out=tmp_path / "exact")
+    assert whole.train_loss != exact.train_loss
+    assert whole.train_loss == pytest.approx(exact.train_loss, rel=0.05)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny(corpus), corpus, settings(), out=out, reporter=StopAt(4))
+    weights = (out / "last" / "model.safetensors").read_bytes()
+
+    class Poison(Reporter):
+        def __init__(self) -> None:
+            self.restore = torch.nn.Embedding.forward
+
+        def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
+            torch.nn.Embedding.forward = lambda m, x: self.restore(m, x) * math.nan  # type: ignore[method-assign]
+
+        def close(self) -> None:
+            torch.nn.Embedding.forward = self.restore  # type: ignore[method-assign]
+
+    with pytest.raises(TrainingError, match=r"became nan in step 5.*last holds step 4.*--lr"):
+        train(tiny(corpus), corpus, settings(), out=out, resume=True, reporter=Poison())
+    assert (out / "last" / "model.safetensors").read_bytes() == weights
+
+
+def test_too_high_a_learning_rate_is_caught(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no checkpoint was written yet"):
+        train(
+            tiny(corpus), corpus, settings(lr=1e38, steps=9, save_every=0, eval_every=0), out=tmp_path / "run"
+        )
+    assert latest(tmp_path / "run") is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes on Windows")
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    corpus: Corpus, tmp_path: Path, whole_run: TrainResult
+) -> None:
+    import resource
+
+    out, c = tmp_path / "run", settings(grad_accum=2)
+    train(dropping(corpus), corpus, c, out=out, reporter=StopAt(4))
+    before = files(out / "last")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["model.safetensors"]) - 100, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot save the checkpoint of step 5 .*last holds step 4.*--resume"
+        ):
+            train(dropping(corpus), corpus, c, out=out, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(out / "last") == before
+    assert not list((out / "checkpoints").glob(".*"))  # what was written of it makes room again
+    train(dropping(corpus), corpus, c, out=out, resume=True)
+    assert files(out / "last") == files(whole_run.out / "last")
+
+
+def test_an_output_folder_is_never_overwritten(
+    corpus: Corpus, tmp_path: Path, whole_run: TrainResult
+) -> None:
+    before = files(whole_run.out / "last")
+    with pytest.raises(FileExistsError, match=r"holds a run already.*--resume"):
+        train(dropping(corpus), corpus, settings(), out=whole_run.out)
+    assert files(whole_run.out / "last") == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        train(tiny(corpus), corpus, settings(), out=tmp_path)
+    with pytest.raises(FileExistsError, match="is a file"):
+        train(tiny(corpus), corpus, settings(), out=tmp_path / "notes.txt")
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks on Windows")
+def test_two_processes_cannot_train_into_one_folder(corpus: Corpus, tmp_path: Path) -> None:
+    from spikedecoder.training.run_folder import locked
+
+    train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run")
+    with locked(tmp_path / "run"), pytest.raises(FileExistsError, match="another process"):
+        train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run", resume=True)
+
+
+def test_resuming_something_else_is_an_error(corpus: Corpus, tmp_path: Path, whole_run: TrainResult) -> None:
+    out, same = whole_run.out, settings(grad_accum=2)
+    for config, changed, message in (
+        (dropping(corpus).replace(blocks=2), same, "blocks: got 2"),
+        (dropping(corpus), same.replace(lr=0.1), "lr: got 0.1"),
+        (dropping(corpus), same.replace(steps=5), r"steps: got 5, but .* has done 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config, corpus, changed, out=out, resume=True)
+    (tmp_path / "other.txt").write_text(STORY.replace("cat", "tac"))
+    other = prepare_corpus([tmp_path / "other.txt"], cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="text: not the one"):
+        train(dropping(corpus), other, same, out=out, resume=True)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        train(dropping(corpus), corpus, same, out=tmp_path / "absent", resume=True)
+    with pytest.raises(CheckpointError, match="holds no run"):
+        train(dropping(corpus), corpus, same, out=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
+def test_a_damaged_checkpoint_is_named(
+    corpus: Corpus, tmp_path: Path, whole_run: TrainResult, file: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole_run.out, out, symlinks=True)
+    path = (out / "last").resolve() / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=rf"{file}: not a .*truncated"):
+        train(dropping(corpus), corpus, settings(grad_accum=2), out=out, resume=True)
+
+
+def test_the_vocabulary_must_be_the_texts(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vocab_size: got 99, takes that of the text's tokenizer"):
+        train(tiny(corpus, vocab_size=99), corpus, settings(), out=tmp_path / "run")
+    with pytest.raises(ValueError, match="shorter than the context"):
+        train(tiny(corpus, max_len=4000), corpus, settings(), out=tmp_path / "run")
+
+
+def test_metrics_of_lost_steps_are_dropped(corpus: Corpus, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(tiny(corpus), corpus, settings(), out=out, reporter=StopAt(6))
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "loss": 1.0}\n{"step": 6, "lo')
+    train(tiny(corpus), corpus, settings(), out=out, resume=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines if "val_loss" in line] == [5, 10, 12]
+
+
+def test_a_dead_layer_is_reported_during_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    messages, silent = Messages(), tiny(corpus, embedding_gain=1.0)
+    result = train(silent, corpus, settings(steps=2), out=tmp_path / "run", reporter=messages)
+    assert any("dead" in text for text in messages.texts) and result.warnings
+
+
+def test_tensorboard(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(corpus), corpus, settings(steps=6, tensorboard=True), out=tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [3, 6]
+    assert [e.step for e in events.Scalars("held_out/bits")] == [5, 6]
+    layer, tags = "blocks.0.mlp.fc1", events.Tags()
+    assert {f"{name}/{layer}" for name in ("dead", "saturated", "spike_rate_at_timestep_2")} <= set(
+        tags["scalars"]
+    )
+    assert not any("timestep_3" in tag for tag in tags["scalars"])
+    # what it says is what the last model does on the same text
+    model = SpikeDecoder.from_pretrained(tmp_path / "run" / "last")
+    tokens, _ = next(held_out_batches(corpus.val, 16, 2))
+    activity = record(model, tokens, potentials=True)
+    for tag, value in (
+        (f"dead/{layer}", activity.dead()[layer]),
+        (f"saturated/{layer}", activity.saturated()[layer]),
+        (f"spike_rate_at_timestep_2/{layer}", float(activity.rates()[layer][1])),
+    ):
+        assert [e.step for e in events.Scalars(tag)] == [5, 6]
+        assert events.Scalars(tag)[-1].value == pytest.approx(value), tag
+    potentials = activity.potentials[layer]
+    histogram = events.Histograms(f"membrane_potential/{layer}")[-1].histogram_value
+    assert histogram.num == potentials.numel() and histogram.max == pytest.approx(float(potentials.max()))
+    train(tiny(corpus, spike_degree=0), corpus, settings(steps=1, tensorboard=True), out=tmp_path / "ann")
+    train(tiny(corpus), corpus, settings(steps=6), out=tmp_path / "plain")
+    watched, plain = ((tmp_path / name / "last" / "model.safetensors") for name in ("run", "plain"))
+    assert watched.read_bytes() == plain.read_bytes()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"tensorboard: not installed.*pip install"):
+        train(tiny(corpus), corpus, settings(steps=1, tensorboard=True), out=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_batch(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(STORY)
+    (tmp_path / "two.py").write_text("from spikedecoder.cli import main; main()")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "two.py", "train", "--json"]
+    command += [
+        "--text",
+        "story.txt",
+        "--out",
+        "two",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--max-steps",
+        "4",
+    ]
+    command += [
+        "--preset",
+        "default-lif",
+        "--batch-size",
+        "2",
+        "--max-len",
+        "16",
+        "--heads",
+        "2",
+        "--blocks",
+        "1",
+        "--timesteps",
+        "2",
+    ]
+    # a BatchNorm whose statistics the processes share; currents that meet no threshold exactly
+    changes = {"norm": "batch", "v_threshold": 0.97, "attention_scale": 1.0}
+    assignments = ["token_dim=12", "position_dim=4", "warmup=0", "sync_norm=true"]
+    for assignment in [*assignments, *(f"{name}={value}" for name, value in changes.items())]:
+        command += ["--set", assignment]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["steps"] == 4  # one process speaks
+    train(
+        tiny(corpus, **changes),
+        corpus,
+        settings(steps=4, batch_size=4, warmup=0, lr=8e-3),
+        out=tmp_path / "one",
+    )
+    two = json.loads((tmp_path / "two" / "last" / "trainer.json").read_text())
+    # sums in another order, and then a spike here and there
+    ours = json.loads((tmp_path / "one" / "last" / "trainer.json").read_text())
+    assert two["recent_losses"][0] == pytest.approx(ours["recent_losses"][0], rel=1e-5)
+    assert two["evaluation"]["loss"] == pytest.approx(ours["evaluation"]["loss"], rel=0.02)
+    assert two["evaluation"]["tokens"] == ours["evaluation"]["tokens"]
+
+
+def test_a_compiled_step_trains(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # traced and differentiated ahead of time as always, but run without building C++, which takes minutes
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    plain = train(tiny(corpus), corpus, settings(steps=3), out=tmp_path / "plain")
+    compiled = train(tiny(corpus), corpus, settings(steps=3, compile=True), out=tmp_path / "compiled")
+    assert compiled.train_loss == pytest.approx(plain.train_loss, rel=1e-3)
+    SpikeDecoder.from_pretrained(tmp_path / "compiled" / "last")
