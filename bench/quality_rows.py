@@ -145,15 +145,21 @@ SMALL: list[Row] = [
 
 _LARGE: dict[str, Any] = {"lr": 3e-3, "batch_size": 32, "warmup": 500}
 _SHAPE: dict[str, Any] = {"channels": 384, "heads": 8, "blocks": 8, "position": "alibi"}
+# the best presets with LIF neurons in place of I-LIF, and with the original's recipe
+_LIF: dict[str, Any] = {
+    **{"neuron": "lif", "levels": None, "v_threshold": 1.0, "timesteps": 4, "attention_scale": 0.125},
+    "mlp_token_shift": 4,
+}
 _AS_ORIGINAL: dict[str, Any] = {
-    **{"embedding_gain": 1.0, "token_shift": 1, "mlp_token_shift": 1},
-    **{"v_reset": 0.0, "decay_fastest": 1.0, "decay_slowest": 1.0},
+    **_LIF,
+    **{"norm": "layer", "embedding_gain": 1.0, "embedding_std": 1e-5, "residual_init": 1.0},
+    **{"token_shift": 1, "mlp_token_shift": 1, "v_reset": 0.0, "decay_fastest": 1.0, "decay_slowest": 1.0},
 }
 
 MEDIUM: list[Row] = [
     Row("original recipe", "preset", {"name": "best-medium", **_AS_ORIGINAL}, {**_LARGE, "lr": 1e-3}),
     Row("best-medium", "preset", {"name": "best-medium"}, _LARGE),
-    Row("best-medium, T = 2", "preset", {"name": "best-medium", "timesteps": 2}, _LARGE),
+    Row("best-medium, LIF", "preset", {"name": "best-medium", **_LIF}, _LARGE),
     Row("GPT, ALiBi", "gpt", _SHAPE, {**_LARGE, "lr": 1e-3}),
     Row("GPT, ALiBi, shifts", "gpt", {**_SHAPE, **HELPS}, {**_LARGE, "lr": 1e-3}),
     Row("GPT, ALiBi, shifts, lr 3e-3", "gpt", {**_SHAPE, **HELPS}, _LARGE),

@@ -13,7 +13,7 @@ import torch
 from test_model import VARIANTS, _config, _model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spikedecoder import SpikeDecoder
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.kinds import kind_of
 from spikedecoder.ops import use_backend
 from spikedecoder.spike_stats import spiking_layers
@@ -106,6 +106,8 @@ def test_a_head_that_reads_counts_is_sums_of_spikes_too(reunite: str, timesteps:
 
 
 ILIF = {"neuron": "ilif", "timesteps": 1, "levels": 4}
+_SHAPE = {"vocab_size", "max_len", "token_dim", "position_dim", "heads", "blocks", "mlp_ratio"}
+DEFAULT = {k: v for k, v in SpikeDecoderConfig.preset("default").to_dict().items() if k not in _SHAPE}
 DECAY = {"decay_fastest": 0.75, "decay_slowest": 0.96, "token_shift": 3, "mlp_token_shift": 2}
 
 
@@ -142,9 +144,22 @@ def test_unrolled_ilif_is_bit_for_bit_what_was_trained(backend: str) -> None:
     assert all(torch.equal(integers[name], again[name]) for name in integers)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_unrolled_ilif_is_what_was_trained_to_the_order_of_sums(dtype: torch.dtype) -> None:
-    model = _model({**ILIF, **DECAY}).to(dtype)
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({**ILIF, **DECAY}, torch.float64),
+        ({**ILIF, **DECAY}, torch.float32),
+        (DEFAULT, torch.float64),
+        (DEFAULT, torch.float32),
+    ],
+    ids=["float64", "float32", "default-float64", "default-float32"],
+)
+def test_unrolled_ilif_is_what_was_trained_to_the_order_of_sums(
+    changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model = _model(changes).to(dtype)
+    model.unroll()
+    assert all(binary for _, binary in products(model))
     (trained, integers), (unrolled, again) = both_forms(model)
     assert all(torch.equal(integers[name], again[name]) for name in integers)
     limit = 1e-12 if dtype == torch.float64 else 1e-5

@@ -87,13 +87,14 @@ def unrolled_attention(
     for i, query in enumerate(queries):
         for j, (key, value, worth) in enumerate(pairs):
             past = None if j or state is None else state / worth  # what the pair's worth multiplies again
-            result = spike_attention(query, key, value, scale, decay, past, return_state)
+            result = spike_attention(query, key, value, 1.0, decay, past, return_state)
             out, new = result if isinstance(result, tuple) else (result, None)
             out = out * (worths[i] * worth)
             total = out if total is None else total + out
             if i == 0 and new is not None:
                 final = new * worth if final is None else final + new * worth
     assert total is not None
+    total = scale * total  # once, behind the sums: integers without a decay, and the same as not unrolled
     if return_state:
         assert final is not None
         return total, final
