@@ -35,8 +35,8 @@ from spikedecoder.serve.protocol import (
 BODY = 4 * 2**20  # bytes of a request
 DEFAULT_TOKENS = 16  # OpenAI's
 # Seconds between two events of a stream, at least: where tokens come faster than anybody reads, an event each
-# would cost more than the token.
-PAUSE = 0.02
+# would cost more than the token. All streams have theirs at the same moments, which wakes the loop once for all.
+PAUSE = 0.05
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class Completion:
         def hear(heard: list[GeneratedToken] | EngineError) -> None:
             self._heard.append(heard)
             ends = isinstance(heard, EngineError) or any(token.finish is not None for token in heard)
-            if self._told and not ends:  # it will look
+            if self._told and not ends:  # it will look by itself
                 return
             self._told = True
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
@@ -148,9 +148,11 @@ class Completion:
     async def news(self) -> AsyncIterator[list[tuple[int, str, str | None, dict[str, Any] | None]]]:
         """(index, text, finish, logprobs) of the choices that have something new: all that has come."""
         while self.open:
-            await self._something.wait()
+            if not self._heard:
+                self._told = False  # what comes from here on says so
+                if not self._heard:
+                    await self._something.wait()
             self._something.clear()
-            self._told = False  # before looking: what comes from here on says so
             heard = [self._heard.popleft() for _ in range(len(self._heard))]
             if not heard:
                 continue
@@ -167,7 +169,7 @@ class Completion:
             yield [self._new(self.index[number], tokens) for number, tokens in new.items()]
             with contextlib.suppress(asyncio.TimeoutError):
                 if self.open:
-                    await asyncio.wait_for(self._end.wait(), PAUSE)
+                    await asyncio.wait_for(self._end.wait(), PAUSE - self._loop.time() % PAUSE)
             self._end.clear()
 
     def _new(
