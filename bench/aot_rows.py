@@ -133,16 +133,19 @@ def norm_lif_rows() -> Iterator[Row]:
 def attention_rows() -> Iterator[Row]:
     from spikedecoder.kernels import spike_attention as k
 
-    def row(call: str, dtype: torch.dtype, B: int, S: int, d: int, decay: bool) -> Row:
-        q, key, v, grad = (meta((4, B, S, 8, d), dtype).transpose(2, 3) for _ in range(4))
+    def row(
+        call: str, dtype: torch.dtype, B: int, S: int, d: int, decay: bool, T: int = 4, levels: int = 1
+    ) -> Row:
+        q, key, v, grad = (meta((T, B, S, 8, d), dtype).transpose(2, 3) for _ in range(4))
         powers = meta((8,), torch.float32) if decay else None
         run = {
-            "forward": lambda: k.forward(q, key, v, 0.125, powers, None, False),
-            "backward": lambda: k.backward(grad, q, key, v, 0.125, powers, None),
+            "forward": lambda: k.forward(q, key, v, 0.125, powers, None, False, levels),
+            "backward": lambda: k.backward(grad, q, key, v, 0.125, powers, None, levels),
         }[call]
         moved = q.numel() * dtype.itemsize * (4 if call == "forward" else 7)
-        name = f"T = 4, B H = {8 * B}, S = {S}, d = {d}"
-        return Row("spike_attention", call + ", decay" * decay, TYPES[dtype], name, moved, DOT, run)
+        name = f"T = {T}, B H = {8 * B}, S = {S}, d = {d}"
+        call += ", decay" * decay + f", integers to {levels}" * (levels > 1)
+        return Row("spike_attention", call, TYPES[dtype], name, moved, DOT, run)
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for call in ("forward", "backward"):
@@ -155,6 +158,9 @@ def attention_rows() -> Iterator[Row]:
             (fp32, 16, 2048, 128, True), (fp32, 16, 2048, 128, False),
         ):  # fmt: skip
             yield row(call, dtype, B, S, d, decay)
+    for call in ("forward", "backward"):  # of I-LIF neurons; a decay takes real sums, whatever the operands
+        yield row(call, bf16, 16, 2048, 64, False, T=1, levels=15)
+        yield row(call, bf16, 32, 256, 24, True, T=1, levels=15)
     for decay in (False, True):  # in segments
         yield row("forward", fp32, 1, 65536, 128, decay)
 
