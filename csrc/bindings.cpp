@@ -346,6 +346,8 @@ Decode make_decode_model(const Neuron& neuron, const py::kwargs& k) {
   const auto flag = [&](const char* name) { return k[name].cast<bool>(); };
   Decode a{};
   a.neuron = neuron;
+  a.levels = k["levels"].cast<float>();
+  a.per_unit = k["per_unit"].cast<float>();
   a.norm = make_kind(k["norm"].cast<int>());
   const int reunite = k["reunite"].cast<int>();
   require(reunite >= 0 && reunite <= 3, "reunite: takes 0 (average), 1 (accumulate), 2 (concatenate) or 3 (final)");
@@ -365,6 +367,7 @@ Decode make_decode_model(const Neuron& neuron, const py::kwargs& k) {
   a.mlp_token_shift = number("mlp_token_shift");
   a.token_width = number("token_width");
   require(a.blocks >= 1 && a.T >= 1 && a.E >= 1 && a.hidden >= 1 && a.V >= 1, "sizes: takes numbers >= 1");
+  require(a.levels == 0 || a.T == 1, "levels: takes one timestep");
   require(a.H >= 1 && a.E % a.H == 0, "H: takes a divisor of E");
   require(a.E <= 65536 && a.hidden <= 65536, "sizes: takes at most 65536 channels");
   require(a.token_shift >= 1 && a.token_shift <= a.E && a.mlp_token_shift >= 1 && a.mlp_token_shift <= a.E,

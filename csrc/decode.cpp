@@ -3,8 +3,8 @@
 //
 // A thread takes a chunk of tokens through one block after the other, and a group of them through one Linear after the
 // other. A Linear adds up the rows of its weight (stored by inputs) at which the input spikes, see decode_sums.h, panel
-// by panel, so that a panel's rows come from the first-level cache for all but the first tokens that need them. Norm
-// and neurons follow. Attention adds v to the rows of the state at which k spikes, and adds up those at which q does.
+// by panel, so that a panel's rows come from the first-level cache for all but the first tokens that need them (of
+// integers, see decode_levels.h). Norm and neurons follow. Attention adds v to the rows of the state at which k spikes, and adds up those at which q does.
 //
 // Where there are fewer sequences than threads, the chunks of a sequence go to the threads in turn. Only attention and
 // token shift need the chunk before, at the same block: a thread waits for that, and the threads work side by side,
@@ -12,6 +12,8 @@
 #include <sched.h>
 
 #include "bits.h"
+#include "decode_ends.h"
+#include "decode_levels.h"
 #include "decode_neurons.h"
 #include "decode_parts.h"
 #include "decode_sums.h"
@@ -25,27 +27,27 @@ namespace {
 
 constexpr int64_t FETCH_FOR = 4;  // tokens
 
-// What one thread does.
-template <bool PlainCell>
+// What one thread does. Kind: Cell<...> of LIF neurons, whose spikes are listed from bits (words_), or Counts, whose
+// integers are listed from floats.
+template <class Kind>
 class Step {
  public:
   // own: this thread's scratch memory.
-  Step(const Decode& a, const Cell<PlainCell>& cell, float* own)
+  Step(const Decode& a, const Kind& cell, float* own)
       : a_(a),
-        cell_(cell),
         E_(decode_padded(a.E)),
         hidden_(decode_padded(a.hidden)),
         word_stride_(words_for(larger(a.E, a.hidden))),
         group_(decode_group(a)),
         parts_(decode_scratch_parts(a)),
         own_(own),
-        neurons_(a, cell, word_stride_, own + parts_.statistics) {
+        neurons_(a, cell, word_stride_, own + parts_.statistics),
+        ends_(a, cell, neurons_, own + parts_.joined, reinterpret_cast<int32_t*>(own + parts_.lists)) {
     y_ = own_ + parts_.y;
     z_ = own_ + parts_.z;
     spikes_ = own_ + parts_.spikes;
     values_ = spikes_ + a.T * E_;
     first_of_ = reinterpret_cast<int32_t*>(own_ + parts_.first_of);
-    joined_ = own_ + parts_.joined;
     words_ = reinterpret_cast<uint64_t*>(own_ + parts_.words);
     q_ = channels(0);
     k_ = channels(1);
@@ -58,7 +60,7 @@ class Step {
   // of the tokens before.
   template <class Before, class Behind>
   void run(Range chunk, const Before& before, const Behind& behind) const {
-    for (int64_t i = chunk.begin; i < chunk.end; i++) embed(i, i - chunk.begin);
+    for (int64_t i = chunk.begin; i < chunk.end; i++) ends_.embed(i, stream(i - chunk.begin).start);
     Reader reader{a_.weights, a_.norm};
     for (int64_t n = 0; n < a_.blocks; n++) {
       const BlockWeights w(a_, reader);
@@ -70,57 +72,14 @@ class Step {
     }
     for (int64_t i = chunk.begin; i < chunk.end; i++) {
       if (!a_.last_only) {
-        head(reader, i - chunk.begin, a_.logits + i * a_.V);
+        ends_.head(reader, stream(i - chunk.begin), a_.logits + i * a_.V);
       } else if (i % a_.S == a_.S - 1) {
-        head(reader, i - chunk.begin, a_.logits + i / a_.S * a_.V);
+        ends_.head(reader, stream(i - chunk.begin), a_.logits + i / a_.S * a_.V);
       }
     }
   }
 
  private:
-  void embed(int64_t i, int64_t place) const {
-    float* x = stream(place).start;
-    const int64_t width = a_.token_width, rest = a_.E - width;
-    if (a_.embedded) {
-      copy(a_.embedded + i * a_.E, a_.E, x);
-    } else {
-      copy(a_.token_rows + a_.tokens[i] * width, width, x);
-      copy(a_.position_rows + (a_.positions[i] - a_.first_position) * rest, rest, x + width);
-    }
-    for (int64_t c = a_.E; c < E_; c++) x[c] = 0;
-    for (int64_t t = 1; t < a_.T; t++) copy(x, E_, x + t * E_);
-  }
-
-  void head(Reader r, int64_t place, float* logits) const {
-    const int64_t columns = decode_padded(a_.V), inputs = decode_head_inputs(a_);
-    const float *weight = r.take(inputs * columns), *bias = r.take(columns);
-    const float threshold = a_.thresholds[a_.blocks * neurons_per_block];
-    const Rows x = stream(place);
-    if (a_.head_neuron && !a_.float_reunite) neurons_.fire(x, a_.E, threshold, x.start, nullptr);
-    join(x);
-    if (a_.head_neuron && a_.float_reunite) {
-      for (int64_t i = 0; i < inputs; i += W) {
-        const Mask fired = ge(cell_.charge(load(joined_ + i), zero()), set1(threshold));
-        store(joined_ + i, keep(fired, set1(1)));
-      }
-    }
-    // the inputs that are not 0 come first, their values in place
-    int64_t n = 0;
-    int32_t* rows = reinterpret_cast<int32_t*>(own_ + parts_.lists);
-    for (int64_t i = 0; i < inputs; i++) {
-      const float value = joined_[i];
-      joined_[n] = value;
-      rows[n] = static_cast<int32_t>(i);
-      n += value != 0;
-    }
-    for (int64_t c = 0; c < columns; c += W) {
-      F total = load(bias + c);
-      for (int64_t i = 0; i < n; i++) total = fma(set1(joined_[i]), load(weight + rows[i] * columns + c), total);
-      const int64_t left = a_.V - c;
-      if (left > 0) store_up_to(logits + c, total, static_cast<int>(left < W ? left : W));
-    }
-  }
-
   // body(tokens, place of the first one in the chunk) for the groups of a chunk.
   template <class Body>
   void by_groups(Range chunk, const Body& body) const {
@@ -142,21 +101,13 @@ class Step {
     for (int64_t g = 0; g < size; g++) {
       const Rows x = stream(first + g);
       fire_if(block_input, x);
-      spikes_of(x, present[attention_input], threshold[attention_input], state.attention_shift, a_.token_shift,
-                (group.begin + g) / a_.S);
-      list(first + g, a_.E);
+      list_shifted(first + g, x, present[attention_input], threshold[attention_input], state.attention_shift,
+                   a_.token_shift, (group.begin + g) / a_.S);
     }
     sum(w.qkv, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
-      float* y = y_ + g * parts_.y_size;
-      neurons_.fire({y, 3 * E_}, a_.E, threshold[q_neuron], nullptr, words_, w.qkv.norm);
-      list_timesteps(q_);
-      neurons_.fire({y + E_, 3 * E_}, a_.E, threshold[k_neuron], nullptr, words_, w.qkv.norm.from(E_));
-      list_timesteps(k_);
-      neurons_.fire({y + 2 * E_, 3 * E_}, a_.E, threshold[v_neuron], values_, nullptr, w.qkv.norm.from(2 * E_));
-      attention(state.attention, (group.begin + g) / a_.S);
-      neurons_.fire({z_, E_}, a_.E, threshold[attention_neuron], nullptr, words_, w.attention);
-      list(first + g, a_.E);
+      attention(w.qkv.norm, threshold, y_ + g * parts_.y_size, state.attention, (group.begin + g) / a_.S);
+      list_fired(first + g, {z_, E_}, a_.E, threshold[attention_neuron], w.attention);
     }
     sum(w.proj, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
@@ -166,9 +117,8 @@ class Step {
       fire_if(attention_residual, y);
       add_to(x, y);
       fire_if(residual_sum, x);
-      spikes_of(x, present[mlp_input], threshold[mlp_input], state.mlp_shift, a_.mlp_token_shift,
-                (group.begin + g) / a_.S);
-      list(first + g, a_.E);
+      list_shifted(first + g, x, present[mlp_input], threshold[mlp_input], state.mlp_shift, a_.mlp_token_shift,
+                   (group.begin + g) / a_.S);
     }
   }
 
@@ -178,8 +128,7 @@ class Step {
     const int64_t size = group.end - group.begin;
     sum(w.fc1, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
-      neurons_.fire({y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, nullptr, words_, w.fc1.norm);
-      list(first + g, a_.hidden);
+      list_fired(first + g, {y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, w.fc1.norm);
     }
   }
 
@@ -196,11 +145,32 @@ class Step {
 
   Rows stream(int64_t place) const { return {own_ + place * a_.T * E_, E_}; }
 
-  static void copy(const float* from, int64_t n, float* to) {
-    memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+  // Lists what a Linear reads: spikes of x, or x itself, after the token shift.
+  void list_shifted(int64_t place, const Rows& x, bool own, float threshold, float* history, int64_t shift,
+                    int64_t b) const {
+    if constexpr (of_integers<Kind>) {
+      if (own) neurons_.fire(x, a_.E, threshold, spikes_, nullptr);
+      const float* row = own ? spikes_ : x.start;
+      if (shift > 1) shift_tokens(row, history + b * (shift - 1) * a_.E, shift, values_);
+      list_levels(shift > 1 ? values_ : row, a_.E, levels_of(place));
+    } else {
+      spikes_of(x, own, threshold, history, shift, b);
+      list(place, a_.E);
+    }
   }
 
-  // words_ = the spikes that a Linear reads: those of x, or x itself, after the token shift.
+  // Lists the spikes of neurons with input norm(y), C a timestep; y is changed.
+  void list_fired(int64_t place, const Rows& y, int64_t C, float threshold, const Norm& norm) const {
+    if constexpr (of_integers<Kind>) {
+      neurons_.fire(y, C, threshold, y.start, nullptr, norm);
+      list_levels(y.start, C, levels_of(place));
+    } else {
+      neurons_.fire(y, C, threshold, nullptr, words_, norm);
+      list(place, C);
+    }
+  }
+
+  // words_ = the spikes of x, or x itself, after the token shift.
   void spikes_of(const Rows& x, bool own, float threshold, float* history, int64_t shift, int64_t b) const {
     if (own) neurons_.fire(x, a_.E, threshold, shift > 1 ? spikes_ : nullptr, words_);
     if (own && shift == 1) return;
@@ -237,11 +207,41 @@ class Step {
             reinterpret_cast<int32_t*>(own_ + parts_.ends + place * parts_.ends_size)};
   }
 
+  LevelList levels_of(int64_t place) const {
+    const SpikeLists lists = lists_of(place);
+    const int64_t channels = decode_padded((larger(a_.E, a_.hidden) + 64) / 2 + 1);
+    return {lists.entries, reinterpret_cast<float*>(lists.entries) + channels, lists.ends};
+  }
+
   // The spikes of words_ (C a timestep), as the lists of one token of the chunk.
   void list(int64_t place, int64_t C) const { list_spikes(words_, a_.T, word_stride_, words_for(C), lists_of(place)); }
 
-  // y [size, T, columns] = the Linear of the listed spikes of `size` tokens from place `first` on, C inputs.
+  // y [size, T, columns] = the Linear of what is listed for `size` tokens from place `first` on, C inputs.
   void sum(const Linear& l, int64_t C, int64_t first, int64_t size) const {
+    if constexpr (of_integers<Kind>) {
+      sum_integers(l, C, first, size);
+    } else {
+      sum_spikes(l, C, first, size);
+    }
+  }
+
+  void sum_integers(const Linear& l, int64_t C, int64_t first, int64_t size) const {
+    const int64_t width = decode_panel(C);
+    for (int64_t begin = 0; begin < l.columns; begin += width) {
+      const int64_t columns = l.columns - begin < width ? l.columns - begin : width;
+      const float* panel = l.weight + begin * C;
+      for (int64_t c = 0; c < columns; c += LEVEL_VECTORS * W) {
+        const int64_t left = (columns - c) / W;
+        const SumLevels add_up = sum_levels_of<LEVEL_VECTORS>(left < LEVEL_VECTORS ? left : LEVEL_VECTORS);
+        for (int64_t g = 0; g < size; g++) {
+          float* y = y_ + g * parts_.y_size + begin + c;
+          add_up(panel + c, columns, levels_of(first + g), l.bias + begin + c, y);
+        }
+      }
+    }
+  }
+
+  void sum_spikes(const Linear& l, int64_t C, int64_t first, int64_t size) const {
     const int64_t width = decode_panel(C);
     for (int64_t begin = 0; begin < l.columns; begin += width) {
       const int64_t columns = l.columns - begin < width ? l.columns - begin : width;
@@ -284,14 +284,29 @@ class Step {
     }
   }
 
-  // z = scale * (q state), the states with this token's k^T v in them.
-  void attention(float* states, int64_t b) const {
+  // z = scale * (q state), the states with this token's k^T v in them; y [T, 3, E] what the Linears before gave.
+  void attention(const Norm& norm, const float* threshold, float* y, float* states, int64_t b) const {
     const int64_t d = a_.E / a_.H;
     const F scale = set1(a_.scale);
-    for (int64_t t = 0; t < a_.T; t++) {
-      const Attention at{q_.list(t), k_.list(t), q_.counts[t], k_.counts[t], values_ + t * E_,
-                         a_.E,       d,          first_of_,    a_.decay};
-      (d % W ? attend<false> : attend<true>)(at, scale, states + (t * a_.B + b) * a_.E * d, z_ + t * E_);
+    const auto part = [&](int i, BlockNeuron neuron, float* spikes, uint64_t* words) {
+      neurons_.fire({y + i * E_, 3 * E_}, a_.E, threshold[neuron], spikes, words, norm.from(i * E_));
+    };
+    if constexpr (of_integers<Kind>) {
+      part(0, q_neuron, y, nullptr);
+      part(1, k_neuron, y + E_, nullptr);
+      part(2, v_neuron, y + 2 * E_, nullptr);
+      attend_levels(y, y + E_, y + 2 * E_, a_.E, d, a_.decay, scale, states + b * a_.E * d, z_);
+    } else {
+      part(0, q_neuron, nullptr, words_);
+      list_timesteps(q_);
+      part(1, k_neuron, nullptr, words_);
+      list_timesteps(k_);
+      part(2, v_neuron, values_, nullptr);
+      for (int64_t t = 0; t < a_.T; t++) {
+        const Attention at{q_.list(t), k_.list(t), q_.counts[t], k_.counts[t], values_ + t * E_,
+                           a_.E,       d,          first_of_,    a_.decay};
+        (d % W ? attend<false> : attend<true>)(at, scale, states + (t * a_.B + b) * a_.E * d, z_ + t * E_);
+      }
     }
   }
 
@@ -300,29 +315,13 @@ class Step {
     for (int64_t i = 0; i < a_.T * E_; i += W) store(x.start + i, add(load(x.start + i), load(y.start + i)));
   }
 
-  // joined = the head's input; lanes behind it are 0.
-  void join(const Rows& x) const {
-    if (a_.reunite == Reunite::concatenate) {
-      for (int64_t i = decode_head_inputs(a_) / W * W; i < decode_padded(decode_head_inputs(a_)); i++) joined_[i] = 0;
-      for (int64_t t = 0; t < a_.T; t++) copy(x[t], a_.E, joined_ + t * a_.E);
-      return;
-    }
-    const int64_t first = a_.reunite == Reunite::final ? a_.T - 1 : 0;
-    for (int64_t c = 0; c < E_; c += W) {
-      F total = load(x[first] + c);
-      for (int64_t t = first + 1; t < a_.T; t++) total = add(total, load(x[t] + c));
-      if (a_.reunite == Reunite::average) total = div(total, set1(static_cast<float>(a_.T)));
-      store(joined_ + c, total);
-    }
-  }
-
   const Decode& a_;
-  const Cell<PlainCell>& cell_;
   const int64_t E_, hidden_, word_stride_, group_;
   const DecodeScratch parts_;
   float* const own_;
-  const Neurons<PlainCell> neurons_;
-  float *y_, *z_, *spikes_, *values_, *joined_;
+  const Neurons<Kind> neurons_;
+  const Ends<Kind> ends_;
+  float *y_, *z_, *spikes_, *values_;
   uint64_t* words_;
   int32_t* first_of_;
   Channels q_, k_;
@@ -373,7 +372,7 @@ void decode(const Decode& a) {
   const int64_t own = decode_scratch_parts(a).size, counts = decode_padded(2 * a.blocks);
   float* scratch = static_cast<float*>(a.scratch);
   if (shared) memset(scratch + threads * own, 0, static_cast<size_t>(threads * counts) * sizeof(float));
-  with_cell(a.neuron, [&](const auto& cell) {
+  const auto with = [&](const auto& cell) {
     team(threads, [&](int thread, int all) {
       const Step step(a, cell, scratch + thread * own);
       const auto nothing = [](int64_t) {};
@@ -395,7 +394,12 @@ void decode(const Decode& a) {
         }
       }
     });
-  });
+  };
+  if (a.levels > 0) {
+    with(Counts(a));
+  } else {
+    with_cell(a.neuron, with);
+  }
 }
 
 }  // namespace SPIKEDECODER_VARIANT

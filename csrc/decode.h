@@ -39,12 +39,13 @@ struct DecodeState {
 struct Decode {
   // the model
   Neuron neuron;
+  float levels, per_unit;  // of I-LIF neurons (T = 1): the largest integer, and 1 / v_threshold; levels 0: LIF
   NormKind norm;
   Reunite reunite;
   bool attention_norm, float_reunite, head_neuron;
   float eps, scale;
   int64_t blocks, T, E, hidden, H, V, token_shift, mlp_token_shift;
-  const float *weights, *thresholds, *decay;  // thresholds [blocks, neurons_per_block] and the head's; decay [H] or null
+  const float *weights, *thresholds, *decay;  // thresholds [blocks, neurons_per_block] and the head's (of LIF); decay [H] or null
   const uint8_t* present;                     // as thresholds, but for the head's
   int64_t token_width;
 
@@ -111,8 +112,8 @@ static inline int64_t decode_channels(const Decode& a) { return decode_padded(a.
 // Where the parts of one thread's scratch memory begin, in floats: the residual streams [chunk, T, E], the results of a
 // Linear [group, T, columns], of the attention [T, E], spikes [2, T, E], the first channel of each channel's head [E],
 // statistics [2, T], the head's input, words of bits [T, inputs / 64], the channels at which q and k spike [2, T, E]
-// (16 bits each) and how many [2, T], lists of spikes [chunk, T * inputs] (16 bits each) and where a node's ends
-// [chunk, nodes]. All rows are padded.
+// (16 bits each) and how many [2, T], lists of spikes [chunk, T * inputs] (16 bits each, and of I-LIF the integers)
+// and where a node's ends [chunk, nodes]. All rows are padded.
 struct DecodeScratch {
   int64_t y, z, spikes, first_of, statistics, joined, words, channels, lists, ends, size;
   int64_t y_size, words_size, channels_size, list_size, ends_size;  // of one token; of one set of words; of one token's lists
@@ -125,7 +126,7 @@ static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   s.y_size = larger(3 * E, hidden) * a.T;
   s.words_size = decode_padded(2 * words_for(widest) * a.T);
   s.channels_size = decode_padded(a.T * decode_channels(a) / 2 + a.T);
-  s.list_size = decode_padded((a.T * widest + 64) / 2 + 1);
+  s.list_size = decode_padded((a.T * widest + 64) / 2 + 1) + (a.levels > 0 ? decode_padded(widest + 16) : 0);
   s.ends_size = decode_padded(decode_nodes(a.T));
   s.y = chunk * a.T * E;
   s.z = s.y + decode_group(a) * s.y_size;

@@ -1,6 +1,7 @@
 // Norms and neurons of one token, inside decode.cpp.
 #pragma once
 
+#include "decode_levels.h"
 #include "decode_parts.h"
 #include "kernels.h"
 #include "neuron.h"
@@ -17,11 +18,12 @@ struct Rows {
   float* operator[](int64_t t) const { return start + t * stride; }
 };
 
-template <bool PlainCell>
+// Kind: Cell<...> of LIF neurons, or Counts.
+template <class Kind>
 class Neurons {
  public:
   // statistics: room for [2, T]. Bits are written in rows of `word_stride` words a timestep, spikes in rows of E.
-  Neurons(const Decode& a, const Cell<PlainCell>& cell, int64_t word_stride, float* statistics)
+  Neurons(const Decode& a, const Kind& cell, int64_t word_stride, float* statistics)
       : a_(a), cell_(cell), E_(decode_padded(a.E)), word_stride_(word_stride), statistics_(statistics) {}
 
   // y = norm(y), in place.
@@ -36,7 +38,8 @@ class Neurons {
     }
   }
 
-  // The spikes of neurons with input norm(y), or y itself, as floats [T, E] and as bits; either may be null.
+  // The spikes of neurons with input norm(y), or y itself, as floats [T, E] and as bits; either may be null. I-LIF's
+  // integers always go to `spikes`, which may be y.
   void fire(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm = {}) const {
     if (words) clear(words);
     if (!norm.weight) {
@@ -110,6 +113,19 @@ class Neurons {
 
   template <class Input>
   void fire_with(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm) const {
+    if constexpr (of_integers<Kind>) {
+      for (int64_t c = 0; c < decode_padded(C); c += W) {
+        Input input;
+        input.read(norm, c);
+        store(spikes + c, cell_(input(load(y.start + c), statistics_[0], statistics_[1])));
+      }
+    } else {
+      spike_with<Input>(y, C, threshold, spikes, words, norm);
+    }
+  }
+
+  template <class Input>
+  void spike_with(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm) const {
     for_channels(decode_padded(C), [&](auto vectors, int64_t c, int) SPIKEDECODER_INLINE_LAMBDA {
       constexpr int U = decltype(vectors)::count;
       Input input[U];
@@ -137,7 +153,7 @@ class Neurons {
   }
 
   const Decode& a_;
-  const Cell<PlainCell>& cell_;
+  const Kind& cell_;
   const int64_t E_, word_stride_;
   float* const statistics_;
 };

@@ -1,23 +1,12 @@
 // Integer LIF: s = clip(floor(x / v_threshold + 1/2), 0, levels), and one byte where the gradient passes.
 // Bytes moved per element: forward 4 read + 4 written (5 in training); backward 5 read + 4 written.
 #include "kernels.h"
+#include "neuron.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
-namespace {
-
-// A NaN stays one: max gives its second argument there, and no comparison holds.
-SPIKEDECODER_INLINE F count(F u, F levels) {
-  const F above = max(zero(), add(u, set1(0.5f)));
-  const F inside = select(ge(above, levels), levels, above);
-  const F nearest = round(inside);
-  return sub(nearest, drop(ge(inside, nearest), set1(1)));
-}
-
-}  // namespace
-
 void ilif_forward(const IlifForward& a) {
   parallel(threads_for(0.3 * static_cast<double>(a.n), a.threads), [&](int thread, int threads) {
     const Range mine = share(a.n, thread, threads, 16 * W);

@@ -1,5 +1,5 @@
 // One step of a LIF neuron and its gradient, W neurons at a time; shared by lif, norm_lif and
-// spike_attention_lif. Equations: spikedecoder/params.py and spikedecoder/reference/lif.py, whose order of
+// spike_attention_lif; and of an integer one. Equations: spikedecoder/params.py and spikedecoder/reference/lif.py, whose order of
 // operations is kept, so that the same input gives the same spikes to the bit.
 #pragma once
 
@@ -8,6 +8,15 @@
 
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
+
+// An I-LIF neuron with input u, in units: clip(floor(u + 1/2), 0, levels). A NaN stays one: max gives its second
+// argument there, and no comparison holds.
+SPIKEDECODER_INLINE F count(F u, F levels) {
+  const F above = max(zero(), add(u, set1(0.5f)));
+  const F inside = select(ge(above, levels), levels, above);
+  const F nearest = round(inside);
+  return sub(nearest, drop(ge(inside, nearest), set1(1)));
+}
 
 constexpr float LOG2_E = 1.44269504088896341f;
 

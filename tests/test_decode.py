@@ -15,8 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_model import VARIANTS, _config, _model
 
+import spikedecoder.reference.ilif as reference_ilif
 import spikedecoder.reference.lif as reference_lif
-from spikedecoder import SpikeDecoder, ext
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ext
 from spikedecoder.generation import (
     Batch,
     Continuation,
@@ -38,17 +39,19 @@ if ext.is_built():
 
 TOKENS = torch.randint(0, 11, (3, 12), generator=torch.Generator().manual_seed(5))
 SPIKING = [
-    v
-    for v in VARIANTS
-    if v.values[0].get("spike_degree", 4) >= 3
-    and "attention_only" not in v.values[0]
-    and v.values[0].get("neuron", "lif") == "lif"
+    v for v in VARIANTS if v.values[0].get("spike_degree", 4) >= 3 and "attention_only" not in v.values[0]
 ]
 OTHER = [v for v in VARIANTS if v not in SPIKING]
+SIZES = {"vocab_size": 11, "max_len": 12, "token_dim": 23, "heads": 2, "blocks": 2, "mlp_ratio": 2}
+ILIF = {"neuron": "ilif", "levels": 5, "timesteps": 1}
+DEFAULT = {**SpikeDecoderConfig.preset("default").to_dict(), **SIZES}  # I-LIF with 15 levels
 
 
 def nearest_threshold(model: SpikeDecoder, tokens: torch.Tensor) -> float:
-    """The smallest distance of a membrane potential from its threshold that is not exactly 0."""
+    """The smallest distance of a membrane potential from its threshold that is not exactly 0.
+
+    Of I-LIF neurons, whose potentials have far more thresholds, in tenths of a unit.
+    """
     nearest, forward = [float("inf")], reference_lif.forward
 
     def watched(x, threshold, v_init, p):
@@ -61,8 +64,15 @@ def nearest_threshold(model: SpikeDecoder, tokens: torch.Tensor) -> float:
             v = v - fired * threshold if p.v_reset is None else v.masked_fill(fired, p.v_reset)
         return forward(x, threshold, v_init, p)
 
+    def count(u, p):
+        at = u + 0.5
+        distance = (at - at.round().clamp(1, p.levels)).abs() / 10
+        nearest.append(float(distance[distance > 0].min()))
+        return at.floor().clamp(0, p.levels)
+
     with pytest.MonkeyPatch.context() as patch, use_backend("reference"), torch.no_grad():
         patch.setattr(reference_lif, "forward", watched)
+        patch.setattr(reference_ilif, "_count", count)
         model(tokens)
     assert len(nearest) > 1
     return min(nearest)
@@ -90,7 +100,7 @@ def same_steps(model: SpikeDecoder, tokens: torch.Tensor, split: int) -> None:
         same_states(state, expected_state)
 
 
-@pytest.mark.parametrize("variant", SPIKING)
+@pytest.mark.parametrize("variant", [*SPIKING, pytest.param(DEFAULT, id="default")])
 def test_steps_equal_the_models(variant):
     if "float_embedding" in variant:  # a cosine of almost 1 brings a neuron almost to its threshold of 1/2
         variant = {**variant, "position_bias": 0.01}
@@ -102,13 +112,14 @@ def test_steps_equal_the_models(variant):
             break
     else:
         pytest.fail("a potential within 1e-6 of its threshold for every seed")
-    for split in (1, 7):
-        same_steps(model, TOKENS, split)
+    same_steps(model, TOKENS[:, :8], 1)
+    same_steps(model, TOKENS, 7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=48, deadline=None)
 @given(
     degree=st.integers(3, 4),
+    levels=st.sampled_from([None, None, 1, 3, 15]),
     timesteps=st.integers(1, 9),
     heads=st.sampled_from([1, 2, 3, 4]),
     head_size=st.sampled_from([1, 3, 7, 8, 16, 20, 40, 70]),
@@ -122,32 +133,41 @@ def test_steps_equal_the_models(variant):
         {
             "attention_norm": st.booleans(),
             "first_block_residual_lif": st.booleans(),
+            "float_embedding": st.booleans(),
+        }
+    ),
+    lif=st.fixed_dictionaries(
+        {
             "learn_threshold": st.booleans(),
             "decay_input": st.booleans(),
             "tau": st.sampled_from([1.0, 1.5, 2.0]),
             "v_reset": st.sampled_from([None, 0.0, -0.25]),
         }
     ),
+    decay=st.sampled_from([1.0, 0.8]),
     vocab=st.integers(1, 40),
     batch=st.integers(1, 5),
-    split=st.integers(1, 11),
+    split=st.integers(1, 8),
     seed=st.integers(0, 1000),
 )
 def test_random_configs_and_splits(
-    degree, timesteps, heads, head_size, ratio, shifts, position, residuals, norm, reunite, options, vocab,
-    batch, split, seed,
+    degree, levels, timesteps, heads, head_size, ratio, shifts, position, residuals, norm, reunite, options,
+    lif, decay, vocab, batch, split, seed,
 ):  # fmt: skip
     channels = {"learned": 5, "static": 5, "linear": 12, "binary": 4}[position]
     token_dim = -(-(channels + 4) // (heads * head_size)) * heads * head_size - channels
+    ilif = {"neuron": "ilif", "levels": levels, "timesteps": 1}
     variant = {
         **options,
-        **{"spike_degree": degree, "timesteps": timesteps, "heads": heads, "mlp_ratio": ratio},
+        **({**lif, "timesteps": timesteps} if levels is None else ilif),
+        **{"decay_fastest": decay, "decay_slowest": decay},
+        **{"spike_degree": degree, "heads": heads, "mlp_ratio": ratio},
         **{"token_dim": token_dim, "position_dim": 5, "position_encoding": position, "vocab_size": vocab},
         **{"token_shift": shifts[0], "mlp_token_shift": shifts[1], "spiking_residuals": residuals},
         **{"norm": norm, "reunite": reunite},
     }
     model = _model(variant, seed).eval()
-    tokens = torch.randint(0, vocab, (batch, 12), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(0, vocab, (batch, 9), generator=torch.Generator().manual_seed(seed))
     assume(nearest_threshold(model, tokens) > 2e-6)
     same_steps(model, tokens, split)
 
@@ -159,17 +179,20 @@ def test_every_variant_of_the_cpu(name):
     before = native.variant()
     native.use_variant(name)
     try:
-        for variant in ({}, {"token_shift": 3, "norm": "batch"}, {"token_dim": 150, "attention_norm": True}):
+        wide = {"token_dim": 150, "attention_norm": True}
+        for variant in ({}, {"token_shift": 3, "norm": "batch"}, wide, {**DEFAULT, "token_dim": 159}):
             same_steps(_model(variant).eval(), TOKENS, 4)
     finally:
         native.use_variant(before)
 
 
-@pytest.mark.parametrize("batch, length", [(40, 6), (1, 75), (2, 75)])
-def test_any_number_of_threads_gives_the_same_bits(batch, length):
+@pytest.mark.parametrize(
+    "batch, length, neuron", [(40, 6, {}), (1, 75, {}), (2, 75, {}), (40, 6, ILIF), (2, 75, ILIF)]
+)
+def test_any_number_of_threads_gives_the_same_bits(batch, length, neuron):
     """Several sequences to a thread, and chunks of one sequence that threads take in turn."""
     options = {"token_dim": 150, "blocks": 4, "mlp_ratio": 8, "token_shift": 3, "mlp_token_shift": 2}
-    model = _model({**options, "max_len": 80}).eval()
+    model = _model({**options, **neuron, "max_len": 80}).eval()
     tokens = torch.randint(0, 11, (batch, length), generator=torch.Generator().manual_seed(1))
     before, results = torch.get_num_threads(), []
     try:
@@ -186,9 +209,10 @@ def test_any_number_of_threads_gives_the_same_bits(batch, length):
         assert torch.equal(logits, results[0][0]) and torch.equal(sums, results[0][1])
 
 
-def test_tokens_one_by_one_or_together_give_the_same_bits():
+@pytest.mark.parametrize("neuron", [{"timesteps": 7}, ILIF], ids=("lif", "ilif"))
+def test_tokens_one_by_one_or_together_give_the_same_bits(neuron):
     """The order of a token's sums depends on its own spikes only: not on how many are read with it."""
-    model = _model({"token_shift": 3, "mlp_token_shift": 2, "timesteps": 7, "norm": "batch"}).eval()
+    model = _model({"token_shift": 3, "mlp_token_shift": 2, "norm": "batch", **neuron}).eval()
     decoder = Decoder(model)
     whole, end = decoder.prefill(TOKENS)
     part, state = decoder.prefill(TOKENS[:, :5])
@@ -218,9 +242,12 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
     same_states(state, DecoderState.stack(alone))
 
 
-def test_states_pass_between_the_two_forms():
+@pytest.mark.parametrize(
+    "variant", [{"token_shift": 4, "decay_fastest": 0.7, "decay_slowest": 0.98}, DEFAULT], ids=("lif", "ilif")
+)
+def test_states_pass_between_the_two_forms(variant):
     """Prefill, native steps, prefill, PyTorch steps, native steps: the whole parallel forward's logits."""
-    model = _model({"token_shift": 4, "decay_fastest": 0.7, "decay_slowest": 0.98}).eval()
+    model = _model(variant).eval()
     decoder = Decoder(model)
     with torch.no_grad():
         whole = model(TOKENS)
@@ -245,7 +272,9 @@ def test_from_an_empty_state():
     same_states(state, expected_state)
 
 
-@pytest.mark.parametrize("variant", [{}, {"position_encoding": "learned", "token_shift": 3}, {"tau": 1.5}])
+@pytest.mark.parametrize(
+    "variant", [{"tau": 1.5}, {"position_encoding": "learned", "token_shift": 3}, DEFAULT]
+)
 def test_the_same_greedy_text(variant):
     model = _model(variant).eval()
     texts = []
@@ -293,14 +322,16 @@ def test_memory_is_the_same_after_1_000_and_after_20_000_steps():
     assert at[1][2] - at[0][2] < 2**20
 
 
-def test_sums_that_float32_does_not_hold_go_on_in_pytorch():
-    model = _model({}).eval()
+@pytest.mark.parametrize("levels", [None, 15])
+def test_sums_that_float32_does_not_hold_go_on_in_pytorch(levels):
+    model = _model({**ILIF, "levels": levels} if levels else {}).eval()
     sources = [Native(model, past="continue"), Recurrent(model, past="continue")]
     for source in sources:
         source.add([[1, 2, 3]])
         for layer in source.state.layers:
             layer["attention.state"] += 2**24 - 8
-        source.state.longest = 2**24 // 12 - 2  # two more tokens of 12 channels a head fit
+        # two more tokens of 12 channels a head fit
+        source.state.longest = 2**24 // (12 * (levels or 1) ** 3) - 2
     for token in range(5):
         actual, expected = (source.step([token]) for source in sources)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -345,7 +376,7 @@ def test_from_several_threads():
 @pytest.mark.parametrize("variant", OTHER)
 def test_other_models_are_refused_and_generated_in_pytorch(variant):
     model = _model(variant).eval()
-    with pytest.raises(ValueError, match=r"model: it takes (spiking attention and MLP|LIF neurons)"):
+    with pytest.raises(ValueError, match=r"model: it takes spiking attention and MLP"):
         Decoder(model)
     assert type(open_source(model)) is Recurrent
 

@@ -366,7 +366,8 @@ void decode_into(Decode a, const std::vector<float>& embedded, int64_t S, States
 }
 
 // Tokens together against the same ones one after the other.
-void test_decode(NormKind norm, Reunite reunite, int64_t B, int64_t S, int64_t E, int64_t H, int64_t shift, int threads) {
+void test_decode(NormKind norm, Reunite reunite, int64_t B, int64_t S, int64_t E, int64_t H, int64_t shift, int threads,
+                 float levels = 0) {
   Decode a{};
   a.norm = norm;
   a.reunite = reunite;
@@ -374,7 +375,9 @@ void test_decode(NormKind norm, Reunite reunite, int64_t B, int64_t S, int64_t E
   a.eps = 1e-5f;
   a.scale = 0.5f;
   a.blocks = 2;
-  a.T = 3;
+  a.T = levels > 0 ? 1 : 3;
+  a.levels = levels;
+  a.per_unit = 4;
   a.B = B;
   a.E = E;
   a.H = H;
@@ -471,6 +474,8 @@ void test_all() {
     test_decode(NormKind::row, Reunite::concatenate, 3, 5, 36, 3, 4, threads);
     test_decode(NormKind::channel, Reunite::accumulate, 2, 9, 17, 1, 2, threads);
     test_decode(NormKind::row, Reunite::final, 5, 2, 130, 2, 3, threads);
+    test_decode(NormKind::channel, Reunite::final, 3, 9, 68, 2, 3, threads, 15);
+    test_decode(NormKind::row, Reunite::average, 1, 40, 33, 1, 1, threads, 3);
   }
 }
 

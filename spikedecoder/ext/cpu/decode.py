@@ -32,11 +32,11 @@ _MOST_CHANNELS = 65536
 _OPTIONS = {
     "vocab_size", "max_len", "spike_degree", "attention_only", "token_encoding", "position_encoding",
     "token_dim", "position_dim", "combine_position", "position_bias", "float_embedding", "learn_positions",
-    "binary_code", "embedding_gain", "heads", "blocks", "mlp_ratio", "timesteps", "norm",
-    "spiking_residuals", "first_block_residual_lif", "attention_scale", "decay_fastest", "decay_slowest",
-    "attention_norm", "attention_dropout", "mlp_dropout", "token_shift", "mlp_token_shift", "reunite",
-    "float_reunite", "spiking_head", "tau", "v_threshold", "v_reset", "decay_input", "learn_threshold",
-    "surrogate", "surrogate_alpha", "detach_reset", "pad_id",
+    "binary_code", "embedding_gain", "embedding_std", "heads", "blocks", "mlp_ratio", "timesteps", "norm",
+    "residual_init", "spiking_residuals", "first_block_residual_lif", "attention_scale", "decay_fastest",
+    "decay_slowest", "attention_norm", "attention_dropout", "mlp_dropout", "token_shift", "mlp_token_shift",
+    "reunite", "float_reunite", "spiking_head", "neuron", "levels", "tau", "v_threshold", "v_reset",
+    "decay_input", "learn_threshold", "surrogate", "surrogate_alpha", "detach_reset", "pad_id",
 }  # fmt: skip
 _STATE = ("attention.state", "attention.shift", "mlp.shift")
 _POSITIONS = 1024  # rows held beyond max_len
@@ -55,13 +55,13 @@ def why_not(model: SpikeDecoder) -> str | None:
         return f"it takes float32, the model is in {model.dtype}"
     if not (c.spiking_attention and c.spiking_mlp):
         return f"it takes spiking attention and MLP (spike_degree 3 or 4), got spike_degree {c.spike_degree}"
-    if c.neuron != "lif":
-        return f"it takes LIF neurons, the model's are {c.neuron}: integers, not bits"
     for field in dataclasses.fields(c):
         if field.name not in _OPTIONS and getattr(c, field.name) != field.default:
             return f"it does not know the option {field.name}={getattr(c, field.name)!r}"
     if any(lif.v_threshold is not None and lif.v_threshold.numel() != 1 for lif in _lifs(model)):
         return "it takes one threshold a layer"
+    if any(getattr(m, "unrolled", False) for m in model.modules()):
+        return "its binary timesteps are run one by one (SpikeDecoder.unroll)"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "somebody watches its modules with forward hooks, which one call for all of them would pass by"
     widest = max(c.embed_dim, c.hidden_dim)
@@ -95,6 +95,8 @@ class Decoder:
         self._native = native.DecodeModel(
             # decoding has no gradient: whatever the surrogate, the default's code is the fast one
             neuron(LIFParams(c.tau, c.v_threshold, c.v_reset, c.decay_input)),
+            levels=c.levels or 0,
+            per_unit=1 / c.v_threshold if c.levels else 1.0,
             norm=0 if c.norm == "layer" else 1,
             reunite=_REUNITE.index(c.reunite),
             attention_norm=c.attention_norm,
@@ -311,7 +313,8 @@ def _weights(model: SpikeDecoder) -> Iterator[Tensor]:
         for layer in (attention.proj, mlp.fc1, mlp.fc2):
             yield from _panels(_by_inputs(layer.linear))
             yield from _beside_inputs(layer.linear, layer.norm)
-    yield _by_inputs(model.head.linear)
+    worth = getattr(model.head.linear, "unit", 1.0)  # of a spike, there
+    yield _by_inputs(model.head.linear) * worth
     yield _padded(model.head.linear.bias)
 
 
