@@ -166,15 +166,16 @@ void bind_norm_lif(py::module_& m) {
   m.def("norm_lif_forward",
         [](const Neuron& neuron, const Threshold& threshold, int kind, int type, uintptr_t x, uintptr_t weight,
            uintptr_t bias, double eps, uintptr_t mean, uintptr_t rstd, uintptr_t spikes, int64_t T, int64_t rows,
-           int64_t C, int threads) {
+           int64_t C, int64_t spikes_rows, int threads) {
           const Element of_x = make_element(type, 1);
           const int64_t step = elements({rows, C}), statistics = kind ? C : elements({T, rows});
           require(eps >= 0, "eps: takes a number >= 0");
+          require(spikes_rows >= rows, "spikes_rows: takes as many as rows, or more");
           NormLifForward a{neuron, threshold, make_kind(kind), of_x, typed_array(x, of_x, T, step, "x"),
                            array<const float>(weight, C, "weight"), array<const float>(bias, C, "bias"),
                            static_cast<float>(eps), array<float>(mean, statistics, "mean"),
                            array<float>(rstd, statistics, "rstd"), typed_output(spikes, of_x, T, step, "spikes"), T,
-                           rows, C, checked_threads(threads)};
+                           rows, C, spikes_rows, checked_threads(threads)};
           run(kernels().norm_lif_forward, a);
         });
   m.def("norm_lif_backward",

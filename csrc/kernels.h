@@ -129,7 +129,8 @@ struct Moments {
 enum class NormKind : int { row = 0, channel = 1 };
 
 // spikes = LIF(y), y = z weight + bias, z = (x - mean) rstd. x, spikes [T, rows, C] of `type`.
-// Row statistics are computed and written here, channel statistics are read.
+// Row statistics are computed and written here, channel statistics are read. The spikes may be some rows of more:
+// a timestep of them is `spikes_rows` rows apart from the next.
 struct NormLifForward {
   Neuron neuron;
   Threshold threshold;
@@ -140,7 +141,7 @@ struct NormLifForward {
   float eps;
   float *mean, *rstd;
   void* spikes;
-  int64_t T, rows, C;
+  int64_t T, rows, C, spikes_rows;
   int threads;
 };
 

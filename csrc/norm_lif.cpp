@@ -95,7 +95,7 @@ template <class E>
 void forward(const NormLifForward& a) {
   const Normal<E> p{a.kind, static_cast<const E*>(a.x), a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
   E* const spikes = static_cast<E*>(a.spikes);
-  const bool past = past_cache(spikes, p.at(a.T, 0), a.C);
+  const bool past = past_cache(spikes, a.T * a.spikes_rows * a.C, a.C);
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads_for(work(a.T, a.rows, a.C, 0.4), a.threads), [&](int thread, int threads) {
       const Range rows = share(a.rows, thread, threads);
@@ -115,7 +115,7 @@ void forward(const NormLifForward& a) {
               const F h = cell.charge(channels[u].y(channels[u].z(p, t, row, c + u * W, n)), v[u]);
               const Mask fired = ge(h, threshold[u]);
               v[u] = cell.after(h, fired, threshold[u]);
-              store_spikes(spikes + p.at(t, row) + c + u * W, fired, n, past);
+              store_spikes(spikes + (t * a.spikes_rows + row) * a.C + c + u * W, fired, n, past);
               __builtin_prefetch(p.x + p.at(t, row + 1) + c + u * W);  // its statistics come next
             }
           }

@@ -256,3 +256,34 @@ def test_outputs_too_large_for_the_caches(variant):
     torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=1e-6)
     assert flipped(actual[2], expected[2]) < 1e-5
     assert torch.equal(actual[3], expected[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("threshold", [(), (40,), (3, 7, 1)], ids=str)
+def test_linear_norm_lif_is_its_parts_bit_for_bit(threshold, by_row, dtype, variant, monkeypatch):
+    """Five rows at a time, the last ones fewer, and never more of the product than that."""
+    from spikedecoder.ext.cpu import linear_norm_lif, norm_lif, spike_linear
+
+    most, held = 5 * 4 * 40 * dtype.itemsize, []
+    monkeypatch.setattr(linear_norm_lif, "NEAR", most)
+    into = norm_lif.forward_into
+
+    def recorded(out, current, *rest):
+        held.append(current.nbytes)
+        return into(out, current, *rest)
+
+    monkeypatch.setattr(norm_lif, "forward_into", recorded)
+    random = torch.Generator().manual_seed(0)
+    s = spikes((4, 3, 7, 70), random, 0.2).to(dtype)
+    linear = [torch.randn(40, 70, generator=random).to(dtype), torch.randn(40, generator=random).to(dtype)]
+    weight, bias, mean, var = (torch.randn(40, generator=random) for _ in range(4))
+    limit = 0.5 + torch.rand(threshold, generator=random)
+    rest = (weight, bias, *((None, None) if by_row else (mean, var.abs())), 1e-5, limit, LIFParams())
+    *actual, words = linear_norm_lif.forward(s, *linear, *rest)
+    assert held == [most] * 4 + [most // 5]
+    current, expected_words = spike_linear.forward(s, *linear)
+    assert torch.equal(words, expected_words)
+    assert 0.05 < actual[0].float().mean() < 0.95
+    for got, expected in zip(actual, norm_lif.forward(current, *rest), strict=True):
+        assert torch.equal(got, expected)

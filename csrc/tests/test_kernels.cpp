@@ -188,7 +188,7 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
   const Neuron n;
   const Threshold t;
   kernels().norm_lif_forward({n, t, kind, Element::float32, x.data(), weight.data(), bias.data(), 1e-5f, mean.data(), rstd.data(),
-                              s.data(), T, rows, C, threads});
+                              s.data(), T, rows, C, rows, threads});
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t i = 0; i < C; i++) {
       std::vector<float> y;
@@ -217,7 +217,7 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
   auto s16 = narrowed(s), grad_x16 = narrowed(grad_x);
   auto grad_weight16 = grad_weight, grad_bias16 = grad_bias;
   kernels().norm_lif_forward({n, t, kind, Element::bfloat16, x16.data(), weight.data(), bias.data(), 1e-5f, mean.data(),
-                              rstd.data(), s16.data(), T, rows, C, threads});
+                              rstd.data(), s16.data(), T, rows, C, rows, threads});
   CHECK(widened(s16) == s);
   for (int part = kind == NormKind::channel ? 1 : 0; part < (kind == NormKind::channel ? 3 : 1); part++) {
     kernels().norm_lif_backward({n, t, kind, static_cast<NormLifPart>(part), Element::bfloat16, grad16.data(),

@@ -35,7 +35,7 @@ from spikedecoder.serve.protocol import (
 BODY = 4 * 2**20  # bytes of a request
 DEFAULT_TOKENS = 16  # OpenAI's
 # Seconds between two events of a stream, at least: where tokens come faster than anybody reads, an event each
-# would cost more than the token. All streams have theirs at the same moments, which wakes the loop once for all.
+# would cost more than the token. All streams have theirs at the same moments: the loop wakes once for all.
 PAUSE = 0.05
 
 T = TypeVar("T")

@@ -48,23 +48,46 @@ def _count(words: Tensor) -> int:
 
 def _product(words: Tensor, count: int, weight: Tensor, bias: Tensor | None, method: str | None) -> Tensor:
     """y [..., N] in the weight's dtype from bits, of which `count` are set."""
-    out_channels, channels = weight.shape
-    rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
-    if method is None:
-        copied = not _is_by_columns(weight)
-        method = _cost.fastest(rows, channels, out_channels, count, transposed=copied, dtype=weight.dtype)
-    if method == "dense" and not _own_products():
-        return F.linear(unpack(words, channels, weight.dtype), weight, bias)
-    columns, sizes = by_columns(weight), (rows, channels, out_channels, torch.get_num_threads())
-    bias = None if bias is None else dense(bias)
-    whole = channels <= _ROUNDED_ONCE or method == "dense"
-    y = torch.empty(*words.shape[:-1], out_channels, dtype=weight.dtype if whole else torch.float32)
-    if method == "dense":
-        _matmul(words, BITS, columns.to(weight.dtype), bias, y, None, sizes)
-    else:
-        sum_rows = native.gather if method == "gather" else native.subset_sums
-        sum_rows(address(words), address(columns), address(bias), address(y), ELEMENTS[y.dtype], *sizes)
-    return y.to(weight.dtype)
+    return Product(words, count, weight, bias, method)(words)
+
+
+class Product:
+    """A weight's product with spikes, in the way that is the fastest for all of `words`, whose set bits are
+    `count`. Called with some of their rows it gives the same numbers, bit for bit."""
+
+    def __init__(
+        self, words: Tensor, count: int, weight: Tensor, bias: Tensor | None, method: str | None = None
+    ) -> None:
+        self.weight, self.bias = weight, bias
+        self.outputs, self.channels = weight.shape
+        if method is None:
+            sizes = (_rows(words), self.channels, self.outputs, count)
+            method = _cost.fastest(*sizes, transposed=not _is_by_columns(weight), dtype=weight.dtype)
+        self.method = method
+        if method != "dense" or _own_products():
+            self.bias = None if bias is None else dense(bias)
+            columns = by_columns(weight)
+            self.columns = columns.to(weight.dtype) if method == "dense" else columns
+
+    def __call__(self, words: Tensor) -> Tensor:
+        """y [..., N] in the weight's dtype."""
+        dtype = self.weight.dtype
+        if self.method == "dense" and not _own_products():
+            return F.linear(unpack(words, self.channels, dtype), self.weight, self.bias)
+        whole = self.channels <= _ROUNDED_ONCE or self.method == "dense"
+        y = torch.empty(*words.shape[:-1], self.outputs, dtype=dtype if whole else torch.float32)
+        sizes = (_rows(words), self.channels, self.outputs, torch.get_num_threads())
+        if self.method == "dense":
+            _matmul(words, BITS, self.columns, self.bias, y, None, sizes)
+        else:
+            sum_rows = native.gather if self.method == "gather" else native.subset_sums
+            addresses = (address(words), address(self.columns), address(self.bias), address(y))
+            sum_rows(*addresses, ELEMENTS[y.dtype], *sizes)
+        return y.to(dtype)
+
+
+def _rows(words: Tensor) -> int:
+    return words.numel() // words.shape[-1] if words.shape[-1] else 0
 
 
 def _own_products() -> bool:
@@ -122,7 +145,7 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
     """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over rows where each channel spiked."""
     words, grad = words.contiguous(), same(grad)
     out_channels = grad.shape[-1]
-    rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
+    rows = _rows(words)
     if method is None:
         method = _cost.fastest(
             rows, channels, out_channels, _count(words), weight_grad=True, dtype=grad.dtype
