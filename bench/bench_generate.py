@@ -1,5 +1,7 @@
 """Generation with the original's README character model: a token, a prompt, a long walk, served streams.
 
+And a token of the default preset, whose neurons are I-LIF.
+
     python -m pytest bench/bench_generate.py --benchmark-json=result.json
     python -m pytest bench/bench_generate.py --original CHECKOUT --original-python PYTHON -k original
     python bench/bench_generate.py --device cuda       # a token on a GPU: by modules, and as one CUDA graph
@@ -93,6 +95,33 @@ def test_token(benchmark: Any, model: SpikeDecoder, how: str, batch: int) -> Non
         rounds = 5 if recomputes else 200 if how == "native" else 20
         benchmark.pedantic(one, rounds=rounds, warmup_rounds=2)
     benchmark.extra_info["tokens_per_second"] = round(batch / benchmark.stats.stats.min, 1)
+
+
+@pytest.fixture(scope="module")
+def default() -> SpikeDecoder:
+    return make_model(CPU, preset="default", lr=8e-3)
+
+
+@pytest.mark.benchmark(group="default: one more token")
+@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("how", ["eager", "step", "native"])
+def test_default_token(benchmark: Any, default: SpikeDecoder, how: str, batch: int) -> None:
+    """Within the context of 128 tokens: no window is read anew."""
+    if how == "native" and (reason := why_not(default)):
+        pytest.skip(reason)
+    text = prompts(batch, default.config.max_len)
+    with use_backend("reference" if how == "eager" else "auto"):
+        same_logits(default, how)
+        source: LogitSource = SOURCES[how](default)
+        source.add([ids[:8] for ids in text])
+        tokens = iter(range(8, default.config.max_len))
+
+        def one() -> None:
+            at = next(tokens)
+            source.step([ids[at] for ids in text])
+
+        benchmark.pedantic(one, rounds=100 if how == "native" else 40, warmup_rounds=4)
+    benchmark.extra_info["tokens_per_second"] = round(batch / benchmark.stats.stats.min)
 
 
 @pytest.mark.benchmark(group="original-char: a token, beside the original's own code")

@@ -29,11 +29,13 @@ def text_ids() -> list[int]:
     return [int(i) for i in CharTokenizer.original().encode(" ".join(text.split()), errors="drop")]
 
 
-def make_model(device: torch.device, steps: int = 60) -> SpikeDecoder:
-    """The README character model after a short training: fresh weights do not spike like learned ones."""
+def make_model(
+    device: torch.device, steps: int = 60, preset: str = "original-char", lr: float = 1e-3
+) -> SpikeDecoder:
+    """A preset after a short training: fresh weights do not spike like learned ones."""
     torch.manual_seed(0)
-    model = SpikeDecoder(SpikeDecoderConfig.preset("original-char"))
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-3)
+    model = SpikeDecoder(SpikeDecoderConfig.preset(preset))
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=lr)
     ids = torch.tensor(text_ids())
     for _ in range(steps):
         at = torch.randint(0, len(ids) - 65, (8,)).tolist()

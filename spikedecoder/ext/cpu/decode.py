@@ -117,12 +117,12 @@ class Decoder:
         self._room = 0  # threads that it is for
         self._known: list[Tensor] = []  # the state's tensors whose addresses these are
         self._addresses = torch.empty(0)
+        self._exact_tokens = c.exact_tokens
         self._bounded = c.position_encoding != "static" or c.token_encoding == "one-hot"
 
     def takes(self, state: DecoderState, more: int = 1) -> bool:
         """Whether `more` tokens can follow here: the sums of spikes still fit float32 exactly."""
-        c = self.config
-        exact = state.longest + more <= c.exact_tokens
+        exact = state.longest + more <= self._exact_tokens
         sums = state.layers[0].get("attention.state")
         return exact and (sums is None or sums.dtype == torch.float32)
 
@@ -144,7 +144,7 @@ class Decoder:
             else:
                 token, token_rows, (rows, first) = token.contiguous(), self._embedding.token_rows, table
                 self._native.step_tokens(
-                    *(address(token_rows), len(token_rows), address(rows), len(rows), first),
+                    *(address(token_rows), self.config.vocab_size, address(rows), len(rows), first),
                     *(address(token), address(state.position), self._point_to(state), address(logits)),
                     *(self._room_for_threads(), len(token), torch.get_num_threads()),
                 )
@@ -267,7 +267,7 @@ class _Embedding:
 
         Beyond max_len one stretch of positions is kept: a batch that it cannot hold does without.
         """
-        if self._near is None or state.longest < len(self._near):
+        if self._near is None or state.longest < self.config.max_len:
             return None if self._near is None else (self._near, 0)
         lowest = int(state.position.min())
         if state.longest - lowest >= _POSITIONS:
