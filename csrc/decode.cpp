@@ -327,11 +327,11 @@ class Step {
   Channels q_, k_;
 };
 
-// Nanoseconds of one token on one thread, at a guess: a sixth of the neurons spikes.
+// Nanoseconds of one token on one thread, at a guess: a sixth of the neurons spikes, or half, of I-LIF.
 double work(const Decode& a) {
   const double E = static_cast<double>(a.E), hidden = static_cast<double>(a.hidden);
   const double sums = 4 * E * E + 2 * E * hidden, neurons = 8 * E + 2 * hidden;
-  return 0.1 * static_cast<double>(a.blocks * a.T) * (sums / 6 + 4 * neurons) / W;
+  return 0.1 * static_cast<double>(a.blocks * a.T) * (sums / (a.levels > 0 ? 2 : 6) + 4 * neurons) / W;
 }
 
 // The n-th look at what another thread is to do: soon, unless it has no core of its own.
