@@ -23,15 +23,19 @@ SPIKEDECODER_INLINE uint64_t word_of_floats(const E* p, int n) {
 // Writes base + i for each set bit i, ascending, and returns how many. May write up to 64 entries.
 SPIKEDECODER_INLINE int64_t indices_of(uint64_t word, uint16_t base, uint16_t* out) {
 #if defined(SPIKEDECODER_AVX512)
-  const __m512i lane = _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12,
-                                        11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i low = _mm512_add_epi16(lane, _mm512_set1_epi16(static_cast<short>(base)));
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(32));
-  const int64_t n = __builtin_popcount(static_cast<uint32_t>(word));
-  _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(static_cast<__mmask32>(word), low));
-  if (!(word >> 32)) return n;
-  _mm512_storeu_si512(out + n, _mm512_maskz_compress_epi16(static_cast<__mmask32>(word >> 32), high));
-  return n + __builtin_popcount(static_cast<uint32_t>(word >> 32));
+  alignas(64) static constexpr uint8_t number[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                     16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+                                                     32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47,
+                                                     48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  const __m512i set = _mm512_maskz_compress_epi8(word, _mm512_load_si512(number));
+  const __m512i from = _mm512_set1_epi16(static_cast<short>(base));
+  const int64_t n = __builtin_popcountll(word);
+  _mm512_storeu_si512(out, _mm512_add_epi16(from, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(set))));
+  if (n > 32) {
+    const __m512i rest = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(set, 1));
+    _mm512_storeu_si512(out + 32, _mm512_add_epi16(from, rest));
+  }
+  return n;
 #else
   int64_t n = 0;
   for (; word; word &= word - 1) out[n++] = static_cast<uint16_t>(base + __builtin_ctzll(word));
