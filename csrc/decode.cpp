@@ -62,6 +62,7 @@ class Step {
   void run(Range chunk, const Before& before, const Behind& behind) const {
     for (int64_t i = chunk.begin; i < chunk.end; i++) ends_.embed(i, stream(i - chunk.begin).start);
     Reader reader{a_.weights, a_.norm};
+    asked_for_ = a_.weights;
     for (int64_t n = 0; n < a_.blocks; n++) {
       const BlockWeights w(a_, reader);
       before(n);
@@ -104,12 +105,12 @@ class Step {
       list_shifted(first + g, x, present[attention_input], threshold[attention_input], state.attention_shift,
                    a_.token_shift, (group.begin + g) / a_.S);
     }
-    sum(w.qkv, a_.E, first, size);
+    sum(w.qkv, a_.E, first, size, first_panel(w.proj.weight, a_.E, E_));
     for (int64_t g = 0; g < size; g++) {
       attention(w.qkv.norm, threshold, y_ + g * parts_.y_size, state.attention, (group.begin + g) / a_.S);
       list_fired(first + g, {z_, E_}, a_.E, threshold[attention_neuron], w.attention);
     }
-    sum(w.proj, a_.E, first, size);
+    sum(w.proj, a_.E, first, size, first_panel(w.fc1.weight, a_.E, hidden_));
     for (int64_t g = 0; g < size; g++) {
       const Rows x = stream(first + g), y{y_ + g * parts_.y_size, E_};
       neurons_.normalise(y, a_.E, w.proj.norm);
@@ -126,7 +127,7 @@ class Step {
   void hidden_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const float threshold = a_.thresholds[n * neurons_per_block + fc1_neuron];
     const int64_t size = group.end - group.begin;
-    sum(w.fc1, a_.E, first, size);
+    sum(w.fc1, a_.E, first, size, first_panel(w.fc2.weight, a_.hidden, E_));
     for (int64_t g = 0; g < size; g++) {
       list_fired(first + g, {y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, w.fc1.norm);
     }
@@ -134,7 +135,9 @@ class Step {
 
   void output_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const int64_t neuron = n * neurons_per_block + mlp_output, size = group.end - group.begin;
-    sum(w.fc2, a_.hidden, first, size);
+    // behind the last block's comes the head
+    sum(w.fc2, a_.hidden, first, size,
+        n + 1 < a_.blocks ? first_panel(w.end, a_.E, 3 * E_) : w.end + decode_head_inputs(a_) * decode_padded(a_.V));
     for (int64_t g = 0; g < size; g++) {
       const Rows y{y_ + g * parts_.y_size, E_};
       neurons_.normalise(y, a_.E, w.fc2.norm);
@@ -216,12 +219,19 @@ class Step {
   // The spikes of words_ (C a timestep), as the lists of one token of the chunk.
   void list(int64_t place, int64_t C) const { list_spikes(words_, a_.T, word_stride_, words_for(C), lists_of(place)); }
 
-  // y [size, T, columns] = the Linear of what is listed for `size` tokens from place `first` on, C inputs.
-  void sum(const Linear& l, int64_t C, int64_t first, int64_t size) const {
+  // Where the first panel of a weight ends.
+  static const float* first_panel(const float* weight, int64_t inputs, int64_t columns) {
+    const int64_t width = decode_panel(inputs);
+    return weight + inputs * (columns < width ? columns : width);
+  }
+
+  // y [size, T, columns] = the Linear of what is listed for `size` tokens from place `first` on, C inputs. Meanwhile asks
+  // for the weights up to `until`, the first panel of the next Linear with them.
+  void sum(const Linear& l, int64_t C, int64_t first, int64_t size, const float* until) const {
     if constexpr (of_integers<Kind>) {
       sum_integers(l, C, first, size);
     } else {
-      sum_spikes(l, C, first, size);
+      sum_spikes(l, C, first, size, until);
     }
   }
 
@@ -241,21 +251,26 @@ class Step {
     }
   }
 
-  void sum_spikes(const Linear& l, int64_t C, int64_t first, int64_t size) const {
-    const int64_t width = decode_panel(C);
+  void sum_spikes(const Linear& l, int64_t C, int64_t first, int64_t size, const float* until) const {
+    const int64_t width = decode_panel(C), nodes = 2 * a_.T - (a_.T + TREE - 1) / TREE;
+    // one token needs only some of the rows, many need nearly all of them
+    int64_t lines = 0;
+    if (size >= FETCH_FOR && asked_for_ < until) {
+      const int64_t calls = size * ((l.columns + width - 1) / width);
+      lines = ((until - asked_for_) / 16 + calls * nodes - 1) / (calls * nodes);
+    }
     for (int64_t begin = 0; begin < l.columns; begin += width) {
       const int64_t columns = l.columns - begin < width ? l.columns - begin : width;
       const float* panel = l.weight + begin * C;
-      // one token needs only some of the next panel's rows, many need nearly all of them
-      const bool ahead = size >= FETCH_FOR && l.columns - begin > width;
-      const int64_t nodes = 2 * a_.T - (a_.T + TREE - 1) / TREE;
-      const int64_t lines = (columns * C / 16 + size * nodes - 1) / (size * nodes);
       for (int64_t c = 0; c < columns; c += MOST_VECTORS * W) {
         const int64_t left = (columns - c) / W;
         const SumTrees add_up = sum_trees_of<MOST_VECTORS>(left < MOST_VECTORS ? left : MOST_VECTORS);
         Strip strip{panel + c, l.bias + begin + c, columns, nullptr, lines};
         for (int64_t g = 0; g < size; g++) {
-          if (ahead && !c) strip.soon = panel + columns * C + 16 * g * nodes * lines;
+          if (lines) {
+            strip.soon = asked_for_ < until ? asked_for_ : nullptr;
+            asked_for_ += 16 * nodes * lines;
+          }
           add_up(strip, lists_of(first + g), a_.T, y_ + g * parts_.y_size + begin + c, l.columns);
         }
       }
@@ -325,6 +340,7 @@ class Step {
   uint64_t* words_;
   int32_t* first_of_;
   Channels q_, k_;
+  mutable const float* asked_for_ = nullptr;  // weights before this one
 };
 
 // Nanoseconds of one token on one thread, at a guess: a sixth of the neurons spikes, or half, of I-LIF.
