@@ -108,6 +108,7 @@ class Step {
     sum(w.qkv, a_.E, first, size, first_panel(w.proj.weight, a_.E, E_));
     for (int64_t g = 0; g < size; g++) {
       attention(w.qkv.norm, threshold, y_ + g * parts_.y_size, state.attention, (group.begin + g) / a_.S);
+      if (a_.attention_norm && a_.norm == NormKind::row) neurons_.centre({z_, E_}, a_.E);
       list_fired(first + g, {z_, E_}, a_.E, threshold[attention_neuron], w.attention);
     }
     sum(w.proj, a_.E, first, size, first_panel(w.fc1.weight, a_.E, hidden_));

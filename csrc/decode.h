@@ -34,7 +34,8 @@ struct DecodeState {
 //
 // weights: per block  q, k and v side by side, [attention norm], projection, fc1, fc2; then the head. Each is a
 // matrix [inputs, outputs], its bias, and (but for the head) its norm: weight, bias and, of channels, mean and
-// rstd. Outputs are padded with zeros to a multiple of 16, q, k and v each on its own. The blocks' matrices are cut
+// rstd. Before a norm of rows, each row of the matrix and the bias have mean 0 over the outputs: what the norm would
+// take off. Outputs are padded with zeros to a multiple of 16, q, k and v each on its own. The blocks' matrices are cut
 // into panels of `decode_panel` columns, one behind the other. `decode_weights` counts.
 struct Decode {
   // the model
@@ -111,7 +112,7 @@ static inline int64_t decode_channels(const Decode& a) { return decode_padded(a.
 
 // Where the parts of one thread's scratch memory begin, in floats: the residual streams [chunk, T, E], the results of a
 // Linear [group, T, columns], of the attention [T, E], spikes [2, T, E], the first channel of each channel's head [E],
-// statistics [2, T], the head's input, words of bits [T, inputs / 64], the channels at which q and k spike [2, T, E]
+// statistics [T], the head's input, words of bits [T, inputs / 64], the channels at which q and k spike [2, T, E]
 // (16 bits each) and how many [2, T], lists of spikes [chunk, T * inputs] (16 bits each, and of I-LIF the integers)
 // and where a node's ends [chunk, nodes]. All rows are padded.
 struct DecodeScratch {
@@ -133,7 +134,7 @@ static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   s.spikes = s.z + E * a.T;
   s.first_of = s.spikes + 2 * E * a.T;
   s.statistics = s.first_of + E;
-  s.joined = s.statistics + decode_padded(2 * a.T);
+  s.joined = s.statistics + decode_padded(a.T);
   s.words = s.joined + inputs;
   s.channels = s.words + s.words_size;
   s.lists = s.channels + 2 * s.channels_size;

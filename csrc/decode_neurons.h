@@ -22,18 +22,31 @@ struct Rows {
 template <class Kind>
 class Neurons {
  public:
-  // statistics: room for [2, T]. Bits are written in rows of `word_stride` words a timestep, spikes in rows of E.
+  // statistics: room for [T]. Bits are written in rows of `word_stride` words a timestep, spikes in rows of E.
   Neurons(const Decode& a, const Kind& cell, int64_t word_stride, float* statistics)
       : a_(a), cell_(cell), E_(decode_padded(a.E)), word_stride_(word_stride), statistics_(statistics) {}
 
-  // y = norm(y), in place.
+  // Takes each row's mean off it.
+  void centre(const Rows& y, int64_t C) const {
+    for (int64_t t = 0; t < a_.T; t++) {
+      F total = zero();
+      for (int64_t c = 0; c < C; c += W) total = add(total, load_up_to(y[t] + c, static_cast<int>(C - c < W ? C - c : W)));
+      const F mean = set1(sum(total) / static_cast<float>(C));
+      for (int64_t c = 0; c < C; c += W) {
+        const int n = static_cast<int>(C - c < W ? C - c : W);
+        store_up_to(y[t] + c, sub(load_up_to(y[t] + c, n), mean), n);
+      }
+    }
+  }
+
+  // y = norm(y), in place. Where a norm is of rows, theirs have mean 0.
   void normalise(const Rows& y, int64_t C, const Norm& norm) const {
     if (!norm.mean) row_statistics(y, C);
     for (int64_t c = 0; c < C; c += W) {
       Normed normed;
       normed.read(norm, c);
       for (int64_t t = 0; t < a_.T; t++) {
-        store(y[t] + c, normed(load(y[t] + c), statistics_[t], statistics_[a_.T + t]));
+        store(y[t] + c, normed(load(y[t] + c), statistics_[t]));
       }
     }
   }
@@ -55,35 +68,24 @@ class Neurons {
   }
 
  private:
-  // Mean and 1 / sqrt(variance + eps) of each row.
+  // statistics[t] = 1 / sqrt(variance + eps) of a row of mean 0.
   void row_statistics(const Rows& y, int64_t C) const {
-    const float n = static_cast<float>(C);
     for (int64_t t = 0; t < a_.T; t++) {
       const float* row = y[t];
       F sums[4] = {zero(), zero(), zero(), zero()};
       int64_t c = 0;
       for (; c + 4 * W <= C; c += 4 * W) {
-        for (int i = 0; i < 4; i++) sums[i] = add(sums[i], load(row + c + i * W));
-      }
-      for (; c < C; c += W) sums[0] = add(sums[0], load_up_to(row + c, static_cast<int>(C - c < W ? C - c : W)));
-      const float mean = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) / n;
-      const F m = set1(mean);
-      for (F& s : sums) s = zero();
-      for (c = 0; c + 4 * W <= C; c += 4 * W) {
         for (int i = 0; i < 4; i++) {
-          const F d = sub(load(row + c + i * W), m);
-          sums[i] = fma(d, d, sums[i]);
+          const F v = load(row + c + i * W);
+          sums[i] = fma(v, v, sums[i]);
         }
       }
       for (; c < C; c += W) {
-        const int64_t k = C - c;
-        F d = sub(load(row + c), m);
-        if (k < W) d = keep(mask_of((1u << k) - 1), d);
-        sums[0] = fma(d, d, sums[0]);
+        const F v = load_up_to(row + c, static_cast<int>(C - c < W ? C - c : W));
+        sums[0] = fma(v, v, sums[0]);
       }
       const float squares = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-      statistics_[t] = mean;
-      statistics_[a_.T + t] = 1 / __builtin_sqrtf(squares / n + a_.eps);
+      statistics_[t] = 1 / __builtin_sqrtf(squares / static_cast<float>(C) + a_.eps);
     }
   }
 
@@ -99,8 +101,8 @@ class Neurons {
       mean = rows ? zero() : load(n.mean + c);
       rstd = rows ? zero() : load(n.rstd + c);
     }
-    SPIKEDECODER_INLINE_MEMBER F operator()(F y, float row_mean, float row_rstd) const {
-      const F z = rows ? mul(sub(y, set1(row_mean)), set1(row_rstd)) : mul(sub(y, mean), rstd);
+    SPIKEDECODER_INLINE_MEMBER F operator()(F y, float row_rstd) const {
+      const F z = rows ? mul(y, set1(row_rstd)) : mul(sub(y, mean), rstd);
       return fma(z, weight, bias);
     }
   };
@@ -108,7 +110,7 @@ class Neurons {
   // No norm.
   struct Plain {
     SPIKEDECODER_INLINE_MEMBER void read(const Norm&, int64_t) {}
-    SPIKEDECODER_INLINE_MEMBER F operator()(F y, float, float) const { return y; }
+    SPIKEDECODER_INLINE_MEMBER F operator()(F y, float) const { return y; }
   };
 
   template <class Input>
@@ -117,7 +119,7 @@ class Neurons {
       for (int64_t c = 0; c < decode_padded(C); c += W) {
         Input input;
         input.read(norm, c);
-        store(spikes + c, cell_(input(load(y.start + c), statistics_[0], statistics_[1])));
+        store(spikes + c, cell_(input(load(y.start + c), statistics_[0])));
       }
     } else {
       spike_with<Input>(y, C, threshold, spikes, words, norm);
@@ -140,7 +142,7 @@ class Neurons {
       for (int64_t t = 0; t < a_.T; t++) {
         uint64_t word = 0;
         for (int u = 0; u < U; u++) {
-          const F x = input[u](load(y[t] + c + u * W), statistics_[t], statistics_[a_.T + t]);
+          const F x = input[u](load(y[t] + c + u * W), statistics_[t]);
           const F h = cell_.charge(x, v[u]);
           const Mask fired = ge(h, limit[u]);
           v[u] = cell_.after(h, fired, limit[u]);

@@ -304,27 +304,24 @@ def _weights(model: SpikeDecoder) -> Iterator[Tensor]:
     block: Any
     for block in model.blocks:
         attention, mlp = block.attention, block.mlp
-        qkv = (attention.q, attention.k, attention.v)
-        yield from _panels(torch.cat([_by_inputs(part.linear) for part in qkv], dim=1))
-        for part in zip(*(_beside_inputs(p.linear, p.norm) for p in qkv), strict=True):
-            yield from part
+        qkv = [_linear(part.linear, part.norm) for part in (attention.q, attention.k, attention.v)]
+        weights, *rest = zip(*qkv, strict=True)
+        yield from _panels(torch.cat(weights, dim=1))
+        for parts in rest:
+            yield from parts
         if attention.attention_lif.norm is not None:
             yield from _norm(attention.attention_lif.norm)
         for layer in (attention.proj, mlp.fc1, mlp.fc2):
-            yield from _panels(_by_inputs(layer.linear))
-            yield from _beside_inputs(layer.linear, layer.norm)
+            weight, *parts = _linear(layer.linear, layer.norm)
+            yield from _panels(weight)
+            yield from parts
     worth = getattr(model.head.linear, "unit", 1.0)  # of a spike, there
-    yield _by_inputs(model.head.linear) * worth
+    yield _padded(model.head.linear.weight.t()) * worth
     yield _padded(model.head.linear.bias)
 
 
 def _padded(x: Tensor) -> Tensor:
     return F.pad(x.detach(), (0, -x.shape[-1] % _LANES))
-
-
-def _by_inputs(linear: nn.Linear) -> Tensor:
-    """The weight [inputs, outputs], outputs padded."""
-    return _padded(linear.weight.detach().t())
 
 
 def _panels(weight: Tensor) -> tuple[Tensor, ...]:
@@ -333,8 +330,12 @@ def _panels(weight: Tensor) -> tuple[Tensor, ...]:
     return weight.split(native.decode_panel(len(weight)), dim=1)
 
 
-def _beside_inputs(linear: nn.Linear, norm: Norm) -> list[Tensor]:
-    return [_padded(linear.bias), *_norm(norm)]
+def _linear(linear: nn.Linear, norm: Norm) -> list[Tensor]:
+    """Weight [inputs, outputs], bias and norm; before a norm of rows without the means that it would take off."""
+    weight, bias = linear.weight.detach().t().double(), linear.bias.detach().double()
+    if norm.kind == "layer":
+        weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean()
+    return [_padded(weight.float()), _padded(bias.float()), *_norm(norm)]
 
 
 def _norm(norm: Norm) -> list[Tensor]:
