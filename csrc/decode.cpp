@@ -114,7 +114,7 @@ class Step {
     sum(w.proj, a_.E, first, size, first_panel(w.fc1.weight, a_.E, hidden_));
     for (int64_t g = 0; g < size; g++) {
       const Rows x = stream(first + g), y{y_ + g * parts_.y_size, E_};
-      neurons_.normalise(y, a_.E, w.proj.norm);
+      neurons_.normalise(y, a_.E, w.proj.norm, squares_of(g));
       fire_if(attention_output, y);
       fire_if(attention_residual, y);
       add_to(x, y);
@@ -130,7 +130,7 @@ class Step {
     const int64_t size = group.end - group.begin;
     sum(w.fc1, a_.E, first, size, first_panel(w.fc2.weight, a_.hidden, E_));
     for (int64_t g = 0; g < size; g++) {
-      list_fired(first + g, {y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, w.fc1.norm);
+      list_fired(first + g, {y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, w.fc1.norm, squares_of(g));
     }
   }
 
@@ -141,7 +141,7 @@ class Step {
         n + 1 < a_.blocks ? first_panel(w.end, a_.E, 3 * E_) : w.end + decode_head_inputs(a_) * decode_padded(a_.V));
     for (int64_t g = 0; g < size; g++) {
       const Rows y{y_ + g * parts_.y_size, E_};
-      neurons_.normalise(y, a_.E, w.fc2.norm);
+      neurons_.normalise(y, a_.E, w.fc2.norm, squares_of(g));
       if (a_.present[neuron]) neurons_.fire(y, a_.E, a_.thresholds[neuron], y.start, nullptr);
       add_to(stream(first + g), y);
     }
@@ -164,12 +164,13 @@ class Step {
   }
 
   // Lists the spikes of neurons with input norm(y), C a timestep; y is changed.
-  void list_fired(int64_t place, const Rows& y, int64_t C, float threshold, const Norm& norm) const {
+  void list_fired(int64_t place, const Rows& y, int64_t C, float threshold, const Norm& norm,
+                  const float* squares = nullptr) const {
     if constexpr (of_integers<Kind>) {
-      neurons_.fire(y, C, threshold, y.start, nullptr, norm);
+      neurons_.fire(y, C, threshold, y.start, nullptr, norm, squares);
       list_levels(y.start, C, levels_of(place));
     } else {
-      neurons_.fire(y, C, threshold, nullptr, words_, norm);
+      neurons_.fire(y, C, threshold, nullptr, words_, norm, squares);
       list(place, C);
     }
   }
@@ -226,6 +227,11 @@ class Step {
     return weight + inputs * (columns < width ? columns : width);
   }
 
+  // The squares of the sums of a group's token g, where `sum` has added them up.
+  float* squares_of(int64_t g) const {
+    return of_integers<Kind> ? nullptr : own_ + parts_.squares + g * a_.T * 16;
+  }
+
   // y [size, T, columns] = the Linear of what is listed for `size` tokens from place `first` on, C inputs. Meanwhile asks
   // for the weights up to `until`, the first panel of the next Linear with them.
   void sum(const Linear& l, int64_t C, int64_t first, int64_t size, const float* until) const {
@@ -260,14 +266,16 @@ class Step {
       const int64_t calls = size * ((l.columns + width - 1) / width);
       lines = ((until - asked_for_) / 16 + calls * nodes - 1) / (calls * nodes);
     }
+    for (int64_t i = 0; i < size * a_.T * 16; i++) squares_of(0)[i] = 0;
     for (int64_t begin = 0; begin < l.columns; begin += width) {
       const int64_t columns = l.columns - begin < width ? l.columns - begin : width;
       const float* panel = l.weight + begin * C;
       for (int64_t c = 0; c < columns; c += MOST_VECTORS * W) {
         const int64_t left = (columns - c) / W;
         const SumTrees add_up = sum_trees_of<MOST_VECTORS>(left < MOST_VECTORS ? left : MOST_VECTORS);
-        Strip strip{panel + c, l.bias + begin + c, columns, nullptr, lines};
+        Strip strip{panel + c, l.bias + begin + c, columns, nullptr, lines, nullptr};
         for (int64_t g = 0; g < size; g++) {
+          strip.squares = squares_of(g);
           if (lines) {
             strip.soon = asked_for_ < until ? asked_for_ : nullptr;
             asked_for_ += 16 * nodes * lines;
@@ -293,10 +301,17 @@ class Step {
     return {reinterpret_cast<uint16_t*>(start), reinterpret_cast<int32_t*>(start + a_.T * stride / 2), stride};
   }
 
-  // The spikes of words_ [T, E].
-  void list_timesteps(const Channels& to) const {
+  // The spikes of words_ [T, E]; asks for the rows of sequence b's `states` that attention will touch.
+  void list_timesteps(const Channels& to, const float* states, int64_t b) const {
+    const int64_t d = a_.E / a_.H;
     for (int64_t t = 0; t < a_.T; t++) {
-      to.counts[t] = static_cast<int32_t>(list_bits(words_ + t * word_stride_, a_.E, to.list(t)));
+      const float* const state = states + (t * a_.B + b) * a_.E * d;
+      const uint16_t* const list = to.list(t);
+      const int64_t count = list_bits(words_ + t * word_stride_, a_.E, to.list(t));
+      to.counts[t] = static_cast<int32_t>(count);
+      for (int64_t i = 0; i < count; i++) {
+        for (int64_t c = 0; c < d; c += 16) __builtin_prefetch(state + list[i] * d + c, 1);
+      }
     }
   }
 
@@ -314,9 +329,9 @@ class Step {
       attend_levels(y, y + E_, y + 2 * E_, a_.E, d, a_.decay, scale, states + b * a_.E * d, z_);
     } else {
       part(0, q_neuron, nullptr, words_);
-      list_timesteps(q_);
+      list_timesteps(q_, states, b);
       part(1, k_neuron, nullptr, words_);
-      list_timesteps(k_);
+      list_timesteps(k_, states, b);
       part(2, v_neuron, values_, nullptr);
       for (int64_t t = 0; t < a_.T; t++) {
         const Attention at{q_.list(t), k_.list(t), q_.counts[t], k_.counts[t], values_ + t * E_,

@@ -87,7 +87,7 @@ static inline int64_t decode_weights(const Decode& a) {
 // Columns of a panel of a weight with this many inputs: what stays in most of a first-level cache, so that a panel is
 // read from farther away once for all sequences; where no useful panel does, long rows do better.
 static inline int64_t decode_panel(int64_t inputs) {
-  const int64_t columns = (28 << 10) / (inputs * 64) * 16;
+  const int64_t columns = (40 << 10) / (inputs * 64) * 16;
   return columns < 64 || columns > 128 ? 128 : columns;
 }
 
@@ -112,11 +112,11 @@ static inline int64_t decode_channels(const Decode& a) { return decode_padded(a.
 
 // Where the parts of one thread's scratch memory begin, in floats: the residual streams [chunk, T, E], the results of a
 // Linear [group, T, columns], of the attention [T, E], spikes [2, T, E], the first channel of each channel's head [E],
-// statistics [T], the head's input, words of bits [T, inputs / 64], the channels at which q and k spike [2, T, E]
+// statistics [T], squares [group, T, 16], the head's input, words of bits [T, inputs / 64], the channels at which q and k spike [2, T, E]
 // (16 bits each) and how many [2, T], lists of spikes [chunk, T * inputs] (16 bits each, and of I-LIF the integers)
 // and where a node's ends [chunk, nodes]. All rows are padded.
 struct DecodeScratch {
-  int64_t y, z, spikes, first_of, statistics, joined, words, channels, lists, ends, size;
+  int64_t y, z, spikes, first_of, statistics, squares, joined, words, channels, lists, ends, size;
   int64_t y_size, words_size, channels_size, list_size, ends_size;  // of one token; of one set of words; of one token's lists
 };
 
@@ -134,7 +134,8 @@ static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   s.spikes = s.z + E * a.T;
   s.first_of = s.spikes + 2 * E * a.T;
   s.statistics = s.first_of + E;
-  s.joined = s.statistics + decode_padded(a.T);
+  s.squares = s.statistics + decode_padded(a.T);
+  s.joined = s.squares + decode_group(a) * a.T * 16;
   s.words = s.joined + inputs;
   s.channels = s.words + s.words_size;
   s.lists = s.channels + 2 * s.channels_size;

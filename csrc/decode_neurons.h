@@ -39,27 +39,29 @@ class Neurons {
     }
   }
 
-  // y = norm(y), in place. Where a norm is of rows, theirs have mean 0.
-  void normalise(const Rows& y, int64_t C, const Norm& norm) const {
-    if (!norm.mean) row_statistics(y, C);
-    for (int64_t c = 0; c < C; c += W) {
-      Normed normed;
-      normed.read(norm, c);
-      for (int64_t t = 0; t < a_.T; t++) {
-        store(y[t] + c, normed(load(y[t] + c), statistics_[t]));
-      }
+  // y = norm(y), in place. Where a norm is of rows, theirs have mean 0, and `squares` [T, W] add up to their squares'
+  // sums; null: they are not known yet.
+  void normalise(const Rows& y, int64_t C, const Norm& norm, const float* squares) const {
+    if (norm.mean) {
+      normalise_by<Normed<false>>(y, C, norm);
+    } else {
+      row_statistics(y, C, squares);
+      normalise_by<Normed<true>>(y, C, norm);
     }
   }
 
   // The spikes of neurons with input norm(y), or y itself, as floats [T, E] and as bits; either may be null. I-LIF's
-  // integers always go to `spikes`, which may be y.
-  void fire(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm = {}) const {
+  // integers always go to `spikes`, which may be y. Norm and squares as above.
+  void fire(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm = {},
+            const float* squares = nullptr) const {
     if (words) clear(words);
     if (!norm.weight) {
       fire_with<Plain>(y, C, threshold, spikes, words, norm);
+    } else if (norm.mean) {
+      fire_with<Normed<false>>(y, C, threshold, spikes, words, norm);
     } else {
-      if (!norm.mean) row_statistics(y, C);
-      fire_with<Normed>(y, C, threshold, spikes, words, norm);
+      row_statistics(y, C, squares);
+      fire_with<Normed<true>>(y, C, threshold, spikes, words, norm);
     }
   }
 
@@ -69,41 +71,45 @@ class Neurons {
 
  private:
   // statistics[t] = 1 / sqrt(variance + eps) of a row of mean 0.
-  void row_statistics(const Rows& y, int64_t C) const {
+  void row_statistics(const Rows& y, int64_t C, const float* squares) const {
     for (int64_t t = 0; t < a_.T; t++) {
-      const float* row = y[t];
-      F sums[4] = {zero(), zero(), zero(), zero()};
-      int64_t c = 0;
-      for (; c + 4 * W <= C; c += 4 * W) {
-        for (int i = 0; i < 4; i++) {
-          const F v = load(row + c + i * W);
-          sums[i] = fma(v, v, sums[i]);
-        }
-      }
-      for (; c < C; c += W) {
-        const F v = load_up_to(row + c, static_cast<int>(C - c < W ? C - c : W));
-        sums[0] = fma(v, v, sums[0]);
-      }
-      const float squares = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-      statistics_[t] = 1 / __builtin_sqrtf(squares / static_cast<float>(C) + a_.eps);
+      const F total = squares ? load(squares + t * W) : squares_of(y[t], C);
+      statistics_[t] = 1 / __builtin_sqrtf(sum(total) / static_cast<float>(C) + a_.eps);
     }
   }
 
-  // One vector of channels of a norm.
+  F squares_of(const float* row, int64_t C) const {
+    F total = zero();
+    for (int64_t c = 0; c < C; c += W) {
+      const F v = load_up_to(row + c, static_cast<int>(C - c < W ? C - c : W));
+      total = fma(v, v, total);
+    }
+    return total;
+  }
+
+  template <class Norm_>
+  void normalise_by(const Rows& y, int64_t C, const Norm& norm) const {
+    for (int64_t c = 0; c < C; c += W) {
+      Norm_ normed;
+      normed.read(norm, c);
+      for (int64_t t = 0; t < a_.T; t++) store(y[t] + c, normed(load(y[t] + c), statistics_[t]));
+    }
+  }
+
+  // One vector of channels of a norm, of rows or of channels.
+  template <bool OfRows>
   struct Normed {
     F weight, bias, mean, rstd;
-    bool rows;
 
     SPIKEDECODER_INLINE_MEMBER void read(const Norm& n, int64_t c) {
-      rows = !n.mean;
       weight = load(n.weight + c);
       bias = load(n.bias + c);
-      mean = rows ? zero() : load(n.mean + c);
-      rstd = rows ? zero() : load(n.rstd + c);
+      if (OfRows) return;
+      mean = load(n.mean + c);
+      rstd = load(n.rstd + c);
     }
     SPIKEDECODER_INLINE_MEMBER F operator()(F y, float row_rstd) const {
-      const F z = rows ? mul(y, set1(row_rstd)) : mul(sub(y, mean), rstd);
-      return fma(z, weight, bias);
+      return fma(OfRows ? mul(y, set1(row_rstd)) : mul(sub(y, mean), rstd), weight, bias);
     }
   };
 
@@ -122,11 +128,13 @@ class Neurons {
         store(spikes + c, cell_(input(load(y.start + c), statistics_[0])));
       }
     } else {
-      spike_with<Input>(y, C, threshold, spikes, words, norm);
+      a_.T == 4 ? spike_with<Input, 4>(y, C, threshold, spikes, words, norm)
+                : spike_with<Input, 0>(y, C, threshold, spikes, words, norm);
     }
   }
 
-  template <class Input>
+  // Known: the number of timesteps, or 0.
+  template <class Input, int Known>
   void spike_with(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm) const {
     for_channels(decode_padded(C), [&](auto vectors, int64_t c, int) SPIKEDECODER_INLINE_LAMBDA {
       constexpr int U = decltype(vectors)::count;
@@ -139,7 +147,7 @@ class Neurons {
         if (left < W) limit[u] = select(mask_of(left > 0 ? (1u << left) - 1 : 0), limit[u], set1(__builtin_inff()));
         v[u] = zero();
       }
-      for (int64_t t = 0; t < a_.T; t++) {
+      for (int64_t t = 0; t < (Known ? Known : a_.T); t++) {
         uint64_t word = 0;
         for (int u = 0; u < U; u++) {
           const F x = input[u](load(y[t] + c + u * W), statistics_[t]);

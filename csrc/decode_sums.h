@@ -67,7 +67,7 @@ inline void list_spikes(uint64_t* words, int64_t T, int64_t row, int64_t n, cons
   }
 }
 
-// V vectors of columns of a panel.
+// V vectors of columns of a panel. The squares of its sums are added to `squares` [T, W].
 struct Strip {
   const float *panel, *bias;
   int64_t width;  // of the panel's rows
@@ -75,6 +75,7 @@ struct Strip {
   // at a time; null where there is nothing to ask for
   const float* soon;
   int64_t lines;
+  float* squares;
 };
 
 // Where a walk through the lists is.
@@ -102,19 +103,21 @@ struct Sums {
     store(to, first);
     rest.write(to + W);
   }
+  SPIKEDECODER_INLINE_MEMBER F add_squares(F total) const { return rest.add_squares(fma(first, first, total)); }
 };
 template <>
 struct Sums<0> {
   SPIKEDECODER_INLINE_MEMBER void read(const float*) {}
   SPIKEDECODER_INLINE_MEMBER void add_row(const float*) {}
   SPIKEDECODER_INLINE_MEMBER void write(float*) const {}
+  SPIKEDECODER_INLINE_MEMBER F add_squares(F total) const { return total; }
 };
 
 // Adds a node's rows to `sums`, goes on to the nodes below it, and stores a leaf's sums at y[t]. Returns where the next
 // node begins.
 template <int V, int T, int First = 0, int Stride = 1>
 SPIKEDECODER_INLINE Place sum_node(const Strip& strip, Sums<V> sums, Place at, const uint16_t* entries, float* y,
-                                   int64_t row) {
+                                   int64_t row, float* squares) {
   if (at.soon) {
     for (int64_t i = 0; i < strip.lines; i++) __builtin_prefetch(at.soon + 16 * i, 0, 2);
     at.soon += 16 * strip.lines;
@@ -124,30 +127,32 @@ SPIKEDECODER_INLINE Place sum_node(const Strip& strip, Sums<V> sums, Place at, c
   }
   if constexpr (is_leaf<T, First, Stride>) {
     sums.write(y + First * row);
+    store(squares + First * W, sums.add_squares(load(squares + First * W)));
   } else {
-    at = sum_node<V, T, First, 2 * Stride>(strip, sums, at, entries, y, row);
-    at = sum_node<V, T, First + Stride, 2 * Stride>(strip, sums, at, entries, y, row);
+    at = sum_node<V, T, First, 2 * Stride>(strip, sums, at, entries, y, row, squares);
+    at = sum_node<V, T, First + Stride, 2 * Stride>(strip, sums, at, entries, y, row, squares);
   }
   return at;
 }
 
 template <int V, int T>
-Place sum_tree(const Strip& strip, Place at, const uint16_t* entries, float* y, int64_t row) {
+Place sum_tree(const Strip& strip, Place at, const uint16_t* entries, float* y, int64_t row, float* squares) {
   Sums<V> bias;
   bias.read(strip.bias);
-  return sum_node<V, T>(strip, bias, at, entries, y, row);
+  return sum_node<V, T>(strip, bias, at, entries, y, row, squares);
 }
 
 // y [T, row] = the sums of all timesteps.
 template <int V>
 void sum_trees(const Strip& strip, const SpikeLists& lists, int64_t T, float* y, int64_t row) {
   Place at{lists.entries, lists.ends, strip.soon};
-  for (int64_t t = 0; t < T; t += TREE, y += TREE * row) {
+  float* squares = strip.squares;
+  for (int64_t t = 0; t < T; t += TREE, y += TREE * row, squares += TREE * W) {
     switch (T - t) {
-      case 1: at = sum_tree<V, 1>(strip, at, lists.entries, y, row); break;
-      case 2: at = sum_tree<V, 2>(strip, at, lists.entries, y, row); break;
-      case 3: at = sum_tree<V, 3>(strip, at, lists.entries, y, row); break;
-      default: at = sum_tree<V, TREE>(strip, at, lists.entries, y, row);
+      case 1: at = sum_tree<V, 1>(strip, at, lists.entries, y, row, squares); break;
+      case 2: at = sum_tree<V, 2>(strip, at, lists.entries, y, row, squares); break;
+      case 3: at = sum_tree<V, 3>(strip, at, lists.entries, y, row, squares); break;
+      default: at = sum_tree<V, TREE>(strip, at, lists.entries, y, row, squares);
     }
   }
 }
