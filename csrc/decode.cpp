@@ -49,6 +49,7 @@ class Step {
     values_ = spikes_ + a.T * E_;
     first_of_ = reinterpret_cast<int32_t*>(own_ + parts_.first_of);
     words_ = reinterpret_cast<uint64_t*>(own_ + parts_.words);
+    seen_ = words_ + a.T * word_stride_;
     q_ = channels(0);
     k_ = channels(1);
     for (int64_t c = 0; c < a.E; c++) first_of_[c] = static_cast<int32_t>(c - c % (a.E / a.H));
@@ -128,14 +129,17 @@ class Step {
   void hidden_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const float threshold = a_.thresholds[n * neurons_per_block + fc1_neuron];
     const int64_t size = group.end - group.begin;
-    sum(w.fc1, a_.E, first, size, first_panel(w.fc2.weight, a_.hidden, E_));
+    sum(w.fc1, a_.E, first, size, w.fc1.weight + a_.E * hidden_);
+    for (int64_t i = 0; i < word_stride_; i++) seen_[i] = 0;
     for (int64_t g = 0; g < size; g++) {
-      list_fired(first + g, {y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, w.fc1.norm, squares_of(g));
+      list_fired(first + g, {y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, w.fc1.norm, squares_of(g),
+                 size < FETCH_FOR ? nullptr : &w.fc2);
     }
   }
 
   void output_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const int64_t neuron = n * neurons_per_block + mlp_output, size = group.end - group.begin;
+    asked_for_ = first_panel(w.fc2.weight, a_.hidden, E_);
     // behind the last block's comes the head
     sum(w.fc2, a_.hidden, first, size,
         n + 1 < a_.blocks ? first_panel(w.end, a_.E, 3 * E_) : w.end + decode_head_inputs(a_) * decode_padded(a_.V));
@@ -163,15 +167,32 @@ class Step {
     }
   }
 
-  // Lists the spikes of neurons with input norm(y), C a timestep; y is changed.
+  // Lists the spikes of neurons with input norm(y), C a timestep; y is changed. Asks for the rows of `reader`'s weight
+  // that no token before needed.
   void list_fired(int64_t place, const Rows& y, int64_t C, float threshold, const Norm& norm,
-                  const float* squares = nullptr) const {
+                  const float* squares = nullptr, const Linear* reader = nullptr) const {
     if constexpr (of_integers<Kind>) {
       neurons_.fire(y, C, threshold, y.start, nullptr, norm, squares);
       list_levels(y.start, C, levels_of(place));
     } else {
       neurons_.fire(y, C, threshold, nullptr, words_, norm, squares);
+      if (reader) ask_for_rows(*reader, C);
       list(place, C);
+    }
+  }
+
+  // Asks for the rows in the first panel of l, at the spikes of words_, that are not in seen_ yet.
+  void ask_for_rows(const Linear& l, int64_t C) const {
+    const int64_t panel = decode_panel(C), width = l.columns < panel ? l.columns : panel;
+    for (int64_t w = 0; w < words_for(C); w++) {
+      uint64_t fresh = 0;
+      for (int64_t t = 0; t < a_.T; t++) fresh |= words_[t * word_stride_ + w];
+      fresh &= ~seen_[w];
+      seen_[w] |= fresh;
+      for (; fresh; fresh &= fresh - 1) {
+        const float* const row = l.weight + (64 * w + __builtin_ctzll(fresh)) * width;
+        for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c, 0, 2);
+      }
     }
   }
 
@@ -353,7 +374,7 @@ class Step {
   const Neurons<Kind> neurons_;
   const Ends<Kind> ends_;
   float *y_, *z_, *spikes_, *values_;
-  uint64_t* words_;
+  uint64_t *words_, *seen_;
   int32_t* first_of_;
   Channels q_, k_;
   mutable const float* asked_for_ = nullptr;  // weights before this one
