@@ -253,8 +253,8 @@ class Step {
     return of_integers<Kind> ? nullptr : own_ + parts_.squares + g * a_.T * 16;
   }
 
-  // y [size, T, columns] = the Linear of what is listed for `size` tokens from place `first` on, C inputs. Meanwhile asks
-  // for the weights up to `until`, the first panel of the next Linear with them.
+  // y [size, T, columns] = the Linear of what is listed for `size` tokens from place `first` on, C inputs. Meanwhile
+  // asks for the weights up to `until`.
   void sum(const Linear& l, int64_t C, int64_t first, int64_t size, const float* until) const {
     if constexpr (of_integers<Kind>) {
       sum_integers(l, C, first, size);

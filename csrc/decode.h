@@ -84,8 +84,9 @@ static inline int64_t decode_weights(const Decode& a) {
   return a.blocks * block + decode_padded(a.V) * (decode_head_inputs(a) + 1);
 }
 
-// Columns of a panel of a weight with this many inputs: what stays in most of a first-level cache, so that a panel is
-// read from farther away once for all sequences; where no useful panel does, long rows do better.
+// Columns of a panel of a weight with this many inputs: those rows of it that are used at all stay in a first-level
+// cache, so that a panel is read from farther away once for all sequences; where no useful panel does, long rows do
+// better.
 static inline int64_t decode_panel(int64_t inputs) {
   const int64_t columns = (40 << 10) / (inputs * 64) * 16;
   return columns < 64 || columns > 128 ? 128 : columns;

@@ -30,7 +30,9 @@ class Neurons {
   void centre(const Rows& y, int64_t C) const {
     for (int64_t t = 0; t < a_.T; t++) {
       F total = zero();
-      for (int64_t c = 0; c < C; c += W) total = add(total, load_up_to(y[t] + c, static_cast<int>(C - c < W ? C - c : W)));
+      for (int64_t c = 0; c < C; c += W) {
+        total = add(total, load_up_to(y[t] + c, static_cast<int>(C - c < W ? C - c : W)));
+      }
       const F mean = set1(sum(total) / static_cast<float>(C));
       for (int64_t c = 0; c < C; c += W) {
         const int n = static_cast<int>(C - c < W ? C - c : W);

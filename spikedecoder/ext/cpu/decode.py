@@ -307,8 +307,8 @@ def _weights(model: SpikeDecoder) -> Iterator[Tensor]:
         qkv = [_linear(part.linear, part.norm) for part in (attention.q, attention.k, attention.v)]
         weights, *rest = zip(*qkv, strict=True)
         yield from _panels(torch.cat(weights, dim=1))
-        for parts in rest:
-            yield from parts
+        for side in rest:
+            yield from side
         if attention.attention_lif.norm is not None:
             yield from _norm(attention.attention_lif.norm)
         for layer in (attention.proj, mlp.fc1, mlp.fc2):
@@ -331,7 +331,7 @@ def _panels(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def _linear(linear: nn.Linear, norm: Norm) -> list[Tensor]:
-    """Weight [inputs, outputs], bias and norm; before a norm of rows without the means that it would take off."""
+    """Weight [inputs, outputs], bias, norm; before a norm of rows without the means that it takes off."""
     weight, bias = linear.weight.detach().t().double(), linear.bias.detach().double()
     if norm.kind == "layer":
         weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean()
