@@ -185,9 +185,9 @@ void bind_norm_lif(py::module_& m) {
            int64_t T, int64_t rows, int64_t C, int threads) {
           const Element of_x = make_element(type, 1);
           const int64_t step = elements({rows, C}), statistics = kind ? C : elements({T, rows});
-          require(part >= 0 && part <= 2, "part: takes 0 (whole), 1 (reduce) or 2 (apply)");
-          require(part != 0 || kind == 0, "part: whole is for row statistics");
-          const int64_t sums = part == 2 ? 0 : C, coefficients = part == 2 ? C : 0;
+          require(part >= 0 && part <= 3, "part: takes 0 (whole), 1 (reduce), 2 (apply) or 3 (known)");
+          require((part == 0) == (kind == 0), "part: whole is for row statistics, the others are for those of channels");
+          const int64_t sums = part == 2 ? 0 : C, coefficients = part >= 2 ? C : 0;
           NormLifBackward a{neuron, threshold, make_kind(kind), static_cast<NormLifPart>(part), of_x,
                             typed_array(grad_spikes, of_x, T, step, "grad_spikes"), typed_array(x, of_x, T, step, "x"),
                             array<const float>(weight, C, "weight"), array<const float>(bias, C, "bias"),

@@ -145,11 +145,12 @@ struct NormLifForward {
   int threads;
 };
 
-// With g = dL/dy, recomputed in each of the three:
+// With g = dL/dy, recomputed in each:
 //   whole   row statistics: grad_x, grad_weight, grad_bias, grad_threshold
-//   reduce  grad_weight = sum g z, grad_bias = sum g, grad_threshold
-//   apply   grad_x = a g + b z + c, with a, b, c per channel
-enum class NormLifPart : int { whole = 0, reduce = 1, apply = 2 };
+//   reduce  channel statistics: grad_weight = sum g z, grad_bias = sum g, grad_threshold
+//   apply   channel statistics: grad_x = a g + b z + c, with a, b, c per channel
+//   known   both, for coefficients that do not depend on the sums
+enum class NormLifPart : int { whole = 0, reduce = 1, apply = 2, known = 3 };
 
 struct NormLifBackward {
   Neuron neuron;

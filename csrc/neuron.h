@@ -48,7 +48,7 @@ SPIKEDECODER_INLINE F surrogate_derivative(Surrogate surrogate, F u, F alpha) {
 // sigmoid, the common case, in which the branches below are decided at compile time.
 template <bool Plain>
 struct Cell {
-  F tau, inverse_tau, reset, leak, alpha, alpha_log2_e;
+  F tau, inverse_tau, reset, leak, alpha, alpha_log2_e, alpha_over_tau;
   Surrogate surrogate;
   bool exact_inverse, hard_reset, decay_input, detach_reset, shifted;
 
@@ -59,6 +59,7 @@ struct Cell {
         leak(set1(n.leak)),
         alpha(set1(n.alpha)),
         alpha_log2_e(set1(n.alpha * LOG2_E)),
+        alpha_over_tau(set1(n.alpha / n.tau)),
         surrogate(n.surrogate),
         exact_inverse(exact(n.tau)),
         hard_reset(n.hard_reset),
@@ -82,7 +83,7 @@ struct Cell {
 
   // The membrane potential before firing.
   SPIKEDECODER_INLINE_MEMBER F charge(F x, F v) const {
-    if (Plain) return add(v, mul(sub(x, v), inverse_tau));
+    if (Plain) return fma(sub(x, v), inverse_tau, v);  // times 1/2 is exact: rounded once either way
     const F over_rest = shifted ? sub(v, reset) : v;
     return decay_input ? add(v, over_tau(sub(x, over_rest))) : sub(add(v, x), over_tau(over_rest));
   }
@@ -96,7 +97,6 @@ struct Cell {
   // One step backwards. `carry` is dL/dv[t] on entry and dL/dv[t-1] on return; `falls` grows by what
   // threshold_gradient() makes -dL/dthreshold of. Returns dL/dx[t].
   SPIKEDECODER_INLINE_MEMBER F back(F h, F threshold, F grad_spike, F& carry, F& falls) const {
-    const Mask fired = ge(h, threshold);
     if (Plain) {
       // dL/dh = alpha grad_spike e / (1 + e)^2 + carry, e = exp(-alpha |h - threshold|), in as few multiplications
       // as there can be
@@ -104,9 +104,10 @@ struct Cell {
       const F d = add(set1(1), e);
       const F slope = div(mul(grad_spike, e), mul(d, d));
       falls = add(falls, slope);
-      carry = mul(fma(slope, alpha, drop(fired, carry)), inverse_tau);
+      carry = fma_where(not_ge(h, threshold), carry, inverse_tau, mul(slope, alpha_over_tau));
       return carry;  // leak = 1 / tau
     }
+    const Mask fired = ge(h, threshold);
     const F slope = surrogate_derivative(surrogate, sub(h, threshold), alpha);
     F through_reset;
     if (hard_reset) {

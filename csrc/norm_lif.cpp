@@ -1,6 +1,6 @@
 // Normalisation followed by LIF, in one pass over memory: the normalised value is never written.
-// Bytes moved per element: forward 4 read + 4 written; backward 8 read + 4 written (whole), 8 read (reduce),
-// 8 read + 4 written (apply). A row is read again from the first-level cache.
+// Bytes moved per element: forward 4 read + 4 written; backward 8 read + 4 written (whole, apply, known), 8 read
+// (reduce). A row, or a part of it, is read again from the nearer caches.
 #include "kernels.h"
 #include "neuron.h"
 #include "parallel.h"
@@ -16,39 +16,14 @@ double work(int64_t T, int64_t rows, int64_t C, double per_element) {
 
 SPIKEDECODER_INLINE int lanes(int64_t C, int64_t c) { return static_cast<int>(C - c < W ? C - c : W); }
 
-// What both passes read, and z and y from it.
+// What both passes read.
 template <class E>
 struct Normal {
-  NormKind kind;
   const E* x;
   const float *weight, *bias, *mean, *rstd;
   int64_t T, rows, C;
 
   int64_t at(int64_t t, int64_t row) const { return (t * rows + row) * C; }
-};
-
-// Weight and bias of W channels, and their statistics where those are per channel.
-struct Channels {
-  F weight, bias, mean, rstd;
-
-  template <class E>
-  SPIKEDECODER_INLINE_MEMBER void read(const Normal<E>& p, int64_t c, int n) {
-    const bool own = p.kind == NormKind::channel;
-    weight = load_up_to(p.weight + c, n);
-    bias = load_up_to(p.bias + c, n);
-    mean = own ? load_up_to(p.mean + c, n) : zero();
-    rstd = own ? load_up_to(p.rstd + c, n) : zero();
-  }
-
-  template <class E>
-  SPIKEDECODER_INLINE_MEMBER F z(const Normal<E>& p, int64_t t, int64_t row, int64_t c, int n) const {
-    const F x = load_up_to(p.x + p.at(t, row) + c, n);
-    if (p.kind == NormKind::channel) return mul(sub(x, mean), rstd);
-    const int64_t r = t * p.rows + row;
-    return mul(sub(x, set1(p.mean[r])), set1(p.rstd[r]));
-  }
-
-  SPIKEDECODER_INLINE_MEMBER F y(F z) const { return fma(z, weight, bias); }
 };
 
 // Mean and 1 / sqrt(variance + eps) of a row in all timesteps, four of them together, in two passes.
@@ -91,35 +66,78 @@ SPIKEDECODER_INLINE void row_statistics(const Normal<E>& p, int64_t row, float e
   }
 }
 
+// Channels c.. of a row: (x - mean) rstd weight + bias, as forward and backward compute it.
+template <int U, bool ByRow>
+struct Normalise {
+  F weight[U], bias[U], mean[U], rstd[U];
+
+  template <class E>
+  SPIKEDECODER_INLINE_MEMBER Normalise(const Normal<E>& p, int64_t c, int n) {
+    for (int u = 0; u < U; u++, c += W) {
+      weight[u] = load_up_to(p.weight + c, n);
+      bias[u] = load_up_to(p.bias + c, n);
+      if (ByRow) continue;
+      mean[u] = load_up_to(p.mean + c, n);
+      rstd[u] = load_up_to(p.rstd + c, n);
+    }
+  }
+  SPIKEDECODER_INLINE_MEMBER F operator()(int u, F x, const float* row_mean, const float* row_rstd) const {
+    const F d = sub(x, ByRow ? set1(*row_mean) : mean[u]);
+    return fma(mul(d, ByRow ? set1(*row_rstd) : rstd[u]), weight[u], bias[u]);
+  }
+};
+
+#if defined(SPIKEDECODER_AVX512)
+constexpr int FORWARD_AT_ONCE = 5;
+#else
+constexpr int FORWARD_AT_ONCE = 2;
+#endif
+
+template <bool ByRow, class CellType, class E>
+SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward& a, const Normal<E>& p, int64_t row,
+                                     E* spikes, bool past) {
+  const int64_t step = p.rows * p.C;
+  for_channels_evenly<FORWARD_AT_ONCE>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+    constexpr int U = decltype(vectors)::count;
+    const Normalise<U, ByRow> normalise(p, c, n);
+    F threshold[U], v[U];
+    for (int u = 0; u < U; u++) {
+      threshold[u] = thresholds_at(a.threshold, row * p.C, c + u * W, n);
+      v[u] = zero();
+    }
+    const E* x = p.x + row * p.C + c;
+    E* to = spikes + row * p.C + c;
+    const float *mean = p.mean + row, *rstd = p.rstd + row;
+    for (int64_t t = 0; t < p.T; t++, x += step, to += a.spikes_rows * p.C, mean += p.rows, rstd += p.rows) {
+      for (int u = 0; u < U; u++) {
+        const F h = cell.charge(normalise(u, load_up_to(x + u * W, n), mean, rstd), v[u]);
+        const Mask fired = ge(h, threshold[u]);
+        v[u] = cell.after(h, fired, threshold[u]);
+        store_spikes(to + u * W, fired, n, past);
+        __builtin_prefetch(x + (ByRow ? 2 : 1) * p.C + u * W, 0, 2);
+      }
+    }
+  });
+}
+
 template <class E>
 void forward(const NormLifForward& a) {
-  const Normal<E> p{a.kind, static_cast<const E*>(a.x), a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
+  const Normal<E> p{static_cast<const E*>(a.x), a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
   E* const spikes = static_cast<E*>(a.spikes);
-  const bool past = past_cache(spikes, a.T * a.spikes_rows * a.C, a.C);
-  with_cell(a.neuron, [&](const auto& cell) {
-    parallel(threads_for(work(a.T, a.rows, a.C, 0.4), a.threads), [&](int thread, int threads) {
+  const bool past = past_cache(spikes, a.T * a.spikes_rows * a.C, a.C), by_row = a.kind == NormKind::row;
+  with_cell(a.neuron, [&](const auto& shared_cell) {
+    parallel(threads_for(work(a.T, a.rows, a.C, 0.25), a.threads), [&](int thread, int threads) {
+      const auto cell = shared_cell;  // this thread's own stays in registers
       const Range rows = share(a.rows, thread, threads);
+      // statistics are a row ahead, so that their latency hides behind the other row's work
+      if (by_row && rows.begin < rows.end) row_statistics(p, rows.begin, a.eps, a.mean, a.rstd);
       for (int64_t row = rows.begin; row < rows.end; row++) {
-        if (a.kind == NormKind::row) row_statistics(p, row, a.eps, a.mean, a.rstd);
-        for_channels_evenly(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
-          constexpr int U = decltype(vectors)::count;
-          Channels channels[U];
-          F threshold[U], v[U];
-          for (int u = 0; u < U; u++) {
-            channels[u].read(p, c + u * W, n);
-            threshold[u] = thresholds_at(a.threshold, row * a.C, c + u * W, n);
-            v[u] = zero();
-          }
-          for (int64_t t = 0; t < a.T; t++) {
-            for (int u = 0; u < U; u++) {
-              const F h = cell.charge(channels[u].y(channels[u].z(p, t, row, c + u * W, n)), v[u]);
-              const Mask fired = ge(h, threshold[u]);
-              v[u] = cell.after(h, fired, threshold[u]);
-              store_spikes(spikes + (t * a.spikes_rows + row) * a.C + c + u * W, fired, n, past);
-              __builtin_prefetch(p.x + p.at(t, row + 1) + c + u * W);  // its statistics come next
-            }
-          }
-        });
+        if (by_row) {
+          if (row + 1 < rows.end) row_statistics(p, row + 1, a.eps, a.mean, a.rstd);
+          forward_row<true>(cell, a, p, row, spikes, past);
+        } else {
+          forward_row<false>(cell, a, p, row, spikes, past);
+        }
       }
     });
   });
@@ -127,16 +145,18 @@ void forward(const NormLifForward& a) {
 
 // One thread's scratch for the backward pass.
 struct RowScratch {
+  float *mean, *rstd;      // [T]: the row's own, where rows have statistics
+  float* h;                // [T, BLOCK]: membrane potentials of the channels at hand
   float* g;                // [T, C] of one row: dL/dz
-  float* steps;            // [2, T, BACK_AT_ONCE vectors]: z and h of the channels at hand, where T is not known
-  float *sum_g, *sum_gz;   // [T to a multiple of 16, 1 vector]: of the row's dL/dz, and of its products with z
+  float *sum_g, *sum_gd;   // [T to a multiple of 4, 1 vector]: of the row's dL/dz, and of its products with x - mean
   float *weight, *bias;    // [C]: sums over rows of g z and of g
   float* threshold;
   int64_t padded;          // C, to whole vectors
 
-  static int64_t steps_size(int64_t T) { return round_up(2 * BACK_AT_ONCE * T * W, 16); }
+  static constexpr int64_t BLOCK = 16 * W;  // channels whose potentials stay in the nearest cache
+
   static int64_t weight_at(int64_t T, int64_t C) {
-    return T * round_up(C, 16) + steps_size(T) + 2 * round_up(T, 16) * W;
+    return 2 * round_up(T, 16) + T * BLOCK + T * round_up(C, 16) + 2 * round_up(T, 4) * 16;
   }
   static int64_t threshold_at(int64_t T, int64_t C) { return weight_at(T, C) + 2 * round_up(C, 16); }
   static int64_t size(const Threshold& t, int64_t T, int64_t C) {
@@ -144,104 +164,152 @@ struct RowScratch {
   }
 
   RowScratch(float* memory, int64_t T, int64_t C) : padded(round_up(C, 16)) {
-    g = memory;
-    steps = g + T * padded;
-    sum_g = steps + steps_size(T);
-    sum_gz = sum_g + round_up(T, 16) * W;
+    mean = memory;
+    rstd = mean + round_up(T, 16);
+    h = rstd + round_up(T, 16);
+    g = h + T * BLOCK;
+    sum_g = g + T * padded;
+    sum_gd = sum_g + round_up(T, 4) * 16;
     weight = memory + weight_at(T, C);
     bias = weight + padded;
     threshold = memory + threshold_at(T, C);
     for (int64_t c = 0; c < padded; c++) weight[c] = bias[c] = 0;
   }
+
+  // Its statistics; its sums start at 0.
+  template <class E>
+  void start_row(const Normal<E>& p, int64_t row) const {
+    for (int64_t t = 0; t < p.T; t++) {
+      mean[t] = p.mean[t * p.rows + row];
+      rstd[t] = p.rstd[t * p.rows + row];
+      store(sum_g + t * W, zero());
+      store(sum_gd + t * W, zero());
+    }
+  }
 };
 
-// What the backward pass does besides going back through the LIF.
+// What the backward pass reads and writes.
 template <class E>
 struct Backward {
   const NormLifBackward& a;
   Normal<E> p;
   const E* grad_spikes;
   E* grad_x;
-  bool past, whole, sums, apply;
+  bool past;
 
   explicit Backward(const NormLifBackward& of)
       : a(of),
-        p{of.kind, static_cast<const E*>(of.x), of.weight, of.bias, of.mean, of.rstd, of.T, of.rows, of.C},
+        p{static_cast<const E*>(of.x), of.weight, of.bias, of.mean, of.rstd, of.T, of.rows, of.C},
         grad_spikes(static_cast<const E*>(of.grad_spikes)),
         grad_x(static_cast<E*>(of.grad_x)),
-        past(past_cache(grad_x, p.at(of.T, 0), of.C)),
-        whole(of.part == NormLifPart::whole),
-        sums(of.part != NormLifPart::apply),
-        apply(of.part == NormLifPart::apply) {}
+        past(past_cache(grad_x, p.at(of.T, 0), of.C)) {}
 };
 
-// The first of two passes over a row: g = dL/dy through the LIF, and all sums. Where channels have the
-// statistics (apply), dL/dx is known at once; where rows have them, dL/dz is kept until the row's sums are.
-template <int Known, class CellType, class E>
+// Membrane potentials of a row's channels first..first + width in all timesteps, as forward had them.
+template <bool ByRow, class CellType, class E>
+SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, int64_t row, const RowScratch& s,
+                                    int64_t first, int64_t width) {
+  const Normal<E>& p = b.p;
+  const int64_t step = p.rows * p.C;
+  for_channels_evenly(width, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+    constexpr int U = decltype(vectors)::count;
+    const Normalise<U, ByRow> normalise(p, first + c, n);
+    F threshold[U], v[U];
+    for (int u = 0; u < U; u++) {
+      threshold[u] = thresholds_at(b.a.threshold, row * p.C, first + c + u * W, n);
+      v[u] = zero();
+    }
+    const E* x = p.x + row * p.C + first + c;
+    float* h = s.h + c;
+    for (int64_t t = 0; t < p.T; t++, x += step, h += RowScratch::BLOCK) {
+      for (int u = 0; u < U; u++) {
+        const F charged = cell.charge(normalise(u, load_up_to(x + u * W, n), s.mean + t, s.rstd + t), v[u]);
+        store(h + u * W, charged);
+        v[u] = cell.after(charged, ge(charged, threshold[u]), threshold[u]);
+        __builtin_prefetch(x + p.C + u * W, 0, 2);
+      }
+    }
+  });
+}
+
+// g = dL/dy back through the LIF, and all sums. Where dL/dx = a g + b z + c with known coefficients (Apply), it is
+// written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known.
+template <bool ByRow, bool Sums, bool Apply, class CellType, class E>
 SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E>& b, int64_t row, const RowScratch& s,
-                      ThresholdSum& threshold_sum) {
+                                          ThresholdSum& threshold_sum, int64_t first, int64_t width) {
   const NormLifBackward& a = b.a;
   const Normal<E>& p = b.p;
-  const int64_t T = Known ? Known : p.T;
-  const bool whole = b.whole, apply = b.apply;
-  for (int64_t t = 0; t < T; t++) {
-    store(s.sum_g + t * W, zero());
-    store(s.sum_gz + t * W, zero());
-  }
-  for_channels_evenly<BACK_AT_ONCE>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+  const int64_t step = p.rows * p.C;
+  for_channels_evenly<BACK_AT_ONCE>(width, [&](auto vectors, int64_t at, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
-    PerStep<Known, U> z(s.steps), h(s.steps + T * U * W);
-    Channels channels[U];
-    F threshold[U], v[U], carry[U], falls[U], sum_g[U], sum_gz[U];
+    const int64_t c = first + at, last = row * p.C + c + (p.T - 1) * step;
+    F weight[U], mean[U], of_g[U], of_d[U], of_1[U];  // the latter three: a, b rstd, c
+    F threshold[U], carry[U], falls[U], sum_g[U], sum_gd[U];
     for (int u = 0; u < U; u++) {
-      channels[u].read(p, c + u * W, n);
-      threshold[u] = thresholds_at(a.threshold, row * p.C, c + u * W, n);
-      v[u] = carry[u] = falls[u] = sum_g[u] = sum_gz[u] = zero();
-    }
-#pragma GCC unroll 4
-    for (int64_t t = 0; t < T; t++) {
-      for (int u = 0; u < U; u++) {
-        const F normal = channels[u].z(p, t, row, c + u * W, n);
-        const F potential = cell.charge(channels[u].y(normal), v[u]);
-        z.put(t, u, normal);
-        h.put(t, u, potential);
-        v[u] = cell.after(potential, ge(potential, threshold[u]), threshold[u]);
-        __builtin_prefetch(p.x + p.at(t, row + 1) + c + u * W);
+      const int64_t channel = c + u * W;
+      if (ByRow) {
+        weight[u] = load_up_to(p.weight + channel, n);
+      } else {
+        mean[u] = load_up_to(p.mean + channel, n);
       }
+      if (Apply) {
+        of_g[u] = load_up_to(a.a + channel, n);
+        of_d[u] = mul(load_up_to(a.b + channel, n), load_up_to(p.rstd + channel, n));
+        of_1[u] = load_up_to(a.c + channel, n);
+      }
+      threshold[u] = thresholds_at(a.threshold, row * p.C, channel, n);
+      carry[u] = falls[u] = sum_g[u] = sum_gd[u] = zero();
     }
-#pragma GCC unroll 4
-    for (int64_t t = T - 1; t >= 0; t--) {
-      F of_row = zero(), of_row_z = zero();
+    const E *x = p.x + last, *grad = b.grad_spikes + last;
+    const float* h = s.h + (p.T - 1) * RowScratch::BLOCK + at;
+    float* kept = s.g + (p.T - 1) * s.padded + c;
+    int64_t out = last;
+    for (int64_t t = p.T - 1; t >= 0; t--) {
+      F of_row = zero(), of_row_d = zero();
       for (int u = 0; u < U; u++) {
-        const int64_t at = p.at(t, row) + c + u * W;
-        const F grad_spike = load_up_to(b.grad_spikes + at, n), normal = z.get(t, u);
-        __builtin_prefetch(b.grad_spikes + p.at(t, row + 1) + c + u * W);
-        const F g = cell.back(h.get(t, u), threshold[u], grad_spike, carry[u], falls[u]);
-        if (apply) {
-          const F rest = fma(load_up_to(a.b + c + u * W, n), normal, load_up_to(a.c + c + u * W, n));
-          store_result(b.grad_x + at, fma(load_up_to(a.a + c + u * W, n), g, rest), n, b.past);
-          continue;
+        const F d = sub(load_up_to(x + u * W, n), ByRow ? set1(s.mean[t]) : mean[u]);
+        const F grad_spike = load_up_to(grad + u * W, n);
+        __builtin_prefetch(grad + p.C + u * W, 0, 2);
+        const F g = cell.back(load(h + u * W), threshold[u], grad_spike, carry[u], falls[u]);
+        if (Apply) store_result(b.grad_x + out + u * W, fma(of_g[u], g, fma(of_d[u], d, of_1[u])), n, b.past);
+        if (Sums) sum_g[u] = add(sum_g[u], g);
+        if (Sums && !ByRow) sum_gd[u] = fma(g, d, sum_gd[u]);
+        if (ByRow) {
+          const F gd = mul(g, d), grad_z = mul(g, weight[u]);
+          sum_gd[u] = fma(gd, set1(s.rstd[t]), sum_gd[u]);
+          of_row = add(of_row, grad_z);
+          of_row_d = fma(gd, weight[u], of_row_d);
+          store(kept + u * W, grad_z);
         }
-        sum_g[u] = add(sum_g[u], g);
-        sum_gz[u] = fma(g, normal, sum_gz[u]);
-        const F grad_z = mul(g, channels[u].weight);
-        of_row = add(of_row, grad_z);
-        of_row_z = fma(grad_z, normal, of_row_z);
-        if (whole) store(s.g + t * s.padded + c + u * W, grad_z);
       }
-      if (whole) {
+      if (ByRow) {
         store(s.sum_g + t * W, add(load(s.sum_g + t * W), of_row));
-        store(s.sum_gz + t * W, add(load(s.sum_gz + t * W), of_row_z));
+        store(s.sum_gd + t * W, add(load(s.sum_gd + t * W), of_row_d));
       }
+      x -= step;
+      grad -= step;
+      out -= step;
+      h -= RowScratch::BLOCK;
+      kept -= s.padded;
     }
-    for (int u = 0; u < U; u++) {
-      if (!apply) {
-        store(s.bias + c + u * W, add(load(s.bias + c + u * W), sum_g[u]));
-        store(s.weight + c + u * W, add(load(s.weight + c + u * W), sum_gz[u]));
-      }
+    for (int u = 0; Sums && u < U; u++) {
+      const F sum_gz = ByRow ? sum_gd[u] : mul(sum_gd[u], load_up_to(p.rstd + c + u * W, n));
+      store(s.bias + c + u * W, add(load(s.bias + c + u * W), sum_g[u]));
+      store(s.weight + c + u * W, add(load(s.weight + c + u * W), sum_gz));
       threshold_sum.add_up(row * p.C, c + u * W, n, cell.threshold_gradient(falls[u]));
     }
   });
+}
+
+template <bool ByRow, bool Sums, bool Apply, class CellType, class E>
+SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E>& b, int64_t row, const RowScratch& s,
+                                          ThresholdSum& threshold_sum) {
+  if (ByRow) s.start_row(b.p, row);
+  for (int64_t c = 0; c < b.p.C; c += RowScratch::BLOCK) {
+    const int64_t width = b.p.C - c < RowScratch::BLOCK ? b.p.C - c : RowScratch::BLOCK;
+    potentials<ByRow>(cell, b, row, s, c, width);
+    back_through_lif<ByRow, Sums, Apply>(cell, b, row, s, threshold_sum, c, width);
+  }
 }
 
 // The sums of the lanes of four vectors, over C.
@@ -255,15 +323,15 @@ SPIKEDECODER_INLINE void means_of_four(const float* sums, float C, float* out) {
 template <class E>
 SPIKEDECODER_INLINE void gradient_of_row(const Backward<E>& b, int64_t row, const RowScratch& s) {
   const Normal<E>& p = b.p;
-  float mean_g[4], mean_gz[4];
+  float mean_g[4], mean_gd[4];
   for (int64_t t = 0; t < p.T; t++) {
     if (t % 4 == 0) {
       means_of_four(s.sum_g + t * W, static_cast<float>(p.C), mean_g);
-      means_of_four(s.sum_gz + t * W, static_cast<float>(p.C), mean_gz);
+      means_of_four(s.sum_gd + t * W, static_cast<float>(p.C), mean_gd);
     }
-    const float r = p.rstd[t * p.rows + row];
-    const F rstd = set1(r), mean = set1(p.mean[t * p.rows + row]);
-    const F shift = set1(-r * mean_g[t % 4]), slope = set1(-r * r * mean_gz[t % 4]);
+    const float r = s.rstd[t];
+    const F rstd = set1(r), mean = set1(s.mean[t]);
+    const F shift = set1(-r * mean_g[t % 4]), slope = set1(-r * r * r * mean_gd[t % 4]);
     const E* const x = p.x + p.at(t, row);
     const float* const g = s.g + t * s.padded;
     E* const out = b.grad_x + p.at(t, row);
@@ -279,12 +347,13 @@ SPIKEDECODER_INLINE void gradient_of_row(const Backward<E>& b, int64_t row, cons
 template <class E>
 void backward(const NormLifBackward& a) {
   const Backward<E> b(a);
-  const int most = threads_for(work(a.T, a.rows, a.C, 0.8), a.threads);
+  const int most = threads_for(work(a.T, a.rows, a.C, 0.6), a.threads);
   const int64_t own = RowScratch::size(a.threshold, a.T, a.C);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
-  float* const threshold_out = b.sums ? a.grad_threshold : nullptr;
+  const bool sums = a.part != NormLifPart::apply;
+  float* const threshold_out = sums ? a.grad_threshold : nullptr;
 
-  with_cell_and_steps(a.neuron, a.T, [&](const auto& shared_cell, auto steps) {
+  with_cell(a.neuron, [&](const auto& shared_cell) {
     parallel(most, [&](int thread, int threads) {
       const auto cell = shared_cell;  // this thread's own stays in registers
       const FlushDenormals flush;
@@ -292,14 +361,21 @@ void backward(const NormLifBackward& a) {
       ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
       const Range rows = share(a.rows, thread, threads);
       for (int64_t row = rows.begin; row < rows.end; row++) {
-        back_through_lif<decltype(steps)::known>(cell, b, row, s, threshold_sum);
-        if (b.whole) gradient_of_row(b, row, s);
+        switch (a.part) {
+          case NormLifPart::whole:
+            back_through_row<true, true, false>(cell, b, row, s, threshold_sum);
+            gradient_of_row(b, row, s);
+            break;
+          case NormLifPart::reduce: back_through_row<false, true, false>(cell, b, row, s, threshold_sum); break;
+          case NormLifPart::apply: back_through_row<false, false, true>(cell, b, row, s, threshold_sum); break;
+          case NormLifPart::known: back_through_row<false, true, true>(cell, b, row, s, threshold_sum); break;
+        }
       }
       threshold_sum.end_run();
     });
   });
 
-  if (!b.sums) return;
+  if (!sums) return;
   ThresholdSum::combine(a.threshold, a.C, threshold_out, scratch.floats() + RowScratch::threshold_at(a.T, a.C), own, most);
   const int64_t padded = round_up(a.C, 16), first = RowScratch::weight_at(a.T, a.C);
   for (int64_t c = 0; c < a.C; c++) {

@@ -73,6 +73,8 @@ bool bfloat16_products() {
 #endif
 }
 
+const bool rounds_to_bfloat16 = bfloat16_products();
+
 int threads_for(double nanoseconds, int most) {
   if (forked || most <= 1) return 1;
   const double worth = nanoseconds / 3000;

@@ -14,6 +14,8 @@ extern const char* const variant_names[3];  // best first
 
 // Whether this CPU multiplies pairs of bfloat16; used by the AVX-512 variant.
 bool bfloat16_products();
+// Whether this CPU rounds vectors to bfloat16 itself; the same CPUs do.
+extern const bool rounds_to_bfloat16;
 
 // Threads worth waking for `nanoseconds` of work on one: at least about 3 us for each, never more than
 // `most`, and one in a forked child, where the parent's OpenMP threads do not exist any more.

@@ -8,10 +8,13 @@
 //
 // `F` holds W floats, `Mask` one truth value per lane. load_n/store_n touch only the first n lanes (n <= W;
 // lanes that are not loaded are 0). Nothing here contracts a * b + c: fma() is called where it is meant.
+// fma_where(m, a, b, c) is a * b + c in the lanes of m, and c in the others (for finite b).
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+
+#include "runtime.h"
 
 #if defined(SPIKEDECODER_AVX512) || defined(SPIKEDECODER_AVX2)
 #include <immintrin.h>
@@ -50,6 +53,8 @@ SPIKEDECODER_INLINE F abs(F a) { return _mm512_abs_ps(a); }
 SPIKEDECODER_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 SPIKEDECODER_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
 SPIKEDECODER_INLINE Mask ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+SPIKEDECODER_INLINE Mask not_ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NGE_UQ); }
+SPIKEDECODER_INLINE F fma_where(Mask m, F a, F b, F c) { return _mm512_mask3_fmadd_ps(a, b, c, m); }
 SPIKEDECODER_INLINE Mask not_zero(F a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
 SPIKEDECODER_INLINE F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
 SPIKEDECODER_INLINE F keep(Mask m, F a) { return _mm512_maskz_mov_ps(m, a); }
@@ -92,6 +97,8 @@ SPIKEDECODER_INLINE float sum(F a) {
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 SPIKEDECODER_INLINE Mask ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+SPIKEDECODER_INLINE Mask not_ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NGE_UQ); }
+SPIKEDECODER_INLINE F fma_where(Mask m, F a, F b, F c) { return _mm256_fmadd_ps(_mm256_and_ps(m, a), b, c); }
 SPIKEDECODER_INLINE Mask not_zero(F a) { return _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NEQ_UQ); }
 SPIKEDECODER_INLINE F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
 SPIKEDECODER_INLINE F keep(Mask m, F a) { return _mm256_and_ps(m, a); }
@@ -152,6 +159,8 @@ SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) {
 }
 SPIKEDECODER_INLINE float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 SPIKEDECODER_INLINE Mask ge(F a, F b) { return a >= b; }
+SPIKEDECODER_INLINE Mask not_ge(F a, F b) { return ~(a >= b); }
+SPIKEDECODER_INLINE F fma_where(Mask m, F a, F b, F c) { return bitwise_and(m, a) * b + c; }
 SPIKEDECODER_INLINE Mask not_zero(F a) { return a != zero(); }
 SPIKEDECODER_INLINE F keep(Mask m, F a) { return bitwise_and(m, a); }
 SPIKEDECODER_INLINE F drop(Mask m, F a) { return bitwise_and(~m, a); }
@@ -170,7 +179,7 @@ SPIKEDECODER_INLINE Mask mask_of(uint32_t bits) {
 #endif
 
 // A float of which only the upper 16 bits are kept. Read and written by vectors of floats; written numbers are
-// rounded to the nearest, ties to even, as torch does.
+// rounded to the nearest, ties to even, as torch does. Denormal numbers may become 0.
 struct bfloat16 {
   uint16_t bits;
 };
@@ -181,6 +190,11 @@ SPIKEDECODER_INLINE F widen(__m256i a) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
 }
 SPIKEDECODER_INLINE __m256i narrow(F a) {
+  if (rounds_to_bfloat16) {
+    __m256i rounded;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(a));
+    return rounded;
+  }
   const __m512i x = _mm512_castps_si512(a);
   const __mmask16 odd = _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x10000));
   const __mmask16 number = _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q);
@@ -325,7 +339,7 @@ struct Vectors {
   static constexpr int count = U;
 };
 #if defined(SPIKEDECODER_AVX512)
-constexpr int AT_ONCE = 4, BACK_AT_ONCE = 4;
+constexpr int AT_ONCE = 4, BACK_AT_ONCE = 2;
 #else
 constexpr int AT_ONCE = 2, BACK_AT_ONCE = 2;  // of half as many registers
 #endif

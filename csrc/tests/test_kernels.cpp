@@ -206,7 +206,7 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
   }
   auto grad_x = array<float>(all), grad_weight = array<float>(C), grad_bias = array<float>(C);
   auto grad_threshold = array<float>(1);
-  for (int part = kind == NormKind::channel ? 1 : 0; part < (kind == NormKind::channel ? 3 : 1); part++) {
+  for (int part = kind == NormKind::channel ? 1 : 0; part < (kind == NormKind::channel ? 4 : 1); part++) {
     kernels().norm_lif_backward({n, t, kind, static_cast<NormLifPart>(part), Element::float32, grad.data(), x.data(), weight.data(),
                                  bias.data(), mean.data(), rstd.data(), a.data(), b.data(), c.data(), grad_x.data(),
                                  grad_weight.data(), grad_bias.data(), grad_threshold.data(), T, rows, C, threads});
@@ -219,7 +219,7 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
   kernels().norm_lif_forward({n, t, kind, Element::bfloat16, x16.data(), weight.data(), bias.data(), 1e-5f, mean.data(),
                               rstd.data(), s16.data(), T, rows, C, rows, threads});
   CHECK(widened(s16) == s);
-  for (int part = kind == NormKind::channel ? 1 : 0; part < (kind == NormKind::channel ? 3 : 1); part++) {
+  for (int part = kind == NormKind::channel ? 1 : 0; part < (kind == NormKind::channel ? 4 : 1); part++) {
     kernels().norm_lif_backward({n, t, kind, static_cast<NormLifPart>(part), Element::bfloat16, grad16.data(),
                                  x16.data(), weight.data(), bias.data(), mean.data(), rstd.data(), a.data(), b.data(),
                                  c.data(), grad_x16.data(), grad_weight16.data(), grad_bias16.data(), nullptr, T, rows,

@@ -95,18 +95,22 @@ def _norm_lif_backward(
     limit = p.v_threshold if threshold is None else threshold
     args = (grad_spikes, x, weight, bias, mean, rstd, limit, p)
     if channel:
-        grad_weight, grad_bias, grad_threshold = impl.backward_reduce(*args)
         nothing = torch.zeros_like(rstd)
         a, b, c = weight * rstd, nothing, nothing
         if ema_gz is not None and rstd_batch is not None:  # PowerNorm in training
             a, b = weight * rstd_batch, (alpha_backward() - 1) * ema_gz * rstd_batch
-        elif batch_gradient:  # BatchNorm in training: the statistics are functions of x
-            sum_gz, sum_g = grad_weight, grad_bias
-            if group is not None:
-                sum_gz, sum_g = sync.sum_over(torch.stack([grad_weight, grad_bias]), group)
-            count = x.numel() // x.shape[-1] if rows is None else rows
-            b, c = -a * sum_gz / count, -a * sum_g / count
-        grad_x = impl.backward_apply(*args, a, b, c)
+            batch_gradient = False
+        if batch_gradient or not hasattr(impl, "backward_known"):
+            grad_weight, grad_bias, grad_threshold = impl.backward_reduce(*args)
+            if batch_gradient:  # BatchNorm in training: the statistics are functions of x
+                sum_gz, sum_g = grad_weight, grad_bias
+                if group is not None:
+                    sum_gz, sum_g = sync.sum_over(torch.stack([grad_weight, grad_bias]), group)
+                count = x.numel() // x.shape[-1] if rows is None else rows
+                b, c = -a * sum_gz / count, -a * sum_g / count
+            grad_x = impl.backward_apply(*args, a, b, c)
+        else:
+            grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_known(*args, a, b, c)
     else:
         grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_layer(*args)
     grad_threshold = grad_threshold.sum_to_size(() if threshold is None else threshold.shape)

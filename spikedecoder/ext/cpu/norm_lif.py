@@ -23,7 +23,7 @@ from spikedecoder.params import LIFParams
 why_not = floats_on_cpu
 
 _ROW, _CHANNEL = 0, 1
-_WHOLE, _REDUCE, _APPLY = 0, 1, 2
+_WHOLE, _REDUCE, _APPLY, _KNOWN = 0, 1, 2, 3
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
@@ -101,6 +101,11 @@ def backward_reduce(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def backward_apply(*inputs: Any) -> Tensor:
     """grad_x = a g + b z + c; a, b, c [C] follow the other inputs."""
     return _backward(_CHANNEL, _APPLY, *inputs)[0]
+
+
+def backward_known(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward_reduce` and `backward_apply` at once: (grad_x, sum of g z, sum of g, grad_threshold)."""
+    return _backward(_CHANNEL, _KNOWN, *inputs)
 
 
 def _backward(
