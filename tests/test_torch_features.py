@@ -178,3 +178,45 @@ def test_a_training_step_asks_the_device_for_nothing(variant: str) -> None:
             model.loss(x, x.roll(-1, 1)).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches():
+    """What `spike_linear` gives without a gradient, and all that keeps it on the dispatcher's way."""
+    import importlib
+
+    from torch.autograd import forward_ad
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from spikedecoder import ext
+
+    if not ext.is_built():
+        pytest.skip(ext.NOT_BUILT)
+    op = importlib.import_module("spikedecoder.ops.spike_linear")
+    s, weight, bias = (torch.rand(4, 70) < 0.2).float(), torch.randn(8, 70), torch.randn(8)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with use_backend("cpu"):
+        assert op._bare(s, weight, bias) and op._bare(s, weight, None)
+        straight = op.spike_linear(s, weight, bias)
+        with Watch():
+            assert not op._bare(s, weight, bias)
+            assert torch.equal(op.spike_linear(s, weight, bias), straight)
+        assert any("spike_linear" in name for name in seen)
+        with torch.autocast("cpu"):
+            assert op.spike_linear(s, weight, bias).dtype == torch.bfloat16
+        with forward_ad.dual_level():
+            assert not op._bare(s, weight, bias)
+        learned = weight.clone().requires_grad_()
+        assert op.spike_linear(s, learned, bias).requires_grad
+        with torch.no_grad():
+            assert op._bare(s, learned, bias)
+        assert not op._bare(s.double(), weight) and not op._bare(s.to("meta"), weight)
+        assert not op._bare(s, torch._neg_view(weight)) and not op._bare(s, weight.to_sparse())
+        inside = []
+        torch.vmap(lambda x: (inside.append(op._bare(x, weight)), x)[1])(s[None])
+        assert inside == [False]

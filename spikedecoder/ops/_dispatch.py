@@ -136,17 +136,18 @@ def select(operator: str, call: Call, requested: str | None = None) -> ModuleTyp
                 f"{operator}: backend {requested!r} was asked for and cannot run it: {reason}. "
                 f"Others: use_backend('auto'), or one of {', '.join(BACKENDS)}"
             )
-        return _module(requested, operator)
+        return module(requested, operator)
     for backend in candidates(call.device):
         if why_not(backend, operator, call) is None:
-            return _module(backend, operator)
+            return module(backend, operator)
     raise BackendError(f"{operator}: no backend can run it on {call.device} in {call.dtype}")
 
 
-def _module(backend: str, operator: str) -> ModuleType:
-    module = _load(backend, operator)
-    assert not isinstance(module, str)
-    return module
+def module(backend: str, operator: str) -> ModuleType:
+    """The module of a backend that `resolve` or `select` has found to be there."""
+    found = _load(backend, operator)
+    assert not isinstance(found, str)
+    return found
 
 
 @torch.compiler.assume_constant_result
