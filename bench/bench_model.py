@@ -26,6 +26,7 @@ import torch
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
 from spikedecoder.ops._dispatch import Call, candidates, why_not
+from spikedecoder.training.devices import peak_rss_mib
 
 BATCH, LENGTH = 8, 256
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,8 +178,6 @@ class _Replay:
 
 
 if __name__ == "__main__":
-    import resource
-
     backend, how = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
     only_memory = how in ("", "recompute")
     model, _, step = training_step(backend, torch.float32 if only_memory else getattr(torch, how))
@@ -186,7 +185,7 @@ if __name__ == "__main__":
         model.recompute_activations(how == "recompute")
         step()
         step()
-        print(json.dumps({"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        print(json.dumps({"peak_rss_mib": peak_rss_mib()}))
     else:
         for _ in sys.stdin:
             start = time.perf_counter()
