@@ -195,8 +195,8 @@ class SpikeDecoder(nn.Module, FolderMixin):
         """For backward keep spikes as bits and statistics of norms only, and compute Linears again there.
 
         Same results; what a training step keeps shrinks several times, for one more product a Linear. On the
-        CPU less memory is resident only with SPIKEDECODER_TUNE_MALLOC=0 (`spikedecoder.ext.cpu`). A setting of
-        this object: in no config and no checkpoint. ValueError with I-LIF: it keeps bits.
+        CPU less memory is resident only with SPIKEDECODER_TUNE_MALLOC=0 (`spikedecoder.ext.cpu`). A setting
+        of this object: in no config and no checkpoint. ValueError with I-LIF: it keeps bits.
         """
         if on and self.config.neuron == "ilif":
             raise ValueError("recompute: got True, takes False with neuron='ilif': it keeps spikes as bits")
