@@ -1,7 +1,7 @@
 // What the compiled operators take, and the table of them that each variant fills.
 //
 // Arrays are contiguous float32 unless said, sizes are in elements. Arguments have been checked by the time
-// they arrive here (bindings.cpp); kernels throw nothing.
+// they arrive here (bindings*.cpp); kernels throw nothing.
 #pragma once
 
 #include <stddef.h>

@@ -267,13 +267,13 @@ def test_linear_norm_lif_is_its_parts_bit_for_bit(threshold, by_row, dtype, vari
 
     most, held = 5 * 4 * 40 * dtype.itemsize, []
     monkeypatch.setattr(linear_norm_lif, "NEAR", most)
-    into = norm_lif.forward_into
+    forward = norm_lif.forward
 
-    def recorded(out, current, *rest):
+    def recorded(current, *rest):
         held.append(current.nbytes)
-        return into(out, current, *rest)
+        return forward(current, *rest)
 
-    monkeypatch.setattr(norm_lif, "forward_into", recorded)
+    monkeypatch.setattr(norm_lif, "forward", recorded)
     random = torch.Generator().manual_seed(0)
     s = spikes((4, 3, 7, 70), random, 0.2).to(dtype)
     linear = [torch.randn(40, 70, generator=random).to(dtype), torch.randn(40, generator=random).to(dtype)]
@@ -285,5 +285,5 @@ def test_linear_norm_lif_is_its_parts_bit_for_bit(threshold, by_row, dtype, vari
     current, expected_words = spike_linear.forward(s, *linear)
     assert torch.equal(words, expected_words)
     assert 0.05 < actual[0].float().mean() < 0.95
-    for got, expected in zip(actual, norm_lif.forward(current, *rest), strict=True):
+    for got, expected in zip(actual, forward(current, *rest), strict=True):
         assert torch.equal(got, expected)

@@ -49,7 +49,7 @@ def forward(
         part = slice(begin, begin + at_once)
         current = product(bits[:, part].contiguous())
         own = threshold if of_rows is None else of_rows[part]
-        found.append(norm_lif.forward_into(flat[:, part], current, weight, bias, mean, rstd, eps, own, p))
+        found.append(norm_lif.forward(current, weight, bias, mean, rstd, eps, own, p, flat[:, part])[1:])
     if mean is None or rstd is None:
         mean, rstd = (torch.cat(each, 1).view(s.shape[:-1]) for each in zip(*found, strict=True))
     return spikes, mean, rstd, words

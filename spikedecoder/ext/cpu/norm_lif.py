@@ -53,39 +53,27 @@ def forward(
     eps: float,
     threshold: Tensor | float,
     p: LIFParams,
+    spikes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(spikes, mean, rstd): row statistics [T, ...] where none are given, else the channels' own."""
-    x = same(x)
-    spikes = torch.empty_like(x)
-    return spikes, *forward_into(spikes, x, weight, bias, mean, rstd, eps, threshold, p)
+    """(spikes, mean, rstd): row statistics [T, ...] where none are given, else the channels' own.
 
-
-def forward_into(
-    spikes: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    eps: float,
-    threshold: Tensor | float,
-    p: LIFParams,
-) -> tuple[Tensor, Tensor]:
-    """(mean, rstd); x is contiguous. spikes: like x, or some rows [T, begin:end, C] of a tensor."""
-    weight, bias = dense(weight), dense(bias)
+    spikes: where they go, like x or some rows [T, begin:end, C] of a tensor; None makes one.
+    """
+    x, weight, bias = same(x), dense(weight), dense(bias)
     if mean is None or rstd is None:
         kind, mean, rstd = _ROW, torch.empty(x.shape[:-1]), torch.empty(x.shape[:-1])
     else:
         kind, mean, rstd = _CHANNEL, dense(mean), dense(rstd)
     t = threshold_of(threshold, x.shape[1:])
     steps, rows, channels = _sizes(x)
-    apart = rows if spikes.is_contiguous() else spikes.stride(0) // channels
+    apart = rows if spikes is None else spikes.stride(0) // max(1, channels)
+    spikes = torch.empty_like(x) if spikes is None else spikes
     native.norm_lif_forward(
         *(neuron(p), t.native, kind, ELEMENTS[x.dtype], address(x), address(weight), address(bias), eps),
         *(address(mean), address(rstd), address(spikes)),
         *(steps, rows, channels, apart, torch.get_num_threads()),
     )
-    return mean, rstd
+    return spikes, mean, rstd
 
 
 def backward_layer(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

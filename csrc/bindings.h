@@ -1,0 +1,62 @@
+// What the bindings share: arrays arrive as addresses (data_ptr()) and sizes, so that nothing depends on a version of
+// torch. Everything is checked before the GIL is released; kernels check nothing.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "runtime.h"
+
+namespace py = pybind11;
+using namespace spikedecoder;
+
+void bind_decode(py::module_& m);
+
+constexpr int64_t kMostElements = int64_t{1} << 46;
+
+inline void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+// The product of sizes, each checked to be >= 0 and the whole to fit in memory.
+inline int64_t elements(std::initializer_list<int64_t> sizes) {
+  int64_t n = 1;
+  for (int64_t size : sizes) {
+    require(size >= 0, "sizes: takes numbers >= 0");
+    require(size == 0 || n <= kMostElements / size, "sizes: too many elements");
+    n *= size;
+  }
+  return n;
+}
+
+// The array at an address: null only where nothing is read or written, aligned for its type.
+template <class T>
+T* array(uintptr_t address, int64_t n, const char* name) {
+  if (n > 0 && !address) throw std::invalid_argument(std::string(name) + ": got a null address");
+  if (address % alignof(T)) throw std::invalid_argument(std::string(name) + ": address is not aligned");
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T* optional_array(uintptr_t address, const char* name) {
+  return address ? array<T>(address, 1, name) : nullptr;
+}
+
+inline int checked_threads(int threads) {
+  require(threads >= 1 && threads <= 4096, "threads: takes 1 to 4096");
+  return threads;
+}
+
+inline NormKind make_kind(int kind) {
+  require(kind == 0 || kind == 1, "kind: takes 0 (row) or 1 (channel)");
+  return static_cast<NormKind>(kind);
+}
+
+template <class Arguments>
+void run(void (*kernel)(const Arguments&), const Arguments& arguments) {
+  py::gil_scoped_release release;
+  kernel(arguments);
+}
