@@ -161,7 +161,12 @@ def compile_all(
     only: str | None, first: int | None, targets: tuple[int, ...], processes: int, spread: bool = False
 ) -> list[Compiled]:
     """`spread`: each call for one of the targets in turn."""
-    numbers = [i for i, row in enumerate(rows()) if only is None or row.operator in only.split(",")][:first]
+    seen: collections.Counter[str] = collections.Counter()
+    numbers = []
+    for i, row in enumerate(rows()):
+        seen[row.operator] += 1
+        if (only is None or row.operator in only.split(",")) and (not first or seen[row.operator] <= first):
+            numbers.append(i)
     wanted = [(i, t) for i in numbers for t in targets]
     if spread:
         wanted = [(i, targets[n % len(targets)]) for n, i in enumerate(numbers)]
@@ -280,7 +285,7 @@ what memory is spared.
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="an operator, or several with commas between")
-    parser.add_argument("--first", type=int, help="only so many calls")
+    parser.add_argument("--first", type=int, help="only so many calls of each operator")
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="compute capability")
     parser.add_argument("--spread", action="store_true", help="each call for one of the targets in turn")
     parser.add_argument("--json", type=Path, help="also write the results here")

@@ -33,7 +33,11 @@ def training_step(
     """(step, tokens in it) on fixed random tokens."""
     torch.manual_seed(0)
     batch, length = (1, 4) if dry else (32, 256)
-    changes: dict[str, Any] = {"blocks": 1, "mlp_ratio": 1, "timesteps": 2} if dry else {}
+    changes: dict[str, Any] = {}
+    if dry:
+        changes = {
+            "blocks": 1, "heads": 1, "token_dim": 12, "position_dim": 4, "mlp_ratio": 1, "timesteps": 2,
+        }  # fmt: skip
     config = SpikeDecoderConfig.preset("original-char", **changes)
     model = SpikeDecoder(config).to(DEVICE)
     model.recompute_activations(recompute)

@@ -25,6 +25,10 @@ from torch import Tensor
 from spikedecoder.ops._dispatch import Call
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    from spikedecoder.kernels._interpreter import install
+
+    install()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of A100, H100/H200, B200: used where no device is asked
 

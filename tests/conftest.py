@@ -38,6 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: a worker a core that this process may use, few enough to share a GPU's memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
 def _interpreter_missing() -> str | None:
     """Why Triton kernels can't be interpreted here, or None where they can."""
     if find_spec("triton") is None:
@@ -48,6 +55,7 @@ def _interpreter_missing() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # else one core waits for the last
     interpreter_missing = _interpreter_missing()
     for item in items:
         if not HAS_CUDA and item.get_closest_marker("gpu"):

@@ -54,14 +54,10 @@ def check(compiled: list[dict[str, Any]], targets: tuple[int, ...]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-SMALL = ("binarize", "ilif", "pack_spikes")  # two calls each: one process for all
-
-
-@pytest.mark.parametrize("operators", [SMALL, *((o,) for o in OPERATORS if o not in SMALL)], ids=",".join)
-def test_kernels_compile_well_for_hopper(operators: tuple[str, ...], tmp_path: Path) -> None:
-    first = str(2 * len(operators))
-    compiled = compile_for((90,), tmp_path, "--only", ",".join(operators), "--first", first)
-    assert {c["operator"] for c in compiled} == set(operators)
+def test_kernels_compile_well_for_hopper(tmp_path: Path) -> None:
+    """Two calls of each operator."""
+    compiled = compile_for((90,), tmp_path, "--first", "2")
+    assert sorted({c["operator"] for c in compiled}) == OPERATORS
     check(compiled, (90,))
 
 

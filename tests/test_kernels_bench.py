@@ -39,11 +39,10 @@ def dry_run(out: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.triton_interpreter
 def test_a_dry_run_of_some_stages(tmp_path: Path) -> None:
-    result = dry_run(tmp_path / "out", "--only", "environment", "--only", "build", "--only", "parity")
-    assert [s["stage"] for s in result["stages"]] == ["environment", "build", "parity"]
+    result = dry_run(tmp_path / "out", "--only", "environment", "--only", "build")
+    assert [s["stage"] for s in result["stages"]] == ["environment", "build"]
     assert all(s["ok"] for s in result["stages"])
     assert result["environment"]["versions"]["triton"]
-    assert "passed" in result["parity"]["parity-parity"]
 
 
 @pytest.mark.slow
@@ -51,6 +50,7 @@ def test_a_dry_run_of_some_stages(tmp_path: Path) -> None:
 def test_a_dry_run_of_everything(tmp_path: Path) -> None:
     result = dry_run(tmp_path / "out")
     assert {s.name for s in gpu.stages(tmp_path, True)} == {s["stage"] for s in result["stages"]}
+    assert "passed" in result["parity"]["parity-parity"]
     rows = result["operators"]["rows"]
     assert {row["row"] for row in rows} >= {"ours", "eager reference"}
     assert not [row for row in rows if "failed" in row or "wrong" in row]

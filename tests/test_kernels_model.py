@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import importlib
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
 from spikedecoder.nn.linear import LinearNormLIF
+from spikedecoder.ops._dispatch import OPERATORS
 from spikedecoder.testing import Case, cases, make_inputs
 
 pytest.importorskip("triton")
@@ -16,20 +26,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [] if DEVICE == "cuda" else [pytest.mark.triton_interpreter]
 
 
-def losses(
-    backend: str, steps: int, lr: float = 0.05, batches: int = 1000, **changes: object
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The loss of each step, and the last step's gradients; the batches come again after `batches` steps."""
+def losses(backend: str, steps: int, **changes: object) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of each step, and the last step's gradients."""
     torch.manual_seed(0)
     config = SpikeDecoderConfig.preset(
         "original-char", blocks=1, heads=2, token_dim=12, position_dim=4, mlp_ratio=2, timesteps=2, **changes
     )
     model = SpikeDecoder(config).to(DEVICE)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     found, gradients = [], {}
     with use_backend(backend):
         for step in range(steps):
-            generator = torch.Generator().manual_seed(step % batches)
+            generator = torch.Generator().manual_seed(step)
             tokens = torch.randint(0, 28, (2, 9), generator=generator).to(DEVICE)
             loss = model.loss(tokens, tokens.roll(-1, 1))
             optimizer.zero_grad()
@@ -62,12 +70,44 @@ def test_a_model_learns_the_same(changes: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
-def test_the_loss_curve_is_that_of_the_reference() -> None:
-    """Spikes at the threshold drift apart step by step; what is learned must not (mean of 4 steps, 2 %)."""
-    curves = (losses(backend, 16, lr=0.5, batches=2)[0] for backend in ("reference", "triton"))
-    expected, actual = (torch.tensor(curve).view(-1, 4).mean(1) for curve in curves)
-    assert expected[-1] < 0.9 * expected[0], f"the reference does not learn: {expected.tolist()}"
-    torch.testing.assert_close(actual, expected, rtol=0.02, atol=0)
+def test_200_steps_on_text_are_those_of_the_reference() -> None:
+    """On a GPU, where other sums may move a spike, the mean of each 50 steps, within 2 %."""
+    curve = runpy.run_path(str(Path(__file__).parent.parent / "bench" / "loss_curve.py"))
+    want = curve["train"]("reference", DEVICE)
+    means = torch.tensor(want[0]).view(-1, 50).mean(1)
+    assert len(want[0]) == 200 and means[-1] < 0.95 * means[0]
+    assert all(way.norm() > 0 for way in want[1].values())
+    with _counted() as kernels:
+        got = curve["train"]("triton", DEVICE)
+    assert {name: n // 200 for name, n in kernels.items()} == {
+        "binarize_forward": 1, "binarize_backward": 1, "lif_forward": 4, "lif_backward": 4,
+        "norm_lif_forward": 4, "norm_lif_backward": 4, "attention": 5, "pack_kernel": 6,
+        "linear_forward": 6, "linear_weight_grad": 6,
+    }  # fmt: skip
+    if DEVICE == "cuda":
+        torch.testing.assert_close(torch.tensor(got[0]).view(-1, 50).mean(1), means, rtol=0.02, atol=0)
+        return
+    loss, way = curve["differences"](got, want)
+    assert loss <= curve["LOSS_BOUND"] and way <= curve["WAY_BOUND"]
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[collections.Counter[str]]:
+    """How often each kernel is launched."""
+    counts: collections.Counter[str] = collections.Counter()
+    real = _launch.launch
+
+    def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        counts[kernel.__name__] += 1
+        real(kernel, *args, **kwargs)
+
+    for name in OPERATORS:
+        importlib.import_module(f"spikedecoder.kernels.{name}")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in [m for n, m in sys.modules.items() if n.startswith("spikedecoder.kernels.")]:
+            if getattr(module, "launch", None) is real:
+                patch.setattr(module, "launch", launch)
+        yield counts
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])

@@ -118,6 +118,12 @@ def test_unknown_backend():
         use_backend("gpu")
 
 
+def test_constants_are_marked_as_the_compiler_marks_them() -> None:
+    """... without importing it, which would take a second of every start."""
+    marked = (mark(lambda: None) for mark in (_dispatch.constant, torch.compiler.assume_constant_result))
+    assert len({tuple(vars(function).items()) for function in marked}) == 1
+
+
 @pytest.mark.parametrize(
     ("value", "expect"),
     [("reference", "ok"), ("nonsense", "SPIKEDECODER_BACKEND: got 'nonsense'"), ("", "ok")],

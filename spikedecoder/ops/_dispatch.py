@@ -56,6 +56,12 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def constant(function: Any) -> Any:
+    """`torch.compiler.assume_constant_result`, which would import the compiler: a second of every start."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def _check_name(name: str, where: str) -> str:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{where}: got {name!r}, takes auto or one of {', '.join(BACKENDS)}")
@@ -67,7 +73,7 @@ def requested_backend() -> str:
     return _forced if _forced is not None else _from_environment()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _from_environment() -> str:
     return _check_name(os.environ.get(_ENV) or "auto", f"environment variable {_ENV}")
 
@@ -150,7 +156,7 @@ def module(backend: str, operator: str) -> ModuleType:
     return found
 
 
-@torch.compiler.assume_constant_result
+@constant
 def resolve(operator: str, device: str, dtype: torch.dtype, requested: str) -> str:
     """The backend for every shape of `operator`, where what is kept for backward depends on it.
 
@@ -168,7 +174,7 @@ def _resolve(operator: str, device: str, dtype: torch.dtype, requested: str) -> 
     return next(b for b in candidates(call.device) if why_not(b, operator, call) is None)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def offers(backend: str, operator: str) -> bool:
     """Whether a backend that runs here has a module of its own for `operator`. Asked while tracing."""
     return not isinstance(_load(backend, operator), str)
