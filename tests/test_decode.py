@@ -7,6 +7,7 @@ what is compared are runs in which none comes so close.
 from __future__ import annotations
 
 import itertools
+import mmap
 import threading
 
 import pytest
@@ -352,6 +353,15 @@ def test_takes_a_copy_of_the_weights():
     after, _ = decoder.step(TOKENS[:, 0], state.clone())
     fresh, _ = Decoder(model).step(TOKENS[:, 0], state.clone())
     assert torch.equal(before, after) and not torch.equal(before, fresh)
+
+
+def test_large_weights_lie_in_huge_pages():
+    parts = [torch.arange(600_000.0), torch.ones(5)]
+    whole = decode_module._in_huge_pages(parts)
+    assert torch.equal(whole, torch.cat(parts))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert whole.data_ptr() % 2**21 == 0
+    assert torch.equal(decode_module._in_huge_pages(parts[1:]), parts[1])
 
 
 def test_from_several_threads():
