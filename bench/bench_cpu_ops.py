@@ -7,7 +7,9 @@ Each group is one operator and shape, each row one way to compute it, and the ro
 ``speedup_*`` how many times slower the others were when called in turns with it (ratio of the fastest rounds:
 compare these on a busy machine). All allocate their outputs, under the memory allocator as this package sets
 it. A result is checked before it is timed. The group "ceilings" says what the machine can do;
-``share_of_copy_bandwidth`` and ``times_dense_ceiling`` are each operator's part of it, timed in turns too.
+``share_of_copy_bandwidth``, ``times_dense_ceiling`` and ``share_of_ceiling`` (the time that its bytes or its
+operations need at least, whichever is longer as ``bound_by`` says, over its own) are each operator's part of
+it, timed in turns too.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spikedecoder import ext
+from spikedecoder import ext, ops
 
 if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
@@ -114,10 +116,13 @@ def norm_lif_train(*shape: int) -> Calls:
     return calls
 
 
+ATTENTION_RATE = 0.2
+
+
 @named("cpu", "reference")
 def attention_lif_train(*shape: int) -> Calls:
     t, b, h, s, d = shape
-    q, k, v = ((torch.rand(t, b, s, h, d) < 0.2).float().transpose(2, 3) for _ in range(3))
+    q, k, v = ((torch.rand(t, b, s, h, d) < ATTENTION_RATE).float().transpose(2, 3) for _ in range(3))
     grad = torch.randn(t, b, s, h, d).transpose(2, 3)
 
     def both(module: Any) -> tuple[torch.Tensor, ...]:
@@ -149,10 +154,11 @@ def spike_linear_forward(m: int, k: int, n: int, rate: float) -> Calls:
     return calls
 
 
-@named("cpu", "kernel", "torch")
+@named("cpu", "public", "kernel", "torch")
 def spike_linear_token(m: int, k: int, n: int, rate: float) -> Calls:
-    """A few rows, as when generating: the weight was laid out by columns beforehand. "kernel" is the compiled
-    function alone, without Python and with nothing allocated."""
+    """A few rows, as when generating: the weight was laid out by columns beforehand. "cpu" is the backend's
+    function, "public" the operator that users call, without a gradient, "kernel" the compiled function alone,
+    without Python and with nothing allocated."""
     s, weight, bias = _linear(m, k, n, rate)
     by_columns = weight.t().contiguous().t()
     y, words = torch.empty(m, n), torch.empty(m, -(-k // 64), dtype=torch.int64)
@@ -164,6 +170,7 @@ def spike_linear_token(m: int, k: int, n: int, rate: float) -> Calls:
 
     calls: Calls = {
         "cpu": lambda: spike_linear.forward(s, by_columns, bias)[:1],
+        "public": lambda: (ops.spike_linear(s, by_columns, bias),),
         "kernel": kernel,
         "torch": lambda: (F.linear(s, weight, bias),),
     }
@@ -208,7 +215,7 @@ def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, .
     torch.manual_seed(0)
     calls = make(*case)
     benchmark.pedantic(calls[row], rounds=7, warmup_rounds=1)
-    ours = ("cpu", "kernel")
+    ours = ("cpu", "public", "kernel")
     if row in ours:
         others = {name: call for name, call in calls.items() if name not in ours}
         best = interleaved({row: calls[row], **others, **_ceiling(make, case)})
@@ -218,6 +225,8 @@ def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, .
             benchmark.extra_info["share_of_copy_bandwidth"] = round(
                 BYTES[make] / 8 * best["copy"] / best["cpu"], 2
             )
+        elif make is attention_lif_train:
+            benchmark.extra_info |= _share_of_ceiling(best, *case)
         elif "product" in best:
             benchmark.extra_info["times_dense_ceiling"] = round(best["product"] / best["cpu"], 2)
 
@@ -226,17 +235,34 @@ def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, .
 BYTES = {lif_train: 20, norm_lif_train: 20}
 
 
+PRODUCT = 512  # rows, columns and depth of the product that attention is measured against
+
+
 def _ceiling(make: Callable[..., Calls], case: tuple[Any, ...]) -> Calls:
     """What bounds an operator: a copy of its input, or a product of its size with nothing allocated."""
-    if make in BYTES:
+    if make in BYTES or make is attention_lif_train:
         x = torch.randn(case)
         y = torch.empty_like(x)
-        return {"copy": lambda: y.copy_(x)}
+        a, c = torch.randn(PRODUCT, PRODUCT), torch.empty(PRODUCT, PRODUCT)
+        product: Calls = {"product": lambda: torch.mm(a, a, out=c)} if make is attention_lif_train else {}
+        return {"copy": lambda: y.copy_(x), **product}
     if make in (spike_linear_forward, spike_linear_weight_grad):
         m, k, n, _ = case
         a, b, c = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
         return {"product": lambda: torch.mm(a, b, out=c)}
     return {}
+
+
+def _share_of_ceiling(best: dict[str, float], t: int, b: int, h: int, s: int, d: int) -> dict[str, Any]:
+    """Attention + LIF, forward and backward: 16 + 28 bytes an element. For each token, six rows of a state
+    [d, d] read or added to for each channel that spikes, and twice all of it: dq reads, dk adds by dL/dy.
+    """
+    seconds = {
+        "bytes": 44 / 8 * best["copy"],
+        "operations": t * b * h * s * d * d * (6 * ATTENTION_RATE + 2) / PRODUCT**3 * best["product"],
+    }
+    bound = max(seconds, key=seconds.__getitem__)
+    return {"share_of_ceiling": round(seconds[bound] / best["cpu"], 2), "bound_by": bound}
 
 
 @pytest.mark.benchmark(group="ceilings")

@@ -237,7 +237,7 @@ void bind_spike_linear(py::module_& m) {
     require(bits <= 65536, "bits: takes at most 65536");
     run(kernels().gather_few,
         GatherFew{array<const float>(s, elements({rows, bits}), "s"),
-                  array<uint64_t>(words, elements({rows, words_for(bits)}), "words"),
+                  optional_array<uint64_t>(words, "words"),
                   array<const float>(source, elements({bits, columns}), "source"),
                   optional_array<const float>(bias, "bias"), array<float>(out, elements({rows, columns}), "out"), rows,
                   bits, columns, checked_threads(threads)});

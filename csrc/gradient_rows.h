@@ -1,4 +1,4 @@
-// Rows of a gradient as floats, inside kernels that read them many times over.
+// Rows of a gradient as floats and in slices, inside kernels that read them many times over.
 #pragma once
 
 #include "kernels.h"
@@ -35,6 +35,40 @@ class GradientRows {
   const WeightGrad& a_;
   Scratch wide_;
 };
+
+// The rows of a gradient in slices: each is summed by itself and then added to the sum of those before it. How many are
+// worked on at once, so that all threads have some tasks, changes no result.
+struct Slices {
+  int64_t rows, at_once;
+
+  // M rows, `most` of which can be in a slice (a multiple of 64), where each slice is `tasks` tasks
+  Slices(int64_t M, int64_t most, int64_t tasks, int threads) {
+    constexpr int64_t TASKS = 8, ROWS_AT_LEAST = 1024;
+    const int64_t few = (M + most - 1) / most, many = M / ROWS_AT_LEAST, wanted = (TASKS + tasks - 1) / tasks;
+    int64_t slices = wanted < many ? wanted : many;
+    if (slices < few) slices = few;
+    if (slices < 1) slices = 1;
+    rows = M ? round_up((M + slices - 1) / slices, 64) : 64;
+    at_once = threads > 1 ? (4 * threads + tasks - 1) / tasks : 1;
+    if (at_once > slices) at_once = slices;
+    const int64_t batches = (slices + at_once - 1) / at_once;
+    at_once = (slices + batches - 1) / batches;
+  }
+};
+
+// sums [n] += more [count, n], in order.
+inline void add_sums(float* sums, const float* more, int64_t n, int64_t count, int most) {
+  if (count < 1) return;
+  parallel(threads_for(0.05 * static_cast<double>(n * count), most), [&](int thread, int threads) {
+    const Range mine = share(n, thread, threads, W);
+    for (int64_t i = mine.begin; i < mine.end; i += W) {
+      const int there = static_cast<int>(mine.end - i < W ? mine.end - i : W);
+      F sum = load_up_to(sums + i, there);
+      for (int64_t s = 0; s < count; s++) sum = add(sum, load_up_to(more + s * n + i, there));
+      store_up_to(sums + i, sum, there);
+    }
+  });
+}
 
 }  // namespace
 }  // namespace SPIKEDECODER_VARIANT

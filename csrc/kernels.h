@@ -216,7 +216,7 @@ struct SumRows {
   int threads;
 };
 
-// Packing and gathering of a handful of rows in one: s [rows, bits] -> words, and as SumRows, all float32.
+// Packing and gathering of a handful of rows in one: s [rows, bits] -> words (or null), and as SumRows, all float32.
 struct GatherFew {
   const float* s;
   uint64_t* words;

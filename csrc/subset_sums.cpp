@@ -149,20 +149,22 @@ void sum_block(const Job& job, const Output<E>& output, int64_t column, Range gr
   }
 }
 
-template <class E>
-void sum_all(const Job& job, const Output<E>& output, int most) {
-  const int64_t groups = (job.rows + 15) / 16, blocks = (job.columns + COLUMNS - 1) / COLUMNS;
-  const double work = 0.03 * static_cast<double>(job.rows * job.bits) * static_cast<double>(job.columns) / 4;
+// sum(slice, column, groups of rows, room for tables): all of them, each task on one thread.
+template <class Sum>
+void share_out(int64_t slices, int64_t rows, int64_t bits, int64_t columns, int most, const Sum& sum) {
+  const int64_t groups = (rows + 15) / 16, blocks = (columns + COLUMNS - 1) / COLUMNS;
+  const double work = 0.03 * static_cast<double>(slices * rows * bits) * static_cast<double>(columns) / 4;
   const int threads = threads_for(work, most);
   int64_t parts = 1;  // of the rows, so that each thread has some tasks to choose from
-  while (blocks * parts < 3 * threads && groups * 16 / (parts + 1) >= ROWS_AT_LEAST) parts++;
-  const int64_t table_floats = words_for(smaller(BITS, job.bits)) * 16 * COLUMNS * 16;
+  while (slices * blocks * parts < 3 * threads && groups * 16 / (parts + 1) >= ROWS_AT_LEAST) parts++;
+  const int64_t table_floats = words_for(smaller(BITS, bits)) * 16 * COLUMNS * 16;
   Scratch tables(sizeof(float) * static_cast<size_t>(table_floats * threads));
-  Tasks tasks(blocks * parts);
+  Tasks tasks(slices * blocks * parts);
   parallel(threads, [&](int thread, int) {
     for (int64_t task; tasks.next(task);) {
       const Range part = share(groups, static_cast<int>(task % parts), static_cast<int>(parts), 3);
-      sum_block(job, output, task / parts * COLUMNS, part, tables.floats() + table_floats * thread);
+      const int64_t block = task / parts;
+      sum(block / blocks, block % blocks * COLUMNS, part, tables.floats() + table_floats * thread);
     }
   });
 }
@@ -170,7 +172,10 @@ void sum_all(const Job& job, const Output<E>& output, int most) {
 template <class E>
 void sum_to(const SumRows& a, const Job& job, E* out) {
   const bool past = a.bits <= BITS && past_cache(out, a.rows * a.columns, a.columns);
-  sum_all(job, Output<E>{out, a.rows, a.columns, false, false, a.bias, past}, a.threads);
+  const Output<E> output{out, a.rows, a.columns, false, false, a.bias, past};
+  share_out(1, a.rows, a.bits, a.columns, a.threads, [&](int64_t, int64_t column, Range groups, float* tables) {
+    sum_block(job, output, column, groups, tables);
+  });
 }
 
 size_t interleaved_size(int64_t rows, int64_t bits) {
@@ -198,23 +203,40 @@ void subset_sums(const SumRows& a) {
 void subset_sums_weight_grad(const WeightGrad& a) {
   if (!a.K || !a.N) return;
   if (!a.M) return gather_weight_grad(a);
-  const int64_t most_rows = smaller(a.M, BITS);
-  Scratch bits(sizeof(uint64_t) * static_cast<size_t>(a.K * words_for(most_rows)));
-  Scratch interleaved(interleaved_size(a.K, most_rows));
-  GradientRows grad(a, most_rows);
-  uint64_t* const transposed = static_cast<uint64_t*>(bits.get());
-  uint32_t* const groups = static_cast<uint32_t*>(interleaved.get());
-  for (int64_t m = 0; m < a.M; m += BITS) {
-    const int64_t rows = smaller(BITS, a.M - m);
-    const uint64_t* words = a.words + m * words_for(a.K);
+  const Slices slices(a.M, BITS, (a.N + COLUMNS - 1) / COLUMNS, a.threads);
+  const int64_t n = a.K * a.N, rows_at_once = slices.at_once * slices.rows;
+  const int64_t bits_each = a.K * words_for(slices.rows);
+  const int64_t interleaved_each = static_cast<int64_t>(interleaved_size(a.K, slices.rows) / sizeof(uint32_t));
+  Scratch bits(sizeof(uint64_t) * static_cast<size_t>(slices.at_once * bits_each));
+  Scratch interleaved(sizeof(uint32_t) * static_cast<size_t>(slices.at_once * interleaved_each));
+  Scratch more(sizeof(float) * static_cast<size_t>((slices.at_once - 1) * n));  // sums of all slices but the first
+  const GradientRows grad(a, smaller(a.M, rows_at_once));
+  for (int64_t m = 0; m < a.M; m += rows_at_once) {
+    const int64_t rows = smaller(rows_at_once, a.M - m), count = (rows + slices.rows - 1) / slices.rows;
+    const float* const source = grad.from(m, rows);
+    const auto rows_of = [&](int64_t slice) { return smaller(slices.rows, rows - slice * slices.rows); };
+    const auto groups_of = [&](int64_t slice) {
+      return static_cast<uint32_t*>(interleaved.get()) + slice * interleaved_each;
+    };
     const double work = 0.3 * static_cast<double>(rows) * static_cast<double>(a.K);
     team(threads_for(work, a.threads), [&](int thread, int threads) {
-      transpose_bits(words, rows, a.K, transposed, thread, threads);
+      uint64_t* const transposed = static_cast<uint64_t*>(bits.get());
+      for (int64_t s = 0; s < count; s++) {
+        const uint64_t* words = a.words + (m + s * slices.rows) * words_for(a.K);
+        transpose_bits(words, rows_of(s), a.K, transposed + s * bits_each, thread, threads);
+      }
       barrier();
-      interleave(transposed, a.K, rows, groups, share((a.K + 15) / 16, thread, threads));
+      const Range mine = share((a.K + 15) / 16, thread, threads);
+      for (int64_t s = 0; s < count; s++) {
+        interleave(transposed + s * bits_each, a.K, rows_of(s), groups_of(s), mine);
+      }
     });
-    sum_all(Job{groups, a.K, rows, grad.from(m, rows), a.N},
-            Output<float>{a.grad_weight, a.K, a.N, true, m > 0, nullptr, false}, a.threads);
+    share_out(count, a.K, slices.rows, a.N, a.threads, [&](int64_t s, int64_t column, Range groups, float* tables) {
+      const Job job{groups_of(s), a.K, rows_of(s), source + s * slices.rows * a.N, a.N};
+      float* const out = s ? more.floats() + (s - 1) * n : a.grad_weight;
+      sum_block(job, Output<float>{out, a.K, a.N, true, !s && m, nullptr, false}, column, groups, tables);
+    });
+    add_sums(a.grad_weight, more.floats(), n, count - 1, a.threads);
   }
 }
 

@@ -9,21 +9,26 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 
-// This thread's part of the transpose of bits: rows first..first + rows of words [.., words_for(K)] become
-// the bits of out [K, words_for(rows)].
+// Up to 64 rows of up to 64 bits, a word every `stride`, become the word of each bit, `out_stride` apart.
+SPIKEDECODER_INLINE void transpose_words(const uint64_t* words, int64_t stride, int64_t rows, uint64_t* out,
+                                         int64_t out_stride, int64_t bits) {
+  uint64_t a[64];
+  for (int64_t i = 0; i < rows; i++) a[i] = words[i * stride];
+  for (int64_t i = rows; i < 64; i++) a[i] = 0;
+  transpose_64(a);
+  for (int64_t i = 0; i < bits; i++) out[i * out_stride] = a[i];
+}
+
+// This thread's part of the transpose of bits: rows of words [rows, words_for(K)] become the bits of out
+// [K, words_for(rows)].
 SPIKEDECODER_INLINE void transpose_bits(const uint64_t* words, int64_t rows, int64_t K, uint64_t* out, int thread,
                                         int threads) {
   const int64_t in_stride = words_for(K), out_stride = words_for(rows);
   const Range tiles = share(in_stride * out_stride, thread, threads);
   for (int64_t tile = tiles.begin; tile < tiles.end; tile++) {
     const int64_t r = tile / in_stride * 64, w = tile % in_stride;
-    uint64_t a[64];
-    const int64_t there = rows - r < 64 ? rows - r : 64;
-    for (int64_t i = 0; i < there; i++) a[i] = words[(r + i) * in_stride + w];
-    for (int64_t i = there; i < 64; i++) a[i] = 0;
-    transpose_64(a);
-    const int64_t channels = K - 64 * w < 64 ? K - 64 * w : 64;
-    for (int64_t i = 0; i < channels; i++) out[(64 * w + i) * out_stride + r / 64] = a[i];
+    transpose_words(words + r * in_stride + w, in_stride, rows - r < 64 ? rows - r : 64,
+                    out + 64 * w * out_stride + r / 64, out_stride, K - 64 * w < 64 ? K - 64 * w : 64);
   }
 }
 

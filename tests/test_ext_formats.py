@@ -70,6 +70,7 @@ def test_spike_linear(rows, channels, out_channels, rate, with_bias, by_columns,
     if by_columns:
         weight = weight.t().contiguous().t()
     for name in on_each_variant():
+        assert torch.equal(spike_linear.product(s, weight, bias), expected), name
         for method in (None, *_cost.METHODS):
             y, words = spike_linear.forward(s, weight, bias, method)
             assert torch.equal(y, expected), (name, method)
@@ -92,6 +93,23 @@ def test_spike_linear_beyond_one_block(method, shape):
         y, words = spike_linear.forward(s, weight, None, method)
         assert torch.equal(y, expected), name
         assert torch.equal(spike_linear.weight_grad(words, k, grad, method), expected_grad), name
+
+
+@pytest.mark.parametrize("method", ["gather", "subset_sums"])
+def test_a_weight_gradient_does_not_depend_on_threads(method):
+    """Rows are summed in slices, of which more are worked on at once with more threads."""
+    s = random_spikes(1, (5000, 70), 0.1)
+    grad = torch.randn(5000, 40, generator=torch.Generator().manual_seed(0))
+    native.use_variant(native.variants()[0])
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            found.append(spike_linear.weight_grad(reference.pack(s), 70, grad, method))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[0], grad.t() @ s, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
 
 
 def test_the_cost_model_chooses_by_rate():

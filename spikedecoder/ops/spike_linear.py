@@ -162,7 +162,7 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         and _fits(s, weight, bias)
         and resolve("spike_linear", "cpu", torch.float32, requested_backend()) == "cpu"
     ):
-        return module("cpu", "spike_linear").forward(s, weight, bias)[0]
+        return module("cpu", "spike_linear").product(s, weight, bias)
     check_linear(s, weight, bias)
     *product, backend = as_product(weight, bias)
     if backend == "reference":

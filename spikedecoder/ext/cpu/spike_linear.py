@@ -29,11 +29,16 @@ def forward(
     (``weight.t().contiguous().t()``, made once before generating), any other is transposed in each call,
     which for a handful of rows costs more than the product itself.
     """
-    rows = s.numel() // s.shape[-1] if s.shape[-1] else 0
-    if method is None and rows <= FEW_ROWS and _is_by_columns(weight):
-        return _few_rows(s, weight, bias, rows)
+    if method is None and _is_few(s, weight):
+        words = torch.empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
+        return _few_rows(s, weight, bias, words), words
     words, count = pack_and_count(s)
     return _product(words, count, weight, bias, method), words
+
+
+def product(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The y of `forward`, where nobody wants the bits."""
+    return _few_rows(s, weight, bias, None) if _is_few(s, weight) else forward(s, weight, bias)[0]
 
 
 def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -114,20 +119,22 @@ def _is_by_columns(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.stride() == (1, weight.shape[0])
 
 
-def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-    """Packing and gathering in one call, for generation: at this size each microsecond of Python counts."""
+def _is_few(s: Tensor, weight: Tensor) -> bool:
+    return s.numel() <= FEW_ROWS * s.shape[-1] and _is_by_columns(weight)
+
+
+def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor | None) -> Tensor:
+    """Packing (where `words` are wanted) and gathering in one call: each microsecond counts."""
     s = dense(s)
     out_channels, channels = weight.shape
-    shape = s.shape[:-1]
-    y = torch.empty((*shape, out_channels))
-    words = torch.empty((*shape, -(-channels // 64)), dtype=torch.int64)
+    y = torch.empty((*s.shape[:-1], out_channels))
     if bias is not None:
         bias = dense(bias)
     native.gather_few(
-        *(s.data_ptr(), words.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr()),
-        *(rows, channels, out_channels, torch.get_num_threads()),
+        *(s.data_ptr(), address(words), weight.data_ptr(), address(bias), y.data_ptr()),
+        *(y.numel() // out_channels if out_channels else 0, channels, out_channels, torch.get_num_threads()),
     )
-    return y, words
+    return y
 
 
 def by_columns(weight: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+// The weight gradient of a linear layer on spikes: sums of the rows of dL/dy in which a channel spiked (row_sums.h).
+//
+// Bits are transposed first. Rows are taken in slices, of which a panel of columns stays in a core's second-level cache
+// while all channels are summed: each value of dL/dy comes from memory once, to one core. Memory: dL/dy read once, the
+// sums [channels, columns] read and written once per slice.
+#include "gradient_rows.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "row_sums.h"
+#include "simd.h"
+#include "transpose.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+namespace {
+
+constexpr int64_t PANEL_BYTES = 448 << 10;  // of dL/dy; the next panel comes into the cache beside it
+constexpr int SHIFT = 6;                    // 2^SHIFT channels are transposed and listed in one task
+
+// by_channel [channels, N] = the sums of channels first .. first + channels; first is a multiple of 64.
+void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const GradientRows& grad,
+                     const Slices& slices, int threads, float* by_channel) {
+  const Panels panels(a.N);
+  const int64_t stride = words_for(a.K), groups = words_for(channels), words = slices.rows / 64, n = channels * a.N;
+  const auto bytes = [](size_t each, int64_t count) { return each * static_cast<size_t>(count); };
+  const Lists first_lists{nullptr, nullptr, slices.rows, SHIFT};
+  const int64_t entries_each = groups * first_lists.room(), offsets_each = groups * (first_lists.group() + 1);
+  Scratch bits(bytes(sizeof(uint64_t), slices.at_once * channels * words));
+  Scratch entries(bytes(sizeof(uint16_t), slices.at_once * entries_each));
+  Scratch offsets(bytes(sizeof(int64_t), slices.at_once * offsets_each));
+  Scratch more(bytes(sizeof(float), (slices.at_once - 1) * n));  // sums of all slices but the first
+  for (int64_t m = 0; m < a.M; m += slices.at_once * slices.rows) {
+    const int64_t rows = smaller(slices.at_once * slices.rows, a.M - m), count = (rows + slices.rows - 1) / slices.rows;
+    const float* const source = grad.from(m, rows);
+    const auto lists_of = [&](int64_t slice) {
+      return Lists{static_cast<uint16_t*>(entries.get()) + slice * entries_each,
+                   static_cast<int64_t*>(offsets.get()) + slice * offsets_each, slices.rows, SHIFT};
+    };
+    Tasks listing(count * groups), summing(count * panels.count);
+    team(threads, [&](int, int) {
+      for (int64_t task; listing.next(task);) {
+        const int64_t slice = task / groups, group = task % groups, begin = slice * slices.rows;
+        const int64_t in_slice = smaller(slices.rows, rows - begin);
+        const Range range{64 * group, smaller(64 * (group + 1), channels)};
+        uint64_t* const transposed = static_cast<uint64_t*>(bits.get()) + slice * channels * words;
+        const uint64_t* from = a.words + (m + begin) * stride + first / 64 + group;
+        for (int64_t r = 0; r < in_slice; r += 64, from += 64 * stride) {
+          transpose_words(from, stride, smaller(64, in_slice - r), transposed + range.begin * words + r / 64, words,
+                          range.end - range.begin);
+        }
+        lists_of(slice).fill(transposed, words, words_for(in_slice), range);
+      }
+      barrier();
+      int64_t task, next;
+      for (bool there = summing.next(task); there; task = next) {
+        there = summing.next(next);
+        const int64_t slice = task / panels.count, soon = next / panels.count;
+        float* const out = slice ? more.floats() + (slice - 1) * n : by_channel;
+        const Sums<float> sums{source + slice * slices.rows * a.N, a.N, nullptr, out, !slice && m, false};
+        // the next panel is asked for bit by bit meanwhile: only so many lines are on their way at a time
+        const float* ahead = source + soon * slices.rows * a.N + next % panels.count * panels.width();
+        const int64_t rows_ahead = there ? smaller(slices.rows, rows - soon * slices.rows) : 0;
+        for (int64_t k = 0, r = 0; k < channels; k++) {
+          for (const int64_t end = rows_ahead * (k + 1) / channels; r < end; r++, ahead += a.N) {
+            for (int64_t i = 0; i < panels.width(); i += 16) __builtin_prefetch(ahead + i, 0, 2);
+          }
+          sum_panel(sums, lists_of(slice), k, k + 1, task % panels.count * panels.width(), panels.vectors);
+        }
+      }
+    });
+    add_sums(by_channel, more.floats(), n, count - 1, threads);
+  }
+}
+
+}  // namespace
+
+void gather_weight_grad(const WeightGrad& a) {
+  if (!a.K || !a.N) return;
+  const Panels panels(a.N);
+  const double additions = rate_of(a.words, a.M, a.K) * static_cast<double>(a.M) * static_cast<double>(a.K);
+  const double work = (0.4 * additions + 0.3 * static_cast<double>(a.M)) * static_cast<double>((a.N + W - 1) / W);
+  const int threads = threads_for(work, a.threads);
+  const Slices slices(a.M, PANEL_BYTES / (64 * 4 * panels.width()) * 64, panels.count, threads);
+  const int64_t rows = slices.at_once * slices.rows;
+  const int64_t channels = BITS_AT_A_TIME / rows / 64 * 64 + 64;
+  Scratch by_channel(sizeof(float) * static_cast<size_t>(a.K * a.N));  // [K, N]
+  if (!a.M) memset(by_channel.get(), 0, sizeof(float) * static_cast<size_t>(a.K * a.N));
+  const GradientRows grad(a, smaller(a.M, rows));
+  for (int64_t k = 0; k < a.K; k += channels) {
+    gather_channels(a, k, smaller(channels, a.K - k), grad, slices, threads, by_channel.floats() + k * a.N);
+  }
+  transpose({by_channel.floats(), a.grad_weight, a.K, a.N, a.threads});
+}
+
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder
