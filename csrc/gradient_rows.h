@@ -41,15 +41,18 @@ class GradientRows {
 struct Slices {
   int64_t rows, at_once;
 
-  // M rows, `most` of which can be in a slice (a multiple of 64), where each slice is `tasks` tasks
-  Slices(int64_t M, int64_t most, int64_t tasks, int threads) {
-    constexpr int64_t TASKS = 8, ROWS_AT_LEAST = 1024;
+  // M rows, `most` of which can be in a slice (a multiple of 64), where each slice is `tasks` tasks and n sums
+  Slices(int64_t M, int64_t most, int64_t tasks, int64_t n, int threads) {
+    constexpr int64_t TASKS = 8, ROWS_AT_LEAST = 1024, NEAR = (3 << 20) / sizeof(float);
     const int64_t few = (M + most - 1) / most, many = M / ROWS_AT_LEAST, wanted = (TASKS + tasks - 1) / tasks;
     int64_t slices = wanted < many ? wanted : many;
     if (slices < few) slices = few;
     if (slices < 1) slices = 1;
     rows = M ? round_up((M + slices - 1) / slices, 64) : 64;
-    at_once = threads > 1 ? (4 * threads + tasks - 1) / tasks : 1;
+    // several tasks for each thread where the sums of the slices stay near, else at least one
+    const int64_t least = (threads + tasks - 1) / tasks, enough = threads > 1 ? (4 * threads + tasks - 1) / tasks : 1;
+    at_once = enough < 1 + NEAR / n ? enough : 1 + NEAR / n;
+    if (at_once < least) at_once = least;
     if (at_once > slices) at_once = slices;
     const int64_t batches = (slices + at_once - 1) / at_once;
     at_once = (slices + batches - 1) / batches;

@@ -50,13 +50,15 @@ void sum_near(const Sum<E>& s, const Lists& mine, const Plan& plan, Tasks& tasks
 template <class E>
 void sum_by_panels(const Sum<E>& s, const Lists& lists, const Plan& plan, Tasks& list_tasks, Tasks& tasks) {
   for (int64_t task; list_tasks.next(task);) {
-    lists.fill(s.words, s.word_stride, words_for(s.bits), {task * plan.group, smaller((task + 1) * plan.group, s.rows)});
+    const Range rows{task * plan.group, smaller((task + 1) * plan.group, s.rows)};
+    lists.fill(s.words, s.word_stride, words_for(s.bits), rows);
   }
   barrier();
   const int64_t chunks = (s.rows + plan.chunk - 1) / plan.chunk;
   for (int64_t task; tasks.next(task);) {
     const int64_t begin = task % chunks * plan.chunk;
-    sum_panel(s, lists, begin, smaller(begin + plan.chunk, s.rows), task / chunks * plan.panels.width(), plan.panels.vectors);
+    const int64_t end = smaller(begin + plan.chunk, s.rows);
+    sum_panel(s, lists, begin, end, task / chunks * plan.panels.width(), plan.panels.vectors);
   }
 }
 

@@ -203,7 +203,7 @@ void subset_sums(const SumRows& a) {
 void subset_sums_weight_grad(const WeightGrad& a) {
   if (!a.K || !a.N) return;
   if (!a.M) return gather_weight_grad(a);
-  const Slices slices(a.M, BITS, (a.N + COLUMNS - 1) / COLUMNS, a.threads);
+  const Slices slices(a.M, BITS, (a.N + COLUMNS - 1) / COLUMNS, a.K * a.N, a.threads);
   const int64_t n = a.K * a.N, rows_at_once = slices.at_once * slices.rows;
   const int64_t bits_each = a.K * words_for(slices.rows);
   const int64_t interleaved_each = static_cast<int64_t>(interleaved_size(a.K, slices.rows) / sizeof(uint32_t));

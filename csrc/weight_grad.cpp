@@ -14,7 +14,7 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-constexpr int64_t PANEL_BYTES = 448 << 10;  // of dL/dy; the next panel comes into the cache beside it
+constexpr int64_t PANEL_BYTES = 512 << 10;  // of dL/dy; the next panel comes into the cache beside it
 constexpr int SHIFT = 6;                    // 2^SHIFT channels are transposed and listed in one task
 
 // by_channel [channels, N] = the sums of channels first .. first + channels; first is a multiple of 64.
@@ -22,6 +22,7 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
                      const Slices& slices, int threads, float* by_channel) {
   const Panels panels(a.N);
   const int64_t stride = words_for(a.K), groups = words_for(channels), words = slices.rows / 64, n = channels * a.N;
+  const int64_t step = (channels + 127) / 128;  // channels, of a panel, between two requests for parts of the next
   const auto bytes = [](size_t each, int64_t count) { return each * static_cast<size_t>(count); };
   const Lists first_lists{nullptr, nullptr, slices.rows, SHIFT};
   const int64_t entries_each = groups * first_lists.room(), offsets_each = groups * (first_lists.group() + 1);
@@ -60,11 +61,12 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
         // the next panel is asked for bit by bit meanwhile: only so many lines are on their way at a time
         const float* ahead = source + soon * slices.rows * a.N + next % panels.count * panels.width();
         const int64_t rows_ahead = there ? smaller(slices.rows, rows - soon * slices.rows) : 0;
-        for (int64_t k = 0, r = 0; k < channels; k++) {
-          for (const int64_t end = rows_ahead * (k + 1) / channels; r < end; r++, ahead += a.N) {
+        for (int64_t k = 0, r = 0; k < channels; k += step) {
+          const int64_t end = smaller(k + step, channels);
+          for (const int64_t last = rows_ahead * end / channels; r < last; r++, ahead += a.N) {
             for (int64_t i = 0; i < panels.width(); i += 16) __builtin_prefetch(ahead + i, 0, 2);
           }
-          sum_panel(sums, lists_of(slice), k, k + 1, task % panels.count * panels.width(), panels.vectors);
+          sum_panel(sums, lists_of(slice), k, end, task % panels.count * panels.width(), panels.vectors);
         }
       }
     });
@@ -80,7 +82,7 @@ void gather_weight_grad(const WeightGrad& a) {
   const double additions = rate_of(a.words, a.M, a.K) * static_cast<double>(a.M) * static_cast<double>(a.K);
   const double work = (0.4 * additions + 0.3 * static_cast<double>(a.M)) * static_cast<double>((a.N + W - 1) / W);
   const int threads = threads_for(work, a.threads);
-  const Slices slices(a.M, PANEL_BYTES / (64 * 4 * panels.width()) * 64, panels.count, threads);
+  const Slices slices(a.M, PANEL_BYTES / (64 * 4 * panels.width()) * 64, panels.count, a.K * a.N, threads);
   const int64_t rows = slices.at_once * slices.rows;
   const int64_t channels = BITS_AT_A_TIME / rows / 64 * 64 + 64;
   Scratch by_channel(sizeof(float) * static_cast<size_t>(a.K * a.N));  // [K, N]
