@@ -44,12 +44,13 @@ def node_of(implementation: str) -> Any:
 
 
 def measure(implementation: str, T: int, elements: int, dry: bool) -> dict[str, Any]:
-    from bench_gpu_ops import CUDA, DEVICE, _currents, _median_ms
+    from bench_gpu_ops import median_ms
+    from gpu_groups import CUDA, DEVICE, currents
     from spikingjelly.activation_based import functional
 
     node = node_of(implementation).to(DEVICE)
     torch.manual_seed(0)
-    x = _currents(T, elements // T // 512, 512)
+    x = currents(T, elements // T // 512, 512)
     grad = torch.randn_like(x)
 
     def call() -> Tensor:
@@ -68,7 +69,7 @@ def measure(implementation: str, T: int, elements: int, dry: bool) -> dict[str, 
         call()
         torch.cuda.synchronize()
         found["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    return {"ms": round(_median_ms(call, dry), 4), **found}
+    return {"ms": round(median_ms(call, dry), 4), **found}
 
 
 def main() -> None:

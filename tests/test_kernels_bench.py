@@ -63,22 +63,41 @@ def test_a_dry_run_of_everything(tmp_path: Path) -> None:
 
 
 def test_a_failing_or_endless_process_is_noted_and_others_end_well(tmp_path: Path) -> None:
+    """What an endless one started ends with it."""
+    endless = (
+        "import subprocess, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    )
     processes = [
         ("good", [sys.executable, "-c", "print('{\"a\": 1}')"]),
         ("bad", [sys.executable, "-c", "raise SystemExit(3)"]),
-        ("endless", [sys.executable, "-c", "import time; time.sleep(60)"]),
+        ("endless", [sys.executable, "-c", endless]),
         ("absent", [str(tmp_path / "nothing")]),
     ]
-    outcome = gpu.run_stage(gpu.Stage("mixed", 5, processes), tmp_path, 5, dict(os.environ))
+    outcome = gpu.run_stage(gpu.Stage("mixed", 3, processes), tmp_path, 3, dict(os.environ))
     assert outcome.status["good"] == "ok"
     assert outcome.status["bad"] == "exit 3"
     assert outcome.status["endless"].startswith("time limit")
     assert "No such file" in outcome.status["absent"]
     assert not outcome.ok and outcome.seconds < 30
+    child = Path(f"/proc/{(tmp_path / 'mixed-endless.log').read_text().strip()}/stat")
+    # without an init in the container the dead stay listed
+    assert not child.exists() or child.read_text().split()[2] == "Z"
     result = gpu.gather(tmp_path, [outcome], False)
     assert result["operators"] is None and result["environment"] is None
     page = gpu.render(result)
     assert "bad: exit 3" in page and "Dry run" not in page
+
+
+def test_operators_beyond_the_time_limit_are_left_out_by_name(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT.parent / "bench_gpu_ops.py"), "--dry-run", "--only", "spike_linear"]
+    done = subprocess.run(
+        [*command, "--limit", "0", "--out", str(tmp_path / "ops.json")], capture_output=True, timeout=120,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "ops.json").read_text())
+    assert found["rows"] == [] and found["ceilings"]["copy_gb_per_s"] > 0
+    assert len(found["left_out"]) == 4 and found["left_out"][-1].endswith(", compiled reference")
 
 
 def test_rows_that_failed_or_were_wrong_have_no_time_in_the_table() -> None:

@@ -1,0 +1,332 @@
+"""What `bench_gpu_ops.py` measures: operators, shapes, and how to call each row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikedecoder import ops
+from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.reference import lif as lif_reference
+from spikedecoder.reference import norm_lif as norm_lif_reference
+from spikedecoder.reference import spike_attention as attention_reference
+from spikedecoder.reference import spike_attention_lif as attention_lif_reference
+
+# how to call each row; a string instead says why it is left out
+Calls = dict[str, "Callable[[], Any] | str"]
+COMPILED = "compiled reference"
+ONCE = "compiled at T = 4 only: a longer loop over time takes the compiler minutes"
+P = LIFParams()
+RATE = 0.16
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@dataclass
+class Group:
+    """One operator and shape: how to call each row, the bytes and operations at the least."""
+
+    name: str
+    make: Callable[[], Calls]
+    bytes: float
+    flops: float = 0.0
+    exact: tuple[str, ...] = field(default=("ours",))  # rows that must equal "eager reference"
+
+
+def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Without a GPU traced only: a dry run walks the same calls."""
+    return torch.compile(fn, dynamic=False, backend="inductor" if CUDA else "eager")
+
+
+def _on(backend: str, fn: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
+        with ops.use_backend(backend):
+            return fn()
+
+    return call
+
+
+def _spikes(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (torch.rand(shape, device=DEVICE) < RATE).to(dtype)
+
+
+def currents(*shape: int) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * 0.8 + 0.3).to(torch.bfloat16)
+
+
+def lif_groups(dry: bool) -> Iterator[Group]:
+    from spikedecoder.kernels import lif as k
+
+    elements = 1 << (12 if dry else 26)
+    for T in (4,) if dry else (4, 8, 16):
+
+        def make(T: int = T) -> Calls:
+            x = currents(T, elements // T // 512, 512)
+            calls: Calls = {
+                "ours": lambda: k.forward(x, 1.0, None, P, want_v=False)[0],
+                "eager reference": lambda: lif_reference.forward(x, 1.0, None, P)[0],
+                "ours, packed": lambda: k.forward_packed(x, 1.0, None, P),
+            }
+            compiled = _compiled(lambda x: lif_reference.forward(x, 1.0, None, P)[0])
+            calls[COMPILED] = ONCE if T > 4 else lambda: compiled(x)
+            return calls
+
+        yield Group(f"lif forward bf16 T={T} n={elements}", make, 4.0 * elements)
+
+        def make_both(T: int = T) -> Calls:
+            x = currents(T, elements // T // 512, 512)
+            grad = torch.randn_like(x)
+
+            def through(neuron: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+                def call() -> Tensor:
+                    leaf = x.detach().requires_grad_()
+                    neuron(leaf).backward(grad)
+                    assert leaf.grad is not None
+                    return leaf.grad
+
+                return call
+
+            calls: Calls = {
+                "ours": _on("triton", through(lambda x: ops.lif_params(x, P))),  # type: ignore[arg-type, return-value]
+                "eager reference": through(lambda x: lif_reference.lif(x, 1.0, None, P)[0]),
+            }
+            compiled = through(_compiled(lambda x: lif_reference.lif(x, 1.0, None, P)[0]))
+            calls[COMPILED] = ONCE if T > 4 else compiled
+            return calls
+
+        # forward 2 b, backward 3 b
+        yield Group(f"lif forward + backward bf16 T={T} n={elements}", make_both, 10.0 * elements, exact=())
+
+
+def norm_lif_groups(dry: bool) -> Iterator[Group]:
+    from spikedecoder.kernels import norm_lif as k
+
+    elements, C = (1 << 12, 64) if dry else (1 << 26, 512)
+    for T in (4,) if dry else (4, 8, 16):
+
+        def make(T: int = T) -> Calls:
+            x = currents(T, elements // T // C, C)
+            weight, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
+            calls: Calls = {
+                "ours": lambda: k.forward(x, weight, bias, None, None, 1e-5, 1.0, P)[0],
+                "eager reference": lambda: norm_lif_reference.forward(
+                    x, weight, bias, None, None, 1e-5, 1.0, P
+                )[0],
+            }
+            fn = _compiled(lambda x: norm_lif_reference.forward(x, weight, bias, None, None, 1e-5, 1.0, P)[0])
+            calls[COMPILED] = ONCE if T > 4 else lambda: fn(x)
+            return calls
+
+        yield Group(f"norm_lif layer forward bf16 T={T} C={C} n={elements}", make, 4.0 * elements)
+        for kind in ("layer", "batch"):
+
+            def make_both(T: int = T, kind: str = kind) -> Calls:
+                x = currents(T, elements // T // C, C)
+                grad = torch.randn_like(x)
+                weight, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
+                running = (
+                    (torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)) if kind == "batch" else ()
+                )
+
+                def through(fn: Callable[[Tensor, NormParams], Tensor]) -> Callable[[], Tensor]:
+                    def call() -> Tensor:
+                        leaf = x.detach().requires_grad_()
+                        w = weight.detach().requires_grad_()
+                        n = NormParams(kind, w, bias, running=tuple(r.clone() for r in running))
+                        fn(leaf, n).backward(grad)
+                        assert leaf.grad is not None
+                        return leaf.grad
+
+                    return call
+
+                both = through(lambda x, n: ops.norm_lif(x, n, P))
+                compiled = through(
+                    _compiled(lambda x, n: norm_lif_reference.norm_lif(x.float(), n, 1.0, P).to(x.dtype))
+                )
+                return {
+                    "ours": _on("triton", both),
+                    "eager reference": _on("reference", both),
+                    COMPILED: ONCE if T > 4 else compiled,
+                }
+
+            bytes_ = (10.0 if kind == "layer" else 16.0) * elements
+            name = f"norm_lif {kind} forward + backward bf16 T={T} C={C} n={elements}"
+            yield Group(name, make_both, bytes_, exact=())
+
+
+LONG = "cost quadratic, or thousands of launches, at this length"
+
+
+def attention_groups(dry: bool) -> Iterator[Group]:
+    from spikedecoder.kernels import spike_attention as k
+    from spikedecoder.kernels import spike_attention_lif as fused
+
+    sizes = [(2, 1, 2, 40, 16)] if dry else [(4, 16, 8, 2048, 64), (4, 32, 5, 256, 16), (4, 1, 8, 65536, 64)]
+    for T, B, H, S, d in sizes:
+        shape = (T, B, S, H, d)
+        elements = math.prod(shape)
+        flops = elements * 2.0 * (2 * 64 + 2 * d)
+        name = f"T={T} BH={B * H} S={S} d={d}"
+        long = S > 4096  # the quadratic peers and the reference would take the whole time
+
+        def make(shape: tuple[int, ...] = shape, long: bool = long) -> Calls:
+            q, key, v = (_spikes(*shape).transpose(2, 3) for _ in range(3))
+            calls: Calls = {
+                "ours": lambda: k.forward(q, key, v, 0.125, None, None, False)[0],
+                "eager reference": lambda: attention_reference.forward(q, key, v, 0.125, None, None, False)[
+                    0
+                ],
+            }
+            flat = [x.flatten(0, 1) for x in (q, key, v)]
+            fn = _compiled(lambda *x: attention_reference.forward(*x, 0.125, None, None, False)[0])
+            calls[COMPILED] = LONG if long else lambda: fn(q, key, v)
+            calls["SDPA causal (softmax)"] = (
+                LONG if long else lambda: F.scaled_dot_product_attention(*flat, is_causal=True)
+            )
+            fla = _flash_linear_attention()
+            calls["flash-linear-attention"] = fla if isinstance(fla, str) else lambda: fla(q, key, v)
+            return calls
+
+        yield Group(f"spike_attention forward bf16 {name}", make, 8.0 * elements, flops)
+        if long:
+            continue
+
+        def make_both(shape: tuple[int, ...] = shape) -> Calls:
+            q, key, v = (_spikes(*shape).transpose(2, 3) for _ in range(3))
+            grad = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).transpose(2, 3)
+
+            def through(fn: Callable[..., Tensor]) -> Callable[[], Tensor]:
+                def call() -> Tensor:
+                    leaves = [x.detach().requires_grad_() for x in (q, key, v)]
+                    fn(*leaves).backward(grad)
+                    return torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None])
+
+                return call
+
+            def sdpa(q: Tensor, key: Tensor, v: Tensor) -> Tensor:
+                flat = (x.flatten(0, 1) for x in (q, key, v))
+                return F.scaled_dot_product_attention(*flat, is_causal=True).unflatten(0, shape[:2])
+
+            compiled = _compiled(lambda *x: attention_reference.forward(*x, 0.125, None, None, False)[0])
+            fla = _flash_linear_attention()
+            return {
+                "ours": _on("triton", through(lambda *x: ops.spike_attention(*x))),  # type: ignore[arg-type, return-value]
+                "eager reference": _on("reference", through(lambda *x: ops.spike_attention(*x))),  # type: ignore[arg-type, return-value]
+                COMPILED: through(compiled),
+                "SDPA causal (softmax)": through(sdpa),
+                "flash-linear-attention": fla if isinstance(fla, str) else through(fla),
+            }
+
+        name_both = f"spike_attention forward + backward bf16 {name}"
+        yield Group(name_both, make_both, 22.0 * elements, 3.5 * flops, exact=())
+
+        def make_fused(shape: tuple[int, ...] = shape) -> Calls:
+            q, key, v = (_spikes(*shape).transpose(2, 3) for _ in range(3))
+
+            def apart() -> Tensor:
+                return ops.lif_params(ops.spike_attention(q, key, v).transpose(2, 3), P).transpose(2, 3)  # type: ignore[union-attr]
+
+            return {
+                "ours": lambda: fused.forward(q, key, v, 0.125, None, 1.0, P),
+                "ours, two kernels": _on("triton", apart),
+                "eager reference": lambda: attention_lif_reference.forward(q, key, v, 0.125, None, 1.0, P),
+            }
+
+        yield Group(f"spike_attention_lif forward bf16 {name}", make_fused, 8.0 * elements, flops)
+
+
+def _flash_linear_attention() -> Callable[..., Tensor] | str:
+    """Of q, k, v [T, B, H, S, d]; its kernels take [B, S, H, d]."""
+    if not CUDA:
+        return "needs a CUDA device"
+    try:
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError as error:
+        return f"{error.name or 'fla'} is not installed"
+
+    def attend(*qkv: Tensor) -> Tensor:
+        q, k, v = (x.transpose(2, 3).flatten(0, 1) for x in qkv)
+        out = chunk_linear_attn(q, k, v, scale=0.125, normalize=False)[0]
+        return out.unflatten(0, qkv[0].shape[:2]).transpose(2, 3)
+
+    return attend
+
+
+def linear_groups(dry: bool) -> Iterator[Group]:
+    from spikedecoder.kernels import spike_linear as k
+
+    for M, K, N in [(64, 80, 32)] if dry else [(32768, 80, 1280), (32768, 512, 2048), (131072, 1024, 1024)]:
+
+        def make(M: int = M, K: int = K, N: int = N) -> Calls:
+            s = _spikes(M, K)
+            weight = torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) / K**0.5
+            return {
+                "ours": lambda: k.forward(s, weight, None)[0],
+                "dense": lambda: F.linear(s, weight),
+                "eager reference": lambda: F.linear(s.float(), weight.float()).to(torch.bfloat16),
+            }
+
+        name = f"spike_linear forward bf16 M={M} K={K} N={N}"
+        yield Group(name, make, 2.0 * (M * K + N * K + M * N) + M * K / 8, 2.0 * M * K * N, exact=())
+
+        def make_grad(M: int = M, K: int = K, N: int = N) -> Calls:
+            s = _spikes(M, K)
+            grad = torch.randn(M, N, device=DEVICE, dtype=torch.bfloat16)
+            with ops.use_backend("triton"):
+                words = ops.pack_spikes(s)
+            return {
+                "ours": lambda: k.weight_grad(words, K, grad),
+                "dense": lambda: grad.T @ s,
+                "eager reference": lambda: (grad.float().T @ s.float()).to(torch.bfloat16),
+            }
+
+        name = f"spike_linear weight gradient bf16 M={M} K={K} N={N}"
+        yield Group(name, make_grad, 2.0 * (M * N + N * K) + M * K / 8, 2.0 * M * K * N, exact=())
+
+
+def linear_norm_lif_groups(dry: bool) -> Iterator[Group]:
+    """Inference: one kernel where it pays, its parts beside it."""
+    from spikedecoder.kernels import linear_norm_lif as k
+    from spikedecoder.kernels import norm_lif, spike_linear
+
+    sizes = [(2, 40, 80, 32)] if dry else [(4, 8192, 80, 80), (4, 8192, 80, 1280), (4, 8192, 512, 2048)]
+    for T, R, K, N in sizes:
+        for kind in ("layer", "channel") if K == 80 else ("channel",):
+
+            def make(T: int = T, R: int = R, K: int = K, N: int = N, kind: str = kind) -> Calls:
+                s = _spikes(T, R, K)
+                weight = torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) * (3 / K) ** 0.5
+                ones, zeros = torch.ones(N, device=DEVICE), torch.zeros(N, device=DEVICE)
+                given = (zeros, ones) if kind == "channel" else (None, None)
+                rest = (ones, zeros, *given, 1e-5, 1.0, P)
+
+                def eager() -> Tensor:
+                    x = F.linear(s.float(), weight.float()).to(torch.bfloat16)
+                    return norm_lif_reference.forward(x, *rest)[0]
+
+                return {
+                    "ours": lambda: k.forward(s, weight, None, *rest)[0],
+                    "ours, two kernels": lambda: norm_lif.forward(
+                        spike_linear.forward(s, weight, None)[0], *rest
+                    )[0],
+                    "eager reference": eager,
+                }
+
+            name = f"linear_norm_lif {kind} forward bf16 T={T} R={R} K={K} N={N}"
+            moved = 2.0 * (T * R * (K + N) + N * K) + T * R * K / 8
+            yield Group(name, make, moved, 2.0 * T * R * K * N)
+
+
+GROUPS: dict[str, Callable[[bool], Iterator[Group]]] = {
+    "lif": lif_groups,
+    "spike_attention": attention_groups,
+    "norm_lif": norm_lif_groups,
+    "spike_linear": linear_groups,
+    "linear_norm_lif": linear_norm_lif_groups,
+}
