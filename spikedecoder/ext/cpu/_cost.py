@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -113,10 +114,22 @@ def fastest(
     dtype: torch.dtype = torch.float32,
 ) -> str:
     """One of METHODS, for s [m, k] with `count` ones and weight [n, k]; `transposed`: if it has to be."""
-    variant = native.variant()
+    most, other = _crossover(native.variant(), m, k, n, weight_grad, transposed, dtype)
+    return "gather" if count <= most else other
+
+
+@functools.lru_cache(maxsize=1024)
+def _crossover(
+    variant: str, m: int, k: int, n: int, weight_grad: bool, transposed: bool, dtype: torch.dtype
+) -> tuple[float, str]:
+    """(ones up to which gathering is the fastest, what is beyond): the others do not depend on ones."""
     table = costs_of(variant, dtype)
     extra = {"gather": TRANSPOSE * k * n, "subset_sums": TRANSPOSE * k * n} if transposed else {}
-    return min(
-        _methods(variant),
-        key=lambda method: table.of(method, m, k, n, count, weight_grad) + extra.get(method, 0.0),
-    )
+    fixed = {
+        method: table.of(method, m, k, n, 0, weight_grad) + extra.get(method, 0.0)
+        for method in _methods(variant)
+    }
+    gather = fixed.pop("gather")
+    other = min(fixed, key=fixed.__getitem__)
+    each = n * table.add + table.entry
+    return ((fixed[other] - gather) / each if each else math.inf), other

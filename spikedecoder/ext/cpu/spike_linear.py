@@ -88,7 +88,7 @@ class Product:
             sum_rows = native.gather if self.method == "gather" else native.subset_sums
             addresses = (address(words), address(self.columns), address(self.bias), address(y))
             sum_rows(*addresses, ELEMENTS[y.dtype], *sizes)
-        return y.to(dtype)
+        return y if whole else y.to(dtype)
 
 
 def _rows(words: Tensor) -> int:
