@@ -28,7 +28,7 @@ if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
 
 from spikedecoder.ext import cpu as backend
-from spikedecoder.ext.cpu import lif, norm_lif, spike_attention_lif, spike_linear
+from spikedecoder.ext.cpu import lif, linear_norm_lif, norm_lif, spike_attention_lif, spike_linear
 from spikedecoder.params import LIFParams
 from spikedecoder.reference import lif as lif_reference
 from spikedecoder.reference import norm_lif as norm_lif_reference
@@ -190,6 +190,24 @@ def spike_linear_weight_grad(m: int, k: int, n: int, rate: float) -> Calls:
     return calls
 
 
+@named("cpu", "parts")
+def linear_norm_lif_forward(m: int, k: int, n: int, rate: float) -> Calls:
+    """Linear, LayerNorm and LIF over 4 timesteps, beside the operators one after the other."""
+    s, weight, bias = _linear(m, k, n, rate)
+    s, ones, zeros = s.view(4, -1, k), torch.ones(n), torch.zeros(n)
+
+    def parts() -> tuple[torch.Tensor, ...]:
+        current, words = spike_linear.forward(s, weight, bias)
+        return *norm_lif.forward(current, ones, zeros, None, None, 1e-5, 1.0, P), words
+
+    def fused() -> tuple[torch.Tensor, ...]:
+        return linear_norm_lif.forward(s, weight, bias, ones, zeros, None, None, 1e-5, 1.0, P)
+
+    calls: Calls = {"cpu": fused, "parts": parts}
+    assert_same(calls, 0.0)
+    return calls
+
+
 SHAPES = ((8192, 80, 80), (8192, 80, 1280), (8192, 1280, 80), (4096, 512, 2048), (4096, 2048, 512))
 LINEAR = [(*shape, rate) for shape in SHAPES for rate in (0.05, 0.1, 0.5)]
 TOKEN = [(4, 80, 1280, 0.1), (4, 1280, 80, 0.1), (4, 512, 2048, 0.1), (4, 2048, 512, 0.1)]
@@ -209,6 +227,10 @@ def variant(benchmark: Any) -> None:
         *rows(spike_linear_forward, *LINEAR),
         *rows(spike_linear_token, *TOKEN),
         *rows(spike_linear_weight_grad, *LINEAR),
+        *rows(
+            linear_norm_lif_forward,
+            *[(8192, *k_n, p) for k_n in ((80, 1280), (512, 2048)) for p in (0.05, 0.2)],
+        ),
     ],
 )
 def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, ...], row: str) -> None:

@@ -1,4 +1,4 @@
-// The Python module spikedecoder._C: operators and runtime; the decoder is in bindings_decode.cpp.
+// The Python module spikedecoder._C: operators and runtime; bindings_decode.cpp and bindings_memory.cpp hold the rest.
 #include <pybind11/stl.h>
 
 #include <cmath>
@@ -353,4 +353,5 @@ PYBIND11_MODULE(_C, m) {
   bind_spike_linear(m);
   bind_attention(m);
   bind_decode(m);
+  bind_memory(m);
 }

@@ -14,6 +14,7 @@ namespace py = pybind11;
 using namespace spikedecoder;
 
 void bind_decode(py::module_& m);
+void bind_memory(py::module_& m);
 
 constexpr int64_t kMostElements = int64_t{1} << 46;
 

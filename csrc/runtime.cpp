@@ -81,8 +81,9 @@ int threads_for(double nanoseconds, int most) {
   return worth >= most ? most : worth < 1 ? 1 : static_cast<int>(worth);
 }
 
-Scratch::Scratch(size_t bytes) : memory_(nullptr) {
-  if (posix_memalign(&memory_, 64, bytes ? bytes : 64)) throw std::bad_alloc();
+// Not an aligned allocation, which breaks the heap up: see spikedecoder/ext/cpu/_memory.py.
+Scratch::Scratch(size_t bytes) : memory_(std::malloc(bytes + 64)) {
+  if (!memory_) throw std::bad_alloc();
 }
 
 Scratch::~Scratch() { std::free(memory_); }

@@ -28,8 +28,8 @@ class Scratch {
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  float* floats() const { return static_cast<float*>(memory_); }
-  void* get() const { return memory_; }
+  float* floats() const { return static_cast<float*>(get()); }
+  void* get() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64); }
 
  private:
   void* memory_;

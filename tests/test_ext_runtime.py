@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -12,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import operators
 import pytest
 import setuptools
 import torch
@@ -49,10 +51,43 @@ def test_a_variant_can_be_asked_for():
 
 
 @needs_extension
-def test_a_variant_that_the_cpu_lacks_is_an_error():
-    done = run_python(VARIANT, SPIKEDECODER_CPU="avx1024")
-    assert done.returncode != 0
-    assert "SPIKEDECODER_CPU: got 'avx1024', takes what this CPU has: " in done.stderr
+def test_a_variant_that_the_cpu_lacks_is_an_error(monkeypatch):
+    from spikedecoder.ext import cpu
+
+    monkeypatch.setenv("SPIKEDECODER_CPU", "avx1024")
+    with pytest.raises(ValueError, match="SPIKEDECODER_CPU: got 'avx1024', takes what this CPU has: "):
+        cpu._choose_variant()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_of_large_results(dtype, monkeypatch):
+    """Aligned, freed with the last tensor, or when no tensor was made of it; torch's where malloc is not tuned."""
+    from spikedecoder.ext import cpu
+    from spikedecoder.ext.cpu import _memory
+
+    shape, size = (3, _memory.LARGE, 2), 3 * _memory.LARGE * 2 * dtype.itemsize
+    monkeypatch.setattr(cpu, "KEEPS_FREED_MEMORY", True)
+    x = _memory.empty(shape, dtype)
+    assert (x.shape, x.dtype, x.is_contiguous(), x.data_ptr() % 64) == (shape, dtype, True, 0)
+    view = x.fill_(3)[2, -1]
+    del x
+    again = _memory.empty(shape, dtype)
+    assert torch.equal(view, torch.tensor([3, 3], dtype=dtype))
+    del again
+    first = _memory.empty(shape, dtype).data_ptr()
+    for _ in range(50):
+        _memory.empty(shape, dtype)
+        cpu.native.result(shape, _memory._TYPES[dtype])
+    assert abs(_memory.empty(shape, dtype).data_ptr() - first) < 20 * size
+    with pytest.raises(ValueError, match="sizes"):
+        cpu.native.result([-1, 4], 0)
+    with pytest.raises(MemoryError):
+        cpu.native.result([1 << 45], 0)
+    with pytest.raises(RuntimeError, match="resizable"):
+        _memory.empty(shape, dtype).resize_(2 * size)
+    monkeypatch.setattr(cpu, "KEEPS_FREED_MEMORY", False)
+    assert _memory.empty(shape, dtype).resize_(7, 2 * _memory.LARGE).shape == (7, 2 * _memory.LARGE)
 
 
 @needs_extension
@@ -80,14 +115,27 @@ print(faults(), spikedecoder.ext.cpu.KEEPS_FREED_MEMORY)
 
 @needs_extension
 def test_from_several_python_threads():
-    x = torch.randn(4, 50, 333)
+    """Also products with bfloat16 weights, whose choice, columns and rounding threads share."""
+    torch.manual_seed(0)
+    x, s = torch.randn(4, 50, 333), (torch.rand(4, 64, 200) < 0.2).float()
+    weights = [torch.randn(96, 200).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+    def results() -> list[torch.Tensor]:
+        own = [w.clone().requires_grad_() for w in weights]
+        products = [ops.spike_linear(s.to(w.dtype), w) for w in own]
+        return [
+            ops.lif(x),
+            *products,
+            *torch.autograd.grad([y.float().square().sum() for y in products], own),
+        ]
+
     with ops.use_backend("cpu"):
-        expected = ops.lif(x)
+        expected = results()
         wrong = []
 
         def work():
             for _ in range(20):
-                if not torch.equal(ops.lif(x), expected):
+                if not all(map(torch.equal, results(), expected)):
                     wrong.append(threading.get_ident())
 
         threads = [threading.Thread(target=work) for _ in range(4)]
@@ -163,6 +211,23 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "start", [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()]
+)
+def test_in_workers_of_a_data_loader(start):
+    """Sums, neurons and their gradients, in a worker started after this process has used its threads."""
+    dataset = operators.Operators()
+    expected = dataset[1]
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=1, multiprocessing_context=start, timeout=100
+    )
+    _, found = loader
+    for name, value in expected.items():
+        # the number of threads is another there, and with it the order of sums over rows
+        torch.testing.assert_close(found[name], value, msg=name)
 
 
 @needs_extension

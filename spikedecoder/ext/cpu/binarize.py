@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu
+from spikedecoder.ext.cpu._memory import empty_like
 
 why_not = floats_on_cpu
 
@@ -14,7 +15,7 @@ why_not = floats_on_cpu
 def forward(x: Tensor, alpha: float) -> Tensor:
     dtype = x.dtype
     x = dense(x)
-    spikes = torch.empty_like(x)
+    spikes = empty_like(x)
     native.binarize(address(x), 0, address(spikes), alpha, x.numel(), torch.get_num_threads())
     return spikes.to(dtype)
 
@@ -22,7 +23,7 @@ def forward(x: Tensor, alpha: float) -> Tensor:
 def backward(grad: Tensor, x: Tensor, alpha: float) -> Tensor:
     dtype = x.dtype
     x, grad = dense(x), dense(grad)
-    grad_x = torch.empty_like(x)
+    grad_x = empty_like(x)
     if x.numel():
         native.binarize(address(x), address(grad), address(grad_x), alpha, x.numel(), torch.get_num_threads())
     return grad_x.to(dtype)

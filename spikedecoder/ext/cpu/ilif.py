@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu
+from spikedecoder.ext.cpu._memory import empty_like
 from spikedecoder.params import ILIFParams
 
 why_not = floats_on_cpu
@@ -16,7 +17,7 @@ def forward(x: Tensor, p: ILIFParams, want_mask: bool) -> tuple[Tensor, Tensor |
     """(s in x's dtype, where the gradient passes as bytes of 0 and 1 if wanted)."""
     dtype = x.dtype
     x = dense(x)
-    out = torch.empty_like(x)
+    out = empty_like(x)
     mask = torch.empty(x.shape, dtype=torch.uint8) if want_mask else None
     native.ilif_forward(
         *(address(x), address(out), address(mask), 1 / p.v_threshold, float(p.levels), *p.window),
@@ -29,7 +30,7 @@ def backward(grad: Tensor, mask: Tensor, p: ILIFParams) -> Tensor:
     """Gradient of x."""
     dtype = grad.dtype
     grad = dense(grad)
-    grad_x = torch.empty_like(grad)
+    grad_x = empty_like(grad)
     native.ilif_backward(
         *(address(grad), address(mask), address(grad_x), 1 / p.v_threshold),
         *(grad.numel(), torch.get_num_threads()),

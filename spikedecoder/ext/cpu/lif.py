@@ -16,6 +16,7 @@ from spikedecoder.ext.cpu._arguments import (
     same,
     threshold_of,
 )
+from spikedecoder.ext.cpu._memory import empty_like
 from spikedecoder.params import LIFParams
 
 why_not = floats_on_cpu
@@ -29,7 +30,7 @@ def forward(
     """Spikes [T, ...] and the final membrane potential [...], empty if not wanted."""
     x = same(x)
     v_init = None if v_init is None else dense(v_init)
-    spikes = torch.empty_like(x)
+    spikes = empty_like(x)
     v = torch.empty(x.shape[1:] if want_v else (0,), dtype=torch.float32)
     t = threshold_of(threshold, x.shape[1:])
     native.lif_forward(
@@ -56,9 +57,9 @@ def backward(
     grad_v = None if grad_v is None else dense(grad_v)
     timestep = x.shape[1:]
     t = threshold_of(threshold, timestep)
-    grad_x = torch.empty_like(x)
+    grad_x = empty_like(x)
     grad_threshold = grad_threshold_like(threshold, t, timestep)
-    grad_v_init = None if v_init is None or not want_grad_v_init else torch.empty_like(v_init)
+    grad_v_init = None if v_init is None or not want_grad_v_init else empty_like(v_init)
     native.lif_backward(
         *(
             neuron(p),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import norm_lif
 from spikedecoder.ext.cpu._arguments import floats_on_cpu
+from spikedecoder.ext.cpu._memory import empty
 from spikedecoder.ext.cpu.pack_spikes import pack_and_count
 from spikedecoder.ext.cpu.spike_linear import Product
 from spikedecoder.params import LIFParams
@@ -39,7 +40,7 @@ def forward(
     at_once = max(1, NEAR // max(1, shape[0] * product.outputs * dtype.itemsize))
     if rows <= at_once:
         return *norm_lif.forward(product(words), weight, bias, mean, rstd, eps, threshold, p), words
-    spikes = torch.empty(shape, dtype=dtype)
+    spikes = empty(shape, dtype)
     flat, bits = spikes.flatten(1, -2), words.flatten(1, -2)
     of_rows = None
     if isinstance(threshold, Tensor) and threshold.dim() > 1 and threshold.numel() > 1:

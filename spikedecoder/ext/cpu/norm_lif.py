@@ -18,6 +18,7 @@ from spikedecoder.ext.cpu._arguments import (
     same,
     threshold_of,
 )
+from spikedecoder.ext.cpu._memory import empty_like
 from spikedecoder.params import LIFParams
 
 why_not = floats_on_cpu
@@ -28,8 +29,8 @@ _WHOLE, _REDUCE, _APPLY, _KNOWN = 0, 1, 2, 3
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     """T, rows of a timestep, channels."""
-    channels = x.shape[-1]
-    return x.shape[0], x[0].numel() // channels if channels else 0, channels
+    steps, channels = x.shape[0], x.shape[-1]
+    return steps, x.numel() // (steps * channels) if steps and channels else 0, channels
 
 
 def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ def forward(
     t = threshold_of(threshold, x.shape[1:])
     steps, rows, channels = _sizes(x)
     apart = rows if spikes is None else spikes.stride(0) // max(1, channels)
-    spikes = torch.empty_like(x) if spikes is None else spikes
+    spikes = empty_like(x) if spikes is None else spikes
     native.norm_lif_forward(
         *(neuron(p), t.native, kind, ELEMENTS[x.dtype], address(x), address(weight), address(bias), eps),
         *(address(mean), address(rstd), address(spikes)),
@@ -115,7 +116,7 @@ def _backward(
     addresses = [address(i) for i in (grad_spikes, x, *values)] + [0] * (7 - len(values))
     timestep, channels = x.shape[1:], x.shape[-1]
     t = threshold_of(threshold, timestep)
-    grad_x = x.new_empty(0) if part == _REDUCE else torch.empty_like(x)
+    grad_x = x.new_empty(0) if part == _REDUCE else empty_like(x)
     grad_weight, grad_bias = torch.empty(channels), torch.empty(channels)
     grad_threshold = grad_threshold_like(threshold, t, timestep)
     native.norm_lif_backward(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import missing, native
 from spikedecoder.ext.cpu._arguments import ELEMENTS, address
+from spikedecoder.ext.cpu._memory import empty
 from spikedecoder.ops._dispatch import Call
 
 
@@ -41,7 +42,7 @@ def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
 
 def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     words = words.contiguous()
-    values = torch.empty(*words.shape[:-1], channels, dtype=torch.float32)
+    values = empty((*words.shape[:-1], channels))
     rows = values.numel() // channels if channels else 0
     native.unpack(address(words), address(values), rows, channels, torch.get_num_threads())
     return values.to(dtype)

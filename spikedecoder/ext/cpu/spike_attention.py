@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu
+from spikedecoder.ext.cpu._memory import empty_like
 from spikedecoder.reference import spike_attention as reference
 
 why_not = floats_on_cpu
@@ -44,7 +45,7 @@ def forward(
     decay = None if decay is None else dense(decay)
     state = None if state is None else dense(state)
     t, b, _, h, d = q.shape
-    out = torch.empty_like(q)
+    out = empty_like(q)
     final = torch.empty(t, b, h, d, d) if return_state else None
     native.attention_forward(
         *(address(q), address(k), address(v), address(decay), address(state), scale),
@@ -70,7 +71,7 @@ def backward(
     grad, q, k, v = (heads_last(x) for x in (grad, q, k, v))
     decay = None if decay is None else dense(decay)
     state = None if state is None else dense(state)
-    grads = [torch.empty_like(q) for _ in range(3)]
+    grads = [empty_like(q) for _ in range(3)]
     native.attention_backward(
         *(address(grad), address(q), address(k), address(v), address(decay), address(state), scale),
         *(*map(address, grads), *sizes(q)),

@@ -17,6 +17,7 @@ from spikedecoder.ext.cpu._arguments import (
     neuron,
     threshold_of,
 )
+from spikedecoder.ext.cpu._memory import empty_like
 from spikedecoder.ext.cpu.spike_attention import heads_last, sizes
 from spikedecoder.params import LIFParams
 
@@ -37,7 +38,7 @@ def forward(
     q, k, v = heads_last(q), heads_last(k), heads_last(v)
     decay = None if decay is None else dense(decay)
     t = threshold_of(threshold, q.shape[1:])
-    spikes = torch.empty_like(q)
+    spikes = empty_like(q)
     native.attention_lif_forward(
         *(neuron(p), t.native, address(q), address(k), address(v), address(decay), scale),
         *(address(spikes), *sizes(q)),
@@ -60,7 +61,7 @@ def backward(
     grad_spikes, q, k, v = (heads_last(x) for x in (grad_spikes, q, k, v))
     decay = None if decay is None else dense(decay)
     t = threshold_of(threshold, q.shape[1:])
-    grads = [torch.empty_like(q) for _ in range(3)]
+    grads = [empty_like(q) for _ in range(3)]
     grad_threshold = grad_threshold_like(threshold, t, q.shape[1:])
     native.attention_lif_backward(
         *(neuron(p), t.native, address(grad_spikes), address(q), address(k), address(v), address(decay)),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import _cost, native
 from spikedecoder.ext.cpu._arguments import BITS, ELEMENTS, address, dense, floats_on_cpu, same
+from spikedecoder.ext.cpu._memory import empty
 from spikedecoder.ext.cpu.pack_spikes import pack_and_count, unpack
 
 why_not = floats_on_cpu
@@ -80,7 +81,7 @@ class Product:
         if self.method == "dense" and not _own_products():
             return F.linear(unpack(words, self.channels, dtype), self.weight, self.bias)
         whole = self.channels <= _ROUNDED_ONCE or self.method == "dense"
-        y = torch.empty(*words.shape[:-1], self.outputs, dtype=dtype if whole else torch.float32)
+        y = empty((*words.shape[:-1], self.outputs), dtype if whole else torch.float32)
         sizes = (_rows(words), self.channels, self.outputs, torch.get_num_threads())
         if self.method == "dense":
             _matmul(words, BITS, self.columns, self.bias, y, None, sizes)
@@ -143,7 +144,7 @@ def by_columns(weight: Tensor) -> Tensor:
         return dense(weight.detach().t())
     weight = dense(weight)
     n, k = weight.shape
-    columns = torch.empty(k, n)
+    columns = empty((k, n))
     native.transpose(address(weight), address(columns), n, k, torch.get_num_threads())
     return columns
 
@@ -160,7 +161,7 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
     if method == "dense" and not _own_products():
         s = unpack(words, channels, grad.dtype).view(rows, channels)
         return grad.view(rows, out_channels).t() @ s
-    grad_weight = torch.empty(out_channels, channels)
+    grad_weight = empty((out_channels, channels))
     kernel = {
         "gather": native.gather_weight_grad,
         "subset_sums": native.subset_sums_weight_grad,
@@ -179,7 +180,7 @@ def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if not _own_products():
         return grad @ weight, grad.flatten(0, -2).sum(0)
     grad, weight = same(grad), same(weight, grad.dtype)
-    grad_s, grad_bias = grad.new_empty(*grad.shape[:-1], k), torch.empty(n)
+    grad_s, grad_bias = empty((*grad.shape[:-1], k), grad.dtype), torch.empty(n)
     sizes = (grad.numel() // n if n else 0, n, k, torch.get_num_threads())
     _matmul(grad, ELEMENTS[grad.dtype], weight, None, grad_s, grad_bias, sizes)
     return grad_s, grad_bias.to(grad.dtype)
