@@ -3,8 +3,8 @@
     python -m pytest bench/bench_model.py --benchmark-json=result.json
 
 B = 8, S = 256, T = 4. One row per backend that can run here; the rows of a run share the machine's mood, so
-compare rows, not runs. Peak memory is the most of three processes, whose only work is two such steps each; that
-of the compiled operators also under the system's memory allocator as it is.
+compare rows, not runs. Peak memory is the most of three processes, whose only work is two such steps each;
+that of the compiled operators also under the system's memory allocator as it is.
 
 The group "in turns" steps each way to train in a process of its own, round by round: the reference under the
 system's memory allocator as it is, and as this package sets it; the compiled operators; and those in

@@ -194,8 +194,8 @@ class SpikeDecoder(nn.Module, FolderMixin):
     def recompute_activations(self, on: bool = True) -> None:
         """For backward keep spikes as bits and statistics of norms only, and compute Linears again there.
 
-        Same results; what a training step keeps shrinks several times, for one more product a Linear. A setting
-        of this object: in no config and no checkpoint. ValueError with I-LIF: it keeps bits.
+        Same results; what a training step keeps shrinks several times, for one more product a Linear. A
+        setting of this object: in no config and no checkpoint. ValueError with I-LIF: it keeps bits.
         """
         if on and self.config.neuron == "ilif":
             raise ValueError("recompute: got True, takes False with neuron='ilif': it keeps spikes as bits")

@@ -62,7 +62,7 @@ def test_a_variant_that_the_cpu_lacks_is_an_error(monkeypatch):
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_large_results(dtype, monkeypatch):
-    """Aligned, freed with the last tensor, or when no tensor was made of it; torch's where malloc is not tuned."""
+    """Aligned; freed with the last tensor, or when none was made of it; torch's where malloc is not tuned."""
     from spikedecoder.ext import cpu
     from spikedecoder.ext.cpu import _memory
 

@@ -1,10 +1,11 @@
 """Where large results lie.
 
-torch asks the C library for aligned memory. glibc before 2.38 cuts such a block out of a larger one, and small
-blocks then live in what it cut off: once freed, the block is 96 bytes too short for the next tensor of its size,
-which goes to the end of the heap. While large blocks come from the heap (`KEEPS_FREED_MEMORY`), the peak of a
-training step grew to twice what its tensors take. Here a large result comes from plain malloc, which is asked for
-64 bytes more; it is aligned inside, and a freed block fits the next result of its size.
+torch asks the C library for aligned memory. glibc before 2.38 cuts such a block out of a larger one, and
+small blocks then live in what it cut off: once freed, the block is 96 bytes too short for the next tensor
+of its size, which goes to the end of the heap. While large blocks come from the heap
+(`KEEPS_FREED_MEMORY`), the peak of a training step grew to twice what its tensors take. Here a large result
+comes from plain malloc, which is asked for 64 bytes more; it is aligned inside, and a freed block fits the
+next result of its size.
 """
 
 from __future__ import annotations
