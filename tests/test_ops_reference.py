@@ -115,6 +115,32 @@ def test_attention_result_merges_heads_for_free():
     assert ops.spike_attention(q, q, q).transpose(2, 3).is_contiguous()
 
 
+@pytest.mark.parametrize("decay", [None, torch.tensor([0.5, 0.75])], ids=["", "decay"])
+def test_attention_with_dropout_drops_scores(decay):
+    """As good as none is attention; half of them is the product with the same mask; no state."""
+    q, k, v = (
+        (torch.rand(2, 1, 2, 9, 4, generator=torch.Generator().manual_seed(i)) < 0.5)
+        .double()
+        .requires_grad_()
+        for i in range(3)
+    )
+    want = ops.spike_attention(q, k, v, decay=decay)
+    got = ops.spike_attention(q, k, v, decay=decay, dropout=1e-9)
+    grad = torch.randn_like(want)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(out, (q, k, v), grad) for out in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.manual_seed(1)
+    dropped = ops.spike_attention(q, k, v, decay=decay, dropout=0.5)
+    torch.manual_seed(1)
+    kept = torch.nn.functional.dropout(torch.ones(2, 1, 2, 9, 9, dtype=torch.float64), 0.5)
+    power = torch.arange(9)[:, None] - torch.arange(9)
+    factor = (power >= 0) * (torch.ones(2) if decay is None else decay)[:, None, None] ** power.clamp(min=0)
+    torch.testing.assert_close(dropped, (q @ k.transpose(-1, -2) * factor * kept) @ v * 0.125)
+    with pytest.raises(ValueError, match="dropout: takes 0 where the state"):
+        ops.spike_attention(q, k, v, decay=decay, dropout=0.5, return_state=True)
+
+
 @pytest.mark.parametrize("case", cases("spike_attention_lif"), ids=str)
 def test_attention_lif_is_attention_then_lif(case):
     actual = run(case, make_inputs(case))
