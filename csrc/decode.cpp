@@ -25,8 +25,6 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-constexpr int64_t FETCH_FOR = 4;  // tokens
-
 // What one thread does. Kind: Cell<...> of LIF neurons, whose spikes are listed from bits (words_), or Counts, whose
 // integers are listed from floats.
 template <class Kind>
@@ -49,7 +47,6 @@ class Step {
     values_ = spikes_ + a.T * E_;
     first_of_ = reinterpret_cast<int32_t*>(own_ + parts_.first_of);
     words_ = reinterpret_cast<uint64_t*>(own_ + parts_.words);
-    seen_ = words_ + a.T * word_stride_;
     q_ = channels(0);
     k_ = channels(1);
     for (int64_t c = 0; c < a.E; c++) first_of_[c] = static_cast<int32_t>(c - c % (a.E / a.H));
@@ -63,7 +60,6 @@ class Step {
   void run(Range chunk, const Before& before, const Behind& behind) const {
     for (int64_t i = chunk.begin; i < chunk.end; i++) ends_.embed(i, stream(i - chunk.begin).start);
     Reader reader{a_.weights, a_.norm};
-    asked_for_ = a_.weights;
     for (int64_t n = 0; n < a_.blocks; n++) {
       const BlockWeights w(a_, reader);
       before(n);
@@ -106,13 +102,13 @@ class Step {
       list_shifted(first + g, x, present[attention_input], threshold[attention_input], state.attention_shift,
                    a_.token_shift, (group.begin + g) / a_.S);
     }
-    sum(w.qkv, a_.E, first, size, first_panel(w.proj.weight, a_.E, E_));
+    sum(w.qkv, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
       attention(w.qkv.norm, threshold, y_ + g * parts_.y_size, state.attention, (group.begin + g) / a_.S);
       if (a_.attention_norm && a_.norm == NormKind::row) neurons_.centre({z_, E_}, a_.E);
       list_fired(first + g, {z_, E_}, a_.E, threshold[attention_neuron], w.attention);
     }
-    sum(w.proj, a_.E, first, size, first_panel(w.fc1.weight, a_.E, hidden_));
+    sum(w.proj, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
       const Rows x = stream(first + g), y{y_ + g * parts_.y_size, E_};
       neurons_.normalise(y, a_.E, w.proj.norm, squares_of(g));
@@ -129,20 +125,15 @@ class Step {
   void hidden_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const float threshold = a_.thresholds[n * neurons_per_block + fc1_neuron];
     const int64_t size = group.end - group.begin;
-    sum(w.fc1, a_.E, first, size, w.fc1.weight + a_.E * hidden_);
-    for (int64_t i = 0; i < word_stride_; i++) seen_[i] = 0;
+    sum(w.fc1, a_.E, first, size);
     for (int64_t g = 0; g < size; g++) {
-      list_fired(first + g, {y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, w.fc1.norm, squares_of(g),
-                 size < FETCH_FOR ? nullptr : &w.fc2);
+      list_fired(first + g, {y_ + g * parts_.y_size, hidden_}, a_.hidden, threshold, w.fc1.norm, squares_of(g));
     }
   }
 
   void output_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const int64_t neuron = n * neurons_per_block + mlp_output, size = group.end - group.begin;
-    asked_for_ = first_panel(w.fc2.weight, a_.hidden, E_);
-    // behind the last block's comes the head
-    sum(w.fc2, a_.hidden, first, size,
-        n + 1 < a_.blocks ? first_panel(w.end, a_.E, 3 * E_) : w.end + decode_head_inputs(a_) * decode_padded(a_.V));
+    sum(w.fc2, a_.hidden, first, size);
     for (int64_t g = 0; g < size; g++) {
       const Rows y{y_ + g * parts_.y_size, E_};
       neurons_.normalise(y, a_.E, w.fc2.norm, squares_of(g));
@@ -167,32 +158,15 @@ class Step {
     }
   }
 
-  // Lists the spikes of neurons with input norm(y), C a timestep; y is changed. Asks for the rows of `reader`'s weight
-  // that no token before needed.
+  // Lists the spikes of neurons with input norm(y), C a timestep; y is changed.
   void list_fired(int64_t place, const Rows& y, int64_t C, float threshold, const Norm& norm,
-                  const float* squares = nullptr, const Linear* reader = nullptr) const {
+                  const float* squares = nullptr) const {
     if constexpr (of_integers<Kind>) {
       neurons_.fire(y, C, threshold, y.start, nullptr, norm, squares);
       list_levels(y.start, C, levels_of(place));
     } else {
       neurons_.fire(y, C, threshold, nullptr, words_, norm, squares);
-      if (reader) ask_for_rows(*reader, C);
       list(place, C);
-    }
-  }
-
-  // Asks for the rows in the first panel of l, at the spikes of words_, that are not in seen_ yet.
-  void ask_for_rows(const Linear& l, int64_t C) const {
-    const int64_t panel = decode_panel(C), width = l.columns < panel ? l.columns : panel;
-    for (int64_t w = 0; w < words_for(C); w++) {
-      uint64_t fresh = 0;
-      for (int64_t t = 0; t < a_.T; t++) fresh |= words_[t * word_stride_ + w];
-      fresh &= ~seen_[w];
-      seen_[w] |= fresh;
-      for (; fresh; fresh &= fresh - 1) {
-        const float* const row = l.weight + (64 * w + __builtin_ctzll(fresh)) * width;
-        for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(row + c, 0, 2);
-      }
     }
   }
 
@@ -242,24 +216,17 @@ class Step {
   // The spikes of words_ (C a timestep), as the lists of one token of the chunk.
   void list(int64_t place, int64_t C) const { list_spikes(words_, a_.T, word_stride_, words_for(C), lists_of(place)); }
 
-  // Where the first panel of a weight ends.
-  static const float* first_panel(const float* weight, int64_t inputs, int64_t columns) {
-    const int64_t width = decode_panel(inputs);
-    return weight + inputs * (columns < width ? columns : width);
-  }
-
   // The squares of the sums of a group's token g, where `sum` has added them up.
   float* squares_of(int64_t g) const {
     return of_integers<Kind> ? nullptr : own_ + parts_.squares + g * a_.T * 16;
   }
 
-  // y [size, T, columns] = the Linear of what is listed for `size` tokens from place `first` on, C inputs. Meanwhile
-  // asks for the weights up to `until`.
-  void sum(const Linear& l, int64_t C, int64_t first, int64_t size, const float* until) const {
+  // y [size, T, columns] = the Linear of what is listed for `size` tokens from place `first` on, C inputs.
+  void sum(const Linear& l, int64_t C, int64_t first, int64_t size) const {
     if constexpr (of_integers<Kind>) {
       sum_integers(l, C, first, size);
     } else {
-      sum_spikes(l, C, first, size, until);
+      sum_spikes(l, C, first, size);
     }
   }
 
@@ -279,14 +246,8 @@ class Step {
     }
   }
 
-  void sum_spikes(const Linear& l, int64_t C, int64_t first, int64_t size, const float* until) const {
-    const int64_t width = decode_panel(C), nodes = 2 * a_.T - (a_.T + TREE - 1) / TREE;
-    // one token needs only some of the rows, many need nearly all of them
-    int64_t lines = 0;
-    if (size >= FETCH_FOR && asked_for_ < until) {
-      const int64_t calls = size * ((l.columns + width - 1) / width);
-      lines = ((until - asked_for_) / 16 + calls * nodes - 1) / (calls * nodes);
-    }
+  void sum_spikes(const Linear& l, int64_t C, int64_t first, int64_t size) const {
+    const int64_t width = decode_panel(C);
     for (int64_t i = 0; i < size * a_.T * 16; i++) squares_of(0)[i] = 0;
     for (int64_t begin = 0; begin < l.columns; begin += width) {
       const int64_t columns = l.columns - begin < width ? l.columns - begin : width;
@@ -294,13 +255,9 @@ class Step {
       for (int64_t c = 0; c < columns; c += MOST_VECTORS * W) {
         const int64_t left = (columns - c) / W;
         const SumTrees add_up = sum_trees_of<MOST_VECTORS>(left < MOST_VECTORS ? left : MOST_VECTORS);
-        Strip strip{panel + c, l.bias + begin + c, columns, nullptr, lines, nullptr};
+        Strip strip{panel + c, l.bias + begin + c, columns, nullptr};
         for (int64_t g = 0; g < size; g++) {
           strip.squares = squares_of(g);
-          if (lines) {
-            strip.soon = asked_for_ < until ? asked_for_ : nullptr;
-            asked_for_ += 16 * nodes * lines;
-          }
           add_up(strip, lists_of(first + g), a_.T, y_ + g * parts_.y_size + begin + c, l.columns);
         }
       }
@@ -374,10 +331,9 @@ class Step {
   const Neurons<Kind> neurons_;
   const Ends<Kind> ends_;
   float *y_, *z_, *spikes_, *values_;
-  uint64_t *words_, *seen_;
+  uint64_t* words_;
   int32_t* first_of_;
   Channels q_, k_;
-  mutable const float* asked_for_ = nullptr;  // weights before this one
 };
 
 // Nanoseconds of one token on one thread, at a guess: a sixth of the neurons spikes, or half, of I-LIF.

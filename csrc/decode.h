@@ -113,7 +113,7 @@ static inline int64_t decode_channels(const Decode& a) { return decode_padded(a.
 
 // Where the parts of one thread's scratch memory begin, in floats: the residual streams [chunk, T, E], the results of a
 // Linear [group, T, columns], of the attention [T, E], spikes [2, T, E], the first channel of each channel's head [E],
-// statistics [T], squares [group, T, 16], the head's input, words of bits [T + 1, inputs / 64], the channels at which q and k spike [2, T, E]
+// statistics [T], squares [group, T, 16], the head's input, words of bits [T, inputs / 64], the channels at which q and k spike [2, T, E]
 // (16 bits each) and how many [2, T], lists of spikes [chunk, T * inputs] (16 bits each, and of I-LIF the integers)
 // and where a node's ends [chunk, nodes]. All rows are padded.
 struct DecodeScratch {
@@ -126,7 +126,7 @@ static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   const int64_t chunk = decode_chunk(a), inputs = decode_padded(decode_head_inputs(a));
   DecodeScratch s{};
   s.y_size = larger(3 * E, hidden) * a.T;
-  s.words_size = decode_padded(2 * words_for(widest) * (a.T + 1));
+  s.words_size = decode_padded(2 * words_for(widest) * a.T);
   s.channels_size = decode_padded(a.T * decode_channels(a) / 2 + a.T);
   s.list_size = decode_padded((a.T * widest + 64) / 2 + 1) + (a.levels > 0 ? decode_padded(widest + 16) : 0);
   s.ends_size = decode_padded(decode_nodes(a.T));

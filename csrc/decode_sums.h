@@ -71,10 +71,6 @@ inline void list_spikes(uint64_t* words, int64_t T, int64_t row, int64_t n, cons
 struct Strip {
   const float *panel, *bias;
   int64_t width;  // of the panel's rows
-  // what will be read soon, and how many lines of it to ask for at each node: spread, for only so many are on their way
-  // at a time; null where there is nothing to ask for
-  const float* soon;
-  int64_t lines;
   float* squares;
 };
 
@@ -82,7 +78,6 @@ struct Strip {
 struct Place {
   const uint16_t* entry;
   const int32_t* ends;
-  const float* soon;
 };
 
 // V vectors, each a variable of its own: the compiler keeps them in registers, which it does not with an array.
@@ -118,10 +113,6 @@ struct Sums<0> {
 template <int V, int T, int First = 0, int Stride = 1>
 SPIKEDECODER_INLINE Place sum_node(const Strip& strip, Sums<V> sums, Place at, const uint16_t* entries, float* y,
                                    int64_t row, float* squares) {
-  if (at.soon) {
-    for (int64_t i = 0; i < strip.lines; i++) __builtin_prefetch(at.soon + 16 * i, 0, 2);
-    at.soon += 16 * strip.lines;
-  }
   for (const uint16_t* const end = entries + *at.ends++; at.entry < end; at.entry++) {
     sums.add_row(strip.panel + *at.entry * strip.width);
   }
@@ -145,7 +136,7 @@ Place sum_tree(const Strip& strip, Place at, const uint16_t* entries, float* y, 
 // y [T, row] = the sums of all timesteps.
 template <int V>
 void sum_trees(const Strip& strip, const SpikeLists& lists, int64_t T, float* y, int64_t row) {
-  Place at{lists.entries, lists.ends, strip.soon};
+  Place at{lists.entries, lists.ends};
   float* squares = strip.squares;
   for (int64_t t = 0; t < T; t += TREE, y += TREE * row, squares += TREE * W) {
     switch (T - t) {

@@ -326,7 +326,7 @@ def _weights(model: SpikeDecoder) -> Iterator[Tensor]:
 def _in_huge_pages(parts: list[Tensor]) -> Tensor:
     """The parts side by side, in memory of huge pages where the system has them.
 
-    A token reads all of the weights, a few lines of a small page each: finding the pages takes longer than reading.
+    A token reads all of the weights, and finding so many small pages takes long.
     """
     count = sum(map(len, parts))
     if 4 * count < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
