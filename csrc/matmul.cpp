@@ -34,6 +34,7 @@ struct Block {
 
   int64_t columns() const { return vectors * W; }
   int64_t stride() const { return round_up(depth, 64) + 16; }  // of a tile's rows: not a power of two
+  int64_t sums_stride() const { return round_up(p.K, 64); }  // of the sums of a chunk's columns
   int64_t panel_floats() const { return (dot ? (depth + 1) / 2 : depth) * columns(); }
 };
 
@@ -173,11 +174,11 @@ SPIKEDECODER_DOT void tile(const bfloat16* a, int64_t stride, const float* panel
 }
 #endif
 
-// sums += the rows of a tile.
+// sums = those of the rows of a tile.
 template <class A>
 void add_rows(const A* tiles, int64_t stride, int64_t rows, int64_t depth, float* sums) {
   for (int64_t k = 0; k < depth; k += W) {
-    F sum = load(sums + k);
+    F sum = zero();
     for (int64_t r = 0; r < rows; r++) sum = add(sum, load(tiles + r * stride + k));
     store(sums + k, sum);
   }
@@ -188,7 +189,7 @@ template <class A, class E>
 void multiply(const Block& s, int64_t chunk, Range panels, const float* packed, A* tiles, float* sums) {
   const int64_t begin = chunk * CHUNK, rows = smaller(CHUNK, s.p.M - begin), stride = s.stride();
   for (int64_t r = 0; r < rows; r++) copy_row(s, begin + r, tiles + r * stride);
-  if (sums && !panels.begin) add_rows(tiles, stride, rows, s.depth, sums + s.first);
+  if (sums && !panels.begin) add_rows(tiles, stride, rows, s.depth, sums + chunk * s.sums_stride() + s.first);
   for (int64_t r = rows; r < round_up(rows, ROWS); r++) memset(tiles + r * stride, 0, sizeof(A) * static_cast<size_t>(stride));
   for (int64_t panel = panels.begin; panel < panels.end; panel++) {
     const int64_t column = panel * s.columns(), width = smaller(s.columns(), s.p.N - column);
@@ -251,26 +252,25 @@ void multiply_all(const Matmul& p, bool dot) {
   const int64_t own = round_up(CHUNK * s.stride(), 64);
   Scratch packed(sizeof(float) * static_cast<size_t>(s.panel_floats() * panels));
   Scratch tiles(sizeof(A) * static_cast<size_t>(own * threads));
-  const int64_t summed = p.a_sums ? round_up(p.K, 64) : 0;  // per thread
-  Scratch sums(sizeof(float) * static_cast<size_t>(summed * threads));
-  memset(sums.get(), 0, sizeof(float) * static_cast<size_t>(summed * threads));
+  // of each chunk, so that they do not depend on which thread took it
+  Scratch chunk_sums(sizeof(float) * static_cast<size_t>(p.a_sums ? chunks * s.sums_stride() : 0));
+  float* const sums = p.a_sums ? chunk_sums.floats() : nullptr;
   for (; s.first < p.K; s.first += depth) {
     s.depth = smaller(depth, p.K - s.first);
     Tasks pack_tasks(panels), tasks(chunks * groups);
     team(threads, [&](int thread, int) {
       A* const mine = static_cast<A*>(tiles.get()) + own * thread;
-      float* const my_sums = p.a_sums ? sums.floats() + summed * thread : nullptr;
       if (p.c_type == Element::float32) {
-        block<A, float>(s, pack_tasks, tasks, groups, packed.floats(), mine, my_sums);
+        block<A, float>(s, pack_tasks, tasks, groups, packed.floats(), mine, sums);
       } else {
-        block<A, bfloat16>(s, pack_tasks, tasks, groups, packed.floats(), mine, my_sums);
+        block<A, bfloat16>(s, pack_tasks, tasks, groups, packed.floats(), mine, sums);
       }
     });
   }
-  for (int64_t k = 0; p.a_sums && k < p.K; k++) {
-    double sum = 0;
-    for (int thread = 0; thread < threads; thread++) sum += static_cast<double>(sums.floats()[summed * thread + k]);
-    p.a_sums[k] = static_cast<float>(sum);
+  for (int64_t k = 0; sums && k < p.K; k += W) {
+    F sum = zero();
+    for (int64_t chunk = 0; chunk < chunks; chunk++) sum = add(sum, load(sums + chunk * s.sums_stride() + k));
+    store_up_to(p.a_sums + k, sum, static_cast<int>(smaller(W, p.K - k)));
   }
 }
 

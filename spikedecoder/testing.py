@@ -83,6 +83,7 @@ def _rows() -> Iterator[Case]:
     for op in ("spike_attention", "spike_attention_lif"):
         for s, d in ((1, 8), (5, 16), (64, 16), (65, 18), (130, 20), (96, 32), (70, 64)):
             yield Case(op, f"S{s}-d{d}", (2, 2, 3, s, d))
+        yield Case(op, "S40-d128", (2, 1, 1, 40, 128))
         yield Case(op, "decay", (2, 2, 3, 100, 16), {"decay": True}, exact=False)
         yield Case(op, "scale", (3, 1, 2, 40, 16), {"scale": 0.5})
     yield Case("spike_attention", "integers", (1, 2, 2, 66, 16), {"levels": 4})

@@ -26,6 +26,8 @@ BACKENDS = ("reference", "cpu", "triton")
 CHANNELS = 20
 SPLITS = {"unequal": (5, 2), "empty": (3, 0)}  # sequences of each process
 MODELS = {"layer": {}, "batch": {"norm": "batch"}, "power": {"norm": "power", "learn_threshold": True}}
+WRAPPED = [*((name, "reference") for name in MODELS), ("batch", "triton")]
+SHARDED = ("reference", "triton")
 
 
 def batch(split: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,13 +79,13 @@ def run_norm(
     return found | {name: buffer.clone() for name, buffer in norm.named_buffers()}
 
 
-def model_of(changes: dict[str, Any]) -> SpikeDecoder:
-    """In float64, with a threshold that no current meets exactly: no sum's order moves a spike."""
+def model_of(changes: dict[str, Any], backend: str = "reference") -> SpikeDecoder:
+    """With a threshold that no current meets: no sum's order moves a spike. The reference in float64."""
     torch.manual_seed(0)
     small = {"blocks": 2, "heads": 2, "token_dim": 12, "position_dim": 4, "mlp_ratio": 2, "timesteps": 2}
     off = {"max_len": 8, "v_threshold": 0.97, "attention_scale": 1.0, "norm": "layer"}
     config = SpikeDecoderConfig.preset("default-lif", **{**small, **off, **changes})
-    return SpikeDecoder(config).double()
+    return SpikeDecoder(config).to(torch.float64 if backend == "reference" else torch.float32)
 
 
 def tokens() -> Tensor:
@@ -108,21 +110,21 @@ class Loss(torch.nn.Module):
         return self.model.loss(tokens, tokens.roll(-1, 1))
 
 
-def run_ddp(name: str, rank: int) -> dict[str, Tensor]:
-    model = model_of(MODELS[name])
+def run_ddp(name: str, backend: str, rank: int) -> dict[str, Tensor]:
+    model = model_of(MODELS[name], backend)
     sync_norms(model)
     wrapped = torch.nn.parallel.DistributedDataParallel(Loss(model))
-    with use_backend("reference"):
+    with use_backend(backend):
         wrapped(tokens()[2 * rank : 2 * rank + 2]).backward()
     return gradients(wrapped) | {n: b.clone() for n, b in model.named_buffers()}
 
 
-def run_fsdp(rank: int) -> dict[str, Tensor]:
+def run_fsdp(backend: str, rank: int) -> dict[str, Tensor]:
     """One step of SGD too: sharded parameters move as whole ones do."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    model = model_of({})
+    model = model_of({}, backend)
     mesh = init_device_mesh("cpu", (2,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -130,7 +132,8 @@ def run_fsdp(rank: int) -> dict[str, Tensor]:
     register_fsdp_forward_method(model, "loss")
     mine = tokens()[2 * rank : 2 * rank + 2]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.loss(mine, mine.roll(-1, 1)).backward()
+    with use_backend(backend):
+        model.loss(mine, mine.roll(-1, 1)).backward()
     found = gradients(model)
     optimizer.step()
     return found | {f"after.{n}": p.full_tensor().detach() for n, p in model.named_parameters()}  # type: ignore[operator]
@@ -152,9 +155,10 @@ def work(rank: int, folder: str) -> None:
         alone, again = Norm("batch", CHANNELS), batch((4,), torch.float32)[0][0]
         torch.testing.assert_close(norm(again), alone(again))
         torch.testing.assert_close(norm.running_var, alone.running_var)
-    for name in MODELS:
-        found["ddp", name] = run_ddp(name, rank)
-    found["fsdp"] = run_fsdp(rank)
+    for name, backend in WRAPPED:
+        found["ddp", name, backend] = run_ddp(name, backend, rank)
+    for backend in SHARDED:
+        found["fsdp", backend] = run_fsdp(backend, rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -223,31 +227,39 @@ def test_synced_batch_norm_is_what_syncbatchnorm_promises(both: list[dict[Any, d
             torch.testing.assert_close(got[name], buffer)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_ddp_is_one_process_on_the_joined_batch(name: str, both: list[dict[Any, dict[str, Tensor]]]) -> None:
-    model = model_of(MODELS[name])
-    with use_backend("reference"):
+def close_to(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        limits = {"rtol": 1e-3, "atol": 1e-5} if value.dtype == torch.float32 else {}
+        torch.testing.assert_close(got[key], value, **limits, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize(("name", "backend"), WRAPPED)
+def test_ddp_is_one_process_on_the_joined_batch(
+    name: str, backend: str, both: list[dict[Any, dict[str, Tensor]]]
+) -> None:
+    model = model_of(MODELS[name], backend)
+    with use_backend(backend):
         model.loss(tokens(), tokens().roll(-1, 1)).backward()
     want = gradients(model) | {n: b.clone() for n, b in model.named_buffers()}
+    # a moving mean of gradients, each of a loss over half the tokens: twice as large
+    want = {key: 2 * value if key.endswith("ema_gz") else value for key, value in want.items()}
     for found in both:
-        got = found["ddp", name]
-        assert got.keys() == want.keys()
-        for key, value in want.items():
-            # a moving mean of gradients, each of a loss over half the tokens: twice as large
-            value = 2 * value if key.endswith("ema_gz") else value
-            torch.testing.assert_close(got[key], value, msg=lambda m, k=key: f"{k}: {m}")
+        close_to(found["ddp", name, backend], want)
 
 
-def test_fsdp_is_one_process_on_the_joined_batch(both: list[dict[Any, dict[str, Tensor]]]) -> None:
-    model = model_of({})
-    model.loss(tokens(), tokens().roll(-1, 1)).backward()
+@pytest.mark.parametrize("backend", SHARDED)
+def test_fsdp_is_one_process_on_the_joined_batch(
+    backend: str, both: list[dict[Any, dict[str, Tensor]]]
+) -> None:
+    model = model_of({}, backend)
+    with use_backend(backend):
+        model.loss(tokens(), tokens().roll(-1, 1)).backward()
     want = gradients(model)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     want |= {f"after.{n}": p.detach() for n, p in model.named_parameters()}
     for found in both:
-        assert found["fsdp"].keys() == want.keys()
-        for key, value in want.items():
-            torch.testing.assert_close(found["fsdp"][key], value)
+        close_to(found["fsdp", backend], want)
 
 
 def test_without_processes_it_says_what_is_missing() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikedecoder import ext
+from spikedecoder import ext, ops
 from spikedecoder.reference import pack_spikes as reference
 
 if not ext.is_built():
@@ -110,6 +110,23 @@ def test_a_weight_gradient_does_not_depend_on_threads(method):
         torch.set_num_threads(threads)
     torch.testing.assert_close(found[0], grad.t() @ s, rtol=1e-4, atol=1e-4)
     assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+
+
+def test_a_bias_gradient_does_not_depend_on_which_thread_took_what():
+    s, weight = random_spikes(1, (4000, 70), 0.1), torch.randn(40, 70)
+    grad = torch.randn(4000, 40, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 2, 2):
+            torch.set_num_threads(n)
+            bias = torch.zeros(40, requires_grad=True)
+            with ops.use_backend("cpu"):
+                ops.spike_linear(s.clone().requires_grad_(), weight, bias).backward(grad)
+            found.append(bias.grad)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[0], grad.sum(0), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_the_cost_model_chooses_by_rate():

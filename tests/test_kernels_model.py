@@ -134,14 +134,44 @@ def test_inference_runs_linear_norm_lif_in_one_kernel(norm: str) -> None:
         assert len(seen) == len(sites) * hooked
 
 
-def test_compiled_is_eager() -> None:
-    """The whole model in one graph, by inductor; the operators stay calls of the kernels."""
+def tiny() -> tuple[SpikeDecoder, torch.Tensor]:
+    """A model, and tokens."""
     torch.manual_seed(0)
     config = SpikeDecoderConfig.preset(
         "original-char", blocks=1, heads=1, token_dim=6, position_dim=2, mlp_ratio=1, timesteps=2
     )
-    model = SpikeDecoder(config).to(DEVICE)
-    tokens = torch.randint(0, 28, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    tokens = torch.randint(0, 28, (2, 9), generator=torch.Generator().manual_seed(1))
+    return SpikeDecoder(config).to(DEVICE), tokens.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_the_references(dtype: torch.dtype) -> None:
+    model, tokens = tiny()
+    found = {}
+    for backend in ("reference", "triton"):
+        model.zero_grad()
+        with use_backend(backend), torch.autocast(DEVICE, dtype):
+            loss = model.loss(tokens, tokens.roll(-1, 1))
+        (64 * loss).backward()  # as a scaler does, for float16
+        assert loss.dtype == torch.float32
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+        head = model.head.linear.weight.grad
+        assert head is not None
+        found[backend] = loss.detach(), head.clone()
+    for ours, theirs in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
+
+
+def test_exported_is_eager() -> None:
+    model, tokens = tiny()
+    program = torch.export.export(model.eval(), (tokens,))
+    with torch.no_grad(), use_backend("triton"):
+        torch.testing.assert_close(program.module()(tokens), model(tokens))
+
+
+def test_compiled_is_eager() -> None:
+    """The whole model in one graph, by inductor; the operators stay calls of the kernels."""
+    model, tokens = tiny()
     with use_backend("triton"):
         eager = model.loss(tokens, tokens.roll(-1, 1))
         want = torch.autograd.grad(eager, list(model.parameters()), allow_unused=True)
