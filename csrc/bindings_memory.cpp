@@ -2,9 +2,7 @@
 // torch. Why not torch's own: spikedecoder/ext/cpu/_memory.py.
 #include <pybind11/stl.h>
 
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "bindings.h"
@@ -36,13 +34,10 @@ struct DLManagedTensor {
 struct Result {
   DLManagedTensor managed{};
   std::vector<int64_t> shape;
-  void* memory = nullptr;
-
-  ~Result() { std::free(memory); }
+  Scratch memory;
 };
 
 constexpr int32_t kCPU = 1;
-constexpr size_t kAlignment = 64;
 constexpr DLDataType kTypes[] = {{2, 32, 1}, {4, 16, 1}};  // as Element numbers them: float32, bfloat16
 
 // A capsule that nobody took frees its memory; one that was taken carries another name.
@@ -56,14 +51,9 @@ py::object result(const std::vector<int64_t>& shape, int type) {
   require(type == 0 || type == 1, "type: takes 0 (float32) or 1 (bfloat16)");
   int64_t n = 1;
   for (int64_t size : shape) n = elements({n, size});
-  auto made = std::make_unique<Result>();
-  made->shape = shape;
-  // malloc, not an aligned allocation: see _memory.py
-  made->memory = std::malloc(static_cast<size_t>(n) * kTypes[type].bits / 8 + kAlignment);
-  if (!made->memory) throw std::bad_alloc();
-  const auto address = reinterpret_cast<uintptr_t>(made->memory);
+  std::unique_ptr<Result> made(new Result{{}, shape, Scratch(static_cast<size_t>(n) * kTypes[type].bits / 8)});
   DLTensor& t = made->managed.tensor;
-  t.data = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  t.data = made->memory.get();
   t.device = {kCPU, 0};
   t.ndim = static_cast<int32_t>(shape.size());
   t.dtype = kTypes[type];

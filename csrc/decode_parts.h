@@ -56,7 +56,6 @@ struct Reader {
 struct BlockWeights {
   Linear qkv, proj, fc1, fc2;
   Norm attention;
-  const float* end;
 
   BlockWeights(const Decode& a, Reader& r) {
     const int64_t E = decode_padded(a.E), hidden = decode_padded(a.hidden);
@@ -65,7 +64,6 @@ struct BlockWeights {
     proj = r.linear(a.E, E);
     fc1 = r.linear(a.E, hidden);
     fc2 = r.linear(a.hidden, E);
-    end = r.at;
   }
 };
 

@@ -21,7 +21,7 @@ extern const bool rounds_to_bfloat16;
 // `most`, and one in a forked child, where the parent's OpenMP threads do not exist any more.
 int threads_for(double nanoseconds, int most);
 
-// Memory of one call: 64-byte aligned, uninitialised, freed with the object. Throws std::bad_alloc.
+// Memory of a call, or a result: 64-byte aligned, uninitialised, freed with the object. Throws std::bad_alloc.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
