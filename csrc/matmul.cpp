@@ -1,7 +1,7 @@
 // Dense products with a small right-hand side or a narrow result, as the linear layers of a spiking model need
 // them: the gradient of their input, and products with spikes too many to gather.
 //
-// b is laid out in panels of a few vectors of columns once; a tile of rows of a and a panel then stay in the
+// b is laid out in panels of a few vectors of columns once; tiles of rows of a and a panel then stay in the
 // nearer caches, and ROWS x VECTORS sums in registers. Spikes as bits become numbers on the way to the tile.
 // Products of two bfloat16 use the CPU's own dot product of pairs where it has one.
 // Bytes moved: a and b read once, c written once per DEPTH rows of b (once, if c is bfloat16).
@@ -21,8 +21,9 @@ constexpr int ROWS = 8, VECTORS = 3;  // 24 sums of 32 registers
 constexpr int ROWS = 4, VECTORS = 2;  // 8 sums of 16 registers
 #endif
 
-constexpr int64_t CHUNK = 8 * ROWS;  // rows of a whose tiles lie in the cache together
-constexpr int64_t DEPTH = 512;       // of a panel
+constexpr int64_t CHUNK = 16 * ROWS;  // rows of a whose tiles lie in the cache together, with a panel
+constexpr int64_t DEPTH = 1280;       // of a panel, at most
+constexpr int64_t PACKED = 16;        // rows of b that become parts of all panels in one task
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -45,22 +46,30 @@ SPIKEDECODER_INLINE F row_of_b(const Block& s, int64_t k, int64_t column) {
   return load_up_to(static_cast<const E*>(s.p.b) + (s.first + k) * s.p.N + column, static_cast<int>(smaller(n, W)));
 }
 
-// A panel as floats [depth][vectors], or as pairs of bfloat16 [depth / 2][vectors][16][2].
+// Rows begin..end of the block, each of which is a row of all panels: floats [depth][vectors]. They are read from one
+// end to the other: parts of rows that lie far apart come slowly.
 template <class E>
-void pack_panel(const Block& s, int64_t panel, float* to) {
-  for (int64_t k = 0; k < s.depth; k++) {
-    for (int64_t j = 0; j < s.vectors; j++, to += W) store(to, row_of_b<E>(s, k, panel * s.columns() + j * W));
+void pack_rows(const Block& s, int64_t begin, int64_t end, float* packed) {
+  for (int64_t k = begin; k < end; k++) {
+    float* to = packed + k * s.columns();
+    for (int64_t panel = 0; panel < s.panels; panel++, to += s.panel_floats()) {
+      for (int64_t j = 0; j < s.vectors; j++) store(to + j * W, row_of_b<E>(s, k, panel * s.columns() + j * W));
+    }
   }
 }
 
 #if defined(SPIKEDECODER_AVX512)
-void pack_pairs(const Block& s, int64_t panel, float* to) {
-  for (int64_t k = 0; k < s.depth; k += 2) {
-    for (int64_t j = 0; j < s.vectors; j++, to += W) {
-      const int64_t column = panel * s.columns() + j * W;
-      const __m512i even = _mm512_castps_si512(row_of_b<bfloat16>(s, k, column));
-      const __m512i odd = _mm512_castps_si512(row_of_b<bfloat16>(s, k + 1, column));
-      store(to, _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(even, 16), odd)));
+// The same as pairs of bfloat16 [depth / 2][vectors][16][2]; begin is even.
+void pack_pairs(const Block& s, int64_t begin, int64_t end, float* packed) {
+  for (int64_t k = begin; k < end; k += 2) {
+    float* to = packed + k / 2 * s.columns();
+    for (int64_t panel = 0; panel < s.panels; panel++, to += s.panel_floats()) {
+      for (int64_t j = 0; j < s.vectors; j++) {
+        const int64_t column = panel * s.columns() + j * W;
+        const __m512i even = _mm512_castps_si512(row_of_b<bfloat16>(s, k, column));
+        const __m512i odd = _mm512_castps_si512(row_of_b<bfloat16>(s, k + 1, column));
+        store(to + j * W, _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(even, 16), odd)));
+      }
     }
   }
 }
@@ -213,18 +222,18 @@ void multiply(const Block& s, int64_t chunk, Range panels, const float* packed, 
 template <class A, class E>
 void block(const Block& s, Tasks& pack_tasks, Tasks& tasks, int64_t groups, float* packed, A* tiles,
            float* sums) {
-  for (int64_t panel; pack_tasks.next(panel);) {
-    float* const to = packed + panel * s.panel_floats();
+  for (int64_t task; pack_tasks.next(task);) {
+    const int64_t begin = task * PACKED, end = smaller(begin + PACKED, s.depth);
 #if defined(SPIKEDECODER_AVX512)
     if (s.dot) {
-      pack_pairs(s, panel, to);
+      pack_pairs(s, begin, end, packed);
       continue;
     }
 #endif
     if (s.p.b_type == Element::float32) {
-      pack_panel<float>(s, panel, to);
+      pack_rows<float>(s, begin, end, packed);
     } else {
-      pack_panel<bfloat16>(s, panel, to);
+      pack_rows<bfloat16>(s, begin, end, packed);
     }
   }
   barrier();
@@ -244,7 +253,8 @@ void multiply_all(const Matmul& p, bool dot) {
   int64_t groups = 1;  // of panels, so that each thread has some tasks to choose from
   while (chunks * groups < 4 * threads && groups < panels) groups++;
   // sums that are rounded when they are stored are stored once
-  const int64_t depth = p.c_type == Element::float32 ? smaller(p.K, DEPTH) : p.K;
+  const int64_t blocks = (p.K + DEPTH - 1) / DEPTH;
+  const int64_t depth = p.c_type == Element::float32 ? smaller(p.K, round_up((p.K + blocks - 1) / blocks, 64)) : p.K;
   Block s{p, 0, depth, vectors, panels, dot, false};
   s.past = depth == p.K && (p.c_type == Element::float32
                                 ? past_cache(static_cast<float*>(p.c), p.M * p.N, p.N)
@@ -257,7 +267,7 @@ void multiply_all(const Matmul& p, bool dot) {
   float* const sums = p.a_sums ? chunk_sums.floats() : nullptr;
   for (; s.first < p.K; s.first += depth) {
     s.depth = smaller(depth, p.K - s.first);
-    Tasks pack_tasks(panels), tasks(chunks * groups);
+    Tasks pack_tasks((s.depth + PACKED - 1) / PACKED), tasks(chunks * groups);
     team(threads, [&](int thread, int) {
       A* const mine = static_cast<A*>(tiles.get()) + own * thread;
       if (p.c_type == Element::float32) {

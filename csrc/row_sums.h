@@ -113,11 +113,12 @@ struct Lists {
   }
 };
 
-// What is summed, and where to: rows of the source [.., columns] to rows of out [.., columns].
+// What is summed, and where to: rows of the source [.., columns] to rows of out [.., columns]. The panel of the source
+// from column c on begins at source + c * panel_stride, and its rows are `stride` apart.
 template <class E>
 struct Sums {
   const float* source;
-  int64_t columns;
+  int64_t stride, panel_stride, columns;
   const float* bias;
   E* out;
   bool accumulate, past;
@@ -128,13 +129,27 @@ template <class E>
 void sum_panel(const Sums<E>& s, const Lists& lists, int64_t begin, int64_t end, int64_t first, int vectors) {
   const int64_t width = smaller(vectors * W, s.columns - first);
   const int used = static_cast<int>((width + W - 1) / W);
-  const Panel panel{s.source + first, s.columns, static_cast<int>(width - (used - 1) * W),
+  const Panel panel{s.source + first * s.panel_stride, s.stride, static_cast<int>(width - (used - 1) * W),
                     s.bias ? s.bias + first : nullptr, s.accumulate, s.past};
   const SumList<E> sum = sum_list_of<MOST_VECTORS, E>(used, panel.lanes == W);
   for (int64_t r = begin; r < end; r++) {
     int64_t n;
     const uint16_t* list = lists.list(r, n);
     sum(list, n, panel, s.out + r * s.columns + first);
+  }
+}
+
+// Columns of rows that lie a multiple of SHARED floats apart share lines of a cache: a panel then has a quarter of them
+// or less, whatever the cache's size, unless it is copied, its rows behind each other.
+constexpr int64_t SHARED = 512;
+
+// `rows` rows of a panel, of which `width` columns are there, `stride` apart -> to, panels.width() apart.
+void copy_panel(const float* from, int64_t stride, int64_t rows, int64_t width, const Panels& panels, float* to) {
+  for (int64_t r = 0; r < rows; r++, from += stride, to += panels.width()) {
+    for (int64_t c = 0; c < width; c += W) {
+      const int there = static_cast<int>(smaller(W, width - c));
+      store_up_to(to + c, load_up_to(from + c, there), there);
+    }
   }
 }
 

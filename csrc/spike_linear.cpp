@@ -1,7 +1,8 @@
 // A linear layer on spikes: sums of the rows of its weight [channels, columns] that bits pick (row_sums.h).
 //
 // One addition per set bit and column, no multiplication. Memory: the weight is read `rate * rows` times, from the
-// cache where a panel of it fits (bits * panel * 4 bytes); the output is written once per 32768 bits.
+// cache where a panel of it fits (bits * panel * 4 bytes), and copied once, by panels, where that pays; the output is
+// written once per 32768 bits.
 #include "kernels.h"
 #include "parallel.h"
 #include "row_sums.h"
@@ -25,6 +26,17 @@ struct Sum : Sums<E> {
   const uint64_t* words;
   int64_t word_stride, rows, bits;
 };
+
+// to = all panels of the source, behind each other.
+template <class E>
+void copy_panels(const Sum<E>& s, const Panels& panels, float* to, Tasks& tasks) {
+  for (int64_t task; tasks.next(task);) {
+    const int64_t first = task % panels.count * panels.width(), row = task / panels.count * CHUNK;
+    copy_panel(s.source + row * s.columns + first, s.columns, smaller(CHUNK, s.bits - row),
+               smaller(panels.width(), s.columns - first), panels, to + first * s.bits + row * panels.width());
+  }
+  barrier();
+}
 
 // How the sums of some rows, all of whose bits fit in one segment, are shared out.
 struct Plan {
@@ -80,6 +92,9 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
   const bool near = segment * whole.columns * static_cast<int64_t>(sizeof(float)) <= NEAR_BYTES;
   const int64_t groups = near ? threads : (rows_at_a_time + plan.group - 1) / plan.group;
   const int64_t room = plan.group * segment + 64;
+  // a row of the source is part of rate * rows sums, which all are faster then
+  const bool copied = panels.count > 1 && rate * static_cast<double>(whole.rows) >= (whole.columns % SHARED ? 64 : 8);
+  Scratch copy(sizeof(float) * static_cast<size_t>(copied ? segment * panels.count * panels.width() : 0));
   Scratch entries(sizeof(uint16_t) * static_cast<size_t>(groups * room));
   Scratch offsets(sizeof(int64_t) * static_cast<size_t>(groups * (plan.group + 1)));
   const auto lists_from = [&](int64_t group, int64_t bits) {
@@ -99,13 +114,21 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
       part.accumulate = bit > 0;
       if (bit) part.bias = nullptr;
       part.past = whole.bits <= segment && past_cache(whole.out, whole.rows * whole.columns, whole.columns);
+      Sum<E> from = part;
+      if (copied) {
+        from.source = copy.floats();
+        from.stride = panels.width();
+        from.panel_stride = part.bits;
+      }
+      Tasks copying((part.bits + CHUNK - 1) / CHUNK * panels.count);
       Tasks by_group((part.rows + plan.group - 1) / plan.group);
       Tasks by_chunk((part.rows + plan.chunk - 1) / plan.chunk * panels.count);
       team(threads, [&](int thread, int) {
+        if (copied) copy_panels(part, panels, copy.floats(), copying);
         if (near) {
-          sum_near(part, lists_from(thread, part.bits), plan, by_group);
+          sum_near(from, lists_from(thread, part.bits), plan, by_group);
         } else {
-          sum_by_panels(part, lists_from(0, part.bits), plan, by_group, by_chunk);
+          sum_by_panels(from, lists_from(0, part.bits), plan, by_group, by_chunk);
         }
         finish_stores();
       });
@@ -119,7 +142,8 @@ void gather_rows(const SumRows& a, E* out) {
     for (int64_t i = 0; i < a.rows * a.columns; i++) store_n(out + i, set1(a.bias ? a.bias[i % a.columns] : 0), 1);
     return;
   }
-  const Sum<E> sum{{a.source, a.columns, a.bias, out, false, false}, a.words, words_for(a.bits), a.rows, a.bits};
+  const Sums<E> sums{a.source, a.columns, 1, a.columns, a.bias, out, false, false};
+  const Sum<E> sum{sums, a.words, words_for(a.bits), a.rows, a.bits};
   gather_sum(sum, rate_of(a.words, a.rows, a.bits), a.threads);
 }
 

@@ -1,8 +1,8 @@
 // The weight gradient of a linear layer on spikes: sums of the rows of dL/dy in which a channel spiked (row_sums.h).
 //
 // Bits are transposed first. Rows are taken in slices, of which a panel of columns stays in a core's second-level cache
-// while all channels are summed: each value of dL/dy comes from memory once, to one core. Memory: dL/dy read once, the
-// sums [channels, columns] read and written once per slice.
+// while all channels are summed: each value of dL/dy comes from memory once, to one core, and is copied where its rows
+// would share that cache's lines. Memory: dL/dy read once, the sums [channels, columns] read and written per slice.
 #include "gradient_rows.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -19,13 +19,16 @@ constexpr int SHIFT = 6;                    // 2^SHIFT channels are transposed a
 
 // by_channel [channels, N] = the sums of channels first .. first + channels; first is a multiple of 64.
 void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const GradientRows& grad,
-                     const Slices& slices, int threads, float* by_channel) {
+                     const Slices& slices, double rate, int threads, float* by_channel) {
   const Panels panels(a.N);
   const int64_t stride = words_for(a.K), groups = words_for(channels), words = slices.rows / 64, n = channels * a.N;
   const int64_t step = (channels + 127) / 128;  // channels, of a panel, between two requests for parts of the next
   const auto bytes = [](size_t each, int64_t count) { return each * static_cast<size_t>(count); };
   const Lists first_lists{nullptr, nullptr, slices.rows, SHIFT};
   const int64_t entries_each = groups * first_lists.room(), offsets_each = groups * (first_lists.group() + 1);
+  const bool copied = a.N % SHARED == 0 && rate * static_cast<double>(channels) >= 4;  // sums that a row is part of
+  const int64_t panel_floats = slices.rows * panels.width();
+  Scratch copies(bytes(sizeof(float), copied ? threads * panel_floats : 0));
   Scratch bits(bytes(sizeof(uint64_t), slices.at_once * channels * words));
   Scratch entries(bytes(sizeof(uint16_t), slices.at_once * entries_each));
   Scratch offsets(bytes(sizeof(int64_t), slices.at_once * offsets_each));
@@ -38,7 +41,7 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
                    static_cast<int64_t*>(offsets.get()) + slice * offsets_each, slices.rows, SHIFT};
     };
     Tasks listing(count * groups), summing(count * panels.count);
-    team(threads, [&](int, int) {
+    team(threads, [&](int thread, int) {
       for (int64_t task; listing.next(task);) {
         const int64_t slice = task / groups, group = task % groups, begin = slice * slices.rows;
         const int64_t in_slice = smaller(slices.rows, rows - begin);
@@ -57,7 +60,16 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
         there = summing.next(next);
         const int64_t slice = task / panels.count, soon = next / panels.count;
         float* const out = slice ? more.floats() + (slice - 1) * n : by_channel;
-        const Sums<float> sums{source + slice * slices.rows * a.N, a.N, nullptr, out, !slice && m, false};
+        Sums<float> sums{source + slice * slices.rows * a.N, a.N, 1, a.N, nullptr, out, !slice && m, false};
+        const int64_t column = task % panels.count * panels.width();
+        if (copied) {
+          float* const copy = copies.floats() + thread * panel_floats;
+          copy_panel(sums.source + column, a.N, smaller(slices.rows, rows - slice * slices.rows),
+                     smaller(panels.width(), a.N - column), panels, copy);
+          sums.source = copy;
+          sums.stride = panels.width();
+          sums.panel_stride = 0;
+        }
         // the next panel is asked for bit by bit meanwhile: only so many lines are on their way at a time
         const float* ahead = source + soon * slices.rows * a.N + next % panels.count * panels.width();
         const int64_t rows_ahead = there ? smaller(slices.rows, rows - soon * slices.rows) : 0;
@@ -66,7 +78,7 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
           for (const int64_t last = rows_ahead * end / channels; r < last; r++, ahead += a.N) {
             for (int64_t i = 0; i < panels.width(); i += 16) __builtin_prefetch(ahead + i, 0, 2);
           }
-          sum_panel(sums, lists_of(slice), k, end, task % panels.count * panels.width(), panels.vectors);
+          sum_panel(sums, lists_of(slice), k, end, column, panels.vectors);
         }
       }
     });
@@ -79,7 +91,8 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
 void gather_weight_grad(const WeightGrad& a) {
   if (!a.K || !a.N) return;
   const Panels panels(a.N);
-  const double additions = rate_of(a.words, a.M, a.K) * static_cast<double>(a.M) * static_cast<double>(a.K);
+  const double rate = rate_of(a.words, a.M, a.K);
+  const double additions = rate * static_cast<double>(a.M) * static_cast<double>(a.K);
   const double work = (0.4 * additions + 0.3 * static_cast<double>(a.M)) * static_cast<double>((a.N + W - 1) / W);
   const int threads = threads_for(work, a.threads);
   const Slices slices(a.M, PANEL_BYTES / (64 * 4 * panels.width()) * 64, panels.count, a.K * a.N, threads);
@@ -89,7 +102,7 @@ void gather_weight_grad(const WeightGrad& a) {
   if (!a.M) memset(by_channel.get(), 0, sizeof(float) * static_cast<size_t>(a.K * a.N));
   const GradientRows grad(a, smaller(a.M, rows));
   for (int64_t k = 0; k < a.K; k += channels) {
-    gather_channels(a, k, smaller(channels, a.K - k), grad, slices, threads, by_channel.floats() + k * a.N);
+    gather_channels(a, k, smaller(channels, a.K - k), grad, slices, rate, threads, by_channel.floats() + k * a.N);
   }
   transpose({by_channel.floats(), a.grad_weight, a.K, a.N, a.threads});
 }
