@@ -77,7 +77,7 @@ void backward(const LifBackward& a) {
   const bool past = past_cache(out, a.T * step, a.C);
   // per thread: the membrane potentials h of a few vectors of neurons, then its share of dL/dthreshold
   const int64_t for_potentials = round_up(a.T * BACK_AT_ONCE * W, 16);
-  const int64_t own = for_potentials + ThresholdSum::size(a.threshold, a.C);
+  const int64_t own = per_thread(for_potentials + ThresholdSum::size(a.threshold, a.C));
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
 
   with_cell_and_steps(a.neuron, a.T, [&](const auto& shared_cell, auto steps) {

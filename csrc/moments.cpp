@@ -38,10 +38,10 @@ SPIKEDECODER_INLINE void block_moments(const E* x, int64_t rows, int64_t stride,
 template <class E>
 void moments_of(const Moments& a, const E* x) {
   const int threads = threads_for(0.3 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
-  const int64_t padded = round_up(a.C, 16);
-  Scratch scratch(sizeof(float) * static_cast<size_t>(2 * padded * threads));
+  const int64_t padded = round_up(a.C, 16), own = per_thread(2 * padded);
+  Scratch scratch(sizeof(float) * static_cast<size_t>(own * threads));
   parallel(threads, [&](int thread, int all) {
-    float *means = scratch.floats() + 2 * padded * thread, *squares = means + padded;
+    float *means = scratch.floats() + own * thread, *squares = means + padded;
     for (int64_t c = 0; c < 2 * padded; c++) means[c] = 0;
     const Range rows = share(a.rows, thread, all, BLOCK);
     for (int64_t r = rows.begin; r < rows.end; r += BLOCK) {
@@ -62,7 +62,7 @@ void moments_of(const Moments& a, const E* x) {
     for (int thread = 0; thread < threads; thread++) {
       const Range rows = share(a.rows, thread, threads, BLOCK);
       if (rows.end == rows.begin) continue;
-      const float* means = scratch.floats() + 2 * padded * thread;
+      const float* means = scratch.floats() + own * thread;
       combine(static_cast<double>(before), mean, square, static_cast<double>(rows.end - rows.begin), load(means + c),
               load(means + padded + c));
       before += rows.end - rows.begin;

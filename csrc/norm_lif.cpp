@@ -348,7 +348,7 @@ template <class E>
 void backward(const NormLifBackward& a) {
   const Backward<E> b(a);
   const int most = threads_for(work(a.T, a.rows, a.C, 0.6), a.threads);
-  const int64_t own = RowScratch::size(a.threshold, a.T, a.C);
+  const int64_t own = per_thread(RowScratch::size(a.threshold, a.T, a.C));
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
   const bool sums = a.part != NormLifPart::apply;
   float* const threshold_out = sums ? a.grad_threshold : nullptr;

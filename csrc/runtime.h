@@ -37,6 +37,10 @@ class Scratch {
 
 static constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// How many floats lie between the scratch of one thread and that of the next, where each needs n: a page more, for a
+// CPU that fetches what follows the lines that it reads would take it out of the cache where it is being written.
+static constexpr int64_t per_thread(int64_t n) { return round_up(n, 16) + 1024; }
+
 // Returns unused memory to the system less eagerly; false where the C library has no such setting.
 bool keep_freed_memory();
 

@@ -36,13 +36,13 @@ void write_state(const float* state, int64_t d, float* to) {
 
 void attention_forward(const AttentionForward& a) {
   const Layout l{a.S, a.H, a.d};
-  const int64_t groups = a.T * a.B * a.H, size = state_size(a.d);
+  const int64_t groups = a.T * a.B * a.H, own = per_thread(state_size(a.d));
   const int threads = threads_for(0.1 * static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W,
                                   a.threads);
-  Scratch states(sizeof(float) * static_cast<size_t>(size * threads));
+  Scratch states(sizeof(float) * static_cast<size_t>(own * threads));
   Tasks tasks(groups);
   parallel(threads, [&](int thread, int) {
-    float* state = states.floats() + size * thread;
+    float* state = states.floats() + own * thread;
     for (int64_t g; tasks.next(g);) {
       read_state(a.state ? a.state + g * a.d * a.d : nullptr, a.d, false, state);
       const int64_t at = l.at(g);
@@ -57,14 +57,14 @@ void attention_forward(const AttentionForward& a) {
 
 void attention_backward(const AttentionBackward& a) {
   const Layout l{a.S, a.H, a.d};
-  const int64_t groups = a.T * a.B * a.H, size = state_size(a.d), stride = l.stride();
+  const int64_t groups = a.T * a.B * a.H, size = state_size(a.d), own = per_thread(size), stride = l.stride();
   const int threads = threads_for(0.3 * static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W,
                                   a.threads);
-  Scratch states(sizeof(float) * static_cast<size_t>(size * threads));
+  Scratch states(sizeof(float) * static_cast<size_t>(own * threads));
   Tasks tasks(groups);
   parallel(threads, [&](int thread, int) {
     const FlushDenormals flush;
-    float* state = states.floats() + size * thread;
+    float* state = states.floats() + own * thread;
     for (int64_t group; tasks.next(group);) {
       const int64_t at = l.at(group);
       const Tokens<const float> q{a.q + at, stride}, k{a.k + at, stride}, v{a.v + at, stride}, g{a.grad + at, stride};

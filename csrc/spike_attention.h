@@ -44,14 +44,35 @@ SPIKEDECODER_INLINE void for_spikes(const float* spikes, int64_t d, const Body& 
   }
 }
 
+// How many tokens before their turn values are fetched: the next token's lie so far away that the CPU does not see by
+// itself what will be wanted.
+constexpr int64_t AHEAD = 4;
+
+// What scan_columns reads and writes at token i.
+template <int V>
+SPIKEDECODER_INLINE void fetch(const Scan& s, int64_t i, int64_t column) {
+  constexpr int64_t LINE = 16;  // floats
+  for (int64_t c = 0; c < s.d; c += LINE) {
+    __builtin_prefetch(s.u[i] + c);
+    __builtin_prefetch(s.r[i] + c);
+  }
+  for (int64_t c = column; c < column + V * W; c += LINE) {
+    __builtin_prefetch(s.x[i] + c);
+    __builtin_prefetch(s.out[i] + c, 1);
+  }
+}
+
 // Tokens begin..end, V vectors of columns from `column` on, of which the last has `last` lanes.
 template <int V, bool DenseU, bool DenseR>
 static void scan_columns(const Scan& s, int64_t begin, int64_t end, int64_t column, int last) {
   const int64_t columns = state_columns(s.d);
   float* const state = s.state + column;
   const F decay = set1(s.decay), scale = set1(s.scale);
+  const auto token = [&](int64_t n) { return s.reverse ? end - 1 - n : begin + n; };
+  for (int64_t n = 0; n < AHEAD && n < end - begin; n++) fetch<V>(s, token(n), column);
   for (int64_t n = 0; n < end - begin; n++) {
-    const int64_t i = s.reverse ? end - 1 - n : begin + n;
+    const int64_t i = token(n);
+    if (n + AHEAD < end - begin) fetch<V>(s, token(n + AHEAD), column);
     const float *u = s.u[i], *r = s.r[i], *from = s.x[i] + column;
     F x[V], sum[V];
     for (int j = 0; j < V; j++) {

@@ -39,7 +39,7 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 void attention_lif_forward(const AttentionLifForward& a) {
   const Layout l{a.B, a.S, a.H, a.d};
   const int64_t heads = a.B * a.H, size = state_size(a.d), stride = l.stride();
-  const int64_t chunk = CHUNK * a.d, own = round_up(a.T * (size + chunk), 16);
+  const int64_t chunk = CHUNK * a.d, own = per_thread(a.T * (size + chunk));
   const int threads = threads_for(
       0.1 * static_cast<double>(a.T * heads * a.S) * static_cast<double>(a.d * a.d) / W, a.threads);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * threads));
@@ -81,7 +81,7 @@ void attention_lif_backward(const AttentionLifBackward& a) {
   // per thread: a state a timestep, dL/d(result) of a head, potentials of a vector, share of dL/dthreshold
   const int64_t result = round_up(a.S * a.d, 16), potentials = round_up(a.T * W, 16);
   const int64_t before_threshold = a.T * (size + result) + potentials;
-  const int64_t own = before_threshold + ThresholdSum::size(a.threshold, a.d);
+  const int64_t own = per_thread(before_threshold + ThresholdSum::size(a.threshold, a.d));
   const int threads = threads_for(
       0.4 * static_cast<double>(a.T * heads * a.S) * static_cast<double>(a.d * a.d) / W, a.threads);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * threads));
