@@ -71,7 +71,7 @@ def lif_groups(dry: bool) -> Iterator[Group]:
             calls: Calls = {
                 "ours": lambda: k.forward(x, 1.0, None, P, want_v=False)[0],
                 "eager reference": lambda: lif_reference.forward(x, 1.0, None, P)[0],
-                "ours, packed": lambda: k.forward_packed(x, 1.0, None, P),
+                "ours, packed": lambda: k.forward_packed(x, 1.0, None, P, want_v=False)[0],
             }
             compiled = _compiled(lambda x: lif_reference.forward(x, 1.0, None, P)[0])
             calls[COMPILED] = ONCE if T > 4 else lambda: compiled(x)

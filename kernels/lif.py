@@ -236,36 +236,37 @@ def _state(v_init: Tensor | None) -> Tensor | None:
     return None if v_init is None else v_init.to(torch.float32).contiguous()
 
 
+def _forward(
+    x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool, *,
+    spikes: Tensor | None = None, words: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Write `spikes` or `words` (int32); returns the last potential, an empty tensor without `want_v`."""
+    x, state = steps_contiguous(x), _state(v_init)
+    last = x.new_empty(x.shape[1:] if want_v else (0,), dtype=torch.float32)
+    pieces = _pieces(x.shape[0]) if x.numel() else []
+    for piece in pieces:
+        end = piece is pieces[-1]
+        v = last if end and want_v else None if end else torch.empty_like(x[0], dtype=torch.float32)
+        floats, bits = (None if out is None else out[piece] for out in (spikes, words))
+        _walk(x[piece], threshold, state, p, spikes=floats, words=bits, v=v)
+        state = v
+    return last
+
+
 def forward(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(spikes [T, ...] in x's dtype, potential [...] in float32; an empty tensor without `want_v`)."""
-    x, state = steps_contiguous(x), _state(v_init)
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
-    last = x.new_empty(x.shape[1:] if want_v else (0,), dtype=torch.float32)
-    if spikes.numel() == 0:
-        return spikes, last
-    pieces = _pieces(x.shape[0])
-    for piece in pieces:
-        end = piece is pieces[-1]
-        v = last if end and want_v else None if end else torch.empty_like(x[0], dtype=torch.float32)
-        _walk(x[piece], threshold, state, p, spikes=spikes[piece], v=v)
-        state = v
-    return spikes, last
+    return spikes, _forward(x, threshold, v_init, p, want_v, spikes=spikes)
 
 
-def forward_packed(x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams) -> Tensor:
-    """Spikes as bits only: int64 [T, ..., ceil(C / 64)], as `pack_spikes` lays them out."""
-    x, state = steps_contiguous(x), _state(v_init)
+def forward_packed(
+    x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`forward`, spikes as bits only: int64 [T, ..., ceil(C / 64)], as `pack_spikes` lays them out."""
     words = x.new_empty(*x.shape[:-1], cdiv(x.shape[-1], 64), dtype=torch.int64)
-    if words.numel() == 0:
-        return words
-    pieces = _pieces(x.shape[0])
-    for piece in pieces:
-        v = None if piece is pieces[-1] else torch.empty_like(x[0], dtype=torch.float32)
-        _walk(x[piece], threshold, state, p, words=words.view(torch.int32)[piece], v=v)
-        state = v
-    return words
+    return words, _forward(x, threshold, v_init, p, want_v, words=words.view(torch.int32))
 
 
 def _walk_back(

@@ -114,7 +114,7 @@ def lif() -> None:
         for limit in (1.0, channel):
             k.forward(x, limit, meta(*x.shape[1:], dtype=torch.float32), P)
             k.backward(x, meta(*x.shape[1:], dtype=torch.float32), x, limit, None, P)
-    k.forward_packed(meta(2, 1 << 28, 512), 1.0, None, P)
+    k.forward_packed(meta(2, 1 << 28, 512), 1.0, None, P, want_v=False)
 
 
 def norm_lif() -> None:

@@ -54,6 +54,9 @@ def calls() -> dict[Any, tuple[Any, Any]]:
                 ).sum().backward()
                 with torch.no_grad():
                     CALLS[case.operator](**make_inputs(case, torch.float32, DEVICE))
+            if case.operator == "lif":
+                with torch.no_grad():
+                    CALLS[case.operator](**make_inputs(case, torch.float32, DEVICE), packed=True)
             if case.operator == "pack_spikes":
                 words = ops.pack_spikes(make_inputs(case, torch.float32, DEVICE)["spikes"])
                 ops.unpack_spikes(words, case.shape[-1], torch.float32)

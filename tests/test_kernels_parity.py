@@ -153,17 +153,22 @@ def test_lif_takes_any_threshold_that_broadcasts(threshold: tuple[int, ...]) -> 
     torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("channels", [1, 33, 64, 130])
-def test_lif_writes_packed_spikes(channels: int) -> None:
-    from spikedecoder.kernels import lif
-
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("shape", [(18, 5, 1), (18, 5, 130), (3, 2, 3, 33), (1, 64), (2, 0, 70)], ids=str)
+def test_lif_writes_packed_spikes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     p = LIFParams(v_reset=None)
-    x, v_init = random(18, 5, channels), random(5, channels, seed=1)
-    for threshold in (0.75, torch.tensor(0.5, device=DEVICE), random(channels, seed=2, scale=0.1)):
-        spikes, _ = lif_reference.forward(x, threshold, v_init, p)
+    x, v_init = random(*shape).to(dtype), random(*shape[1:], seed=1)
+    for threshold in (None, torch.tensor(0.5, device=DEVICE), random(shape[-1], seed=2, scale=0.1)):
+        spikes, v = lif_reference.forward(x, 1.0 if threshold is None else threshold, v_init, p)
         with ops.use_backend("reference"):
-            words = ops.pack_spikes(spikes)
-        assert torch.equal(lif.forward_packed(x, threshold, v_init, p), words)
+            expected = ops.pack_spikes(spikes)
+        with ops.use_backend("triton"):
+            words, last = ops.lif_params(
+                x, p, threshold=threshold, v_init=v_init, return_state=True, packed=True
+            )
+            alone = ops.lif_params(x, p, threshold=threshold, v_init=v_init, packed=True)
+        assert torch.equal(words, expected) and torch.equal(alone, words)
+        assert torch.equal(last, v)
 
 
 def test_lif_takes_strides_repeats_and_what_is_not_a_number() -> None:

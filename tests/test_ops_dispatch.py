@@ -167,6 +167,42 @@ NEURON = LIFParams().flat()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("return_state", [False, True])
+def test_opcheck_of_packed_lif(backend, return_state):
+    x, threshold, v_init = torch.randn(3, 2, 70) + 1, torch.full((70,), 0.5), torch.randn(2, 70)
+    for args in ((x, None, None), (x.bfloat16(), threshold, v_init)):
+        torch.library.opcheck(
+            torch.ops.spikedecoder.lif_packed.default, (*args, *NEURON, backend, return_state)
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", [(4, 1), (5, 3, 63), (1, 2, 3, 64), (2, 130), (3, 0, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_lif_is_lif_then_pack(shape, dtype, backend):
+    generator = torch.Generator().manual_seed(0)
+    x, v_init = (torch.randn(s, generator=generator).to(dtype) + 0.5 for s in (shape, shape[1:]))
+    options = {"v_threshold": torch.full(shape[-1:], 0.75), "v_init": v_init, "return_state": True}
+    with use_backend(backend):
+        spikes, v = ops.lif(x, **options)
+        words, last = ops.lif(x, **options, packed=True)
+        torch._dynamo.reset()
+        compiled = torch.compile(ops.lif, fullgraph=True, backend="aot_eager")
+        assert torch.equal(words, ops.pack_spikes(spikes)) and torch.equal(last, v)
+        assert torch.equal(compiled(x, **options, packed=True)[0], words)
+        assert torch.equal(ops.unpack_spikes(words, shape[-1], dtype), spikes)
+
+
+def test_packed_lif_refuses_where_a_gradient_would_be_lost():
+    x, threshold = X.clone().requires_grad_(), torch.tensor(0.5, requires_grad=True)
+    for options, name in (({"x": x}, "x"), ({"x": X, "v_threshold": threshold}, "v_threshold")):
+        with pytest.raises(ValueError, match=rf"packed: .* {name} requires one"):
+            ops.lif(**options, packed=True)
+        with torch.no_grad():
+            assert not ops.lif(**options, packed=True).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ["layer-train", "batch-train", "batch-eval", "threshold"])
 def test_opcheck_of_norm_lif(name, backend):
     inputs = make_inputs(next(c for c in cases("norm_lif") if c.name == name))
@@ -218,6 +254,7 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.lif(X, v_threshold=torch.ones(3)), ValueError, r"v_threshold: got shape \(3,\)"),
         (lambda: ops.lif(X, v_threshold=torch.ones(4, 2, 8)), ValueError, "v_threshold: got shape"),
         (lambda: ops.lif(X, v_init=torch.ones(2, 8, device="meta")), ValueError, "different devices"),
+        (lambda: ops.lif(torch.ones(4), packed=True), ValueError, r"x: got shape \(4,\), takes at least 2"),
         (lambda: ops.binarize(X, alpha=-1), ValueError, "alpha: got -1"),
         (lambda: ops.pack_spikes(torch.ones(())), TypeError, "spikes: takes a tensor"),
         (lambda: ops.unpack_spikes(torch.ones(2, 1), 3), TypeError, "words: takes an int64 tensor"),

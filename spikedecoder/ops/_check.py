@@ -46,3 +46,13 @@ def broadcasts(name: str, x: Tensor, shape: torch.Size) -> None:
         ok = False
     if not ok:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes one that broadcasts to {tuple(shape)}")
+
+
+def no_gradient(option: str, **tensors: Tensor | None) -> None:
+    """`option` gives a result without gradient, so that one which is recorded would end there unnoticed."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{option}: its result carries no gradient and {name} requires one; "
+                f"call it under torch.no_grad(), or with {name}.detach()"
+            )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, requested_backend, select
+from spikedecoder.ops.pack_spikes import WORD, _pack
 from spikedecoder.params import LIFParams
 from spikedecoder.reference.lif import compute_dtype
 
@@ -39,6 +40,37 @@ def _(x, threshold, v_init, *rest):
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
     return_state = rest[8] if len(rest) > 8 else True
     return spikes, x.new_empty(x.shape[1:] if return_state else (0,), dtype=compute_dtype(x.dtype))
+
+
+@torch.library.custom_op("spikedecoder::lif_packed", mutates_args=())
+def _lif_packed(
+    x: Tensor,
+    threshold: Tensor | None,
+    v_init: Tensor | None,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+    backend: str,
+    return_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """(words, v), without gradients."""
+    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
+    if hasattr(impl, "forward_packed"):
+        limit = p.v_threshold if threshold is None else threshold
+        return impl.forward_packed(x, limit, v_init, p, want_v=return_state)
+    spikes, v = _lif(x, threshold, v_init, *p.flat(), backend, return_state)
+    return _pack(spikes, backend), v
+
+
+@_lif_packed.register_fake
+def _(x, threshold, v_init, *rest):
+    words = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // WORD), dtype=torch.int64)
+    return words, x.new_empty(x.shape[1:] if rest[8] else (0,), dtype=compute_dtype(x.dtype))
 
 
 @torch.library.custom_op("spikedecoder::lif_backward", mutates_args=())
@@ -114,6 +146,7 @@ def lif(
     detach_reset: bool = True,
     v_init: Tensor | None = None,
     return_state: bool = False,
+    packed: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Spikes of a layer of LIF neurons driven for T timesteps.
 
@@ -131,10 +164,14 @@ def lif(
         detach_reset: no gradient through the spike in the reset.
         v_init: membrane potential before the first timestep, shape of one timestep; zeros if None.
         return_state: also return the membrane potential after the last timestep.
+        packed: spikes of x [T, ..., C] as bits, those of ``pack_spikes(lif(x))``; Triton then writes
+            nothing else. Bits carry no gradient, so this is for inference: where one would be recorded, as
+            outside `torch.no_grad` for an x that requires it, packed raises.
 
     Returns:
-        spikes [T, ...] of 0 and 1 in x's dtype; with return_state, (spikes, v [...]) with v in float32
-        for half-precision x. Kept for backward: x (and v_init); the potentials are recomputed.
+        spikes [T, ...] of 0 and 1 in x's dtype, or int64 words [T, ..., ceil(C / 64)] if packed; with
+        return_state, (spikes, v [...]) with v in float32 for half-precision x. Kept for backward: x (and
+        v_init); the potentials are recomputed.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -144,7 +181,7 @@ def lif(
     threshold = v_threshold if isinstance(v_threshold, Tensor) else None
     fixed = 1.0 if threshold is not None else float(v_threshold)
     p = LIFParams(tau, fixed, v_reset, decay_input, surrogate, alpha, detach_reset)
-    return lif_params(x, p, threshold=threshold, v_init=v_init, return_state=return_state)
+    return lif_params(x, p, threshold=threshold, v_init=v_init, return_state=return_state, packed=packed)
 
 
 def lif_params(
@@ -154,6 +191,7 @@ def lif_params(
     threshold: Tensor | None = None,
     v_init: Tensor | None = None,
     return_state: bool = False,
+    packed: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`lif` with its parameters in one object; `threshold` overrides ``p.v_threshold``."""
     _check.floating("x", x)
@@ -165,5 +203,9 @@ def lif_params(
         raise ValueError(
             f"v_init: got shape {tuple(v_init.shape)}, takes that of a timestep, {tuple(x.shape[1:])}"
         )
-    spikes, v = _lif(x, threshold, v_init, *p.flat(), requested_backend(), return_state)
+    if packed:
+        _check.floating("x", x, min_dims=2)
+        _check.no_gradient("packed", x=x, v_threshold=threshold, v_init=v_init)
+    operator = _lif_packed if packed else _lif
+    spikes, v = operator(x, threshold, v_init, *p.flat(), requested_backend(), return_state)
     return (spikes, v) if return_state else spikes
