@@ -161,10 +161,10 @@ void bind_pack(py::module_& m) {
         return count;
       },
       "Bits of values; returns how many are set.");
-  m.def("unpack", [](uintptr_t words, uintptr_t values, int64_t rows, int64_t C, int threads) {
-    const int64_t n = elements({rows, C});
-    Unpack a{array<const uint64_t>(words, n, "words"), array<float>(values, n, "values"), rows, C,
-             checked_threads(threads)};
+  m.def("unpack", [](uintptr_t words, uintptr_t values, int type, int64_t rows, int64_t C, int threads) {
+    const Element element = make_element(type, 1);
+    Unpack a{array<const uint64_t>(words, elements({rows, C}), "words"),
+             typed_output(values, element, rows, C, "values"), element, rows, C, checked_threads(threads)};
     run(kernels().unpack, a);
   });
 }
@@ -287,6 +287,16 @@ void bind_spike_linear(py::module_& m) {
   });
 }
 
+// Who made this CPU: what its kernels' costs go by (spikedecoder/ext/cpu/_cost.py).
+const char* cpu_vendor() {
+#if defined(SPIKEDECODER_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "other";
+}
+
 // Of what kernels ask for, what this CPU has.
 std::vector<std::string> cpu_features() {
   std::vector<std::string> found;
@@ -304,6 +314,7 @@ std::vector<std::string> cpu_features() {
   SPIKEDECODER_FEATURE("avx512vl")
   SPIKEDECODER_FEATURE("avx512vbmi2")
   SPIKEDECODER_FEATURE("avx512bf16")
+  SPIKEDECODER_FEATURE("amx-bf16")
 #undef SPIKEDECODER_FEATURE
 #endif
   return found;
@@ -335,6 +346,7 @@ void bind_runtime(py::module_& m) {
 #else
     d["openmp"] = py::none();
 #endif
+    d["vendor"] = cpu_vendor();
     d["features"] = cpu_features();
     d["bfloat16_products"] = bfloat16_products();
     return d;

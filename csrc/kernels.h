@@ -110,7 +110,8 @@ struct CountBits {
 
 struct Unpack {
   const uint64_t* words;
-  float* values;
+  void* values;
+  Element type;  // float32 or bfloat16
   int64_t rows, C;
   int threads;
 };

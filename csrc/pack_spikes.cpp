@@ -55,20 +55,32 @@ void count_bits(const CountBits& a) {
   *a.count = total;
 }
 
-void unpack(const Unpack& a) {
+namespace {
+
+template <class E>
+void unpack_to(const Unpack& a, E* values) {
   const int64_t words = words_for(a.C);
   const int threads = threads_for(0.2 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
-  const F one = set1(1);
   parallel(threads, [&](int thread, int all) {
     const Range rows = share(a.rows, thread, all);
     for (int64_t r = rows.begin; r < rows.end; r++) {
       for (int64_t c = 0; c < a.C; c += W) {
         const uint64_t word = a.words[r * words + c / 64];
-        const F spikes = keep(mask_of(static_cast<uint32_t>(word >> (c % 64)) & ((1u << W) - 1)), one);
-        store_up_to(a.values + r * a.C + c, spikes, static_cast<int>(a.C - c < W ? a.C - c : W));
+        const Mask fired = mask_of(static_cast<uint32_t>(word >> (c % 64)) & ((1u << W) - 1));
+        store_spikes(values + r * a.C + c, fired, static_cast<int>(a.C - c < W ? a.C - c : W), false);
       }
     }
   });
+}
+
+}  // namespace
+
+void unpack(const Unpack& a) {
+  if (a.type == Element::float32) {
+    unpack_to(a, static_cast<float*>(a.values));
+  } else {
+    unpack_to(a, static_cast<bfloat16*>(a.values));
+  }
 }
 
 }  // namespace SPIKEDECODER_VARIANT

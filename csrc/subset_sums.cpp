@@ -171,7 +171,8 @@ void share_out(int64_t slices, int64_t rows, int64_t bits, int64_t columns, int 
 
 template <class E>
 void sum_to(const SumRows& a, const Job& job, E* out) {
-  const bool past = a.bits <= BITS && past_cache(out, a.rows * a.columns, a.columns);
+  // where a table's columns are whole lines
+  const bool past = COLUMNS * sizeof(E) == 64 && a.bits <= BITS && past_cache(out, a.rows * a.columns, a.columns);
   const Output<E> output{out, a.rows, a.columns, false, false, a.bias, past};
   share_out(1, a.rows, a.bits, a.columns, a.threads, [&](int64_t, int64_t column, Range groups, float* tables) {
     sum_block(job, output, column, groups, tables);

@@ -111,7 +111,7 @@ void test_pack(int64_t rows, int64_t C, int threads) {
   kernels().pack({halves.data(), Element::bfloat16, words.data(), nullptr, rows, C, threads});
   CHECK(words == expected);
   auto back = array<float>(rows * C);
-  kernels().unpack({words.data(), back.data(), rows, C, threads});
+  kernels().unpack({words.data(), back.data(), Element::float32, rows, C, threads});
   CHECK(back == s);
 }
 

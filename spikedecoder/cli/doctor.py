@@ -136,6 +136,7 @@ def _part(info: dict[str, Any]) -> str:
         "compiler": "built by {}",
         "variant": "running {}",
         "variants": "of {}",
+        "vendor": "CPU by {}",
         "features": "CPU has {}",
         "openmp": "OpenMP {}",
         "threads": "{} threads",

@@ -2,17 +2,18 @@
 
 For M rows of K channels, of which `count` values in all are 1, and N output channels:
 
-    gather       count * (N * add + entry) + M * K * word + M * N * row
+    gather       count * (N * add + entry) + M * K * word + M * N * row + K * N * fetch
     subset_sums  M * K * N * look_up + K * N * table + M * N * store
-    dense        M * K * N * multiply_add + M * N * row
+    dense        M * K * N * multiply_add + M * N * row + K * N * panel
 
 in nanoseconds of one thread; the ways share threads alike, so that their number does not matter. A weight
-gradient has M and K exchanged in the roles of rows and sum, and pays `bits` per value to transpose them (or
-to unpack them, if dense).
+gradient has M and K exchanged in the roles of rows and sum, and pays `bits` per spike to transpose them, and
+`unpack` if it is dense and torch's, which takes no bits.
 
-The constants are those of the machine named beside them. ``python -m spikedecoder.ext.cpu.calibrate``
-measures them anew and says how far from the fastest choice the model is; SPIKEDECODER_SPIKE_LINEAR_COST
-names a JSON file that it wrote, to be used instead.
+The constants are those of the CPU's maker and the variant in force, one set for the product and one for the
+weight gradient, whose sources lie in other caches.
+``python -m spikedecoder.ext.cpu.calibrate`` measures them anew and says how far from the fastest choice the
+model is; SPIKEDECODER_SPIKE_LINEAR_COST names a JSON file that it wrote, to be used instead.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 
 from spikedecoder.ext.cpu import native
 
+KINDS = ("product", "weight gradient")
 METHODS = ("gather", "subset_sums", "dense")
 TRANSPOSE = 0.3  # nanoseconds per element, for a weight that does not lie by columns
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
@@ -46,48 +48,93 @@ class Costs:
     store: float
     multiply_add: float
     bits: float
+    fetch: float = 0.0
+    panel: float = 0.0
+    unpack: float = 0.0
 
     def of(self, method: str, m: int, k: int, n: int, count: int, weight_grad: bool) -> float:
         extra = self.bits * m * k if weight_grad else 0.0
         rows, summed = (k, m) if weight_grad else (m, k)
         if method == "gather":
             sums = count * (n * self.add + self.entry) + rows * summed * self.word + rows * n * self.row
-            return sums + extra
+            return sums + summed * n * self.fetch + extra
         if method == "subset_sums":
             sums = rows * summed * n * self.look_up + rows * n * self.store
             return sums + summed * n * self.table + extra
-        return rows * summed * n * self.multiply_add + rows * n * self.row + extra
+        extra += self.unpack * m * k if weight_grad else 0.0
+        return rows * summed * n * self.multiply_add + rows * n * self.row + summed * n * self.panel + extra
 
 
-# AMD EPYC (Zen 4), one thread, torch 2.13 with its own BLAS, which used AVX-512 for all three rows.
+_ZEN_4_AVX512 = Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0.0378)
+_ZEN_4_AVX2 = Costs(0.049, 0.0, 0.109, 0.32, 0.0, 0.0, 0.0, 0.0242, 0.0804)
+_ZEN_4_BASELINE = Costs(0.0937, 0.0, 0.169, 0.303, 0.0, 0.0, 0.0, 0.0242, 0.0223)
+
+# By maker and variant, of the product and of the weight gradient: one thread, torch 2.13 with its own BLAS,
+# which used AVX-512 for all rows.
 COSTS = {
-    "avx512": Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0.0378),
-    "avx2": Costs(0.049, 0.0, 0.109, 0.32, 0.0, 0.0, 0.0, 0.0242, 0.0804),
-    "baseline": Costs(0.0937, 0.0, 0.169, 0.303, 0.0, 0.0, 0.0, 0.0242, 0.0223),
+    # EPYC (Zen 4), in one set, with kernels that did not yet copy panels: what gathering takes by now is not
+    # measured
+    "amd": {
+        "avx512": (_ZEN_4_AVX512, _ZEN_4_AVX512),
+        "avx2": (_ZEN_4_AVX2, _ZEN_4_AVX2),
+        "baseline": (_ZEN_4_BASELINE, _ZEN_4_BASELINE),
+    },
+    # Xeon (Emerald Rapids)
+    "intel": {
+        "avx512": (
+            Costs(0.0315, 0.275, 0.414, 0.105, 0.0103, 0.544, 0.174, 0.0169, 0.0, 0.0367, 0.0699),
+            Costs(0.0387, 0.0, 0.103, 0.354, 0.00816, 1.31, 0.0132, 0.0161, 0.0, 0.164, 0.369),
+        ),
+        "avx2": (
+            Costs(0.0463, 0.397, 0.361, 0.113, 0.0, 0.0, 0.0, 0.0139, 0.0, 0.0535),
+            Costs(0.0646, 0.0, 0.106, 0.246, 0.0, 0.0, 0.0, 0.0127, 0.0412, 0.158, 0.274, 0.131),
+        ),
+        "baseline": (
+            Costs(0.112, 0.0, 0.577, 0.388, 0.0, 0.0, 0.0, 0.0176, 0.0),
+            Costs(0.163, 0.0, 0.147, 0.0, 0.0, 0.0, 0.0, 0.0193, 0.0918, 0.133, 0.268, 0.154),
+        ),
+    },
 }
+OTHERS = "amd"  # whose costs stand for those of a CPU that nobody has measured
 
-
-# Of float32's time for a dense product of bfloat16, where the CPU multiplies pairs of them; the same machine.
-BFLOAT16_PRODUCT = 0.41
+# A dense product of bfloat16, of float32's time, where the CPU multiplies pairs of them (Zen 4) ...
+BFLOAT16_PAIRS = 0.41
+# ... and what it costs where the CPU multiplies tiles of them, so that torch's is used (Emerald Rapids).
+BFLOAT16_TILES = {"multiply_add": 0.0017, "panel": 0.5, "unpack": 0.5}
 
 
 @functools.cache
-def costs_of(variant: str, dtype: torch.dtype) -> Costs:
+def has_tiles() -> bool:
+    """Whether torch's products of bfloat16 run in the CPU's matrix unit (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def _maker() -> str:
+    made_by: str = native.build()["vendor"]
+    return made_by if made_by in COSTS else OTHERS
+
+
+@functools.cache
+def costs_of(variant: str, dtype: torch.dtype, weight_grad: bool) -> Costs:
     """The costs for a weight of this dtype."""
-    table = costs(variant)
-    if dtype == torch.bfloat16 and variant == "avx512" and native.build()["bfloat16_products"]:
-        return replace(table, multiply_add=BFLOAT16_PRODUCT * table.multiply_add)
+    table = costs(variant, weight_grad)
+    if dtype != torch.bfloat16:
+        return table
+    if has_tiles():
+        return replace(table, **BFLOAT16_TILES)
+    if variant == "avx512" and native.build()["bfloat16_products"]:
+        return replace(table, multiply_add=BFLOAT16_PAIRS * table.multiply_add)
     return table
 
 
 @functools.cache
-def costs(variant: str) -> Costs:
+def costs(variant: str, weight_grad: bool = False) -> Costs:
     path = os.environ.get(_ENV)
     if not path:
-        return COSTS[variant]
+        return COSTS[_maker()][variant][weight_grad]
     known = {field.name for field in fields(Costs)}
     try:
-        values = json.loads(Path(path).read_text("utf-8"))[variant]
+        values = json.loads(Path(path).read_text("utf-8"))[variant][KINDS[weight_grad]]
         if set(values) != known:
             raise KeyError(", ".join(sorted(set(values) ^ known)))
         return Costs(**{name: float(value) for name, value in values.items()})
@@ -123,7 +170,7 @@ def _crossover(
     variant: str, m: int, k: int, n: int, weight_grad: bool, transposed: bool, dtype: torch.dtype
 ) -> tuple[float, str]:
     """(ones up to which gathering is the fastest, what is beyond): the others do not depend on ones."""
-    table = costs_of(variant, dtype)
+    table = costs_of(variant, dtype, weight_grad)
     extra = {"gather": TRANSPOSE * k * n, "subset_sums": TRANSPOSE * k * n} if transposed else {}
     fixed = {
         method: table.of(method, m, k, n, 0, weight_grad) + extra.get(method, 0.0)

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from spikedecoder.ext.cpu import _cost, missing, native
 SHAPES = (
     (64, 512, 512),
     (2048, 80, 80),
-    (4096, 80, 640),
-    (4096, 640, 80),
+    (8192, 80, 1280),
+    (8192, 1280, 80),
     (2048, 512, 1024),
     (1024, 1024, 512),
 )
 RATES = (0.02, 0.08, 0.2, 0.5)
-NAMES = ("add", "entry", "word", "row", "look_up", "table", "store", "multiply_add", "bits")
+NAMES = tuple(field.name for field in fields(_cost.Costs))
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,18 @@ def main(arguments: list[str]) -> int:
         return 2
     variant = native.variant()
     points = measure()
-    table = fit(points)
-    for (m, k, n, count, weight_grad), (chosen, best, ratio) in regrets(points, table).items():
-        what = "weight gradient" if weight_grad else "forward"
-        print(
-            f"{m} x {k} x {n} rate {count / m / k:.2f} {what}: {chosen}, best {best}, {ratio:.2f}x its time"
-        )
-    print(f"{variant}: {table}")
+    tables = {}
+    for weight_grad, kind in enumerate(_cost.KINDS):
+        of_kind = [p for p in points if p.weight_grad == weight_grad]
+        table = fit(of_kind)
+        for (m, k, n, count, _), (chosen, best, ratio) in regrets(of_kind, table).items():
+            rate = count / m / k
+            print(f"{kind} {m} x {k} x {n} rate {rate:.2f}: {chosen}, best {best}, {ratio:.2f}x its time")
+        print(f"{variant}, {kind}: {table}")
+        tables[kind] = asdict(table)
     if arguments:
         partial = Path(arguments[0] + ".part")
-        partial.write_text(json.dumps({variant: asdict(table)}, indent=2) + "\n", "utf-8")
+        partial.write_text(json.dumps({variant: tables}, indent=2) + "\n", "utf-8")
         partial.replace(arguments[0])
     return 0
 

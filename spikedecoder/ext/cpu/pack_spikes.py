@@ -42,7 +42,11 @@ def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
 
 def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     words = words.contiguous()
-    values = empty((*words.shape[:-1], channels))
+    kernel_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    values = empty((*words.shape[:-1], channels), kernel_dtype)
     rows = values.numel() // channels if channels else 0
-    native.unpack(address(words), address(values), rows, channels, torch.get_num_threads())
+    native.unpack(
+        *(address(words), address(values), ELEMENTS[kernel_dtype]),
+        *(rows, channels, torch.get_num_threads()),
+    )
     return values.to(dtype)

@@ -34,7 +34,10 @@ def forward(
         words = torch.empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
         return _few_rows(s, weight, bias, words), words
     words, count = pack_and_count(s)
-    return _product(words, count, weight, bias, method), words
+    product = Product(words, count, weight, bias, method)
+    if product.by_torch and s.dtype == weight.dtype:
+        return F.linear(s, weight, bias), words  # what `product` would unpack
+    return product(words), words
 
 
 def product(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,16 +48,11 @@ def product(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [..., N] from the spikes' bits: that of `forward`, bit for bit."""
     words = words.contiguous()
-    return _product(words, _count(words), weight, bias, None)
+    return Product(words, _count(words), weight, bias)(words)
 
 
 def _count(words: Tensor) -> int:
     return int(native.count(address(words), words.numel(), torch.get_num_threads()))
-
-
-def _product(words: Tensor, count: int, weight: Tensor, bias: Tensor | None, method: str | None) -> Tensor:
-    """y [..., N] in the weight's dtype from bits, of which `count` are set."""
-    return Product(words, count, weight, bias, method)(words)
 
 
 class Product:
@@ -70,7 +68,8 @@ class Product:
             sizes = (_rows(words), self.channels, self.outputs, count)
             method = _cost.fastest(*sizes, transposed=not _is_by_columns(weight), dtype=weight.dtype)
         self.method = method
-        if method != "dense" or _own_products():
+        self.by_torch = method == "dense" and not _own_products(weight.dtype)
+        if not self.by_torch:
             self.bias = None if bias is None else dense(bias)
             columns = by_columns(weight)
             self.columns = columns.to(weight.dtype) if method == "dense" else columns
@@ -78,7 +77,7 @@ class Product:
     def __call__(self, words: Tensor) -> Tensor:
         """y [..., N] in the weight's dtype."""
         dtype = self.weight.dtype
-        if self.method == "dense" and not _own_products():
+        if self.by_torch:
             return F.linear(unpack(words, self.channels, dtype), self.weight, self.bias)
         whole = self.channels <= _ROUNDED_ONCE or self.method == "dense"
         y = empty((*words.shape[:-1], self.outputs), dtype if whole else torch.float32)
@@ -96,9 +95,10 @@ def _rows(words: Tensor) -> int:
     return words.numel() // words.shape[-1] if words.shape[-1] else 0
 
 
-def _own_products() -> bool:
-    """Whether the dense kernel is as fast as torch's: it has been written for AVX-512."""
-    return bool(native.variant() == "avx512")
+def _own_products(dtype: torch.dtype) -> bool:
+    """Whether the dense kernel is as fast as torch's: it has been written for AVX-512, and not for the matrix
+    unit that multiplies bfloat16 in some CPUs, four to ten times as fast."""
+    return bool(native.variant() == "avx512") and not (dtype == torch.bfloat16 and _cost.has_tiles())
 
 
 def _matmul(
@@ -158,7 +158,7 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
         method = _cost.fastest(
             rows, channels, out_channels, _count(words), weight_grad=True, dtype=grad.dtype
         )
-    if method == "dense" and not _own_products():
+    if method == "dense" and not _own_products(grad.dtype):
         s = unpack(words, channels, grad.dtype).view(rows, channels)
         return grad.view(rows, out_channels).t() @ s
     grad_weight = empty((out_channels, channels))
@@ -177,8 +177,8 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
 def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(grad [..., N] times weight [N, K], the sum of grad over its rows [N]) in grad's dtype, in one pass."""
     n, k = weight.shape
-    if not _own_products():
-        return grad @ weight, grad.flatten(0, -2).sum(0)
+    if not _own_products(grad.dtype):
+        return grad @ weight.to(grad.dtype), grad.flatten(0, -2).sum(0)
     grad, weight = same(grad), same(weight, grad.dtype)
     grad_s, grad_bias = empty((*grad.shape[:-1], k), grad.dtype), torch.empty(n)
     sizes = (grad.numel() // n if n else 0, n, k, torch.get_num_threads())
