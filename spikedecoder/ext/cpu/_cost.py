@@ -99,8 +99,9 @@ OTHERS = "amd"  # whose costs stand for those of a CPU that nobody has measured
 
 # A dense product of bfloat16, of float32's time, where the CPU multiplies pairs of them (Zen 4) ...
 BFLOAT16_PAIRS = 0.41
-# ... and what it costs where the CPU multiplies tiles of them, so that torch's is used (Emerald Rapids).
-BFLOAT16_TILES = {"multiply_add": 0.0017, "panel": 0.5, "unpack": 0.5}
+# ... and what it costs where the CPU multiplies tiles of them, so that torch's is used (Emerald Rapids);
+# gathering fetches bfloat16 as floats.
+BFLOAT16_TILES = {"multiply_add": 0.002, "fetch": 0.4, "panel": 0.27, "unpack": 0.4}
 
 
 @functools.cache
