@@ -113,7 +113,9 @@ void attention_lif_backward(const AttentionLifBackward& a) {
               v = cell.after(h, ge(h, threshold), threshold);
             }
             for (int64_t t = a.T - 1; t >= 0; t--) {
-              const F grad_spike = load_up_to(a.grad_spikes + t * l.timestep() + row + c, n);
+              const float* const from = a.grad_spikes + t * l.timestep() + row + c;
+              __builtin_prefetch(from + AHEAD * stride);
+              const F grad_spike = load_up_to(from, n);
               const F grad = cell.back(load(hs + t * W), threshold, grad_spike, carry, falls);
               store_up_to(at + t * result, grad, n);
             }
