@@ -173,6 +173,8 @@ def attention_lif_rows() -> Iterator[Row]:
         (4, bf16, 16, 2048, 64, False), (4, bf16, 32, 256, 16, False), (4, bf16, 16, 2048, 32, False),
         (8, bf16, 16, 2048, 16, False), (4, bf16, 16, 2048, 64, True), (4, fp16, 16, 2048, 64, False),
         (4, bf16, 16, 2048, 128, False), (16, bf16, 16, 2048, 64, False), (4, fp32, 16, 2048, 64, False),
+        (4, fp32, 32, 256, 16, False), (4, fp32, 16, 2048, 32, False),
+        (4, fp32, 16, 2048, 64, True),
     ):  # fmt: skip
         q, key, v = (meta((T, B, S, 8, d), dtype).transpose(2, 3) for _ in range(3))
         powers = meta((8,), torch.float32) if decay else None
@@ -180,6 +182,10 @@ def attention_lif_rows() -> Iterator[Row]:
         name = f"T = {T}, B H = {8 * B}, S = {S}, d = {d}"
         call, moved = "forward" + ", decay" * decay, 4 * q.numel() * dtype.itemsize
         yield Row("spike_attention_lif", call, TYPES[dtype], name, moved, DOT, run)
+        if (T, d) == (4, 64) and dtype != fp16:
+            run = functools.partial(k.forward, q, key, v, 0.125, powers, meta((8, d), fp32), LIFParams())
+            call += ", threshold per channel"
+            yield Row("spike_attention_lif", call, TYPES[dtype], name, moved, DOT, run)
 
 
 def linear_rows() -> Iterator[Row]:

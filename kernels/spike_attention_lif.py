@@ -8,9 +8,10 @@ chunk and the T states k^T v [d, BLOCK_V] in float32 registers. a is rounded to 
 charges the membrane, as if it had been written: the spikes are bit for bit those of attention and LIF one
 after the other.
 
-Where T states are too large for the registers (float32, d > 64, T > 4, or 8 with d <= 16), or long
-sequences are too few to fill the device, the two kernels run one after the other. Backward always does so:
-it computes a again, then the LIF's gradient, then the attention's.
+Where T states are too large for the registers (d > 64; T > 4, or 8 in 16 bits with d <= 16; float32 with a
+decay, more than 2^16 tokens, or d > 32 on sm_80), or long sequences are too few to fill the device, the two
+kernels run one after the other. Backward always does so: it computes a again, then the LIF's gradient, then
+the attention's. float32 spikes become bfloat16 as they are loaded, which loses nothing of 0 and 1.
 
 Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (q and k are read again from cache
 by the d / BLOCK_V programs of a head); one after the other 6 b. Backward 17 b where attention's takes 10 b;
@@ -28,7 +29,14 @@ from torch import Tensor
 from spikedecoder.kernels import lif as lif_kernels
 from spikedecoder.kernels import spike_attention as attention
 from spikedecoder.kernels._launch import cdiv, kernel, launch, major, multiprocessors, power_of_2, why_not
-from spikedecoder.kernels._neuron import as_spikes, charge, neuron_forward, reset, threshold_argument
+from spikedecoder.kernels._neuron import (
+    as_spikes,
+    charge,
+    load_threshold,
+    neuron_forward,
+    reset,
+    threshold_argument,
+)
 from spikedecoder.kernels.spike_attention import (
     POWERS,
     Blocks,
@@ -53,7 +61,7 @@ def attention_lif_forward(
     q_ptr, k_ptr, v_ptr, spikes_ptr, powers_ptr, threshold_ptr, batch, tokens, heads,
     scale, threshold, tau, v_reset,
     T: tl.constexpr, D: tl.constexpr, SCORE: tl.constexpr, STATE: tl.constexpr, KV: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, DECAY: tl.constexpr, THRESHOLD: tl.constexpr,
     RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -70,8 +78,8 @@ def attention_lif_forward(
     if DECAY:
         powers = powers_ptr + h * POWERS
     weights = causal_weights(powers, BLOCK_S, DECAY)
-    if threshold_ptr is not None:
-        threshold = tl.load(threshold_ptr)
+    c, c_inside = (h * D + e)[None, :], (e < D)[None, :]
+    threshold = load_threshold(threshold_ptr, threshold, c, c_inside, c, c_inside, THRESHOLD)
     states = ()
     for t in tl.static_range(T):
         states = states + (tl.zeros((BLOCK_D, BLOCK_V), tl.float32),)
@@ -103,13 +111,16 @@ def blocks(
     better: states too large, or so few programs that attention alone, with T times as many, fills the
     device better."""
     padded = max(16, power_of_2(d))
-    if way.dtype == torch.float32 or padded > 64 or T > (8 if padded == 16 else 4):
+    float32, ampere = way.dtype == torch.float32, major(device) == 8
+    if padded > 64 or T > (8 if padded == 16 and not float32 else 4):
+        return None
+    if float32 and (way.decay is not None or tokens > 1 << 16 or (padded == 64 and ampere)):
         return None
     integers = way.decay is None and way.dtype == torch.bfloat16
-    columns = 32 if integers and padded == 64 and major(device) != 8 else 16
+    columns = 32 if integers and padded == 64 and not ampere else 16
     if tokens > 1024 and batch * heads * cdiv(d, columns) < multiprocessors(device):
         return None
-    return Blocks(32 if major(device) == 8 else 64, padded, columns)
+    return Blocks(32 if float32 or ampere else 64, padded, columns, 8 if float32 and padded == 64 else 4)
 
 
 def _current(way: Pass, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -118,6 +129,11 @@ def _current(way: Pass, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
         return walk(way, q, k, v, scale)
     q, k, v = (x.transpose(2, 3) for x in (q, k, v))
     return heads_last(reference.forward(q, k, v, scale, way.decay, None, False)[0])
+
+
+def _by_channel(threshold: Tensor | float) -> Tensor | float:
+    """For channels of all heads side by side, as they lie in memory."""
+    return threshold.flatten() if isinstance(threshold, Tensor) else threshold
 
 
 def forward(
@@ -129,7 +145,7 @@ def forward(
     threshold: Tensor | float,
     p: LIFParams,
 ) -> Tensor:
-    """Spikes [T, B, H, S, d], laid out heads last."""
+    """Spikes [T, B, H, S, d], laid out heads last. The threshold: one value, or one a channel [H, d]."""
     q, k, v = (heads_last(x) for x in (q, k, v))
     spikes = torch.empty_like(q)
     if q.numel() == 0:
@@ -138,16 +154,18 @@ def forward(
     way = Pass(decay, power_table(decay), q.dtype)
     size = blocks(T, batch, tokens, heads, d, way, q.device)
     if size is None:
-        current = _current(way, q, k, v, scale)
-        return lif_kernels.forward(current, threshold, None, p, want_v=False)[0].transpose(2, 3)
-    _, pointer, number = threshold_argument(threshold, q.shape[1:])
+        current = _current(way, q, k, v, scale).flatten(-2)
+        spikes = lif_kernels.forward(current, _by_channel(threshold), None, p, want_v=False)[0]
+        return spikes.view(q.shape).transpose(2, 3)
+    kind, pointer, number = threshold_argument(_by_channel(threshold), torch.Size((heads * d,)))
     launch(
         attention_lif_forward, (batch * heads * cdiv(d, size.columns),), q_ptr=q, k_ptr=k, v_ptr=v,
         spikes_ptr=spikes,
         powers_ptr=way.powers, threshold_ptr=pointer, batch=batch, tokens=tokens, heads=heads,
-        scale=scale, threshold=number, T=T, D=d, SCORE=1 if decay is None else way.real,
+        scale=scale, threshold=number, T=T, D=d, THRESHOLD=kind, SCORE=1 if decay is None else way.real,
         STATE=way.real if decay is not None else 2 if tokens <= 1 << 16 else 3, BLOCK_S=size.tokens,
-        BLOCK_D=size.d, BLOCK_V=size.columns, num_stages=1, **way.flags(1, 1), **neuron_forward(p),
+        BLOCK_D=size.d, BLOCK_V=size.columns, num_warps=size.warps, num_stages=1, **way.flags(1, 1),
+        **neuron_forward(p),
     )  # fmt: skip
     return spikes.transpose(2, 3)
 
@@ -169,9 +187,13 @@ def backward(
     way = Pass(decay, power_table(decay), q.dtype)
     current = _current(way, heads_last(q), heads_last(k), heads_last(v), scale)
     grad, grad_threshold, _ = lif_kernels.backward(
-        heads_last(grad_spikes), None, current, threshold, None, p, want_grad_v_init=False
-    )
-    if not isinstance(threshold, Tensor):
+        heads_last(grad_spikes).flatten(-2), None, current.flatten(-2), _by_channel(threshold), None, p,
+        want_grad_v_init=False,
+    )  # fmt: skip
+    grad = grad.view(current.shape)
+    if isinstance(threshold, Tensor):
+        grad_threshold = grad_threshold.view(threshold.shape)
+    else:
         grad_threshold = q.new_zeros((), dtype=torch.float32)
     wide = q.shape[-1] > attention.MAX_D
     dq, dk, dv = (reference if wide else attention).backward(

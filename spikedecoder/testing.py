@@ -86,6 +86,9 @@ def _rows() -> Iterator[Case]:
         yield Case(op, "S40-d128", (2, 1, 1, 40, 128))
         yield Case(op, "decay", (2, 2, 3, 100, 16), {"decay": True}, exact=False)
         yield Case(op, "scale", (3, 1, 2, 40, 16), {"scale": 0.5})
+    for shape in ((), (3, 1, 1), (20,), (3, 1, 20)):  # one, one a head, a channel, both
+        name = "threshold-" + "x".join(map(str, shape or (1,)))
+        yield Case("spike_attention_lif", name, (2, 2, 3, 33, 20), {"threshold": shape})
     yield Case("spike_attention", "integers", (1, 2, 2, 66, 16), {"levels": 4})
     yield Case(
         "spike_attention", "integers-decay", (1, 2, 2, 66, 16), {"levels": 15, "decay": True}, exact=False
@@ -204,6 +207,9 @@ def _attention_inputs(case: Case, generator: torch.Generator) -> Inputs:
         inputs["return_state"] = True
     if case.operator == "spike_attention_lif":
         inputs["p"] = LIFParams()
+        if "threshold" in case.options:
+            threshold = torch.randint(1, 8, case.options["threshold"], generator=generator) / 8
+            inputs["threshold"] = threshold.requires_grad_()
     return inputs
 
 

@@ -77,11 +77,16 @@ def compares(case: Case, dtype: torch.dtype) -> bool:
 
 
 def is_quick(case: Case, dtype: torch.dtype) -> bool:
-    """The interpreter is slow with attention: not every case in every dtype. 16 bits are what is fused."""
+    """The interpreter is slow with attention: not every case in every dtype."""
     if case.operator == "spike_attention":
         return dtype == torch.float32 or case.name in ("S70-d64", "state-decay")
-    if case.operator == "spike_attention_lif":  # float32 runs attention, then LIF
-        return dtype == torch.float16 or case.name == ("decay" if dtype == torch.float32 else "S70-d64")
+    if case.operator == "spike_attention_lif":
+        return (
+            dtype == torch.float16
+            or "threshold" in case.options
+            or case.name == "S70-d64"
+            or (dtype == torch.float32 and case.name in ("decay", "S65-d18"))
+        )
     return True
 
 
@@ -466,6 +471,7 @@ NEURONS = (LIFParams(), LIFParams(v_reset=None, tau=3.0), LIFParams(v_threshold=
         (6, 16, torch.float16),
         (3, 20, torch.bfloat16),
         (5, 20, torch.float16),
+        (3, 20, torch.float32),
         (2, 130, torch.float32),
     ],
     ids=str,

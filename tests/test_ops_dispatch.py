@@ -220,8 +220,9 @@ def test_opcheck_of_spike_linear_and_attention_lif(backend):
         torch.ops.spikedecoder.spike_linear.default, (i["s"], i["weight"], i["bias"], backend)
     )
     q, k, v = (torch.rand(2, 1, 2, 5, 8).round().requires_grad_() for _ in range(3))
-    threshold = torch.tensor(0.7, requires_grad=True)
-    for words in ([], [ops.pack_spikes(x.detach().transpose(2, 3).flatten(-2)) for x in (q, k, v)]):
+    bits = [ops.pack_spikes(x.detach().transpose(2, 3).flatten(-2)) for x in (q, k, v)]
+    for words, shape in (([], ()), (bits, ()), (bits, (2, 8))):
+        threshold = torch.full(shape, 0.7, requires_grad=True)
         arguments = (q, k, v, 0.125, None, threshold, words, *NEURON, backend)
         torch.library.opcheck(torch.ops.spikedecoder.spike_attention_lif.default, arguments)
 
@@ -264,6 +265,14 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.spike_attention(Q, Q, Q.double()), TypeError, "v: got dtype torch.float64"),
         (lambda: ops.spike_attention(Q, Q, Q, decay=torch.ones(3)), ValueError, "decay: got shape"),
         (lambda: ops.spike_attention(Q, Q, Q, state=torch.ones(3)), ValueError, "state: got shape"),
+        *(
+            (
+                lambda s=shape: ops.spike_attention_lif(Q, Q, Q, LIFParams(), threshold=torch.ones(s)),
+                ValueError,
+                r"v_threshold: got shape .* broadcasts to \(2, 1, 8\)",
+            )
+            for shape in ((3,), (2, 8), (2, 4, 8), (1, 2, 1, 8))
+        ),
         (lambda: ops.spike_linear(X, torch.ones(3, 9)), ValueError, "s: got 8 channels"),
         (lambda: ops.spike_linear(X.long(), torch.ones(3, 8)), TypeError, "s: got dtype torch.int64"),
         (lambda: ops.spike_linear(X, torch.ones(3, 8), torch.ones(2)), ValueError, r"bias: got shape \(2,\)"),

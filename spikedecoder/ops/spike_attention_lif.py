@@ -40,6 +40,7 @@ def _spike_attention_lif(
     detach_reset: bool,
     backend: str,
 ) -> Tensor:
+    """threshold: a scalar or [H, d]."""
     p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     limit = p.v_threshold if threshold is None else threshold
     return laid_out(_impl(q, decay, backend).forward(q, k, v, scale, decay, limit, p))
@@ -119,7 +120,8 @@ def spike_attention_lif(
 
     Args:
         q, k, v, scale, decay, dropout: as in `spikedecoder.ops.spike_attention`.
-        p: the neurons; threshold: a scalar tensor that overrides theirs and gets a gradient.
+        p: the neurons; threshold: a tensor that overrides theirs and gets a gradient: a scalar, or what
+            broadcasts to [H, 1, d], one value a head, a channel, or both.
 
     Returns:
         spikes in q's dtype, laid out so that ``.transpose(2, 3)`` is contiguous. Kept for backward:
@@ -131,7 +133,9 @@ def spike_attention_lif(
     check_attention(q, k, v, decay)
     _check.same_device(q=q, v_threshold=threshold)
     if threshold is not None and threshold.dim() > 0:
-        raise ValueError(f"v_threshold: got shape {tuple(threshold.shape)}, takes a scalar")
+        by_head = torch.Size((q.shape[2], 1, q.shape[-1]))
+        _check.broadcasts("v_threshold", threshold, by_head)
+        threshold = threshold.expand(by_head)[:, 0]
     backend = resolve("spike_attention_lif", q.device.type, q.dtype, requested_backend())
     if backend == "reference" or dropout > 0:
         current = spike_attention(q, k, v, scale, decay, dropout=dropout)

@@ -14,9 +14,9 @@ Threshold = Tensor | float
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, threshold: Threshold, p: LIFParams
 ) -> Tensor:
-    """Spikes [T, B, H, S, d]."""
+    """Spikes [T, B, H, S, d]; the threshold is a number, a scalar or [H, d]."""
     current, _ = _attention.forward(q, k, v, scale, decay, None, False)
-    return _lif.forward(current, threshold, None, p)[0]
+    return _lif.forward(current.transpose(2, 3), threshold, None, p)[0].transpose(2, 3)
 
 
 def backward(
@@ -31,5 +31,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the threshold; the attention's result is recomputed."""
     current, _ = _attention.forward(q, k, v, scale, decay, None, False)
-    grad_current, grad_threshold, _ = _lif.backward(grad_spikes, None, current, threshold, None, p)
-    return *_attention.backward(grad_current, q, k, v, scale, decay, None), grad_threshold
+    grad, current = grad_spikes.transpose(2, 3), current.transpose(2, 3)
+    grad_current, grad_threshold, _ = _lif.backward(grad, None, current, threshold, None, p)
+    grads = _attention.backward(grad_current.transpose(2, 3), q, k, v, scale, decay, None)
+    return *grads, grad_threshold

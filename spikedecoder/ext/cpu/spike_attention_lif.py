@@ -33,7 +33,7 @@ def forward(
     threshold: Tensor | float,
     p: LIFParams,
 ) -> Tensor:
-    """Spikes [T, B, H, S, d]; the threshold is a number or a scalar tensor."""
+    """Spikes [T, B, H, S, d]; the threshold is a number, a scalar or [H, d]."""
     dtype = q.dtype
     q, k, v = heads_last(q), heads_last(k), heads_last(v)
     decay = None if decay is None else dense(decay)
