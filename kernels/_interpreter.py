@@ -41,6 +41,8 @@ def install() -> None:
         if not modules <= in_place:
             patch_lang(function)
             in_place.update(modules)
+            # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses
+            tl.tensor.__index__ = lambda self: int(self.handle.data.item())
         return _Kept()
 
     patch.in_place = in_place  # type: ignore[attr-defined]
