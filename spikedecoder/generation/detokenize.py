@@ -32,12 +32,15 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """What the token adds for sure; `stopped` says whether a stop string is complete."""
-        text = self._held + self.take(token)
+        text = self.take(token)
+        if not self.stop:
+            return text
+        text = self._held + text
         ends = [(at + len(stop), at) for stop in self.stop if (at := text.find(stop)) >= 0]
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)[1]]
-        keep = max((_overlap(text, stop) for stop in self.stop), default=0)
+        keep = max(_overlap(text, stop) for stop in self.stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

@@ -107,7 +107,8 @@ BFLOAT16_TILES = {"multiply_add": 0.002, "fetch": 0.4, "panel": 0.27, "unpack": 
 @functools.cache
 def has_tiles() -> bool:
     """Whether torch's products of bfloat16 run in the CPU's matrix unit (AMX)."""
-    return bool(torch.cpu._is_amx_tile_supported())
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", bool)  # torch's own, and private
+    return bool(tiles())
 
 
 def _maker() -> str:
