@@ -152,8 +152,8 @@ def test_prompt(benchmark: Any, model: SpikeDecoder, how: str, length: int) -> N
         from spikedecoder.ext.cpu.decode import Decoder
 
         read = Decoder(model).prefill
-        # Of millions of potentials some are within rounding of their threshold, and spike in one of the two only: of
-        # 2048 positions any float32 backend differs from float64 at up to 2 %.
+        # Of millions of potentials some are within rounding of their threshold, and spike in one of the two
+        # only: of 2048 positions any float32 backend differs from float64 at up to 2 %.
         differ = ((read(tokens)[0] - model.prefill(tokens)[0]).abs() > 1e-3).any(-1)
         assert differ.float().mean() < 0.05
     else:
