@@ -314,7 +314,6 @@ std::vector<std::string> cpu_features() {
   SPIKEDECODER_FEATURE("avx512vl")
   SPIKEDECODER_FEATURE("avx512vbmi2")
   SPIKEDECODER_FEATURE("avx512bf16")
-  SPIKEDECODER_FEATURE("amx-bf16")
 #undef SPIKEDECODER_FEATURE
 #endif
   return found;

@@ -97,7 +97,7 @@ def _rows(words: Tensor) -> int:
 
 def _own_products(dtype: torch.dtype) -> bool:
     """Whether the dense kernel is as fast as torch's: it has been written for AVX-512, and not for the matrix
-    unit that multiplies bfloat16 in some CPUs, four to fifteen times as fast."""
+    unit that multiplies bfloat16 in some CPUs."""
     return bool(native.variant() == "avx512") and not (dtype == torch.bfloat16 and _cost.has_tiles())
 
 
