@@ -184,7 +184,7 @@ def test_sampling(benchmark: Any, batch: int, sampling: SamplingParams) -> None:
 
 
 class Walk:
-    """The character model, which never stops."""
+    """A model that never stops."""
 
     def __init__(self, model: SpikeDecoder) -> None:
         self.source, self.count = open_source(model, past="continue"), 0
@@ -199,21 +199,35 @@ class Walk:
         self.batch.step()
         self.count += 1
 
+    def time(self, benchmark: Any, token: int) -> None:
+        """Time of a token, drawn, after so many; with the state's bytes and the resident memory there."""
+        self.to(token - 500)
+        benchmark.pedantic(self.step, rounds=500)
+        state = getattr(self.source, "state", None)
+        benchmark.extra_info["state_bytes"] = state.nbytes if state is not None else 0
+        benchmark.extra_info["resident_mib"] = resident_mib()
+
 
 @pytest.fixture(scope="module")
 def walk(model: SpikeDecoder) -> Walk:
     return Walk(model)
 
 
+@pytest.fixture(scope="module")
+def small_walk() -> Walk:
+    return Walk(make_model(CPU, blocks=1))
+
+
 @pytest.mark.benchmark(group="original-char: a token far along")
 @pytest.mark.parametrize("token", [1_000, 10_000, 100_000])
 def test_walk(benchmark: Any, walk: Walk, token: int) -> None:
-    """Time of a token, drawn, after so many; with the state's bytes and the resident memory there."""
-    walk.to(token - 500)
-    benchmark.pedantic(walk.step, rounds=500)
-    state = getattr(walk.source, "state", None)
-    benchmark.extra_info["state_bytes"] = state.nbytes if state is not None else 0
-    benchmark.extra_info["resident_mib"] = resident_mib()
+    walk.time(benchmark, token)
+
+
+@pytest.mark.benchmark(group="one block of original-char: a token far along")
+@pytest.mark.parametrize("token", [1_000, 10_000, 100_000, 1_000_000])
+def test_small_walk(benchmark: Any, small_walk: Walk, token: int) -> None:
+    small_walk.time(benchmark, token)
 
 
 @pytest.mark.benchmark(group="original-char: 16 streams of 400 tokens")

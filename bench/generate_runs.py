@@ -30,11 +30,11 @@ def text_ids() -> list[int]:
 
 
 def make_model(
-    device: torch.device, steps: int = 60, preset: str = "original-char", lr: float = 1e-3
+    device: torch.device, steps: int = 60, preset: str = "original-char", lr: float = 1e-3, **changes: Any
 ) -> SpikeDecoder:
-    """A preset after a short training: fresh weights do not spike like learned ones."""
+    """A preset, changed, after a short training: fresh weights do not spike like learned ones."""
     torch.manual_seed(0)
-    model = SpikeDecoder(SpikeDecoderConfig.preset(preset))
+    model = SpikeDecoder(SpikeDecoderConfig.preset(preset, **changes))
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=lr)
     ids = torch.tensor(text_ids())
     for _ in range(steps):
