@@ -2,6 +2,7 @@
 
     python bench/aot.py                          # all kernels, all architectures; writes docs/kernels.md
     python bench/aot.py --only lif --target 90   # prints the table, writes nothing
+    python bench/aot.py --cases                  # only whether all that the tests' cases launch compiles
 
 The operators are called on tensors without memory while their launches are recorded, so what is compiled is
 what a GPU would be asked to run: same block sizes, same constants, same alignment. Registers, shared memory
@@ -26,13 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from aot_rows import MEGA, TYPES, rows
+from aot_rows import MEGA, MORE_CASES, OPERATORS, TYPES, rows
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
+from spikedecoder import use_backend
 from spikedecoder.kernels import _launch
 from spikedecoder.kernels._launch import Launch
+from spikedecoder.testing import cases, make_inputs, run
 
 TARGETS = (80, 90, 100)
 RATES = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second, data sheets of the SXM boards
@@ -95,8 +99,7 @@ def _argument(name: str, value: Any) -> str:
     return "fp32"
 
 
-def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, dict[str, int]]:
-    """(registers, shared bytes, local bytes, opcode counts) of a launch compiled for sm_`target`."""
+def source_of(launch: Launch) -> ASTSource:
     names = launch.kernel.arg_names
     arguments = {name: launch.arguments[name] for name in names}
     signature = {name: _argument(name, value) for name, value in arguments.items()}
@@ -104,8 +107,14 @@ def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, dict[str
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")
     }
-    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=dict(launch.options))
+    return ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+
+def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, dict[str, int]]:
+    """(registers, shared bytes, local bytes, opcode counts) of a launch compiled for sm_`target`."""
+    compiled = triton.compile(
+        source_of(launch), target=GPUTarget("cuda", target, 32), options=dict(launch.options)
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -173,6 +182,50 @@ def compile_all(
     with ProcessPoolExecutor(processes) as pool:
         parts = list(pool.map(compile_row, *zip(*wanted, strict=True)))
     return [compiled for part in parts for compiled in part]
+
+
+def case_launches(target: int) -> list[tuple[str, Launch]]:
+    """What the cases launch in every dtype, forward and backward: a case, and each variant once."""
+    found: dict[object, tuple[str, Launch]] = {}
+    for case in (*cases(*OPERATORS), *MORE_CASES):
+        for dtype in _launch.DTYPES:
+            with use_backend("triton"), _launch.record(target // 10) as launches:
+                run(case, make_inputs(case, dtype))
+            for launch in launches:
+                found.setdefault(launch.key, (f"{case}, {TYPES[dtype]}", launch))
+    return list(found.values())
+
+
+def check_source(launch: Launch, target: int) -> None:
+    """As far as Triton's own types: a twentieth of what compiling takes."""
+    gpu = GPUTarget("cuda", target, 32)
+    backend, context = make_backend(gpu), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(dict(launch.options))
+    implementation, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    source_of(launch).make_ir(gpu, options, implementation, modules, context)
+
+
+def check_cases(target: int, part: int = 0, parts: int = 1, whole: bool = True) -> tuple[int, list[str]]:
+    """(variants looked at, what is wrong with them) of every `parts`-th variant; `whole`: to machine code."""
+    wrong = []
+    chosen = case_launches(target)[part::parts]
+    for case, launch in chosen:
+        try:
+            if whole:
+                compile_launch(launch, target)
+            else:
+                check_source(launch, target)
+        except Exception as error:
+            wrong.append(f"{launch.kernel.__name__} ({case}, sm_{target}): {_innermost(error)}")
+    return len(chosen), wrong
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def faults(c: Compiled) -> list[str]:
@@ -288,12 +341,26 @@ def main() -> int:
     parser.add_argument("--first", type=int, help="only so many calls of each operator")
     parser.add_argument("--target", type=int, action="append", choices=TARGETS, help="compute capability")
     parser.add_argument("--spread", action="store_true", help="each call for one of the targets in turn")
+    parser.add_argument("--cases", action="store_true", help="every variant of the table of cases")
+    parser.add_argument("--types-only", action="store_true", help="with --cases: make no machine code")
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if _launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels can't be compiled under the interpreter")
     targets = tuple(options.target or TARGETS)
+    if options.cases:
+        work = [
+            (t, part, options.processes, not options.types_only)
+            for t in targets
+            for part in range(options.processes)
+        ]
+        with ProcessPoolExecutor(options.processes) as pool:
+            found = list(pool.map(check_cases, *zip(*work, strict=True)))
+        print(f"{sum(count for count, _ in found)} variants for {', '.join(f'sm_{t}' for t in targets)}")
+        bad = [fault for _, some in found for fault in some]
+        print(*bad, sep="\n", file=sys.stderr)
+        return 1 if bad else 0
     results = compile_all(options.only, options.first, targets, options.processes, options.spread)
     print(table(results), floors(results, (options.target or [90])[0]), sep="\n\n")
     if options.json:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spikedecoder.params import ILIFParams, LIFParams
+from spikedecoder.testing import Case
 
 MEGA = 1 << 20
 TYPES = {
@@ -21,6 +22,30 @@ STREAM = ("128-bit loads", "128-bit stores", "no spill")
 LOADS = ("128-bit loads", "no spill")
 DOT = ("tensor core", "no spill")
 ROUNDED = (*STREAM, "no FFMA")
+
+
+OPERATORS = (
+    "lif", "ilif", "binarize", "pack_spikes", "norm_lif", "spike_attention", "spike_attention_lif",
+    "spike_linear", "linear_norm_lif",
+)  # fmt: skip
+MORE_CASES = (
+    Case("lif", "T17", (17, 3, 33)),  # in pieces
+    Case("lif", "threshold-full", (4, 3, 5, 33), {"threshold": (5, 33)}),
+    *(
+        Case("norm_lif", f"{norm}-T{T}-{size}", (T, 3, 36), {"norm": norm, "threshold": threshold})
+        for norm in ("layer", "batch")
+        for T in (4, 6)  # backward in one piece, in several
+        for size, threshold in (("channel", (36,)), ("full", (3, 36)))
+    ),
+    *(Case("norm_lif", f"layer-C{C}", (6, 3, C), {"norm": "layer"}) for C in (2050, 5000)),
+    *(
+        Case("spike_attention", f"segments-{d}", (1, 1, 2, 1100, d), {"state": True, "return_state": True})
+        for d in (18, 64, 128)
+    ),
+    Case("spike_attention_lif", "T6", (6, 1, 2, 70, 32)),  # in two kernels
+    Case("linear_norm_lif", "wide", (3, 2, 5, 70, 300), {"norm": "layer"}),
+    Case("linear_norm_lif", "many-inputs", (3, 2, 5, 140, 300), {"norm": "layer"}),
+)
 
 
 @dataclass(frozen=True)
@@ -134,17 +159,21 @@ def attention_rows() -> Iterator[Row]:
     from spikedecoder.kernels import spike_attention as k
 
     def row(
-        call: str, dtype: torch.dtype, B: int, S: int, d: int, decay: bool, T: int = 4, levels: int = 1
-    ) -> Row:
+        call: str, dtype: torch.dtype, B: int, S: int, d: int, decay: bool, T: int = 4, levels: int = 1,
+        states: bool = False,
+    ) -> Row:  # fmt: skip
         q, key, v, grad = (meta((T, B, S, 8, d), dtype).transpose(2, 3) for _ in range(4))
         powers = meta((8,), torch.float32) if decay else None
+        state = meta((T, B, 8, d, d), torch.float32) if states else None
         run = {
-            "forward": lambda: k.forward(q, key, v, 0.125, powers, None, False, levels),
-            "backward": lambda: k.backward(grad, q, key, v, 0.125, powers, None, levels),
+            "forward": lambda: k.forward(q, key, v, 0.125, powers, state, states, levels),
+            "backward": lambda: k.backward(grad, q, key, v, 0.125, powers, state, levels),
         }[call]
         moved = q.numel() * dtype.itemsize * (4 if call == "forward" else 7)
+        if state is not None:
+            moved += state.numel() * (8 if call == "forward" else 4)
         name = f"T = {T}, B H = {8 * B}, S = {S}, d = {d}"
-        call += ", decay" * decay + f", integers to {levels}" * (levels > 1)
+        call += ", states" * states + ", decay" * decay + f", integers to {levels}" * (levels > 1)
         return Row("spike_attention", call, TYPES[dtype], name, moved, DOT, run)
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -161,6 +190,9 @@ def attention_rows() -> Iterator[Row]:
     for call in ("forward", "backward"):  # of I-LIF neurons; a decay takes real sums, whatever the operands
         yield row(call, bf16, 16, 2048, 64, False, T=1, levels=15)
         yield row(call, bf16, 32, 256, 24, True, T=1, levels=15)
+    for call in ("forward", "backward"):
+        for dtype, decay in ((bf16, False), (fp32, True)):
+            yield row(call, dtype, 16, 2048, 64, decay, states=True)
     for decay in (False, True):  # in segments
         yield row("forward", fp32, 1, 65536, 128, decay)
 

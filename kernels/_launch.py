@@ -146,6 +146,8 @@ def why_not(call: Call) -> str | None:
     """Why no Triton kernel can run this call, or None."""
     if call.dtype not in DTYPES:
         return f"its kernels take float32, float16 and bfloat16, got {str(call.dtype).removeprefix('torch.')}"
+    if _recorder is not None:  # nothing runs
+        return None
     if call.device.type == "cuda":
         if INTERPRETED:
             return None

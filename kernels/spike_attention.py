@@ -216,8 +216,8 @@ def attention(
         states = after
     if final_ptr is not None and stop == tokens:
         for part in tl.static_range(PARTS):
-            at = final_ptr + head.to(tl.int64) * (D * D)
-            store_state(at, states[part], d + part * BLOCK_D, e, D)
+            final = final_ptr + head.to(tl.int64) * (D * D)
+            store_state(final, states[part], d + part * BLOCK_D, e, D)
 
 
 @kernel

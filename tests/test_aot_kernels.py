@@ -34,12 +34,16 @@ aot_rows = sys.modules["aot_rows"]
 OPERATORS = sorted({row.operator for row in aot.rows()})
 
 
-def compile_for(targets: tuple[int, ...], folder: Path, *arguments: str) -> list[dict[str, Any]]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def compile_for(targets: tuple[int, ...], folder: Path, *arguments: str) -> list[dict[str, Any]]:
     result = folder / "aot.json"
     flags = [flag for target in targets for flag in ("--target", str(target))]
-    command = [sys.executable, str(SCRIPT), "--json", str(result), *flags, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = run("--json", str(result), *flags, *arguments)
     assert result.exists(), done.stderr
     return json.loads(result.read_text())
 
@@ -67,6 +71,14 @@ def test_all_kernels_compile_well_for_all_targets(tmp_path: Path) -> None:
     compiled = compile_for(aot.TARGETS, tmp_path, "--spread")
     assert sorted({c["operator"] for c in compiled}) == OPERATORS
     check(compiled, aot.TARGETS)
+
+
+@pytest.mark.slow
+def test_every_case_passes_the_compilers_types() -> None:
+    """The interpreter lets pass what the compiler refuses, such as a name with two types."""
+    done = run("--cases", "--types-only", "--target", "90")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 500
 
 
 def example(**changes: Any) -> Any:
