@@ -2,7 +2,7 @@
 
     python bench/bench_gpu_model.py --row triton                       # prints JSON
     python bench/bench_gpu_model.py --row reference --compile default
-    python bench/bench_gpu_model.py --row triton --profile trace.json  # a torch.profiler trace of two steps
+    python bench/bench_gpu_model.py --row triton --profile trace.json.gz   # torch.profiler, two steps
 
 B = 32, S = 256, T = 4, matrix products in bfloat16 by autocast, AdamW. Peak memory is the allocator's over a
 step, activations that over what weights, gradients and optimiser hold before it.
@@ -125,7 +125,8 @@ def main() -> None:
     with backend:
         step, tokens = training_step(options.compile, options.dry_run, options.recompute)
         if options.profile:
-            options.profile.with_suffix(".txt").write_text(profile(step, options.profile))
+            table = options.profile.with_name(options.profile.name.split(".")[0] + ".txt")
+            table.write_text(profile(step, options.profile))
             print(json.dumps({"trace": str(options.profile)}))
         else:
             print(json.dumps(measure(step, tokens, options.seconds)))

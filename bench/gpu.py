@@ -4,8 +4,15 @@
     python bench/gpu.py --out /tmp/gpu --dry-run         # on any machine: the same stages, tiny, interpreted
 
 Each stage is a process with a time limit of its own; one that fails or runs out is noted and the next
-begins. Everything is written under --out: results.json, results.md, each stage's log, traces, and, where
-matplotlib is installed, a roofline. The exit status is 0 if every stage came to its end.
+begins. At its limit it is interrupted, as by Ctrl-C, and so can still write what it has. Everything is
+written under --out: results.json, results.md, each stage's log, traces, and, where matplotlib is installed, a
+roofline. The exit status is 0 if every stage came to its end.
+
+The package has to be installed; where nothing can be fetched, on top of an image's own torch and triton:
+
+    SPIKEDECODER_CUDA_ARCHS=90 python -m pip install --no-deps --no-build-isolation -e .
+
+Peers are measured where they can be imported: spikingjelly (needs loguru), fla-core (needs einops).
 """
 
 from __future__ import annotations
@@ -18,20 +25,23 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-TOTAL = 590.0  # seconds of the whole run
+TOTAL = 580.0  # seconds of the whole run
+GRACE = 5.0  # seconds of them that a process has after it was interrupted
+OPERATORS = {"lif": 100, "spike_attention": 60, "norm_lif": 50, "spike_linear": 25, "linear_norm_lif": 25}
 
 _ENVIRONMENT = """
 import json, platform, importlib.metadata as m, torch
 def version(name):
     try: return m.version(name)
     except m.PackageNotFoundError: return None
-names = ("spikedecoder", "torch", "triton", "numpy", "spikingjelly", "flash-linear-attention", "pytest")
+names = ("spikedecoder", "torch", "triton", "numpy", "spikingjelly", "fla-core", "pytest")
 gpu = None
 if torch.cuda.is_available():
     p = torch.cuda.get_device_properties(0)
@@ -68,7 +78,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     python = [sys.executable]
     tiny = ["--dry-run"] if dry else []
     model = [*python, str(HERE / "bench_gpu_model.py"), *tiny]
-    ops = [*python, str(HERE / "bench_gpu_ops.py"), *tiny, "--out", str(out / "operators.json")]
+    ops = [*python, str(HERE / "bench_gpu_ops.py"), *tiny]
     generate = [*python, str(HERE / "bench_generate.py"), "--device", "cpu" if dry else "cuda", *tiny]
     build = "from spikedecoder import ops; import torch; x = torch.ones(4, 8, device={!r}); "
     build += "ops.use_backend('triton'); print(ops.lif(x).sum())"
@@ -95,8 +105,8 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         "triton": ["--row", "triton"],
         "reference": ["--row", "reference"],
         "triton-recompute": ["--row", "triton", "--recompute"],
-        "triton-reduce-overhead": ["--row", "triton", "--compile", "reduce-overhead"],
         "reference-compiled": ["--row", "reference", "--compile", "default"],
+        "triton-reduce-overhead": ["--row", "triton", "--compile", "reduce-overhead"],
     }
     steps = [
         Stage(f"model-{name}", 90 if "--compile" in flags else 60, [("step", [*model, *flags])])
@@ -106,20 +116,32 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         Stage(
             f"profile-{row}",
             40,
-            [("trace", [*model, "--row", row, "--profile", str(out / f"trace-{row}.json")])],
+            [("trace", [*model, "--row", row, "--profile", str(out / f"trace-{row}.json.gz")])],
         )
         for row in ("triton", "reference")
+    ]
+    operators = [  # each in a process of its own: after a fault on the GPU nothing else runs in one
+        Stage(
+            f"operators-{name}",
+            limit,
+            [("rows", [*ops, "--only", name, "--limit", f"{limit - 10}", "--out", _rows_of(out, name)])],
+        )
+        for name, limit in ((name, (3 if dry else 1) * limit) for name, limit in OPERATORS.items())
     ]
     return [
         Stage("environment", 60, [("report", [*python, "-c", _ENVIRONMENT])]),
         Stage("build", 60, [("lif", [*python, "-c", build.format("cpu" if dry else "cuda")])]),
         Stage("parity", 200, parity),
         *steps[:3],
-        Stage("operators", 190, [("operators", [*ops, "--limit", "180" if dry else "150"])]),
+        *operators,
         *profiles,
         Stage("generate", 60, [("token", generate)]),
         *steps[3:],
     ]
+
+
+def _rows_of(out: Path, operator: str) -> str:
+    return str(out / f"operators-{operator}.json")
 
 
 def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
@@ -127,34 +149,40 @@ def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, st
     outcome, start = Outcome(stage.name), time.monotonic()
     running = []
     for name, command in stage.processes:
-        log = (out / f"{stage.name}-{name}.log").open("w")
-        try:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            outcome.status[name] = str(error)
-            log.close()
-            continue
-        running.append((name, process, log))
-    for name, process, log in running:
-        try:
-            code = process.wait(max(0.1, start + seconds - time.monotonic()))
-            outcome.status[name] = "ok" if code == 0 else f"exit {code}"
-        except subprocess.TimeoutExpired:
-            outcome.status[name] = f"time limit of {seconds:.0f} s"
-        _end(process)
-        log.close()
+        with (out / f"{stage.name}-{name}.log").open("w") as log:
+            try:  # not in the checkout, whose packages would stand before those that are installed
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=subprocess.STDOUT, cwd=out, env=environment,
+                    start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                outcome.status[name] = str(error)
+                continue
+        running.append((name, process))
+    _wait([process for _, process in running], start + seconds)
+    late = [(name, process) for name, process in running if process.poll() is None]
+    for _, process in late:
+        _signal(process, signal.SIGINT)
+    _wait([process for _, process in late], time.monotonic() + GRACE)
+    for name, process in running:
+        _signal(process, signal.SIGKILL)  # what it started too, which would disturb the stages behind
+        code = process.wait()
+        outcome.status[name] = "ok" if code == 0 else f"exit {code}"
+    outcome.status |= {name: f"time limit of {seconds:.0f} s" for name, _ in late}
     outcome.seconds = round(time.monotonic() - start, 1)
     return outcome
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """A process and what it started: a compiler or a peer that goes on would disturb the stages behind."""
+def _wait(processes: list[subprocess.Popen[bytes]], until: float) -> None:
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.1, until - time.monotonic()))
+
+
+def _signal(process: subprocess.Popen[bytes], which: int) -> None:
+    """To a process and all that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(process.pid, which)
 
 
 def _last_json(path: Path) -> Any:
@@ -175,8 +203,20 @@ def _last_line(path: Path) -> str:
     return lines[-1].strip("= ") if lines else ""
 
 
+def _operators(out: Path) -> dict[str, Any] | None:
+    """The rows of all operators; the ceilings are those of the first."""
+    parts = []
+    for name in OPERATORS:
+        path = Path(_rows_of(out, name))
+        with contextlib.suppress(OSError, json.JSONDecodeError):  # not there, or cut off
+            parts.append(json.loads(path.read_text()))
+    if not parts:
+        return None
+    joined = {key: [x for part in parts for x in part[key]] for key in ("rows", "left_out")}
+    return {"ceilings": parts[0]["ceilings"], **joined}
+
+
 def gather(out: Path, outcomes: list[Outcome], dry: bool) -> dict[str, Any]:
-    operators = out / "operators.json"
     parity = {path.stem: _last_line(path) for path in sorted(out.glob("parity-*.log"))}
     return {
         "dry_run": dry,
@@ -189,7 +229,7 @@ def gather(out: Path, outcomes: list[Outcome], dry: bool) -> dict[str, Any]:
             if o.stage.startswith("model-")
         },
         "generate": _last_json(out / "generate-token.log"),
-        "operators": json.loads(operators.read_text()) if operators.exists() else None,
+        "operators": _operators(out),
     }
 
 
@@ -309,7 +349,7 @@ def main() -> int:
     for stage in stages(out, options.dry_run):
         if options.only and not any(stage.name.startswith(name) for name in options.only):
             continue
-        seconds = min(stage.limit, end - time.monotonic())
+        seconds = min(stage.limit, end - GRACE - time.monotonic())
         if seconds < 1:
             outcomes.append(Outcome(stage.name, 0.0, {"all": "left out: no time left"}))
         else:
@@ -317,9 +357,13 @@ def main() -> int:
         print(f"{stage.name}: {outcomes[-1].status} in {outcomes[-1].seconds} s", flush=True)
         result = gather(out, outcomes, options.dry_run)  # after every stage: a cut run leaves its results
         (out / "results.json").write_text(json.dumps(result, indent=1))
-        (out / "results.md").write_text(render(result))
-    roofline(result, out / "roofline.png")
-    print((out / "results.md").read_text())
+        try:
+            (out / "results.md").write_text(render(result))
+            roofline(result, out / "roofline.png")
+        except Exception:  # --redraw makes them again: no reason to leave the other stages out
+            traceback.print_exc()
+    if (out / "results.md").exists():
+        print((out / "results.md").read_text())
     return 0 if outcomes and all(o.ok for o in outcomes) else 1
 
 

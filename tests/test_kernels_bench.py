@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from _pytest.mark.expression import Expression
 
 pytest.importorskip("triton")
@@ -60,7 +61,7 @@ def test_a_dry_run_of_everything(tmp_path: Path) -> None:
     )
     page = (tmp_path / "out" / "results.md").read_text()
     assert "The times mean nothing" in page
-    assert (tmp_path / "out" / "trace-triton.json").stat().st_size > 0
+    assert (tmp_path / "out" / "trace-triton.json.gz").stat().st_size > 0
 
 
 def test_a_failing_or_endless_process_is_noted_and_others_end_well(tmp_path: Path) -> None:
@@ -97,6 +98,48 @@ def test_a_failing_or_endless_process_is_noted_and_others_end_well(tmp_path: Pat
     assert result["operators"] is None and result["environment"] is None
     page = gpu.render(result)
     assert "bad: exit 3" in page and "Dry run" not in page
+
+
+def test_at_its_limit_a_process_says_what_it_has(tmp_path: Path) -> None:
+    """As pytest does of what failed; and it works beside what is measured, not in the checkout."""
+    script = """
+import pathlib, time
+print(pathlib.Path.cwd(), flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("so far 3 failed", flush=True)
+"""
+    stage = gpu.Stage("slow", 3, [(name, [sys.executable, "-c", script]) for name in ("a", "b")])
+    outcome = gpu.run_stage(stage, tmp_path, 3, dict(os.environ))
+    assert set(outcome.status.values()) == {"time limit of 3 s"} and outcome.seconds < 3 + 2 * gpu.GRACE
+    for name in "ab":
+        assert (tmp_path / f"slow-{name}.log").read_text().split("\n") == [
+            str(tmp_path),
+            "so far 3 failed",
+            "",
+        ]
+
+
+def test_results_that_are_cut_off_take_no_others_with_them(tmp_path: Path) -> None:
+    part = {"ceilings": {"copy_gb_per_s": 3.0}, "rows": [{"group": "g", "row": "ours", "ms": 1.0}]}
+    (tmp_path / "operators-lif.json").write_text(json.dumps(part)[:-9])
+    for name in ("norm_lif", "spike_linear"):
+        (tmp_path / f"operators-{name}.json").write_text(json.dumps({**part, "left_out": [name]}))
+    found = gpu.gather(tmp_path, [], False)["operators"]
+    assert found == {**part, "rows": 2 * part["rows"], "left_out": ["norm_lif", "spike_linear"]}
+
+
+def test_a_group_that_fails_takes_no_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_gpu_ops
+
+    def make() -> Any:
+        raise torch.OutOfMemoryError("too large")
+
+    group = bench_gpu_ops.Group("g", make, 1.0)
+    rows = bench_gpu_ops.bench(group, True, {}, False)
+    assert rows == [{"group": "g", "row": "all", "failed": "OutOfMemoryError: too large"}]
 
 
 def test_operators_beyond_the_time_limit_are_left_out_by_name(tmp_path: Path) -> None:
