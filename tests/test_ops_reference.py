@@ -110,6 +110,22 @@ def test_attention_is_causal_and_carries_its_state():
         torch.testing.assert_close(last, end, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.triton_interpreter
+@pytest.mark.parametrize("learn_qkv", [True, False], ids=["", "state-alone"])
+@pytest.mark.parametrize("decay", [None, torch.tensor([0.9, 0.5, 1.0])], ids=["", "decay"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_attention_gives_its_initial_state_a_gradient(backend, decay, learn_qkv):
+    inputs = make_inputs(next(c for c in cases("spike_attention") if c.name == "state"))
+    q, k, v, state = (inputs[name].detach() for name in ("q", "k", "v", "state"))
+    leaves_ = [x.requires_grad_() for x in ((q, k, v, state) if learn_qkv else (state,))]
+    want = attention_spec.quadratic(q, k, v, 0.3, decay, state)
+    grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
+    with ops.use_backend(backend):
+        got = ops.spike_attention(q, k, v, 0.3, decay, state)
+    found, expected = (torch.autograd.grad(out, leaves_, grad) for out in (got, want))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_attention_result_merges_heads_for_free():
     q = torch.ones(2, 1, 3, 10, 8)
     assert ops.spike_attention(q, q, q).transpose(2, 3).is_contiguous()

@@ -13,7 +13,7 @@ from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.pack_spikes import _pack, _unpack
 from spikedecoder.params import MAX_LEVELS
 from spikedecoder.reference.lif import compute_dtype
-from spikedecoder.reference.spike_attention import decay_matrix
+from spikedecoder.reference.spike_attention import decay_matrix, decay_powers
 
 
 def heads_last(x: Tensor) -> Tensor:
@@ -121,7 +121,17 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, _grad_state):
     q, k, v, decay, state = kept(ctx)
     dq, dk, dv = _spike_attention_backward(grad, q, k, v, ctx.scale, decay, state, *ctx.rest)
-    return dq, dk, dv, None, None, None, ctx.no_words_grad, None, None, None
+    wanted = state is not None and ctx.needs_input_grad[5]
+    grad_state = _state_gradient(grad, q, ctx.scale, decay, state) if wanted else None
+    return dq, dk, dv, None, None, grad_state, ctx.no_words_grad, None, None, None
+
+
+def _state_gradient(grad: Tensor, q: Tensor, scale: float, decay: Tensor | None, state: Tensor) -> Tensor:
+    """scale sum_i decay^(i+1) q[i]^T g[i], by one product."""
+    q, grad = q.to(state.dtype), grad.to(state.dtype)
+    if decay is not None:
+        q = q * decay_powers(decay.to(state.dtype), 1, q.shape[-2])
+    return q.transpose(-1, -2) @ grad * scale
 
 
 _spike_attention.register_autograd(_autograd, setup_context=_setup_context)
@@ -177,7 +187,7 @@ def spike_attention(
             strides; or integers from 0 to `levels`.
         scale: factor of the result.
         decay: per head [H], in (0, 1]; None for 1. Gets no gradient.
-        state: the past's sum of k^T v, [T, B, H, d, d]; None for no past. Gets no gradient.
+        state: the past's sum of k^T v, [T, B, H, d, d]; None for no past.
         return_state: also return the state after the last token (carries no gradient).
         dropout: probability of dropping a score q[i] . k[j]; needs the scores themselves, so cost and
             memory are quadratic in S, and it takes no state.

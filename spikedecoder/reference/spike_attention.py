@@ -25,7 +25,7 @@ def decay_matrix(decay: Tensor, s: int) -> Tensor:
     return torch.where(distance >= 0, decay[:, None, None] ** distance.clamp(min=0), 0)
 
 
-def _decay_powers(decay: Tensor, first: int, s: int) -> Tensor:
+def decay_powers(decay: Tensor, first: int, s: int) -> Tensor:
     """[H, s, 1]: decay^first, decay^(first+1), ..."""
     return (decay[:, None] ** torch.arange(first, first + s, device=decay.device, dtype=decay.dtype))[
         ..., None
@@ -41,7 +41,7 @@ def quadratic(
     out = scores @ v
     if state is not None:
         past = q @ state
-        out = out + (past if decay is None else past * _decay_powers(decay, 1, q.shape[-2]))
+        out = out + (past if decay is None else past * decay_powers(decay, 1, q.shape[-2]))
     return out * scale
 
 
@@ -64,7 +64,7 @@ def advance_state(k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | No
     """The state after all S tokens."""
     s = k.shape[-2]
     if decay is not None:
-        k = k * _decay_powers(decay, 0, s).flip(-2)
+        k = k * decay_powers(decay, 0, s).flip(-2)
         state = None if state is None else state * (decay**s)[:, None, None]
     new = k.transpose(-1, -2) @ v
     return new if state is None else state + new
