@@ -48,7 +48,7 @@ SPIKEDECODER_INLINE F surrogate_derivative(Surrogate surrogate, F u, F alpha) {
 // sigmoid, the common case, in which the branches below are decided at compile time.
 template <bool Plain>
 struct Cell {
-  F tau, inverse_tau, reset, leak, alpha, alpha_log2_e, alpha_over_tau;
+  F tau, inverse_tau, reset, leak, alpha, alpha_log2_e, scale;
   Surrogate surrogate;
   bool exact_inverse, hard_reset, decay_input, detach_reset, shifted;
 
@@ -59,7 +59,7 @@ struct Cell {
         leak(set1(n.leak)),
         alpha(set1(n.alpha)),
         alpha_log2_e(set1(n.alpha * LOG2_E)),
-        alpha_over_tau(set1(n.alpha / n.tau)),
+        scale(set1(__builtin_sqrtf(n.tau / n.alpha))),
         surrogate(n.surrogate),
         exact_inverse(exact(n.tau)),
         hard_reset(n.hard_reset),
@@ -98,13 +98,13 @@ struct Cell {
   // threshold_gradient() makes -dL/dthreshold of. Returns dL/dx[t].
   SPIKEDECODER_INLINE_MEMBER F back(F h, F threshold, F grad_spike, F& carry, F& falls) const {
     if (Plain) {
-      // dL/dh = alpha grad_spike e / (1 + e)^2 + carry, e = exp(-alpha |h - threshold|), in as few multiplications
-      // as there can be
+      // dL/dx = (alpha grad_spike e / (1 + e)^2 + carry) / tau, e = exp(-alpha |h - threshold|), in as few
+      // multiplications as there can be: d is (1 + e) sqrt(tau / alpha)
       const F e = exp2_of_minus_abs(fma(h, alpha_log2_e, mul(threshold, sub(zero(), alpha_log2_e))));
-      const F d = add(set1(1), e);
+      const F d = fma(e, scale, scale);
       const F slope = div(mul(grad_spike, e), mul(d, d));
       falls = add(falls, slope);
-      carry = fma_where(not_ge(h, threshold), carry, inverse_tau, mul(slope, alpha_over_tau));
+      carry = fma_where(not_ge(h, threshold), carry, inverse_tau, slope);
       return carry;  // leak = 1 / tau
     }
     const Mask fired = ge(h, threshold);
@@ -127,7 +127,7 @@ struct Cell {
 
   // dL/dthreshold, of what `back` has summed up.
   SPIKEDECODER_INLINE_MEMBER F threshold_gradient(F falls) const {
-    return sub(zero(), Plain ? mul(falls, alpha) : falls);
+    return sub(zero(), Plain ? mul(falls, tau) : falls);
   }
 };
 

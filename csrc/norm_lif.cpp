@@ -1,6 +1,6 @@
 // Normalisation followed by LIF, in one pass over memory: the normalised value is never written.
 // Bytes moved per element: forward 4 read + 4 written; backward 8 read + 4 written (whole, apply, known), 8 read
-// (reduce). A row, or a part of it, is read again from the nearer caches.
+// (reduce). What a row needs again is read from the nearer caches.
 #include "kernels.h"
 #include "neuron.h"
 #include "parallel.h"
@@ -66,7 +66,7 @@ SPIKEDECODER_INLINE void row_statistics(const Normal<E>& p, int64_t row, float e
   }
 }
 
-// Channels c.. of a row: (x - mean) rstd weight + bias, as forward and backward compute it.
+// Channels c.. of a row: y = z weight + bias, z = (x - mean) rstd, as forward and backward compute it.
 template <int U, bool ByRow>
 struct Normalise {
   F weight[U], bias[U], mean[U], rstd[U];
@@ -81,10 +81,10 @@ struct Normalise {
       rstd[u] = load_up_to(p.rstd + c, n);
     }
   }
-  SPIKEDECODER_INLINE_MEMBER F operator()(int u, F x, const float* row_mean, const float* row_rstd) const {
-    const F d = sub(x, ByRow ? set1(*row_mean) : mean[u]);
-    return fma(mul(d, ByRow ? set1(*row_rstd) : rstd[u]), weight[u], bias[u]);
+  SPIKEDECODER_INLINE_MEMBER F z(int u, F x, const float* row_mean, const float* row_rstd) const {
+    return mul(sub(x, ByRow ? set1(*row_mean) : mean[u]), ByRow ? set1(*row_rstd) : rstd[u]);
   }
+  SPIKEDECODER_INLINE_MEMBER F y(int u, F z) const { return fma(z, weight[u], bias[u]); }
 };
 
 #if defined(SPIKEDECODER_AVX512)
@@ -110,7 +110,7 @@ SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward&
     const float *mean = p.mean + row, *rstd = p.rstd + row;
     for (int64_t t = 0; t < p.T; t++, x += step, to += a.spikes_rows * p.C, mean += p.rows, rstd += p.rows) {
       for (int u = 0; u < U; u++) {
-        const F h = cell.charge(normalise(u, load_up_to(x + u * W, n), mean, rstd), v[u]);
+        const F h = cell.charge(normalise.y(u, normalise.z(u, load_up_to(x + u * W, n), mean, rstd)), v[u]);
         const Mask fired = ge(h, threshold[u]);
         v[u] = cell.after(h, fired, threshold[u]);
         store_spikes(to + u * W, fired, n, past);
@@ -147,8 +147,8 @@ void forward(const NormLifForward& a) {
 struct RowScratch {
   float *mean, *rstd;      // [T]: the row's own, where rows have statistics
   float* h;                // [T, BLOCK]: membrane potentials of the channels at hand
-  float* g;                // [T, C] of one row: dL/dz
-  float *sum_g, *sum_gd;   // [T to a multiple of 4, 1 vector]: of the row's dL/dz, and of its products with x - mean
+  float *z, *g;            // [T, C] of one row: z and, where rows have statistics, dL/dz
+  float *sum_g, *sum_gz;   // [T to a multiple of 4, 1 vector]: of the row's dL/dz, and of its products with z
   float *weight, *bias;    // [C]: sums over rows of g z and of g
   float* threshold;
   int64_t padded;          // C, to whole vectors
@@ -156,7 +156,7 @@ struct RowScratch {
   static constexpr int64_t BLOCK = 16 * W;  // channels whose potentials stay in the nearest cache
 
   static int64_t weight_at(int64_t T, int64_t C) {
-    return 2 * round_up(T, 16) + T * BLOCK + T * round_up(C, 16) + 2 * round_up(T, 4) * 16;
+    return 2 * round_up(T, 16) + T * BLOCK + 2 * T * round_up(C, 16) + 2 * round_up(T, 4) * 16;
   }
   static int64_t threshold_at(int64_t T, int64_t C) { return weight_at(T, C) + 2 * round_up(C, 16); }
   static int64_t size(const Threshold& t, int64_t T, int64_t C) {
@@ -167,9 +167,10 @@ struct RowScratch {
     mean = memory;
     rstd = mean + round_up(T, 16);
     h = rstd + round_up(T, 16);
-    g = h + T * BLOCK;
+    z = h + T * BLOCK;
+    g = z + T * padded;
     sum_g = g + T * padded;
-    sum_gd = sum_g + round_up(T, 4) * 16;
+    sum_gz = sum_g + round_up(T, 4) * 16;
     weight = memory + weight_at(T, C);
     bias = weight + padded;
     threshold = memory + threshold_at(T, C);
@@ -183,7 +184,7 @@ struct RowScratch {
       mean[t] = p.mean[t * p.rows + row];
       rstd[t] = p.rstd[t * p.rows + row];
       store(sum_g + t * W, zero());
-      store(sum_gd + t * W, zero());
+      store(sum_gz + t * W, zero());
     }
   }
 };
@@ -205,7 +206,7 @@ struct Backward {
         past(past_cache(grad_x, p.at(of.T, 0), of.C)) {}
 };
 
-// Membrane potentials of a row's channels first..first + width in all timesteps, as forward had them.
+// z and membrane potentials of a row's channels first..first + width in all timesteps, as forward had them.
 template <bool ByRow, class CellType, class E>
 SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, int64_t row, const RowScratch& s,
                                     int64_t first, int64_t width) {
@@ -220,10 +221,12 @@ SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, 
       v[u] = zero();
     }
     const E* x = p.x + row * p.C + first + c;
-    float* h = s.h + c;
-    for (int64_t t = 0; t < p.T; t++, x += step, h += RowScratch::BLOCK) {
+    float *h = s.h + c, *normal = s.z + first + c;
+    for (int64_t t = 0; t < p.T; t++, x += step, h += RowScratch::BLOCK, normal += s.padded) {
       for (int u = 0; u < U; u++) {
-        const F charged = cell.charge(normalise(u, load_up_to(x + u * W, n), s.mean + t, s.rstd + t), v[u]);
+        const F z = normalise.z(u, load_up_to(x + u * W, n), s.mean + t, s.rstd + t);
+        const F charged = cell.charge(normalise.y(u, z), v[u]);
+        store(normal + u * W, z);
         store(h + u * W, charged);
         v[u] = cell.after(charged, ge(charged, threshold[u]), threshold[u]);
         __builtin_prefetch(x + p.C + u * W, 0, 2);
@@ -243,59 +246,52 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
   for_channels_evenly<BACK_AT_ONCE>(width, [&](auto vectors, int64_t at, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const int64_t c = first + at, last = row * p.C + c + (p.T - 1) * step;
-    F weight[U], mean[U], of_g[U], of_d[U], of_1[U];  // the latter three: a, b rstd, c
-    F threshold[U], carry[U], falls[U], sum_g[U], sum_gd[U];
+    F weight[U], of_g[U], of_z[U], of_1[U];
+    F threshold[U], carry[U], falls[U], sum_g[U], sum_gz[U];
     for (int u = 0; u < U; u++) {
       const int64_t channel = c + u * W;
-      if (ByRow) {
-        weight[u] = load_up_to(p.weight + channel, n);
-      } else {
-        mean[u] = load_up_to(p.mean + channel, n);
-      }
+      if (ByRow) weight[u] = load_up_to(p.weight + channel, n);
       if (Apply) {
         of_g[u] = load_up_to(a.a + channel, n);
-        of_d[u] = mul(load_up_to(a.b + channel, n), load_up_to(p.rstd + channel, n));
+        of_z[u] = load_up_to(a.b + channel, n);
         of_1[u] = load_up_to(a.c + channel, n);
       }
       threshold[u] = thresholds_at(a.threshold, row * p.C, channel, n);
-      carry[u] = falls[u] = sum_g[u] = sum_gd[u] = zero();
+      carry[u] = falls[u] = sum_g[u] = sum_gz[u] = zero();
     }
-    const E *x = p.x + last, *grad = b.grad_spikes + last;
-    const float* h = s.h + (p.T - 1) * RowScratch::BLOCK + at;
+    const E* grad = b.grad_spikes + last;
+    const float *h = s.h + (p.T - 1) * RowScratch::BLOCK + at, *normal = s.z + (p.T - 1) * s.padded + c;
     float* kept = s.g + (p.T - 1) * s.padded + c;
     int64_t out = last;
     for (int64_t t = p.T - 1; t >= 0; t--) {
-      F of_row = zero(), of_row_d = zero();
+      F of_row = zero(), of_row_z = zero();
       for (int u = 0; u < U; u++) {
-        const F d = sub(load_up_to(x + u * W, n), ByRow ? set1(s.mean[t]) : mean[u]);
-        const F grad_spike = load_up_to(grad + u * W, n);
+        const F z = load(normal + u * W), grad_spike = load_up_to(grad + u * W, n);
         __builtin_prefetch(grad + p.C + u * W, 0, 2);
         const F g = cell.back(load(h + u * W), threshold[u], grad_spike, carry[u], falls[u]);
-        if (Apply) store_result(b.grad_x + out + u * W, fma(of_g[u], g, fma(of_d[u], d, of_1[u])), n, b.past);
+        if (Apply) store_result(b.grad_x + out + u * W, fma(of_g[u], g, fma(of_z[u], z, of_1[u])), n, b.past);
         if (Sums) sum_g[u] = add(sum_g[u], g);
-        if (Sums && !ByRow) sum_gd[u] = fma(g, d, sum_gd[u]);
+        if (Sums) sum_gz[u] = fma(g, z, sum_gz[u]);
         if (ByRow) {
-          const F gd = mul(g, d), grad_z = mul(g, weight[u]);
-          sum_gd[u] = fma(gd, set1(s.rstd[t]), sum_gd[u]);
+          const F grad_z = mul(g, weight[u]);
           of_row = add(of_row, grad_z);
-          of_row_d = fma(gd, weight[u], of_row_d);
+          of_row_z = fma(grad_z, z, of_row_z);
           store(kept + u * W, grad_z);
         }
       }
       if (ByRow) {
         store(s.sum_g + t * W, add(load(s.sum_g + t * W), of_row));
-        store(s.sum_gd + t * W, add(load(s.sum_gd + t * W), of_row_d));
+        store(s.sum_gz + t * W, add(load(s.sum_gz + t * W), of_row_z));
       }
-      x -= step;
       grad -= step;
       out -= step;
       h -= RowScratch::BLOCK;
+      normal -= s.padded;
       kept -= s.padded;
     }
     for (int u = 0; Sums && u < U; u++) {
-      const F sum_gz = ByRow ? sum_gd[u] : mul(sum_gd[u], load_up_to(p.rstd + c + u * W, n));
       store(s.bias + c + u * W, add(load(s.bias + c + u * W), sum_g[u]));
-      store(s.weight + c + u * W, add(load(s.weight + c + u * W), sum_gz));
+      store(s.weight + c + u * W, add(load(s.weight + c + u * W), sum_gz[u]));
       threshold_sum.add_up(row * p.C, c + u * W, n, cell.threshold_gradient(falls[u]));
     }
   });
@@ -319,26 +315,23 @@ SPIKEDECODER_INLINE void means_of_four(const float* sums, float C, float* out) {
   for (int i = 0; i < 4; i++) out[i] /= C;
 }
 
-// The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd, x still in a near cache.
+// The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd.
 template <class E>
 SPIKEDECODER_INLINE void gradient_of_row(const Backward<E>& b, int64_t row, const RowScratch& s) {
   const Normal<E>& p = b.p;
-  float mean_g[4], mean_gd[4];
+  float mean_g[4], mean_gz[4];
   for (int64_t t = 0; t < p.T; t++) {
     if (t % 4 == 0) {
       means_of_four(s.sum_g + t * W, static_cast<float>(p.C), mean_g);
-      means_of_four(s.sum_gd + t * W, static_cast<float>(p.C), mean_gd);
+      means_of_four(s.sum_gz + t * W, static_cast<float>(p.C), mean_gz);
     }
     const float r = s.rstd[t];
-    const F rstd = set1(r), mean = set1(s.mean[t]);
-    const F shift = set1(-r * mean_g[t % 4]), slope = set1(-r * r * r * mean_gd[t % 4]);
-    const E* const x = p.x + p.at(t, row);
-    const float* const g = s.g + t * s.padded;
+    const F rstd = set1(r), shift = set1(-r * mean_g[t % 4]), slope = set1(-r * mean_gz[t % 4]);
+    const float *const z = s.z + t * s.padded, *const g = s.g + t * s.padded;
     E* const out = b.grad_x + p.at(t, row);
     for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
       for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
-        const F rest = fma(sub(load_up_to(x + c, n), mean), slope, shift);
-        store_result(out + c, fma(load(g + c), rstd, rest), n, b.past);
+        store_result(out + c, fma(load(g + c), rstd, fma(load(z + c), slope, shift)), n, b.past);
       }
     });
   }

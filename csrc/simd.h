@@ -58,7 +58,7 @@ SPIKEDECODER_INLINE F fma_where(Mask m, F a, F b, F c) { return _mm512_mask3_fma
 SPIKEDECODER_INLINE Mask not_zero(F a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ); }
 SPIKEDECODER_INLINE F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
 SPIKEDECODER_INLINE F keep(Mask m, F a) { return _mm512_maskz_mov_ps(m, a); }
-SPIKEDECODER_INLINE F drop(Mask m, F a) { return _mm512_maskz_mov_ps(_knot_mask16(m), a); }
+SPIKEDECODER_INLINE F drop(Mask m, F a) { return _mm512_mask_mov_ps(a, m, _mm512_setzero_ps()); }
 SPIKEDECODER_INLINE uint32_t bits(Mask m) { return m; }
 SPIKEDECODER_INLINE Mask mask_of(uint32_t bits) { return static_cast<Mask>(bits); }
 

@@ -49,8 +49,8 @@ def backward(
     p: LIFParams,
     want_grad_v_init: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the threshold and of v_init. Those of a threshold that is a number, and of a v_init
-    that is None, are not computed: the tensors in their places are uninitialised."""
+    """Gradients of x, of the threshold and of v_init. In the places of those of a threshold that is a number,
+    and of a v_init that is None or not asked for, is an empty tensor."""
     x = same(x)
     grad_spikes = same(grad_spikes, x.dtype)
     v_init = None if v_init is None else dense(v_init)
@@ -73,8 +73,9 @@ def backward(
         *(address(grad_x), address(grad_threshold), address(grad_v_init)),
         *(x.shape[0], t.rows, t.channels, torch.get_num_threads()),
     )
-    if grad_threshold is None:
-        grad_threshold = torch.empty(timestep)
-    if grad_v_init is None:
-        grad_v_init = torch.empty(timestep if want_grad_v_init else (0,))
-    return grad_x, grad_threshold, grad_v_init
+    nothing = torch.empty(0)
+    return (
+        grad_x,
+        nothing if grad_threshold is None else grad_threshold,
+        nothing if grad_v_init is None else grad_v_init,
+    )
