@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spikedecoder.kernels._launch import INTERPRETED
 from spikedecoder.kernels._surrogate import derivative
 from spikedecoder.params import LIFParams
 from spikedecoder.surrogate import SURROGATES
 
+PLAIN_PRODUCTS = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
 MAX_T = 16  # timesteps whose potentials a kernel keeps in registers
 
 
@@ -76,10 +78,21 @@ def threshold_gradient(kind: int, partial: Tensor | None, threshold: Tensor | fl
 
 
 @triton.jit
+def times(x, y):
+    """x y, rounded before anything is added. Triton 3.6 fuses pairs of products and sums on sm_100 else."""
+    if PLAIN_PRODUCTS:
+        return x * y
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def over_tau(x, tau, RECIPROCAL: tl.constexpr):
     """x / tau, rounded once. `tau` holds 1 / tau where RECIPROCAL."""
     if RECIPROCAL:
-        return x * tau
+        return x * tau  # a power of two: nothing is rounded, so fused with a sum or not it is the same
     else:
         return tl.div_rn(x, tau)
 

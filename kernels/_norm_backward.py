@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 
 from spikedecoder.kernels._launch import kernel
-from spikedecoder.kernels._neuron import fire_backward, load_steps, load_threshold, over_tau, potentials
+from spikedecoder.kernels._neuron import (
+    fire_backward,
+    load_steps,
+    load_threshold,
+    over_tau,
+    potentials,
+    times,
+)
 
 
 @triton.jit
@@ -34,7 +41,7 @@ def _affine(
         rstds = load_steps(rstd_ptr + at, rows, r < rows, COUNT)
     ys = ()
     for i in tl.static_range(COUNT):
-        ys = ys + ((xs[i].to(tl.float32) - means[i]) * rstds[i] * weight + bias,)
+        ys = ys + (times((xs[i].to(tl.float32) - means[i]) * rstds[i], weight) + bias,)
     return ys, means, rstds
 
 

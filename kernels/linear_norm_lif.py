@@ -32,6 +32,7 @@ from spikedecoder.kernels._neuron import (
     neuron_forward,
     reset,
     threshold_argument,
+    times,
 )
 from spikedecoder.kernels.norm_lif import CHANNEL, ROW, WIDE_ROW
 from spikedecoder.kernels.pack_spikes import WORD, pack
@@ -107,18 +108,18 @@ def linear_norm_lif_forward(
         if STATISTICS == 0:
             mean = tl.load(mean_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
-            y = (x - mean) * rstd * weight + bias
+            y = times((x - mean) * rstd, weight) + bias
         elif STATISTICS == 1:
             row_mean = tl.sum(x, 1) / outputs
             centered = tl.where(c_inside, x - row_mean[:, None], 0.0)
             row_rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, 1) / outputs + eps)
             tl.store(mean_ptr + m, row_mean, mask=r < rows)
             tl.store(rstd_ptr + m, row_rstd, mask=r < rows)
-            y = (x - row_mean[:, None]) * row_rstd[:, None] * weight + bias
+            y = times((x - row_mean[:, None]) * row_rstd[:, None], weight) + bias
         else:
             row_mean = tl.load(mean_ptr + m, mask=r < rows, other=0.0)
             row_rstd = tl.load(rstd_ptr + m, mask=r < rows, other=0.0)
-            y = (x - row_mean[:, None]) * row_rstd[:, None] * weight + bias
+            y = times((x - row_mean[:, None]) * row_rstd[:, None], weight) + bias
         h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
         fired = h - threshold >= 0
         to = spikes_ptr + m[:, None] * outputs + c

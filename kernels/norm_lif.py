@@ -42,6 +42,7 @@ from spikedecoder.kernels._neuron import (
     threshold_argument,
     threshold_gradient,
     threshold_partial,
+    times,
 )
 from spikedecoder.kernels._norm import moments, row_moments
 from spikedecoder.kernels._norm_backward import norm_lif_backward
@@ -78,7 +79,7 @@ def _forward_chunk(
         elif STATISTICS == 2:
             mean = tl.load(mean_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
             rstd = tl.load(rstd_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
-        y = (x - mean) * rstd * weight + bias
+        y = times((x - mean) * rstd, weight) + bias
         h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
         fired = h - threshold >= 0
         tl.store(spikes_ptr + to, as_spikes(fired, spikes_ptr.dtype.element_ty), mask=inside)

@@ -36,6 +36,7 @@ from spikedecoder.kernels._neuron import (
     neuron_forward,
     reset,
     threshold_argument,
+    times,
 )
 from spikedecoder.kernels.spike_attention import (
     POWERS,
@@ -93,7 +94,7 @@ def attention_lif_forward(
             k = load_tile(k_ptr, at_t, first, tokens, tokens, row_stride, d, D, False, BLOCK_S)
             v = load_tile(v_ptr, at_t, first, tokens, tokens, row_stride, e, D, False, BLOCK_S)
             a = attend(q, k, v, states[t], weights, powers, 1, 1, 1, SCORE, STATE, DECAY, BLOCK_S, BLOCK_V)
-            a = (a * scale).to(q_ptr.dtype.element_ty).to(tl.float32)
+            a = times(a, scale).to(q_ptr.dtype.element_ty).to(tl.float32)
             after = after + (advance_state(k, v, states[t], powers, count, K, V, KV, DECAY, BLOCK_S),)
             charged = charge(a, potential, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
             fired = charged - threshold >= 0
