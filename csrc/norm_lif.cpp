@@ -146,8 +146,8 @@ void forward(const NormLifForward& a) {
 // One thread's scratch for the backward pass.
 struct RowScratch {
   float *mean, *rstd;      // [T]: the row's own, where rows have statistics
-  float* h;                // [T, BLOCK]: membrane potentials of the channels at hand
-  float *z, *g;            // [T, C] of one row: z and, where rows have statistics, dL/dz
+  float *h, *z;            // [T, BLOCK]: membrane potentials and z of the channels at hand
+  float* g;                // [T, C] of one row: dL/dz
   float *sum_g, *sum_gz;   // [T to a multiple of 4, 1 vector]: of the row's dL/dz, and of its products with z
   float *weight, *bias;    // [C]: sums over rows of g z and of g
   float* threshold;
@@ -156,7 +156,7 @@ struct RowScratch {
   static constexpr int64_t BLOCK = 16 * W;  // channels whose potentials stay in the nearest cache
 
   static int64_t weight_at(int64_t T, int64_t C) {
-    return 2 * round_up(T, 16) + T * BLOCK + 2 * T * round_up(C, 16) + 2 * round_up(T, 4) * 16;
+    return 2 * round_up(T, 16) + 2 * T * BLOCK + T * round_up(C, 16) + 2 * round_up(T, 4) * 16;
   }
   static int64_t threshold_at(int64_t T, int64_t C) { return weight_at(T, C) + 2 * round_up(C, 16); }
   static int64_t size(const Threshold& t, int64_t T, int64_t C) {
@@ -168,7 +168,7 @@ struct RowScratch {
     rstd = mean + round_up(T, 16);
     h = rstd + round_up(T, 16);
     z = h + T * BLOCK;
-    g = z + T * padded;
+    g = z + T * BLOCK;
     sum_g = g + T * padded;
     sum_gz = sum_g + round_up(T, 4) * 16;
     weight = memory + weight_at(T, C);
@@ -221,8 +221,8 @@ SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, 
       v[u] = zero();
     }
     const E* x = p.x + row * p.C + first + c;
-    float *h = s.h + c, *normal = s.z + first + c;
-    for (int64_t t = 0; t < p.T; t++, x += step, h += RowScratch::BLOCK, normal += s.padded) {
+    float *h = s.h + c, *normal = s.z + c;
+    for (int64_t t = 0; t < p.T; t++, x += step, h += RowScratch::BLOCK, normal += RowScratch::BLOCK) {
       for (int u = 0; u < U; u++) {
         const F z = normalise.z(u, load_up_to(x + u * W, n), s.mean + t, s.rstd + t);
         const F charged = cell.charge(normalise.y(u, z), v[u]);
@@ -260,7 +260,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
       carry[u] = falls[u] = sum_g[u] = sum_gz[u] = zero();
     }
     const E* grad = b.grad_spikes + last;
-    const float *h = s.h + (p.T - 1) * RowScratch::BLOCK + at, *normal = s.z + (p.T - 1) * s.padded + c;
+    const float *h = s.h + (p.T - 1) * RowScratch::BLOCK + at, *normal = s.z + (p.T - 1) * RowScratch::BLOCK + at;
     float* kept = s.g + (p.T - 1) * s.padded + c;
     int64_t out = last;
     for (int64_t t = p.T - 1; t >= 0; t--) {
@@ -286,7 +286,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
       grad -= step;
       out -= step;
       h -= RowScratch::BLOCK;
-      normal -= s.padded;
+      normal -= RowScratch::BLOCK;
       kept -= s.padded;
     }
     for (int u = 0; Sums && u < U; u++) {
@@ -315,7 +315,7 @@ SPIKEDECODER_INLINE void means_of_four(const float* sums, float C, float* out) {
   for (int i = 0; i < 4; i++) out[i] /= C;
 }
 
-// The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd.
+// The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd, x still in a near cache.
 template <class E>
 SPIKEDECODER_INLINE void gradient_of_row(const Backward<E>& b, int64_t row, const RowScratch& s) {
   const Normal<E>& p = b.p;
@@ -326,12 +326,15 @@ SPIKEDECODER_INLINE void gradient_of_row(const Backward<E>& b, int64_t row, cons
       means_of_four(s.sum_gz + t * W, static_cast<float>(p.C), mean_gz);
     }
     const float r = s.rstd[t];
-    const F rstd = set1(r), shift = set1(-r * mean_g[t % 4]), slope = set1(-r * mean_gz[t % 4]);
-    const float *const z = s.z + t * s.padded, *const g = s.g + t * s.padded;
+    const F rstd = set1(r), mean = set1(s.mean[t]);
+    const F shift = set1(-r * mean_g[t % 4]), slope = set1(-r * r * mean_gz[t % 4]);
+    const E* const x = p.x + p.at(t, row);
+    const float* const g = s.g + t * s.padded;
     E* const out = b.grad_x + p.at(t, row);
     for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
       for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
-        store_result(out + c, fma(load(g + c), rstd, fma(load(z + c), slope, shift)), n, b.past);
+        const F rest = fma(sub(load_up_to(x + c, n), mean), slope, shift);
+        store_result(out + c, fma(load(g + c), rstd, rest), n, b.past);
       }
     });
   }
