@@ -250,6 +250,7 @@ void bind_spike_linear(py::module_& m) {
   };
   def_sum("gather", &Kernels::gather);
   def_sum("subset_sums", &Kernels::subset_sums);
+  def_sum("tile_sums", &Kernels::tile_sums);
   const auto def_weight_grad = [&](const char* name, auto kernel) {
     m.def(name, [kernel](uintptr_t words, uintptr_t grad, int grad_type, uintptr_t grad_weight, int64_t M, int64_t K,
                          int64_t N, int threads) {
@@ -262,6 +263,7 @@ void bind_spike_linear(py::module_& m) {
   };
   def_weight_grad("gather_weight_grad", &Kernels::gather_weight_grad);
   def_weight_grad("subset_sums_weight_grad", &Kernels::subset_sums_weight_grad);
+  def_weight_grad("tile_weight_grad", &Kernels::tile_weight_grad);
   def_weight_grad("matmul_weight_grad", &Kernels::matmul_weight_grad);
   m.def("matmul", [](uintptr_t a, int a_type, uintptr_t b, int b_type, uintptr_t bias, uintptr_t c, int c_type,
                      uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads) {
@@ -315,6 +317,7 @@ std::vector<std::string> cpu_features() {
   SPIKEDECODER_FEATURE("avx512vbmi2")
   SPIKEDECODER_FEATURE("avx512bf16")
 #undef SPIKEDECODER_FEATURE
+  if (variant_available("amx")) found.emplace_back("amx-bf16");
 #endif
   return found;
 }

@@ -207,7 +207,7 @@ struct AttentionLifBackward {
 
 // out[r, :] = bias + sum of source[q, :] over the bits q that are set in row r of words.
 // words [rows, words_for(bits)], source [bits, columns], out [rows, columns] float32 or bfloat16 (rounded once
-// every 32768 bits by gather, every 2048 by subset_sums); bias [columns] or null.
+// every 32768 bits by gather, every 2048 by subset_sums, never before by tile_sums); bias [columns] or null.
 struct SumRows {
   const uint64_t* words;
   const float *source, *bias;
@@ -279,6 +279,8 @@ namespace spikedecoder {
   X(gather_weight_grad, WeightGrad)               \
   X(subset_sums, SumRows)                         \
   X(subset_sums_weight_grad, WeightGrad)          \
+  X(tile_sums, SumRows)                           \
+  X(tile_weight_grad, WeightGrad)                 \
   X(matmul, Matmul)                               \
   X(matmul_weight_grad, WeightGrad)               \
   X(transpose, Transpose)                         \
@@ -306,6 +308,7 @@ struct Kernels {
 SPIKEDECODER_DECLARE(baseline)
 SPIKEDECODER_DECLARE(avx2)
 SPIKEDECODER_DECLARE(avx512)
+SPIKEDECODER_DECLARE(amx)
 #undef SPIKEDECODER_DECLARE
 #undef SPIKEDECODER_DECLARE_KERNEL
 

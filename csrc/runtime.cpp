@@ -10,6 +10,11 @@
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
+#if defined(SPIKEDECODER_AMX_BUILT)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace spikedecoder {
 namespace {
@@ -25,6 +30,26 @@ struct WatchForks {
   }
 } watch_forks;
 
+#if defined(SPIKEDECODER_AMX_BUILT)
+// Those of AVX-512, with the ones that the matrix unit is for.
+const Kernels amx_kernels = [] {
+  Kernels kernels = avx512::kernels;
+  kernels.name = "amx";
+  kernels.tile_sums = amx::tile_sums;
+  kernels.tile_weight_grad = amx::tile_weight_grad;
+  return kernels;
+}();
+
+// Whether the CPU has tiles of bfloat16, and Linux lets this process use them: it has to be asked.
+bool has_tiles() {
+  constexpr unsigned TILES_OF_BFLOAT16 = 1u << 22 | 1u << 24;
+  constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILES_OF_BFLOAT16) != TILES_OF_BFLOAT16) return false;
+  return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+}
+#endif
+
 const Kernels* find(const char* name) {
 #if defined(SPIKEDECODER_X86)
   __builtin_cpu_init();
@@ -34,6 +59,12 @@ const Kernels* find(const char* name) {
                      __builtin_cpu_supports("avx512vbmi2");
     return has ? &avx512::kernels : nullptr;
   }
+#if defined(SPIKEDECODER_AMX_BUILT)
+  if (!std::strcmp(name, "amx")) {
+    static const bool has = find("avx512") && has_tiles();
+    return has ? &amx_kernels : nullptr;
+  }
+#endif
   if (!std::strcmp(name, "avx2")) {
     const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
@@ -46,7 +77,7 @@ const Kernels* find(const char* name) {
 
 }  // namespace
 
-const char* const variant_names[3] = {"avx512", "avx2", "baseline"};
+const char* const variant_names[4] = {"amx", "avx512", "avx2", "baseline"};
 
 bool variant_available(const char* name) { return find(name) != nullptr; }
 

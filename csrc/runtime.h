@@ -10,7 +10,7 @@ const Kernels& kernels();
 // False if the CPU lacks it, or this build does; throws nothing.
 bool variant_available(const char* name);
 bool use_variant(const char* name);
-extern const char* const variant_names[3];  // best first
+extern const char* const variant_names[4];  // best first
 
 // Whether this CPU multiplies pairs of bfloat16; used by the AVX-512 variant.
 bool bfloat16_products();

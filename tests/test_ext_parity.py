@@ -15,7 +15,7 @@ if not ext.is_built():
 from spikedecoder.ext.cpu import native
 
 pytestmark = pytest.mark.poison_empty
-VARIANTS = ("avx512", "avx2", "baseline")
+VARIANTS = ("amx", "avx512", "avx2", "baseline")
 
 
 @pytest.fixture(params=VARIANTS)
@@ -179,7 +179,7 @@ def test_bfloat16_norm_lif(case, variant):
 
 
 @pytest.mark.parametrize("shape", [(70, 33, 20), (300, 80, 130), (40, 2100, 40), (5, 64, 16)], ids=str)
-@pytest.mark.parametrize("method", ["gather", "subset_sums", "dense"])
+@pytest.mark.parametrize("method", ["gather", "subset_sums", "tiles", "dense"])
 def test_bfloat16_spike_linear(shape, method, variant):
     """Sums in float32 on every path, rounded when they are stored."""
     from spikedecoder.ext.cpu import spike_linear

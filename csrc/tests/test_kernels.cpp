@@ -246,7 +246,7 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
   }
   const auto grad16 = narrowed(grad), columns16 = narrowed(columns);
   auto y16 = array<uint16_t>(M * N);
-  for (auto kernel : {kernels().gather, kernels().subset_sums}) {
+  for (auto kernel : {kernels().gather, kernels().subset_sums, kernels().tile_sums}) {
     y.assign(y.size(), NAN);
     kernel({words.data(), columns.data(), bias.data(), y.data(), Element::float32, M, K, N, threads});
     CHECK(close(y, expected));
@@ -258,7 +258,8 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
   kernels().gather_few({s.data(), few_words.data(), columns.data(), bias.data(), y.data(), M, K, N, threads});
   CHECK(close(y, expected));
   CHECK(few_words == words);
-  for (auto kernel : {kernels().gather_weight_grad, kernels().subset_sums_weight_grad, kernels().matmul_weight_grad}) {
+  for (auto kernel : {kernels().gather_weight_grad, kernels().subset_sums_weight_grad, kernels().tile_weight_grad,
+                      kernels().matmul_weight_grad}) {
     for (Element type : {Element::float32, Element::bfloat16}) {
       dw.assign(dw.size(), NAN);
       const void* g = type == Element::float32 ? static_cast<const void*>(grad.data()) : grad16.data();

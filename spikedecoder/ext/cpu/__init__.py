@@ -1,8 +1,8 @@
 """Backend "cpu": the operators in C++, for float32 tensors on the CPU.
 
-The best variant that the CPU has (AVX-512, AVX2 or plain code) is chosen when this package is imported;
-SPIKEDECODER_CPU=avx512, avx2 or baseline asks for one, and one that the CPU lacks is an error. Threads are
-those of `torch.set_num_threads`.
+The best variant that the CPU has (AVX-512 with the matrix unit AMX, AVX-512, AVX2 or plain code) is chosen
+when this package is imported; SPIKEDECODER_CPU=amx, avx512, avx2 or baseline asks for one, and one that the
+CPU lacks is an error. Threads are those of `torch.set_num_threads`.
 
 Memory: with glibc's default settings each large tensor is mapped afresh and faulted in page by page, which
 makes a training step on the CPU two to three times slower. Importing this package therefore tells malloc to

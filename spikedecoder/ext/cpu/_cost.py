@@ -4,6 +4,7 @@ For M rows of K channels, of which `count` values in all are 1, and N output cha
 
     gather       count * (N * add + entry) + M * K * word + M * N * row + K * N * fetch
     subset_sums  M * K * N * look_up + K * N * table + M * N * store
+    tiles        M * K * N * tile + K * N * split * (M / 1024, rounded up) + M * N * written
     dense        M * K * N * multiply_add + M * N * row + K * N * panel
 
 in nanoseconds of one thread; the ways share threads alike, so that their number does not matter. A weight
@@ -30,7 +31,8 @@ import torch
 from spikedecoder.ext.cpu import native
 
 KINDS = ("product", "weight gradient")
-METHODS = ("gather", "subset_sums", "dense")
+METHODS = ("gather", "subset_sums", "tiles", "dense")
+TILE_ROWS = 1024  # for which the source is split once (csrc/tiles.cpp)
 TRANSPOSE = 0.3  # nanoseconds per element, for a weight that does not lie by columns
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
 
@@ -51,6 +53,9 @@ class Costs:
     fetch: float = 0.0
     panel: float = 0.0
     unpack: float = 0.0
+    tile: float = 0.0
+    split: float = 0.0
+    written: float = 0.0
 
     def of(self, method: str, m: int, k: int, n: int, count: int, weight_grad: bool) -> float:
         extra = self.bits * m * k if weight_grad else 0.0
@@ -61,6 +66,9 @@ class Costs:
         if method == "subset_sums":
             sums = rows * summed * n * self.look_up + rows * n * self.store
             return sums + summed * n * self.table + extra
+        if method == "tiles":
+            sums = rows * summed * n * self.tile + rows * n * self.written
+            return sums + summed * n * self.split * -(-rows // TILE_ROWS) + extra
         extra += self.unpack * m * k if weight_grad else 0.0
         return rows * summed * n * self.multiply_add + rows * n * self.row + summed * n * self.panel + extra
 
@@ -81,6 +89,20 @@ COSTS = {
     },
     # Xeon (Emerald Rapids)
     "intel": {
+        "amx": (
+            Costs(
+                *(0.028, 0.0, 0.245, 0.0908, 0.00842, 0.616, 0.269, 0.0146, 0.0, 0.0597, 0.194, 0.0),
+                tile=0.00416,
+                split=0.245,
+                written=0.208,
+            ),
+            Costs(
+                *(0.0342, 0.0, 0.0631, 0.367, 0.00684, 1.05, 0.0588, 0.0135, 0.0451, 0.151, 0.418, 0.0451),
+                tile=0.00391,
+                split=0.381,
+                written=0.44,
+            ),
+        ),
         "avx512": (
             Costs(0.0315, 0.275, 0.414, 0.105, 0.0103, 0.544, 0.174, 0.0169, 0.0, 0.0367, 0.0699),
             Costs(0.0387, 0.0, 0.103, 0.354, 0.00816, 1.31, 0.0132, 0.0161, 0.0, 0.164, 0.369),
@@ -106,9 +128,8 @@ BFLOAT16_TILES = {"multiply_add": 0.002, "fetch": 0.4, "panel": 0.27, "unpack": 
 
 @functools.cache
 def has_tiles() -> bool:
-    """Whether torch's products of bfloat16 run in the CPU's matrix unit (AMX)."""
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", bool)  # torch's own, and private
-    return bool(tiles())
+    """Whether the CPU has a matrix unit (AMX), in which torch's products of bfloat16 run too."""
+    return "amx" in native.variants()
 
 
 def _maker() -> str:
@@ -123,7 +144,7 @@ def costs_of(variant: str, dtype: torch.dtype, weight_grad: bool) -> Costs:
     if dtype != torch.bfloat16:
         return table
     if has_tiles():
-        return replace(table, **BFLOAT16_TILES)
+        return replace(table, **BFLOAT16_TILES, tile=table.tile / 3)  # one part of three
     if variant == "avx512" and native.build()["bfloat16_products"]:
         return replace(table, multiply_add=BFLOAT16_PAIRS * table.multiply_add)
     return table
@@ -133,7 +154,8 @@ def costs_of(variant: str, dtype: torch.dtype, weight_grad: bool) -> Costs:
 def costs(variant: str, weight_grad: bool = False) -> Costs:
     path = os.environ.get(_ENV)
     if not path:
-        return COSTS[_maker()][variant][weight_grad]
+        of_maker = COSTS[_maker()]
+        return (of_maker if variant in of_maker else COSTS["intel"])[variant][weight_grad]
     known = {field.name for field in fields(Costs)}
     try:
         values = json.loads(Path(path).read_text("utf-8"))[variant][KINDS[weight_grad]]
@@ -150,7 +172,8 @@ def costs(variant: str, weight_grad: bool = False) -> Costs:
 @functools.cache
 def _methods(variant: str) -> tuple[str, ...]:
     # without AVX-512 there is no instruction that looks up sixteen floats
-    return METHODS if variant == "avx512" else ("gather", "dense")
+    lacking = {"amx": (), "avx512": ("tiles",)}.get(variant, ("subset_sums", "tiles"))
+    return tuple(method for method in METHODS if method not in lacking)
 
 
 def fastest(
@@ -173,7 +196,8 @@ def _crossover(
 ) -> tuple[float, str]:
     """(ones up to which gathering is the fastest, what is beyond): the others do not depend on ones."""
     table = costs_of(variant, dtype, weight_grad)
-    extra = {"gather": TRANSPOSE * k * n, "subset_sums": TRANSPOSE * k * n} if transposed else {}
+    by_columns = ("gather", "subset_sums", "tiles")
+    extra = dict.fromkeys(by_columns, TRANSPOSE * k * n) if transposed else {}
     fixed = {
         method: table.of(method, m, k, n, 0, weight_grad) + extra.get(method, 0.0)
         for method in _methods(variant)

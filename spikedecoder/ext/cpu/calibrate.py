@@ -3,7 +3,7 @@
     python -m spikedecoder.ext.cpu.calibrate costs.json
     SPIKEDECODER_SPIKE_LINEAR_COST=costs.json python train.py
 
-Times the three ways for a set of shapes and spike rates, fits the constants (least squares of relative
+Times each way for a set of shapes and spike rates, fits the constants (least squares of relative
 errors), and prints for each point how much slower the model's choice is than the best one.
 """
 

@@ -1,7 +1,7 @@
-"""Linear layer on spikes in C++ (csrc/spike_linear.cpp, subset_sums.cpp, matmul.cpp): by gathering columns of
-the weight, by subset sums, or dense.
+"""Linear layer on spikes in C++ (csrc/spike_linear.cpp, subset_sums.cpp, tiles.cpp, matmul.cpp): by gathering
+columns of the weight, by subset sums, in the CPU's matrix unit, or dense.
 
-Which of the three runs is decided from the shape and the measured spike rate; see `_cost`.
+Which of these runs is decided from the shape and the measured spike rate; see `_cost`.
 """
 
 from __future__ import annotations
@@ -79,15 +79,19 @@ class Product:
         dtype = self.weight.dtype
         if self.by_torch:
             return F.linear(unpack(words, self.channels, dtype), self.weight, self.bias)
-        whole = self.channels <= _ROUNDED_ONCE or self.method == "dense"
+        whole = self.channels <= _ROUNDED_ONCE or self.method in ("tiles", "dense")
         y = empty((*words.shape[:-1], self.outputs), dtype if whole else torch.float32)
         sizes = (_rows(words), self.channels, self.outputs, torch.get_num_threads())
         if self.method == "dense":
             _matmul(words, BITS, self.columns, self.bias, y, None, sizes)
         else:
-            sum_rows = native.gather if self.method == "gather" else native.subset_sums
+            kernels = {
+                "gather": native.gather,
+                "subset_sums": native.subset_sums,
+                "tiles": native.tile_sums,
+            }
             addresses = (address(words), address(self.columns), address(self.bias), address(y))
-            sum_rows(*addresses, ELEMENTS[y.dtype], *sizes)
+            kernels[self.method](*addresses, ELEMENTS[y.dtype], *sizes)
         return y if whole else y.to(dtype)
 
 
@@ -98,7 +102,7 @@ def _rows(words: Tensor) -> int:
 def _own_products(dtype: torch.dtype) -> bool:
     """Whether the dense kernel is as fast as torch's: it has been written for AVX-512, and not for the matrix
     unit that multiplies bfloat16 in some CPUs."""
-    return bool(native.variant() == "avx512") and not (dtype == torch.bfloat16 and _cost.has_tiles())
+    return native.variant() in ("amx", "avx512") and not (dtype == torch.bfloat16 and _cost.has_tiles())
 
 
 def _matmul(
@@ -165,6 +169,7 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
     kernel = {
         "gather": native.gather_weight_grad,
         "subset_sums": native.subset_sums_weight_grad,
+        "tiles": native.tile_weight_grad,
         "dense": native.matmul_weight_grad,
     }[method]
     kernel(
