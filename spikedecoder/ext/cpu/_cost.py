@@ -33,6 +33,7 @@ from spikedecoder.ext.cpu import native
 KINDS = ("product", "weight gradient")
 METHODS = ("gather", "subset_sums", "tiles", "dense")
 TILE_ROWS = 1024  # for which the source is split once (csrc/tiles.cpp)
+TILES_MARGIN = 1.25  # gathering is kept up to this: the matrix unit slows down where others use it
 TRANSPOSE = 0.3  # nanoseconds per element, for a weight that does not lie by columns
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
 
@@ -207,4 +208,5 @@ def _crossover(
     gather = fixed.pop("gather")
     other = min(fixed, key=fixed.__getitem__)
     each = n * table.add + table.entry
-    return ((fixed[other] - gather) / each if each else math.inf), other
+    least = fixed[other] * (TILES_MARGIN if other == "tiles" else 1.0)
+    return ((least - gather) / each if each else math.inf), other
