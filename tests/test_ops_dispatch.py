@@ -237,6 +237,7 @@ def test_outputs_do_not_alias_and_inputs_stay():
 
 
 Q = torch.ones(2, 1, 2, 4, 8)
+ONES = torch.ones(8)
 LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
 
 
@@ -283,6 +284,42 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.norm_lif(X.long(), LAYER, LIFParams()), TypeError, "x: got dtype torch.int64"),
         (lambda: ops.norm_lif(X[..., :3], LAYER, LIFParams()), ValueError, "x: got 3 channels"),
         (lambda: ops.norm_lif(X.to("meta"), LAYER, LIFParams()), ValueError, "different devices"),
+        *(
+            (lambda o=operator, n=norm: o(n), error, message)
+            for norm, error, message in (
+                (
+                    NormParams("layer", ONES, torch.zeros(7)),
+                    ValueError,
+                    r"bias: got shape \(7,\), takes that of",
+                ),
+                (NormParams("layer", ONES, ONES.to("meta")), ValueError, "different devices"),
+                (NormParams("layer", ONES.long(), ONES), TypeError, "weight: got dtype torch.int64"),
+                (
+                    NormParams("batch", ONES, ONES),
+                    ValueError,
+                    r"running: got 0 .* \(running_mean, running_var",
+                ),
+                (
+                    NormParams("batch", ONES, ONES, running=(ONES, ONES.to("meta")), training=False),
+                    ValueError,
+                    "running_var on meta",
+                ),
+                (
+                    NormParams("power", ONES, ONES, running=(torch.ones(9), ONES, torch.tensor(0))),
+                    ValueError,
+                    r"running_phi: got shape \(9,\)",
+                ),
+            )
+            for operator in (lambda n: ops.norm_lif(X, n, LIFParams()), lambda n: ops.norm(X, n))
+        ),
+        (lambda: ops.spike_linear(X, torch.ones(3, 8), torch.ones(3).long()), TypeError, "bias: got dtype"),
+        (lambda: ops.spike_attention(Q, Q, Q, decay=[0.5, 0.5]), TypeError, "decay: got list"),
+        (lambda: ops.spike_attention(Q, Q, Q, dropout=-0.1), ValueError, "dropout: got -0.1"),
+        (
+            lambda: ops.spike_attention_lif(Q, Q, Q, LIFParams(), dropout=float("nan")),
+            ValueError,
+            "dropout: got nan",
+        ),
     ],
 )
 def test_bad_input(call, error, message):

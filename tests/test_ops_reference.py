@@ -126,6 +126,23 @@ def test_attention_gives_its_initial_state_a_gradient(backend, decay, learn_qkv)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.triton_interpreter
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_attention_of_no_tokens(backend):
+    q = torch.ones(2, 1, 3, 0, 8, requires_grad=True)
+    state = torch.rand(2, 1, 3, 8, 8)
+    with ops.use_backend(backend):
+        out, last = ops.spike_attention(q, q, q, state=state, return_state=True)
+        spikes = ops.spike_attention_lif(q, q, q, LIFParams())
+        assert torch.autograd.grad(out.sum() + spikes.sum(), q)[0].shape == q.shape
+    assert out.shape == spikes.shape == q.shape and torch.equal(last, state)
+
+
+def test_linear_takes_spikes_of_another_dtype_than_the_weights():
+    s, weight = (torch.rand(5, 8) < 0.5).float(), torch.randn(3, 8, dtype=torch.float64)
+    assert torch.equal(ops.spike_linear(s, weight), s.double() @ weight.T)
+
+
 def test_attention_result_merges_heads_for_free():
     q = torch.ones(2, 1, 3, 10, 8)
     assert ops.spike_attention(q, q, q).transpose(2, 3).is_contiguous()

@@ -47,6 +47,13 @@ class Statistics:
     rows: Tensor | None = None
 
 
+_RUNNING = {
+    "layer": (),
+    "batch": ("running_mean", "running_var"),
+    "power": ("running_phi", "ema_gz", "iters"),
+}
+
+
 @torch.no_grad()
 def statistics(x: Tensor, n: NormParams) -> Statistics | None:
     """Of BatchNorm and PowerNorm, whose running ones move on in training; None for LayerNorm (rows' own)."""
@@ -76,6 +83,16 @@ def check_norm(x: Tensor, n: NormParams) -> None:
     _check.floating("x", x, min_dims=2)
     if n.weight.shape != x.shape[-1:]:
         raise ValueError(f"x: got {x.shape[-1]} channels (shape {tuple(x.shape)}), takes {n.weight.shape[0]}")
+    _check.floating("weight", n.weight)
+    _check.floating("bias", n.bias)
+    names = _RUNNING[n.kind]
+    if len(n.running) != len(names):
+        raise ValueError(f"running: got {len(n.running)} tensors, takes ({', '.join(names)})")
+    of_channels = dict(zip(("bias", *names), (n.bias, *n.running), strict=True))
+    of_channels.pop("iters", None)
+    for name, tensor in of_channels.items():
+        _check.same_shape("weight", n.weight, name, tensor)
+    _check.same_device(x=x, weight=n.weight, **of_channels)
     least = {"layer": 0, "batch": 2, "power": 1}[n.kind]
     if n.training and n.synced is None and x.numel() < least * x.shape[-1]:
         raise ValueError(

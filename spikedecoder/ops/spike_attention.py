@@ -142,6 +142,11 @@ def check_levels(levels: int) -> None:
         raise ValueError(f"levels: got {levels}, takes 1 to {MAX_LEVELS}")
 
 
+def check_dropout(dropout: float) -> None:
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: got {dropout}, takes a probability, 0 to 1")
+
+
 def check_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> None:
     """q, k, v alike, [T, B, H, S, d]; decay one value a head."""
     _check.floating("q", q, dims=5)
@@ -151,6 +156,8 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> No
         _check.same_shape("q", q, name, x)
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
+    if decay is not None and not isinstance(decay, Tensor):
+        raise TypeError(f"decay: got {type(decay).__name__}, takes a torch.Tensor")
     _check.same_device(q=q, k=k, v=v, decay=decay)
     heads = q.shape[2]
     if decay is not None and decay.shape != (heads,):
@@ -204,6 +211,7 @@ def spike_attention(
     """
     check_attention(q, k, v, decay)
     check_levels(levels)
+    check_dropout(dropout)
     _check.same_device(q=q, state=state)
     t, b, h, _, d = q.shape
     if state is not None and state.shape != (t, b, h, d, d):

@@ -13,6 +13,7 @@ from spikedecoder.ops.lif import lif_params
 from spikedecoder.ops.spike_attention import (
     as_words,
     check_attention,
+    check_dropout,
     heads_last,
     keep,
     kept,
@@ -131,6 +132,7 @@ def spike_attention_lif(
         TypeError, ValueError: naming the argument.
     """
     check_attention(q, k, v, decay)
+    check_dropout(dropout)
     _check.same_device(q=q, v_threshold=threshold)
     if threshold is not None and threshold.dim() > 0:
         by_head = torch.Size((q.shape[2], 1, q.shape[-1]))

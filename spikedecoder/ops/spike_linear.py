@@ -98,6 +98,8 @@ def check_linear(s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check.floating("weight", weight, dims=2)
     if s.shape[-1] != weight.shape[1]:
         raise ValueError(f"s: got {s.shape[-1]} channels (shape {tuple(s.shape)}), takes {weight.shape[1]}")
+    if bias is not None:
+        _check.floating("bias", bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, takes ({weight.shape[0]},)")
     _check.same_device(s=s, weight=weight, bias=bias)
@@ -166,6 +168,6 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     check_linear(s, weight, bias)
     *product, backend = as_product(weight, bias)
     if backend == "reference":
-        return F.linear(s, weight, bias)
+        return F.linear(s.to(weight.dtype), weight, bias)
     y, _ = _spike_linear(s, *product, backend)
     return y

@@ -81,7 +81,7 @@ def chunked(
         outs.append(quadratic(q_, k_, v_, scale, decay, state))
         if start + CHUNK < q.shape[-2]:
             state = advance_state(k_, v_, decay, state)
-    return torch.cat(outs, -2)
+    return torch.cat(outs, -2) if outs else q * scale
 
 
 def forward(
