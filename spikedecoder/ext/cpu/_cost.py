@@ -4,7 +4,7 @@ For M rows of K channels, of which `count` values in all are 1, and N output cha
 
     gather       count * (N * add + entry) + M * K * word + M * N * row + K * N * fetch
     subset_sums  M * K * N * look_up + K * N * table + M * N * store
-    tiles        M * K * N * tile + K * N * split * (M / 1024, rounded up) + M * N * written
+    tiles        M * K * (N * tile + spread) + K * N * split * (M / 1024, rounded up) + M * N * written
     dense        M * K * N * multiply_add + M * N * row + K * N * panel
 
 in nanoseconds of one thread; the ways share threads alike, so that their number does not matter. A weight
@@ -57,6 +57,7 @@ class Costs:
     tile: float = 0.0
     split: float = 0.0
     written: float = 0.0
+    spread: float = 0.0
 
     def of(self, method: str, m: int, k: int, n: int, count: int, weight_grad: bool) -> float:
         extra = self.bits * m * k if weight_grad else 0.0
@@ -68,7 +69,7 @@ class Costs:
             sums = rows * summed * n * self.look_up + rows * n * self.store
             return sums + summed * n * self.table + extra
         if method == "tiles":
-            sums = rows * summed * n * self.tile + rows * n * self.written
+            sums = rows * summed * (n * self.tile + self.spread) + rows * n * self.written
             return sums + summed * n * self.split * -(-rows // TILE_ROWS) + extra
         extra += self.unpack * m * k if weight_grad else 0.0
         return rows * summed * n * self.multiply_add + rows * n * self.row + summed * n * self.panel + extra
@@ -92,16 +93,18 @@ COSTS = {
     "intel": {
         "amx": (
             Costs(
-                *(0.028, 0.0, 0.245, 0.0908, 0.00842, 0.616, 0.269, 0.0146, 0.0, 0.0597, 0.194, 0.0),
-                tile=0.00416,
-                split=0.245,
-                written=0.208,
+                *(0.0292, 0.0, 0.295, 0.0921, 0.00849, 0.613, 0.295, 0.0147, 0.0, 0.0608, 0.196, 0.0),
+                tile=0.00378,
+                split=0.299,
+                written=0.137,
+                spread=0.208,
             ),
             Costs(
-                *(0.0342, 0.0, 0.0631, 0.367, 0.00684, 1.05, 0.0588, 0.0135, 0.0451, 0.151, 0.418, 0.0451),
-                tile=0.00391,
-                split=0.381,
-                written=0.44,
+                *(0.0348, 0.0, 0.115, 0.37, 0.00691, 1.07, 0.082, 0.0137, 0.00205, 0.166, 0.501, 0.0205),
+                tile=0.00387,
+                split=0.383,
+                written=0.447,
+                spread=0.0684,
             ),
         ),
         "avx512": (
