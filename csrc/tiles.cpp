@@ -173,7 +173,6 @@ struct Job {
   int64_t panels() const { return parts_of(columns, BLOCKS * SIDE); }
   int64_t width() const { return round_up(parts_of(columns, panels()), SIDE); }
   int64_t ranges() const { return parts_of(rows, RANGE); }
-  int64_t range() const { return round_up(parts_of(rows, ranges()), SIDE); }
 };
 
 // What a thread needs for a task.
@@ -236,12 +235,16 @@ void sum_panel(const Job<S>& job, Range rows, Range bits, Range columns, const f
 // All rows and columns, of bits that are shared out to `groups`, whose sums go to out(group).
 template <class S, class Out>
 void sum_all(const Job<S>& job, int64_t groups, const float* bias, bool past, int most, const Out& out) {
-  const int64_t panels = job.panels(), width = job.width(), ranges = job.ranges(), range = job.range();
+  const int64_t panels = job.panels(), width = job.width();
   const int64_t depth = round_up(parts_of(job.bits, groups), DEPTH);
   const double columns = static_cast<double>(job.columns);
   const double sums = 0.0012 * static_cast<double>(job.rows) * static_cast<double>(job.bits) * columns;
   const double moved = 0.1 * static_cast<double>(job.rows + job.bits) * columns;
   const int threads = threads_for(sums + moved, most);
+  int64_t ranges = job.ranges();  // more of them where threads would have nothing to do, as long as they are long
+  while (groups * ranges * panels < 2 * threads && job.rows / (ranges + 1) >= 2 * ROWS) ranges++;
+  const int64_t range = round_up(parts_of(job.rows, ranges), SIDE);
+  ranges = parts_of(job.rows, range);
   Tasks tasks(groups * ranges * panels);
   team(threads, [&](int, int) {
     const Room room;
