@@ -147,6 +147,9 @@ def _rows_of(out: Path, operator: str) -> str:
 def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
     """Run the processes side by side; each writes STAGE-NAME.log. All are ended at the limit."""
     outcome, start = Outcome(stage.name), time.monotonic()
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # as in what a shell runs in the background; all that is started here would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     running = []
     for name, command in stage.processes:
         with (out / f"{stage.name}-{name}.log").open("w") as log:
