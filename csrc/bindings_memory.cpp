@@ -52,6 +52,7 @@ py::object result(const std::vector<int64_t>& shape, int type) {
   int64_t n = 1;
   for (int64_t size : shape) n = elements({n, size});
   std::unique_ptr<Result> made(new Result{{}, shape, Scratch(static_cast<size_t>(n) * kTypes[type].bits / 8)});
+  ask_for_huge_pages();
   DLTensor& t = made->managed.tensor;
   t.data = made->memory.get();
   t.device = {kCPU, 0};

@@ -9,6 +9,8 @@
 #endif
 #if defined(__GLIBC__)
 #include <malloc.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #endif
 #if defined(SPIKEDECODER_AMX_BUILT)
 #include <cpuid.h>
@@ -119,8 +121,31 @@ Scratch::Scratch(size_t bytes) : memory_(std::malloc(bytes + 64)) {
 
 Scratch::~Scratch() { std::free(memory_); }
 
+#if defined(__GLIBC__)
+namespace {
+
+// Where the heap ended when huge pages were last asked for; 0: nobody wants any.
+std::atomic<uintptr_t> heap_end{0};
+
+uintptr_t end_of_heap() { return reinterpret_cast<uintptr_t>(sbrk(0)); }
+
+}  // namespace
+#endif
+
+void ask_for_huge_pages() {
+#if defined(__GLIBC__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 4096, HUGE_PAGE = 2 << 20;
+  uintptr_t before = heap_end;
+  const uintptr_t now = end_of_heap();
+  if (!before || now < before + HUGE_PAGE || !heap_end.compare_exchange_strong(before, now)) return;
+  const uintptr_t begin = before / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(begin), now / PAGE * PAGE - begin, MADV_HUGEPAGE);  // a wish: it may be refused
+#endif
+}
+
 bool keep_freed_memory() {
 #if defined(__GLIBC__)
+  heap_end = end_of_heap();
   // glibc gives blocks above its mmap threshold (at most 32 MiB) back to the system when they are freed and
   // faults them in again, page by page, at the next allocation. Tensors of that size come and go in every
   // training step: serve them from the heap, and keep the heap's top.

@@ -43,5 +43,7 @@ static constexpr int64_t per_thread(int64_t n) { return round_up(n, 16) + 1024; 
 
 // Returns unused memory to the system less eagerly; false where the C library has no such setting.
 bool keep_freed_memory();
+// After that: asks Linux for huge pages where the heap has grown since the last call, before they are first written.
+void ask_for_huge_pages();
 
 }  // namespace spikedecoder

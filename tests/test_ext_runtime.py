@@ -114,6 +114,33 @@ print(faults(), spikedecoder.ext.cpu.KEEPS_FREED_MEMORY)
 
 
 @needs_extension
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="needs Linux's huge pages"
+)
+def test_large_results_lie_in_huge_pages_where_linux_has_them():
+    code = """
+from pathlib import Path
+import torch, spikedecoder.ext.cpu as cpu
+from spikedecoder.ext.cpu._memory import empty
+kept = [empty([8 << 20]).fill_(1) for _ in range(4)]
+size = asked = 0
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    name, *values = line.split()
+    if name == "Size:":
+        size = int(values[0])
+    elif name == "VmFlags:" and "hg" in values:
+        asked += size
+print(asked, cpu.KEEPS_FREED_MEMORY)
+"""
+    asked, kept = run_python(code).stdout.split()
+    not_asked, _ = run_python(code, SPIKEDECODER_TUNE_MALLOC="0").stdout.split()
+    if kept == "False":
+        pytest.skip("this C library has no mallopt")
+    assert int(asked) > 4 * (32 << 10)  # KiB
+    assert int(not_asked) == 0
+
+
+@needs_extension
 def test_from_several_python_threads():
     """Also products with bfloat16 weights, whose choice, columns and rounding threads share."""
     torch.manual_seed(0)
