@@ -275,7 +275,8 @@ def test_a_stop_ends_texts_that_take_too_long(model, gate):
 
 
 def test_the_command_serves_and_stops_at_sigterm(model, tmp_path):
-    model.save_pretrained(tmp_path / "tiny" / "best")
+    model.save_pretrained(tmp_path / "tiny" / "checkpoints" / "step-00000004")
+    (tmp_path / "tiny" / "best").symlink_to("checkpoints/step-00000004")  # as in a training run
     command = [sys.executable, "-c", "from spikedecoder.cli import main; main()", "serve"]
     process = subprocess.Popen(
         [*command, "--checkpoint", tmp_path / "tiny", "--port", "0", "--max-tokens-limit", "100000"],

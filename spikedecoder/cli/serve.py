@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -93,5 +94,5 @@ def _name(where: str) -> str:
     folder = Path(where)
     if not folder.exists():
         return where
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))  # not resolved: best and last are links
     return folder.parent.name if folder.name in ("best", "last") else folder.name
