@@ -221,10 +221,11 @@ def test_resuming_something_else_is_an_error(corpus: Corpus, tmp_path: Path, who
     ):
         with pytest.raises(ValueError, match=message):
             train(config, corpus, changed, out=out, resume=True)
-    (tmp_path / "other.txt").write_text(STORY.replace("cat", "tac"))
-    other = prepare_corpus([tmp_path / "other.txt"], cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="text: not the one"):
-        train(dropping(corpus), other, same, out=out, resume=True)
+    for story in (STORY.replace("cat", "tac"), STORY + "§"):  # with as many different characters, with more
+        (tmp_path / "other.txt").write_text(story)
+        other = prepare_corpus([tmp_path / "other.txt"], cache_dir=tmp_path)
+        with pytest.raises(ValueError, match="text: not the one"):
+            train(dropping(corpus), other, same, out=out, resume=True)
     with pytest.raises(CheckpointError, match="no such folder"):
         train(dropping(corpus), corpus, same, out=tmp_path / "absent", resume=True)
     with pytest.raises(CheckpointError, match="holds no run"):
@@ -317,7 +318,7 @@ def test_two_processes_share_a_batch(corpus: Corpus, tmp_path: Path) -> None:
         "--out",
         "two",
         "--device",
-        "cpu",
+        "cpu" if torch.accelerator.is_available() else "auto",
         "--threads",
         "1",
         "--max-steps",

@@ -36,12 +36,14 @@ def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False
     # Accelerate keeps device and precision for the life of the process; each run here has its own
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     chosen = settings.device if settings.device not in ("auto", "cpu") else None
+    # where it is not told, Accelerate lets several processes on CPUs train apart, each as if alone
+    cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
     previous = os.environ.get("ACCELERATE_TORCH_DEVICE")
     try:
         if chosen is not None and "LOCAL_RANK" not in os.environ:
             os.environ["ACCELERATE_TORCH_DEVICE"] = chosen
         accelerator = Accelerator(
-            cpu=settings.device == "cpu",
+            cpu=cpu,
             mixed_precision=settings.mixed_precision,
             gradient_accumulation_steps=settings.grad_accum,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],

@@ -65,11 +65,11 @@ def train(
     TrainingError (the loss became NaN or infinite; nothing is saved over the last checkpoint).
     """
     settings, out = train_config or TrainConfig(), Path(out)
-    _check(config, corpus)
     info = RunInfo.read(out) if resume else None
     if info is not None:
         check_same(out, info, config, settings, corpus.fingerprint)
         source = info.source if source is None else source
+    _check(config, corpus)
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         accelerator = make_accelerator(settings, find_unused_parameters=not config.learn_positions)
