@@ -43,6 +43,7 @@ def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) ->
 
 def _show(where: str, tokens: int, diagnosis: Diagnosis) -> None:
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -54,7 +55,9 @@ def _show(where: str, tokens: int, diagnosis: Diagnosis) -> None:
         shares = (f"{100 * share:.1f} %" for share in (x.rate, x.dead, x.saturated, x.flat))
         gradient = "none" if x.gradient is None else f"{x.gradient:.1e}"
         table.add_row(x.name, *shares, gradient, f"{x.threshold:.3g}")
-    console.print(table)
+    # a terminal that is too narrow breaks lines, which loses no figures
+    whole = Measurement.get(console, console.options.update(width=1000), table).maximum
+    Console(highlight=False, width=whole).print(table)
     console.print(
         "fires: spikes per neuron and timestep. dead, saturated: neurons that never, or always, fired. "
         "flat: membrane potentials where the surrogate has less than 1 % of its steepest slope. "

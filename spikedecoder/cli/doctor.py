@@ -20,6 +20,7 @@ _OPTIONAL = {
     "matplotlib": ("plots", "pip install 'spikedecoder[viz]'"),
     "gradio": ("the web app", "pip install 'spikedecoder[app]'"),
     "optuna": ("sweeps", "pip install 'spikedecoder[sweep]'"),
+    "fastapi": ("serving", "pip install 'spikedecoder[serve]'"),
 }
 _SHAPES = {"spike_attention": (4, 1, 4, 128, 24), "spike_attention_lif": (4, 1, 4, 128, 24)}
 _SHAPE = (4, 1, 128, 96)
