@@ -189,7 +189,7 @@ def test_run_folders(saved, tmp_path):
     assert run(*arguments, run_folder).stdout == run(*arguments, folder).stdout
 
 
-def test_bad_checkpoints(saved, tmp_path):
+def test_bad_checkpoints(saved, tmp_path, monkeypatch):
     _, folder = saved
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -211,6 +211,10 @@ def test_bad_checkpoints(saved, tmp_path):
             raise run("--checkpoint", tmp_path / name, code=1).exception
     with pytest.raises(CheckpointError, match="no such folder here, and config"):
         raise run("--checkpoint", "someone/some-model", code=1).exception
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "bare/lsat"):  # no hub is asked for what can only be a folder
+        with pytest.raises(ValueError, match="a name on the hub is OWNER/NAME"):
+            raise run("--checkpoint", name, code=1).exception
 
 
 @pytest.mark.parametrize(

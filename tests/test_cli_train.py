@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import spikedecoder
 from spikedecoder import SpikeDecoder
 from spikedecoder.cli import main
 from spikedecoder.training.checkpoints import read_step
@@ -89,6 +90,15 @@ def test_a_person_sees_progress_and_text(
         assert word in captured.err
 
 
+def test_nothing_is_said_of_spikes_where_there_are_none(
+    story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["--out", tmp_path / "run", "--max-steps", "1"]
+    assert run("train", "--text", story, "--preset", "default-ann", *steps, *SMALL) == 0
+    said = capsys.readouterr().err
+    assert "spike degree 0" in said and "timesteps" not in said and "spike rate" not in said
+
+
 def test_every_field_can_be_set(story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "my.toml"
     file.write_text(
@@ -142,6 +152,9 @@ def test_a_finished_run_can_be_prolonged(
 ) -> None:
     out = tmp_path / "run"
     first = result(capsys, "train", "--text", story, "--out", out, "--max-steps", "3", *SMALL)
+    assert run("train", "--resume", out) == 0
+    said = capsys.readouterr().err
+    assert "has done its 3 steps; --max-steps N trains longer" in said and "tokens/s" not in said
     again = result(capsys, "train", "--resume", out)
     assert (again["steps"], again["val_loss"]) == (3, first["val_loss"])
     assert result(capsys, "train", "--resume", out, "--max-steps", "6")["steps"] == 6
@@ -179,6 +192,7 @@ def test_bad_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: 
         (["--tokenizer", "bpe"], "tokenizer: got 'bpe', takes one of char"),
         (["--device", "tpu"], "device: got 'tpu'"),
         (["--corpus", "builtin"], "--text and --corpus: got both"),
+        (["--min-count", "3"], "min_count: got 3, takes --tokenizer word"),
         (["--set", "vocab_size=7"], "vocab_size: got 7"),
         (["--blok", "3"], "--blok"),
         (["--resume", "nowhere"], "nowhere: no such folder"),
@@ -363,6 +377,8 @@ def test_convert_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "options: missing" in fails(capsys, "convert", checkpoint, tmp_path / "m")
     assert "unknown option" in fails(capsys, "convert", checkpoint, tmp_path / "m", "--set", "hedas=2")
     assert "not empty" in fails(capsys, "convert", checkpoint, tmp_path, "--set", "heads=2")
+    (tmp_path / "a.model").write_bytes(checkpoint.read_bytes())
+    assert "does not end in .pt" in fails(capsys, "convert", tmp_path / "a.model", tmp_path / "m")
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
     assert case
 
@@ -399,6 +415,14 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     text = capsys.readouterr().out
     assert command in text and "--json" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"spikedecoder {spikedecoder.__version__}\n"
+    command = [sys.executable, "-m", "spikedecoder", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert said == f"spikedecoder {spikedecoder.__version__}\n"
 
 
 def test_no_such_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -19,12 +20,30 @@ from spikedecoder.cli.train import train
 
 app = typer.Typer(
     name="spikedecoder",
-    help="Train and run language models whose every activation is a spike.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from spikedecoder import __version__
+
+        print(f"spikedecoder {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train and run language models whose every activation is a spike."""
+
+
 app.command()(train)
 app.command()(generate)
 app.command()(serve)

@@ -140,8 +140,11 @@ def find_checkpoint(checkpoint: str) -> str:
     """The folder with a model in it: `checkpoint` itself, or its best/ or last/; else a hub name as it is."""
     folder = Path(checkpoint)
     if not folder.exists():
-        if checkpoint.count("/") > 1 or checkpoint.startswith((".", "/", "~")) or not checkpoint:
-            raise ValueError(f"--checkpoint: {checkpoint!r}: no such folder")
+        owner, _, name = checkpoint.partition("/")
+        if not name or "/" in name or owner in ("", ".", "..", "~") or Path(owner).exists():
+            raise ValueError(
+                f"--checkpoint: {checkpoint!r}: no such folder (a name on the hub is OWNER/NAME)"
+            )
         return checkpoint
     if not folder.is_dir():
         raise ValueError(f"--checkpoint: {checkpoint!r} is a file, takes a folder with config.json in it")

@@ -175,6 +175,11 @@ def _new(
     SpikeDecoderConfig.preset(preset)
     settings = training.TrainConfig.preset(preset, **overrides.train)
     check_device(settings.device)
+    if overrides.train.get("min_count", 1) > 1 and settings.tokenizer not in ("word", "original-word"):
+        raise ValueError(
+            f"min_count: got {settings.min_count}, takes --tokenizer word or original-word with it: "
+            "it counts words"
+        )
     if out is not None and _first_process():
         check_unused(out)
     data = prepare_corpus(
@@ -199,6 +204,7 @@ def _new(
 def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json: bool) -> TrainResult:
     from spikedecoder import training
     from spikedecoder.data import prepare_corpus
+    from spikedecoder.training.checkpoints import LAST, read_step
 
     info = training.RunInfo.read(folder)
     config = info.config.replace(**overrides.model)
@@ -216,7 +222,10 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
         val_fraction=settings.val_fraction,
     )
     _use_threads(settings.threads or info.threads)
-    reporter = training.ScreenReporter(not as_json, [f"going on with the run in {folder}"])
+    heading = f"going on with the run in {folder}"
+    if read_step(folder / LAST) == settings.steps:
+        heading = f"the run in {folder} has done its {settings.steps} steps; --max-steps N trains longer"
+    reporter = training.ScreenReporter(not as_json, [heading])
     return training.train(config, data, settings, out=folder, resume=True, reporter=reporter)
 
 
@@ -237,7 +246,8 @@ def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, fo
         f"text: {data.name}, {data.characters:,} characters, {len(data.train):,} tokens to learn and "
         f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones",
         f"model: {config.blocks} blocks, {config.embed_dim} channels, {config.heads} heads, "
-        f"{config.binary_timesteps} timesteps, spike degree {config.spike_degree}; {settings.steps} steps of "
+        + (f"{config.binary_timesteps} timesteps, " if config.spike_degree else "")
+        + f"spike degree {config.spike_degree}; {settings.steps} steps of "
         f"{settings.batch_size * settings.grad_accum} x {config.max_len} tokens; output in {folder}",
     ]
 
@@ -259,10 +269,8 @@ def _finish(result: TrainResult, as_json: bool) -> None:
             f"{result.evaluation.accuracy:.1%} ({result.evaluation.covers}); "
             f"n-gram models of the same text: {bits}"
         )
-        report.message(
-            f"{result.tokens_per_second:,.0f} tokens/s, peak memory {result.peak_rss_mib:,.0f} MiB; "
-            f"checkpoint: {result.checkpoint}"
-        )
+        speed = f"{result.tokens_per_second:,.0f} tokens/s, " if result.tokens_per_second else ""
+        report.message(f"{speed}peak memory {result.peak_rss_mib:,.0f} MiB; checkpoint: {result.checkpoint}")
         values["sample"] = _sample(result)
         if not as_json:
             print(values["sample"])

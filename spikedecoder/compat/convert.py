@@ -302,8 +302,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on to how to run foreign code
         raise CheckpointError(
-            f"{path}: not a PyTorch checkpoint, or truncated ({str(error).splitlines()[0]})"
+            f"{path}: not a PyTorch checkpoint of tensors alone, or truncated ({reason})"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()) or not state:
         raise CheckpointError(f"{path}: got no state dict of tensors")
@@ -357,6 +358,8 @@ _LOG_KINDS = {"SD": "spiking", "PSD": "partial", "NSD": "nonspiking"}
 def _read_log(checkpoint: Path) -> tuple[str, dict[str, Any]]:
     """Kind and options from the text that the original writes beside a checkpoint."""
     path = checkpoint.with_name(re.sub(r"(_?state_dict)?\.pt$", "_log.txt", checkpoint.name))
+    if path == checkpoint:
+        raise CheckpointError(f"{path}: does not end in .pt, as a checkpoint of the original's does")
     if not path.is_file():
         raise ValueError(
             f"options: missing, and there is no {path.name} beside the checkpoint to read them from"

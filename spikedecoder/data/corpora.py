@@ -109,7 +109,7 @@ def _decoded(file: BinaryIO, name: str, encoding: str) -> Iterator[str]:
             position = read - len(error.object) + error.start
             raise ValueError(
                 f"{name}: not valid {encoding} text (byte 0x{error.object[error.start]:02x} at {position}: "
-                f"{error.reason}); pass the file's encoding, or convert it to utf-8"
+                f"{error.reason}); convert it to utf-8, as with iconv, or give prepare_corpus its encoding"
             ) from None
         if first and text:
             text = text.removeprefix("\ufeff")

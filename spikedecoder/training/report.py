@@ -131,10 +131,11 @@ class ScreenReporter(Reporter):
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         self._bits = evaluation.bits
-        mean = sum(evaluation.spike_rates.values()) / max(len(evaluation.spike_rates), 1)
+        rates = evaluation.spike_rates.values()
+        spikes = f", mean spike rate {sum(rates) / len(rates):.1%}" if rates else ""
         self.message(
             f"step {step}: held-out {evaluation.bits:.3f} bits per token (loss {evaluation.loss:.4f}), "
-            f"accuracy {evaluation.accuracy:.1%}, mean spike rate {mean:.1%}; {evaluation.covers}"
+            f"accuracy {evaluation.accuracy:.1%}{spikes}; {evaluation.covers}"
         )
 
     def message(self, text: str) -> None:
