@@ -150,6 +150,10 @@ def _local(folder: Path) -> Callable[..., Path]:
 
 
 def _remote(name: str, hub: dict[str, Any]) -> Callable[..., Path]:
+    owner, slash, _ = name.partition("/")
+    if not slash or Path(owner).exists():  # a slip in a path: the hub would be asked again and again
+        raise CheckpointError(f"{name}: no such folder (a name on the hub is OWNER/NAME)")
+
     def get(file: str, optional: bool = False) -> Path:
         try:
             return Path(hf_hub_download(name, file, **hub))

@@ -143,7 +143,14 @@ class SpikeDecoder(nn.Module, FolderMixin):
                     layer["attention.state"] = layer["attention.state"].double()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over targets [B, S], those of -100 and of `pad_id` left out."""
+        """Mean cross-entropy in nats over targets [B, S], those of -100 and of `pad_id` left out.
+
+        targets: for each token the one that follows it. Raises ValueError where their shape is another.
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets: got shape {tuple(targets.shape)}, takes that of tokens, {tuple(tokens.shape)}"
+            )
         if self.config.pad_id is not None:
             targets = targets.masked_fill(targets == self.config.pad_id, IGNORE)
         logits = self(tokens).flatten(0, 1)
@@ -162,8 +169,9 @@ class SpikeDecoder(nn.Module, FolderMixin):
     ) -> Tensor:
         """Tokens [B, S] with their continuations, [B, S + N], N <= max_new_tokens.
 
-        temperature 0 is greedy; `options`: stop, suppress, keep. See `spikedecoder.generation.generate`,
-        which also takes prompts of unequal length and returns the predictions, and its `stream`.
+        temperature 0 is greedy; `options`: min_p, repetition_penalty, stop, suppress, keep, past.
+        See `spikedecoder.generation.generate`, which also takes prompts of unequal length and returns the
+        predictions, and its `stream`.
         """
         from spikedecoder.generation.generate import generate_tensor
         from spikedecoder.generation.sampling import SamplingParams

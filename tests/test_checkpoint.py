@@ -55,6 +55,14 @@ def test_works_offline_by_folder_and_says_why_a_hub_name_fails():
         SpikeDecoder.from_pretrained("nobody/nothing")
 
 
+def test_what_can_only_be_a_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "runs/bok", tmp_path / "run"):
+        with pytest.raises(CheckpointError, match="a name on the hub is OWNER/NAME"):
+            SpikeDecoder.from_pretrained(name)
+
+
 def _truncate(folder):
     path = folder / ck.WEIGHTS
     path.write_bytes(path.read_bytes()[:200])

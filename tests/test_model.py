@@ -289,6 +289,12 @@ def test_bad_tokens(variant, tokens, error, message):
         SpikeDecoder(_config(heads=1, **variant))(tokens)
 
 
+def test_targets_of_another_shape():
+    tokens = torch.zeros(2, 5).long()
+    with pytest.raises(ValueError, match=r"targets: got shape \(2, 4\), takes that of tokens, \(2, 5\)"):
+        SpikeDecoder(_config()).loss(tokens, tokens[:, 1:])
+
+
 def test_static_positions_go_on_past_the_context():
     assert SpikeDecoder(_config())(torch.zeros(1, 40).long()).shape == (1, 40, 11)
 

@@ -296,6 +296,9 @@ def test_a_study_of_another_schema_space_or_text(story, tmp_path, capsys):
     fails("a study file of another schema", *command)
     (out / "study.db").unlink()
     fails("holds trials but no study.db", *command)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    fails("holds a training run", "sweep", file, "--text", other, "--out", tmp_path / "run")
     fails("no such file", "sweep", tmp_path / "none.toml", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

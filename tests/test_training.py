@@ -76,6 +76,8 @@ def test_presets_have_the_names_of_the_models() -> None:
     assert set(TRAIN_PRESETS) == set(PRESETS)
     for name in TRAIN_PRESETS:
         TrainConfig.preset(name)
+    with pytest.raises(ValueError, match="preset: got 'defualt', takes one of default, "):
+        TrainConfig.preset("defualt")
 
 
 def test_model_and_training_share_no_field_name() -> None:

@@ -245,6 +245,8 @@ def test_a_damaged_checkpoint_is_named(
 
 
 def test_the_vocabulary_must_be_the_texts(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="corpus: got str, takes a Corpus"):
+        train(tiny(corpus), "story.txt", settings(), out=tmp_path / "run")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="vocab_size: got 99, takes that of the text's tokenizer"):
         train(tiny(corpus, vocab_size=99), corpus, settings(), out=tmp_path / "run")
     with pytest.raises(ValueError, match="shorter than the context"):

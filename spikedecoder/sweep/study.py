@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from spikedecoder.sweep.space import Search
+from spikedecoder.training.run_folder import RUN
 
 STUDY, TRIALS = "study.db", "trials"
 _NAME, _VERSION = "spikedecoder-sweep", 1
@@ -43,6 +44,8 @@ def open_study(out: Path, search: Search, fingerprint: str) -> Any:
     new = not path.exists()
     if new and (out / TRIALS).exists():
         raise ValueError(f"{out}: holds trials but no {STUDY}; takes a new folder, or the study file back")
+    if new and (out / RUN).exists():
+        raise ValueError(f"{out}: holds a training run; takes a new folder, or that of a study")
     if not new:
         _check_file(path)
     out.mkdir(parents=True, exist_ok=True)

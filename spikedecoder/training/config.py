@@ -112,7 +112,9 @@ class TrainConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TrainConfig:
         """The values that belong to the model preset of that name, with some fields changed."""
-        return cls.from_dict({**TRAIN_PRESETS.get(name, {}), **changes})
+        if name not in TRAIN_PRESETS:
+            raise ValueError(f"preset: got {name!r}, takes one of {', '.join(TRAIN_PRESETS)}")
+        return cls.from_dict({**TRAIN_PRESETS[name], **changes})
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ..., steps - 1: linear warm-up, then half a cosine."""

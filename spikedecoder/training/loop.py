@@ -64,6 +64,8 @@ def train(
     CheckpointError (nothing to resume, or broken), OSError (disk full: the last checkpoint stays whole),
     TrainingError (the loss became NaN or infinite; nothing is saved over the last checkpoint).
     """
+    if not isinstance(corpus, Corpus):
+        raise TypeError(f"corpus: got {type(corpus).__name__}, takes a Corpus, as prepare_corpus makes it")
     settings, out = train_config or TrainConfig(), Path(out)
     info = RunInfo.read(out) if resume else None
     if info is not None:
