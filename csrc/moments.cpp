@@ -19,19 +19,22 @@ SPIKEDECODER_INLINE void combine(double n_a, F& mean, F& squares, double n_b, F 
   squares = add(add(squares, squares_b), mul(mul(delta, delta), set1(static_cast<float>(n_a * n_b / n))));
 }
 
-// One block's part of the W channels at x (rows `stride` apart, the first n lanes).
-template <class E>
-SPIKEDECODER_INLINE void block_moments(const E* x, int64_t rows, int64_t stride, int n, bool center, F& mean,
-                                       F& squares) {
-  mean = zero();
-  squares = zero();
+// One block's part of the channels at x (rows `stride` apart), U vectors, the first n lanes of each.
+template <int U, class E>
+SPIKEDECODER_INLINE void block_moments(const E* x, int64_t rows, int64_t stride, int n, bool center, F (&mean)[U],
+                                       F (&squares)[U]) {
+  for (int u = 0; u < U; u++) mean[u] = squares[u] = zero();
   if (center) {
-    for (int64_t r = 0; r < rows; r++) mean = add(mean, load_up_to(x + r * stride, n));
-    mean = div(mean, set1(static_cast<float>(rows)));
+    for (int64_t r = 0; r < rows; r++) {
+      for (int u = 0; u < U; u++) mean[u] = add(mean[u], load_up_to(x + r * stride + u * W, n));
+    }
+    for (int u = 0; u < U; u++) mean[u] = div(mean[u], set1(static_cast<float>(rows)));
   }
   for (int64_t r = 0; r < rows; r++) {
-    const F d = sub(load_up_to(x + r * stride, n), mean);
-    squares = fma(d, d, squares);
+    for (int u = 0; u < U; u++) {
+      const F d = sub(load_up_to(x + r * stride + u * W, n), mean[u]);
+      squares[u] = fma(d, d, squares[u]);
+    }
   }
 }
 
@@ -46,14 +49,18 @@ void moments_of(const Moments& a, const E* x) {
     const Range rows = share(a.rows, thread, all, BLOCK);
     for (int64_t r = rows.begin; r < rows.end; r += BLOCK) {
       const int64_t length = rows.end - r < BLOCK ? rows.end - r : BLOCK;
-      for (int64_t c = 0; c < a.C; c += W) {
-        const int n = static_cast<int>(a.C - c < W ? a.C - c : W);
-        F mean_b, squares_b, mean = load(means + c), square = load(squares + c);
-        block_moments(x + r * a.C + c, length, a.C, n, a.center, mean_b, squares_b);
-        combine(static_cast<double>(r - rows.begin), mean, square, static_cast<double>(length), mean_b, squares_b);
-        store(means + c, mean);
-        store(squares + c, square);
-      }
+      for_channels_evenly(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+        constexpr int U = decltype(vectors)::count;
+        F mean_b[U], squares_b[U];
+        block_moments<U>(x + r * a.C + c, length, a.C, n, a.center, mean_b, squares_b);
+        for (int u = 0; u < U; u++, c += W) {
+          F mean = load(means + c), square = load(squares + c);
+          combine(static_cast<double>(r - rows.begin), mean, square, static_cast<double>(length), mean_b[u],
+                  squares_b[u]);
+          store(means + c, mean);
+          store(squares + c, square);
+        }
+      });
     }
   });
   for (int64_t c = 0; c < a.C; c += W) {
