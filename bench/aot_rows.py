@@ -26,8 +26,8 @@ ROUNDED = (*STREAM, ONCE)
 
 
 OPERATORS = (
-    "lif", "ilif", "binarize", "pack_spikes", "norm_lif", "spike_attention", "spike_attention_lif",
-    "spike_linear", "linear_norm_lif",
+    "lif", "ilif", "binarize", "pack_spikes", "norm_lif", "norm_ilif", "spike_attention",
+    "spike_attention_lif", "spike_linear", "linear_norm_lif",
 )  # fmt: skip
 MORE_CASES = (
     Case("lif", "T17", (17, 3, 33)),  # in pieces
@@ -115,9 +115,9 @@ def small_rows() -> Iterator[Row]:
 def norm_lif_rows() -> Iterator[Row]:
     from spikedecoder.kernels import norm_lif
 
-    bf16, p = torch.bfloat16, LIFParams()
+    bf16, lif = torch.bfloat16, LIFParams()
 
-    def row(call: str, T: int, C: int, dtype: torch.dtype = bf16) -> Row:
+    def row(call: str, T: int, C: int, dtype: torch.dtype = bf16, p: LIFParams | ILIFParams = lif) -> Row:
         x, grad = (meta((T, 64 * MEGA // T // C, C), dtype) for _ in range(2))
         weight, channel = meta((C,), torch.float32), meta((C,), torch.float32)
         rows = meta(x.shape[:-1], torch.float32)
@@ -143,6 +143,8 @@ def norm_lif_rows() -> Iterator[Row]:
         if C > norm_lif.MAX_ROW:  # a launch that only sums writes little
             needs = LOADS
         minimum = passes * x.numel() * dtype.itemsize + (8 * x.numel() / C if "layer" in call else 0)
+        if isinstance(p, ILIFParams):
+            call = f"I-LIF {call}"
         return Row("norm_lif", call, TYPES[dtype], f"64 Mi, T = {T}, C = {C}", minimum, needs, run)
 
     layer = ("layer forward", "layer backward")
@@ -154,6 +156,9 @@ def norm_lif_rows() -> Iterator[Row]:
         yield from (row(call, T, C) for call in layer)
     for T in (4, 16):
         yield from (row(call, T, 1024, torch.float32) for call in layer)
+    for dtype, C in ((bf16, 384), (bf16, 512), (torch.float32, 512)):
+        yield from (row(call, 1, C, dtype, ILIFParams(15)) for call in (*layer, *channels))
+    yield from (row(call, 1, C, p=ILIFParams(15)) for C in (4096, 8192) for call in layer)
 
 
 def attention_rows() -> Iterator[Row]:

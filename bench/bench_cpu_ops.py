@@ -28,8 +28,8 @@ if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
 
 from spikedecoder.ext import cpu as backend
-from spikedecoder.ext.cpu import lif, linear_norm_lif, norm_lif, spike_attention_lif, spike_linear
-from spikedecoder.params import LIFParams
+from spikedecoder.ext.cpu import ilif, lif, linear_norm_lif, norm_lif, spike_attention_lif, spike_linear
+from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.reference import lif as lif_reference
 from spikedecoder.reference import norm_lif as norm_lif_reference
 from spikedecoder.reference import spike_attention_lif as attention_lif_reference
@@ -111,6 +111,40 @@ def norm_lif_train(*shape: int) -> Calls:
         "cpu": lambda: both(norm_lif),
         "reference": lambda: both(norm_lif_reference),
         "compiled": compiled,
+    }
+    assert_same(calls, 1e-3, flips=1e-4)
+    return calls
+
+
+@named("cpu", "parts", "reference", "compiled")
+def norm_ilif_train(*shape: int) -> Calls:
+    """BatchNorm in training and I-LIF as one operator calls them, beside torch's norm and the I-LIF alone."""
+    p = ILIFParams(15, 0.2)
+    x, grad, channels = torch.randn(shape), torch.randn(shape), shape[-1]
+    weight, bias = torch.ones(channels), torch.zeros(channels)
+    running = torch.zeros(channels), torch.ones(channels)
+
+    def both(module: Any) -> tuple[torch.Tensor, ...]:
+        mean, var = module.moments(x, True)
+        statistics = (weight, bias, mean, (var + 1e-5).rsqrt())
+        counts = module.forward(x, *statistics, 1e-5, 1.0, p)[0]
+        sum_gz, sum_g, _ = module.backward_reduce(grad, x, *statistics, 1.0, p)
+        a = statistics[-1]
+        coefficients = (a, -a * sum_gz / len(x), -a * sum_g / len(x))
+        return counts, module.backward_apply(grad, x, *statistics, 1.0, p, *coefficients)
+
+    def parts() -> tuple[torch.Tensor, ...]:
+        y, *saved = torch.native_batch_norm(x, weight, bias, *running, True, 0.1, 1e-5)
+        counts, mask = ilif.forward(y, p, True)
+        grad_y = ilif.backward(grad, mask, p)
+        backward = torch.ops.aten.native_batch_norm_backward
+        return counts, backward(grad_y, x, weight, *running, *saved, True, 1e-5, [True] * 3)[0]
+
+    calls: Calls = {
+        "cpu": lambda: both(norm_lif),
+        "parts": parts,
+        "reference": lambda: both(norm_lif_reference),
+        "compiled": torch.compile(lambda: both(norm_lif_reference)),
     }
     assert_same(calls, 1e-3, flips=1e-4)
     return calls
@@ -223,6 +257,7 @@ def variant(benchmark: Any) -> None:
     [
         *rows(lif_train, (4, 2048, 80), (4, 2048, 1280)),
         *rows(norm_lif_train, (4, 2048, 80), (4, 2048, 1280)),
+        *rows(norm_ilif_train, (4096, 96), (4096, 384), (8192, 512)),
         *rows(attention_lif_train, (4, 8, 5, 256, 16), (4, 2, 8, 512, 64)),
         *rows(spike_linear_forward, *LINEAR),
         *rows(spike_linear_token, *TOKEN),
@@ -254,7 +289,7 @@ def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, .
 
 
 # Bytes per element, forward and backward, that must be moved; a copy moves 8.
-BYTES = {lif_train: 20, norm_lif_train: 20}
+BYTES = {lif_train: 20, norm_lif_train: 20, norm_ilif_train: 32}
 
 
 PRODUCT = 512  # rows, columns and depth of the product that attention is measured against

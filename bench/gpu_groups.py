@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikedecoder import ops
-from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
+from spikedecoder.reference import ilif as ilif_reference
 from spikedecoder.reference import lif as lif_reference
 from spikedecoder.reference import norm_lif as norm_lif_reference
 from spikedecoder.reference import spike_attention as attention_reference
@@ -23,6 +24,7 @@ Calls = dict[str, "Callable[[], Any] | str"]
 COMPILED = "compiled reference"
 ONCE = "compiled at T = 4 only: a longer loop over time takes the compiler minutes"
 P = LIFParams()
+INTEGERS = ILIFParams(15, 0.2)
 RATE = 0.16
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -104,6 +106,33 @@ def lif_groups(dry: bool) -> Iterator[Group]:
         yield Group(f"lif forward + backward bf16 T={T} n={elements}", make_both, 10.0 * elements, exact=())
 
 
+def _through_norm(
+    kind: str, shape: tuple[int, ...], operator: Callable[..., Tensor], reference: Callable[..., Tensor]
+) -> Calls:
+    """Forward and backward of an operator on (x, norm)."""
+    x, C = currents(*shape), shape[-1]
+    grad = torch.randn_like(x)
+    weight, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
+    running = (torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)) if kind == "batch" else ()
+
+    def through(fn: Callable[[Tensor, NormParams], Tensor]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            leaf = x.detach().requires_grad_()
+            w = weight.detach().requires_grad_()
+            n = NormParams(kind, w, bias, running=tuple(r.clone() for r in running))
+            fn(leaf, n).backward(grad)
+            assert leaf.grad is not None
+            return leaf.grad
+
+        return call
+
+    return {
+        "ours": _on("triton", through(operator)),
+        "eager reference": _on("reference", through(operator)),
+        COMPILED: through(_compiled(lambda x, n: reference(x.float(), n).to(x.dtype))),
+    }
+
+
 def norm_lif_groups(dry: bool) -> Iterator[Group]:
     from spikedecoder.kernels import norm_lif as k
 
@@ -127,37 +156,24 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
         for kind in ("layer", "batch"):
 
             def make_both(T: int = T, kind: str = kind) -> Calls:
-                x = currents(T, elements // T // C, C)
-                grad = torch.randn_like(x)
-                weight, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
-                running = (
-                    (torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)) if kind == "batch" else ()
-                )
-
-                def through(fn: Callable[[Tensor, NormParams], Tensor]) -> Callable[[], Tensor]:
-                    def call() -> Tensor:
-                        leaf = x.detach().requires_grad_()
-                        w = weight.detach().requires_grad_()
-                        n = NormParams(kind, w, bias, running=tuple(r.clone() for r in running))
-                        fn(leaf, n).backward(grad)
-                        assert leaf.grad is not None
-                        return leaf.grad
-
-                    return call
-
-                both = through(lambda x, n: ops.norm_lif(x, n, P))
-                compiled = through(
-                    _compiled(lambda x, n: norm_lif_reference.norm_lif(x.float(), n, 1.0, P).to(x.dtype))
-                )
-                return {
-                    "ours": _on("triton", both),
-                    "eager reference": _on("reference", both),
-                    COMPILED: ONCE if T > 4 else compiled,
-                }
+                calls = _through_norm(
+                    kind, (T, elements // T // C, C), lambda x, n: ops.norm_lif(x, n, P),
+                    lambda x, n: norm_lif_reference.norm_lif(x, n, 1.0, P),
+                )  # fmt: skip
+                return calls if T <= 4 else {**calls, COMPILED: ONCE}
 
             bytes_ = (10.0 if kind == "layer" else 16.0) * elements
             name = f"norm_lif {kind} forward + backward bf16 T={T} C={C} n={elements}"
             yield Group(name, make_both, bytes_, exact=())
+
+    def make_integers() -> Calls:
+        return _through_norm(
+            "batch", (elements // C, C), lambda x, n: ops.norm_ilif(x, n, INTEGERS),
+            lambda x, n: ilif_reference.ilif(ops.norm(x, n), INTEGERS),
+        )  # fmt: skip
+
+    name = f"norm_ilif batch forward + backward bf16 C={C} n={elements}"
+    yield Group(name, make_integers, 16.0 * elements, exact=())
 
 
 LONG = "cost quadratic, or thousands of launches, at this length"

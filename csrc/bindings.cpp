@@ -24,6 +24,16 @@ Neuron make_neuron(double tau, py::object v_reset, bool decay_input, int surroga
   return n;
 }
 
+Neuron make_integer_neuron(double levels, double scale, double low, double high) {
+  require(levels >= 1, "levels: takes at least 1");
+  Neuron n;
+  n.levels = static_cast<float>(levels);
+  n.scale = static_cast<float>(scale);
+  n.low = static_cast<float>(low);
+  n.high = static_cast<float>(high);
+  return n;
+}
+
 Threshold make_threshold(double value, uintptr_t values, int kind) {
   require(kind >= 0 && kind <= 2, "threshold kind: takes 0 (scalar), 1 (channel) or 2 (element)");
   Threshold t;
@@ -115,6 +125,7 @@ void bind_norm_lif(py::module_& m) {
            int64_t C, int64_t spikes_rows, int threads) {
           const Element of_x = make_element(type, 1);
           const int64_t step = elements({rows, C}), statistics = kind ? C : elements({T, rows});
+          require(T == 1 || neuron.levels == 0, "T: takes 1 with an integer neuron");
           require(eps >= 0, "eps: takes a number >= 0");
           require(spikes_rows >= rows, "spikes_rows: takes as many as rows, or more");
           NormLifForward a{neuron, threshold, make_kind(kind), of_x, typed_array(x, of_x, T, step, "x"),
@@ -131,6 +142,7 @@ void bind_norm_lif(py::module_& m) {
            int64_t T, int64_t rows, int64_t C, int threads) {
           const Element of_x = make_element(type, 1);
           const int64_t step = elements({rows, C}), statistics = kind ? C : elements({T, rows});
+          require(T == 1 || neuron.levels == 0, "T: takes 1 with an integer neuron");
           require(part >= 0 && part <= 3, "part: takes 0 (whole), 1 (reduce), 2 (apply) or 3 (known)");
           require((part == 0) == (kind == 0), "part: whole is for row statistics, the others are for those of channels");
           const int64_t sums = part == 2 ? 0 : C, coefficients = part >= 2 ? C : 0;
@@ -323,9 +335,11 @@ std::vector<std::string> cpu_features() {
 }
 
 void bind_runtime(py::module_& m) {
-  py::class_<Neuron>(m, "Neuron").def(py::init(&make_neuron), py::arg("tau"), py::arg("v_reset"),
-                                      py::arg("decay_input"), py::arg("surrogate"), py::arg("alpha"),
-                                      py::arg("detach_reset"));
+  py::class_<Neuron>(m, "Neuron")
+      .def(py::init(&make_neuron), py::arg("tau"), py::arg("v_reset"), py::arg("decay_input"), py::arg("surrogate"),
+           py::arg("alpha"), py::arg("detach_reset"))
+      .def_static("integer", &make_integer_neuron, py::arg("levels"), py::arg("scale"), py::arg("low"),
+                  py::arg("high"));
   py::class_<Threshold>(m, "Threshold")
       .def(py::init(&make_threshold), py::arg("value"), py::arg("values"), py::arg("kind"));
   m.def("variants", [] {

@@ -20,12 +20,14 @@ enum class Surrogate : int { sigmoid = 0, atan = 1, rectangular = 2, triangle = 
 // What an array that is not said to be float32 holds. Numbered as in spikedecoder/ext/cpu/_arguments.py.
 enum class Element : int { float32 = 0, bfloat16 = 1, byte = 2, bits = 3 };
 
-// A LIF neuron; equations in spikedecoder/params.py.
+// A LIF neuron, or, where levels > 0, an integer one, of which only the last line is read (norm_lif alone takes it);
+// equations in spikedecoder/params.py.
 struct Neuron {
   float tau = 2, v_reset = 0, alpha = 4;
   float leak = 0.5f;  // 1 - 1 / tau, rounded once from double
   Surrogate surrogate = Surrogate::sigmoid;
   bool hard_reset = true, decay_input = true, detach_reset = true;
+  float levels = 0, scale = 1, low = 0, high = 0;  // see IlifForward
 };
 
 struct Threshold {
@@ -129,7 +131,8 @@ struct Moments {
 // Which statistics normalise an element: those of its row [T, rows], or those of its channel [C].
 enum class NormKind : int { row = 0, channel = 1 };
 
-// spikes = LIF(y), y = z weight + bias, z = (x - mean) rstd. x, spikes [T, rows, C] of `type`.
+// spikes = LIF(y) or I-LIF(y), y = z weight + bias, z = (x - mean) rstd. x, spikes [T, rows, C] of `type`; T = 1 with
+// I-LIF, to which all are rows.
 // Row statistics are computed and written here, channel statistics are read. The spikes may be some rows of more:
 // a timestep of them is `spikes_rows` rows apart from the next.
 struct NormLifForward {

@@ -94,6 +94,12 @@ struct Cell {
     return hard_reset ? select(fired, reset, h) : sub(h, keep(fired, threshold));
   }
 
+  // Stores what this step put out, in the first n lanes.
+  template <class E>
+  SPIKEDECODER_INLINE_MEMBER void put(E* to, F, Mask fired, int n, bool past) const {
+    store_spikes(to, fired, n, past);
+  }
+
   // One step backwards. `carry` is dL/dv[t] on entry and dL/dv[t-1] on return; `falls` grows by what
   // threshold_gradient() makes -dL/dthreshold of. Returns dL/dx[t].
   SPIKEDECODER_INLINE_MEMBER F back(F h, F threshold, F grad_spike, F& carry, F& falls) const {
@@ -138,6 +144,35 @@ SPIKEDECODER_INLINE void with_cell(const Neuron& neuron, const Body& body) {
     body(Cell<true>(neuron));
   } else {
     body(Cell<false>(neuron));
+  }
+}
+
+// An integer neuron in the place of a Cell: its h is the input in units, and nothing is left for the next step.
+struct IntegerCell {
+  F scale, levels, low, high;
+
+  explicit SPIKEDECODER_INLINE_MEMBER IntegerCell(const Neuron& n)
+      : scale(set1(n.scale)), levels(set1(n.levels)), low(set1(n.low)), high(set1(n.high)) {}
+
+  SPIKEDECODER_INLINE_MEMBER F charge(F x, F) const { return mul(x, scale); }
+  SPIKEDECODER_INLINE_MEMBER F after(F, Mask, F) const { return zero(); }
+  template <class E>
+  SPIKEDECODER_INLINE_MEMBER void put(E* to, F h, Mask, int n, bool past) const {
+    store_result(to, count(h, levels), n, past);
+  }
+  SPIKEDECODER_INLINE_MEMBER F back(F h, F, F grad_spike, F&, F&) const {
+    return keep(ge(h, low), keep(ge(high, h), mul(grad_spike, scale)));
+  }
+  SPIKEDECODER_INLINE_MEMBER F threshold_gradient(F falls) const { return falls; }
+};
+
+// body(Cell or IntegerCell) with the kind known at compile time.
+template <class Body>
+SPIKEDECODER_INLINE void with_neuron(const Neuron& neuron, const Body& body) {
+  if (neuron.levels > 0) {
+    body(IntegerCell(neuron));
+  } else {
+    with_cell(neuron, body);
   }
 }
 

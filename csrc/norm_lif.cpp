@@ -1,8 +1,9 @@
-// Normalisation followed by LIF, in one pass over memory: the normalised value is never written.
+// Normalisation followed by LIF or I-LIF, in one pass over memory: the normalised value is never written.
 // Bytes moved per element: forward 4 read + 4 written; backward 8 read + 4 written (whole, apply, known), 8 read
 // (reduce). What a row needs again is read from the nearer caches.
 #include "kernels.h"
 #include "neuron.h"
+#include "norm.h"
 #include "parallel.h"
 #include "threshold_sum.h"
 
@@ -14,79 +15,6 @@ double work(int64_t T, int64_t rows, int64_t C, double per_element) {
   return per_element * static_cast<double>(T * rows) * static_cast<double>(C);
 }
 
-SPIKEDECODER_INLINE int lanes(int64_t C, int64_t c) { return static_cast<int>(C - c < W ? C - c : W); }
-
-// What both passes read.
-template <class E>
-struct Normal {
-  const E* x;
-  const float *weight, *bias, *mean, *rstd;
-  int64_t T, rows, C;
-
-  int64_t at(int64_t t, int64_t row) const { return (t * rows + row) * C; }
-};
-
-// Mean and 1 / sqrt(variance + eps) of a row in all timesteps, four of them together, in two passes.
-template <class E>
-SPIKEDECODER_INLINE void row_statistics(const Normal<E>& p, int64_t row, float eps, float* mean, float* rstd) {
-  const float n = static_cast<float>(p.C);
-  for (int64_t t = 0; t < p.T; t += 4) {
-    const E* x[4];
-    for (int i = 0; i < 4; i++) x[i] = p.x + p.at(t + i < p.T ? t + i : t, row);
-    F sums[4] = {zero(), zero(), zero(), zero()}, means[4];
-    for (int64_t c = 0; c < p.C; c += W) {
-      for (int i = 0; i < 4; i++) sums[i] = add(sums[i], load_up_to(x[i] + c, lanes(p.C, c)));
-    }
-    float mean_of[4], squares_of[4];
-    lane_sums(sums, mean_of);
-    for (int i = 0; i < 4; i++) {
-      mean_of[i] /= n;
-      means[i] = set1(mean_of[i]);
-      sums[i] = zero();
-    }
-    int64_t c = 0;
-    for (; c + W <= p.C; c += W) {
-      for (int i = 0; i < 4; i++) {
-        const F d = sub(load(x[i] + c), means[i]);
-        sums[i] = fma(d, d, sums[i]);
-      }
-    }
-    if (c < p.C) {
-      const int k = lanes(p.C, c);
-      for (int i = 0; i < 4; i++) {
-        const F d = keep(mask_of((1u << k) - 1), sub(load_up_to(x[i] + c, k), means[i]));
-        sums[i] = fma(d, d, sums[i]);
-      }
-    }
-    lane_sums(sums, squares_of);
-    for (int64_t i = 0; i < 4 && t + i < p.T; i++) {
-      mean[(t + i) * p.rows + row] = mean_of[i];
-      rstd[(t + i) * p.rows + row] = 1 / __builtin_sqrtf(squares_of[i] / n + eps);
-    }
-  }
-}
-
-// Channels c.. of a row: y = z weight + bias, z = (x - mean) rstd, as forward and backward compute it.
-template <int U, bool ByRow>
-struct Normalise {
-  F weight[U], bias[U], mean[U], rstd[U];
-
-  template <class E>
-  SPIKEDECODER_INLINE_MEMBER Normalise(const Normal<E>& p, int64_t c, int n) {
-    for (int u = 0; u < U; u++, c += W) {
-      weight[u] = load_up_to(p.weight + c, n);
-      bias[u] = load_up_to(p.bias + c, n);
-      if (ByRow) continue;
-      mean[u] = load_up_to(p.mean + c, n);
-      rstd[u] = load_up_to(p.rstd + c, n);
-    }
-  }
-  SPIKEDECODER_INLINE_MEMBER F z(int u, F x, const float* row_mean, const float* row_rstd) const {
-    return mul(sub(x, ByRow ? set1(*row_mean) : mean[u]), ByRow ? set1(*row_rstd) : rstd[u]);
-  }
-  SPIKEDECODER_INLINE_MEMBER F y(int u, F z) const { return fma(z, weight[u], bias[u]); }
-};
-
 #if defined(SPIKEDECODER_AVX512)
 constexpr int FORWARD_AT_ONCE = 5;
 #else
@@ -96,7 +24,7 @@ constexpr int FORWARD_AT_ONCE = 2;
 template <bool ByRow, class CellType, class E>
 SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward& a, const Normal<E>& p, int64_t row,
                                      E* spikes, bool past) {
-  const int64_t step = p.rows * p.C;
+  const int64_t step = p.step * p.C, spikes_step = (p.stride > 1 ? 1 : a.spikes_rows) * p.C;
   for_channels_evenly<FORWARD_AT_ONCE>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, c, n);
@@ -105,16 +33,16 @@ SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward&
       threshold[u] = thresholds_at(a.threshold, row * p.C, c + u * W, n);
       v[u] = zero();
     }
-    const E* x = p.x + row * p.C + c;
-    E* to = spikes + row * p.C + c;
-    const float *mean = p.mean + row, *rstd = p.rstd + row;
-    for (int64_t t = 0; t < p.T; t++, x += step, to += a.spikes_rows * p.C, mean += p.rows, rstd += p.rows) {
+    const E* x = p.x + p.at(0, row) + c;
+    E* to = spikes + p.at(0, row) + c;
+    const float *mean = p.mean + p.index(0, row), *rstd = p.rstd + p.index(0, row);
+    for (int64_t t = 0; t < p.T; t++, x += step, to += spikes_step, mean += p.step, rstd += p.step) {
       for (int u = 0; u < U; u++) {
         const F h = cell.charge(normalise.y(u, normalise.z(u, load_up_to(x + u * W, n), mean, rstd)), v[u]);
         const Mask fired = ge(h, threshold[u]);
         v[u] = cell.after(h, fired, threshold[u]);
-        store_spikes(to + u * W, fired, n, past);
-        __builtin_prefetch(x + (ByRow ? 2 : 1) * p.C + u * W, 0, 2);
+        cell.put(to + u * W, h, fired, n, past);
+        __builtin_prefetch(x + (ByRow ? 2 : 1) * p.stride * p.C + u * W, 0, 2);
       }
     }
   });
@@ -122,18 +50,19 @@ SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward&
 
 template <class E>
 void forward(const NormLifForward& a) {
-  const Normal<E> p{static_cast<const E*>(a.x), a.weight, a.bias, a.mean, a.rstd, a.T, a.rows, a.C};
+  const Normal<E> all(a);
   E* const spikes = static_cast<E*>(a.spikes);
   const bool past = past_cache(spikes, a.T * a.spikes_rows * a.C, a.C), by_row = a.kind == NormKind::row;
-  with_cell(a.neuron, [&](const auto& shared_cell) {
+  with_neuron(a.neuron, [&](const auto& shared_cell) {
     parallel(threads_for(work(a.T, a.rows, a.C, 0.25), a.threads), [&](int thread, int threads) {
       const auto cell = shared_cell;  // this thread's own stays in registers
-      const Range rows = share(a.rows, thread, threads);
+      const Range rows = share(all.rows, thread, threads);
       // statistics are a row ahead, so that their latency hides behind the other row's work
-      if (by_row && rows.begin < rows.end) row_statistics(p, rows.begin, a.eps, a.mean, a.rstd);
+      if (by_row && rows.begin < rows.end) row_statistics(all.of(rows.begin), rows.begin, a.eps, a.mean, a.rstd);
       for (int64_t row = rows.begin; row < rows.end; row++) {
+        const Normal<E> p = all.of(row);
         if (by_row) {
-          if (row + 1 < rows.end) row_statistics(p, row + 1, a.eps, a.mean, a.rstd);
+          if (row + 1 < rows.end) row_statistics(all.of(row + 1), row + 1, a.eps, a.mean, a.rstd);
           forward_row<true>(cell, a, p, row, spikes, past);
         } else {
           forward_row<false>(cell, a, p, row, spikes, past);
@@ -181,8 +110,8 @@ struct RowScratch {
   template <class E>
   void start_row(const Normal<E>& p, int64_t row) const {
     for (int64_t t = 0; t < p.T; t++) {
-      mean[t] = p.mean[t * p.rows + row];
-      rstd[t] = p.rstd[t * p.rows + row];
+      mean[t] = p.mean[p.index(t, row)];
+      rstd[t] = p.rstd[p.index(t, row)];
       store(sum_g + t * W, zero());
       store(sum_gz + t * W, zero());
     }
@@ -200,18 +129,17 @@ struct Backward {
 
   explicit Backward(const NormLifBackward& of)
       : a(of),
-        p{static_cast<const E*>(of.x), of.weight, of.bias, of.mean, of.rstd, of.T, of.rows, of.C},
+        p(of),
         grad_spikes(static_cast<const E*>(of.grad_spikes)),
         grad_x(static_cast<E*>(of.grad_x)),
-        past(past_cache(grad_x, p.at(of.T, 0), of.C)) {}
+        past(past_cache(grad_x, p.all * of.C, of.C)) {}
 };
 
 // z and membrane potentials of a row's channels first..first + width in all timesteps, as forward had them.
 template <bool ByRow, class CellType, class E>
-SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, int64_t row, const RowScratch& s,
-                                    int64_t first, int64_t width) {
-  const Normal<E>& p = b.p;
-  const int64_t step = p.rows * p.C;
+SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, const Normal<E>& p, int64_t row,
+                                    const RowScratch& s, int64_t first, int64_t width) {
+  const int64_t step = p.step * p.C;
   for_channels_evenly(width, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, first + c, n);
@@ -220,7 +148,7 @@ SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, 
       threshold[u] = thresholds_at(b.a.threshold, row * p.C, first + c + u * W, n);
       v[u] = zero();
     }
-    const E* x = p.x + row * p.C + first + c;
+    const E* x = p.x + p.at(0, row) + first + c;
     float *h = s.h + c, *normal = s.z + c;
     for (int64_t t = 0; t < p.T; t++, x += step, h += RowScratch::BLOCK, normal += RowScratch::BLOCK) {
       for (int u = 0; u < U; u++) {
@@ -229,23 +157,23 @@ SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, 
         store(normal + u * W, z);
         store(h + u * W, charged);
         v[u] = cell.after(charged, ge(charged, threshold[u]), threshold[u]);
-        __builtin_prefetch(x + p.C + u * W, 0, 2);
+        __builtin_prefetch(x + p.stride * p.C + u * W, 0, 2);
       }
     }
   });
 }
 
-// g = dL/dy back through the LIF, and all sums. Where dL/dx = a g + b z + c with known coefficients (Apply), it is
+// g = dL/dy back through the neurons, and all sums. Where dL/dx = a g + b z + c with known coefficients (Apply), it is
 // written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known.
 template <bool ByRow, bool Sums, bool Apply, class CellType, class E>
-SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E>& b, int64_t row, const RowScratch& s,
-                                          ThresholdSum& threshold_sum, int64_t first, int64_t width) {
+SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E>& b, const Normal<E>& p, int64_t row,
+                                          const RowScratch& s, ThresholdSum& threshold_sum, int64_t first,
+                                          int64_t width) {
   const NormLifBackward& a = b.a;
-  const Normal<E>& p = b.p;
-  const int64_t step = p.rows * p.C;
+  const int64_t step = p.step * p.C;
   for_channels_evenly<BACK_AT_ONCE>(width, [&](auto vectors, int64_t at, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
-    const int64_t c = first + at, last = row * p.C + c + (p.T - 1) * step;
+    const int64_t c = first + at, last = p.at(p.T - 1, row) + c;
     F weight[U], of_g[U], of_z[U], of_1[U];
     F threshold[U], carry[U], falls[U], sum_g[U], sum_gz[U];
     for (int u = 0; u < U; u++) {
@@ -267,7 +195,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
       F of_row = zero(), of_row_z = zero();
       for (int u = 0; u < U; u++) {
         const F z = load(normal + u * W), grad_spike = load_up_to(grad + u * W, n);
-        __builtin_prefetch(grad + p.C + u * W, 0, 2);
+        __builtin_prefetch(grad + p.stride * p.C + u * W, 0, 2);
         const F g = cell.back(load(h + u * W), threshold[u], grad_spike, carry[u], falls[u]);
         if (Apply) store_result(b.grad_x + out + u * W, fma(of_g[u], g, fma(of_z[u], z, of_1[u])), n, b.past);
         if (Sums) sum_g[u] = add(sum_g[u], g);
@@ -300,11 +228,12 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
 template <bool ByRow, bool Sums, bool Apply, class CellType, class E>
 SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E>& b, int64_t row, const RowScratch& s,
                                           ThresholdSum& threshold_sum) {
-  if (ByRow) s.start_row(b.p, row);
-  for (int64_t c = 0; c < b.p.C; c += RowScratch::BLOCK) {
-    const int64_t width = b.p.C - c < RowScratch::BLOCK ? b.p.C - c : RowScratch::BLOCK;
-    potentials<ByRow>(cell, b, row, s, c, width);
-    back_through_lif<ByRow, Sums, Apply>(cell, b, row, s, threshold_sum, c, width);
+  const Normal<E> p = b.p.of(row);
+  if (ByRow) s.start_row(p, row);
+  for (int64_t c = 0; c < p.C; c += RowScratch::BLOCK) {
+    const int64_t width = p.C - c < RowScratch::BLOCK ? p.C - c : RowScratch::BLOCK;
+    potentials<ByRow>(cell, b, p, row, s, c, width);
+    back_through_lif<ByRow, Sums, Apply>(cell, b, p, row, s, threshold_sum, c, width);
   }
 }
 
@@ -318,7 +247,7 @@ SPIKEDECODER_INLINE void means_of_four(const float* sums, float C, float* out) {
 // The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd, x still in a near cache.
 template <class E>
 SPIKEDECODER_INLINE void gradient_of_row(const Backward<E>& b, int64_t row, const RowScratch& s) {
-  const Normal<E>& p = b.p;
+  const Normal<E> p = b.p.of(row);
   float mean_g[4], mean_gz[4];
   for (int64_t t = 0; t < p.T; t++) {
     if (t % 4 == 0) {
@@ -344,18 +273,18 @@ template <class E>
 void backward(const NormLifBackward& a) {
   const Backward<E> b(a);
   const int most = threads_for(work(a.T, a.rows, a.C, 0.6), a.threads);
-  const int64_t own = per_thread(RowScratch::size(a.threshold, a.T, a.C));
+  const int64_t own = per_thread(RowScratch::size(a.threshold, b.p.T, a.C));
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
   const bool sums = a.part != NormLifPart::apply;
   float* const threshold_out = sums ? a.grad_threshold : nullptr;
 
-  with_cell(a.neuron, [&](const auto& shared_cell) {
+  with_neuron(a.neuron, [&](const auto& shared_cell) {
     parallel(most, [&](int thread, int threads) {
       const auto cell = shared_cell;  // this thread's own stays in registers
       const FlushDenormals flush;
-      const RowScratch s(scratch.floats() + own * thread, a.T, a.C);
+      const RowScratch s(scratch.floats() + own * thread, b.p.T, a.C);
       ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
-      const Range rows = share(a.rows, thread, threads);
+      const Range rows = share(b.p.rows, thread, threads);
       for (int64_t row = rows.begin; row < rows.end; row++) {
         switch (a.part) {
           case NormLifPart::whole:
@@ -372,8 +301,8 @@ void backward(const NormLifBackward& a) {
   });
 
   if (!sums) return;
-  ThresholdSum::combine(a.threshold, a.C, threshold_out, scratch.floats() + RowScratch::threshold_at(a.T, a.C), own, most);
-  const int64_t padded = round_up(a.C, 16), first = RowScratch::weight_at(a.T, a.C);
+  ThresholdSum::combine(a.threshold, a.C, threshold_out, scratch.floats() + RowScratch::threshold_at(b.p.T, a.C), own, most);
+  const int64_t padded = round_up(a.C, 16), first = RowScratch::weight_at(b.p.T, a.C);
   for (int64_t c = 0; c < a.C; c++) {
     double weight = 0, bias = 0;
     for (int thread = 0; thread < most; thread++) {

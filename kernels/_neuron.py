@@ -14,10 +14,11 @@ from torch import Tensor
 
 from spikedecoder.kernels._launch import INTERPRETED
 from spikedecoder.kernels._surrogate import derivative
-from spikedecoder.params import LIFParams
+from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.surrogate import SURROGATES
 
 PLAIN_PRODUCTS = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
+WINDOW = tl.constexpr(ILIFParams.WINDOW)
 MAX_T = 16  # timesteps whose potentials a kernel keeps in registers
 
 
@@ -147,6 +148,14 @@ def fire_backward(
         grad_u = grad_s * slope
         grad_threshold = -grad_u - tl.where(fired, carry, 0.0)
     return grad_u + through, grad_threshold
+
+
+@triton.jit
+def count(u, levels):
+    """The integer of an I-LIF with input u, in units; comparisons keep a NaN."""
+    s = tl.floor(u + 0.5)
+    s = tl.where(s < 0, 0.0, s)
+    return tl.where(s > levels, levels, s)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The backward kernel of `norm_lif`: the gradient through the LIF, then through the norm.
+"""The backward kernel of `norm_lif`: the gradient through the LIF or I-LIF, then through the norm.
 
 h is computed again from x, CHUNK timesteps at a time: a sweep writes the potential before each chunk to a
 scratch of one tile a program and chunk, and the walk backwards reads it and x again, both still in cache
@@ -14,6 +14,7 @@ import triton.language as tl
 
 from spikedecoder.kernels._launch import kernel
 from spikedecoder.kernels._neuron import (
+    WINDOW,
     fire_backward,
     load_steps,
     load_threshold,
@@ -53,7 +54,7 @@ def _backward_chunk(
     limit, tau, keep, v_reset, alpha,
     COUNT: tl.constexpr, T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr,
     RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr,
-    SURROGATE: tl.constexpr,
+    SURROGATE: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """COUNT timesteps from `first` on, backwards; v before and carry = dL/dv after them."""
     r = r1[:, None]
@@ -62,19 +63,25 @@ def _backward_chunk(
     ys, means, rstds = _affine(
         xs, mean, rstd, mean_ptr, rstd_ptr, first, r, rows, weight, bias, COUNT, STATISTICS
     )
-    hs, v = potentials(ys, v, limit, tau, v_reset, COUNT, RECIPROCAL, HARD, DECAY_INPUT)
+    if LEVELS == 0:
+        hs, v = potentials(ys, v, limit, tau, v_reset, COUNT, RECIPROCAL, HARD, DECAY_INPUT)
     to = (first + COUNT - 1) * timestep + at
     row_to = (first + COUNT - 1) * rows.to(tl.int64) + r1
     for back in tl.static_range(COUNT):
-        grad_h, grad_threshold = fire_backward(
-            gs[COUNT - 1 - back].to(tl.float32), carry, hs[COUNT - 1 - back], limit, v_reset, alpha,
-            HARD, DETACH, SURROGATE,
-        )  # fmt: skip
-        carry = grad_h * keep
-        g = grad_h
-        if DECAY_INPUT:
-            g = over_tau(grad_h, tau, RECIPROCAL)
-        g = tl.where(inside, g, 0.0)
+        grad = gs[COUNT - 1 - back].to(tl.float32)
+        if LEVELS > 0:
+            u = times(ys[COUNT - 1 - back], tau)
+            g = tl.where(inside & (u >= -WINDOW) & (u <= LEVELS + WINDOW), grad * tau, 0.0)
+            grad_threshold = 0.0
+        else:
+            grad_h, grad_threshold = fire_backward(
+                grad, carry, hs[COUNT - 1 - back], limit, v_reset, alpha, HARD, DETACH, SURROGATE
+            )
+            carry = grad_h * keep
+            g = grad_h
+            if DECAY_INPUT:
+                g = over_tau(grad_h, tau, RECIPROCAL)
+            g = tl.where(inside, g, 0.0)
         z = (xs[COUNT - 1 - back].to(tl.float32) - means[COUNT - 1 - back]) * rstds[COUNT - 1 - back]
         if SUMS:
             sum_gz += g * z
@@ -115,9 +122,10 @@ def norm_lif_backward(
     T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr, THRESHOLD: tl.constexpr,
     CHUNK: tl.constexpr,
     RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr,
-    SURROGATE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+    SURROGATE: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """g = dL/dy through the LIF; then, as asked for,
+    """g = dL/dy through the neurons; then, as asked for,
 
     SUMS: sums over rows of g z and g, and the threshold's gradient, one row a program.
     STATISTICS 0, of channels, without SUMS: dx = a g + b z + c.
@@ -149,7 +157,8 @@ def norm_lif_backward(
         scratch += pid.to(tl.int64) * (LAST // CHUNK * BLOCK_R * BLOCK_C)
         scratch += tl.arange(0, BLOCK_R)[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
 
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
+    every = tl.num_programs(0).to(tl.int64) * BLOCK_R
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK_R, rows, every):
         r1 = tl.arange(0, BLOCK_R).to(tl.int64) + first
         r = r1[:, None]
         inside = (r < rows) & c_inside
@@ -171,7 +180,7 @@ def norm_lif_backward(
             grad_spikes_ptr, x_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, c_ptr, grad_x_ptr, row_gw_ptr,
             row_gwz_ptr, LAST, v, carry, sum_gz, sum_g, total, mean, rstd, weight, bias, r1, c, at, inside,
             c_inside, rows, channels, timestep, stride_t, grad_stride_t, limit, tau, keep, v_reset, alpha,
-            T - LAST, T, STATISTICS, SUMS, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE,
+            T - LAST, T, STATISTICS, SUMS, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, LEVELS,
         )  # fmt: skip
         if LAST > 0:
             for done in range(0, LAST, CHUNK):
@@ -182,7 +191,7 @@ def norm_lif_backward(
                     row_gwz_ptr, begin, v, carry, sum_gz, sum_g, total, mean, rstd, weight, bias, r1, c, at,
                     inside, c_inside, rows, channels, timestep, stride_t, grad_stride_t, limit, tau, keep,
                     v_reset, alpha, CHUNK, T, STATISTICS, SUMS, RECIPROCAL, HARD, DECAY_INPUT, DETACH,
-                    SURROGATE,
+                    SURROGATE, LEVELS,
                 )  # fmt: skip
         if SUMS and THRESHOLD == 3:
             tl.store(grad_threshold_ptr + at, total, mask=inside)

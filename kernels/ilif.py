@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikedecoder.kernels._launch import cdiv, kernel, launch, why_not
+from spikedecoder.kernels._neuron import count
 from spikedecoder.params import ILIFParams
 
 __all__ = ["backward", "forward", "why_not"]
@@ -23,10 +24,7 @@ def ilif_forward(
     n = n.to(tl.int64) * ALIGN
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32) * scale
-    s = tl.floor(u + 0.5)
-    s = tl.where(s < 0, 0.0, s)  # comparisons keep a NaN
-    s = tl.where(s > levels, levels, s)
-    tl.store(out_ptr + i, s.to(out_ptr.dtype.element_ty), mask=i < n)
+    tl.store(out_ptr + i, count(u, levels).to(out_ptr.dtype.element_ty), mask=i < n)
     if mask_ptr is not None:
         tl.store(mask_ptr + i, ((u >= low) & (u <= high)).to(tl.uint8), mask=i < n)
 

@@ -1,4 +1,4 @@
-"""Normalisation over channels, then LIF over T: y = (x - mean) rstd weight + bias, spikes = LIF(y).
+"""Normalisation over channels, then LIF over T, or I-LIF: y = (x - mean) rstd weight + bias, spikes = LIF(y).
 
 x [T, R, C]. Statistics are of rows (LayerNorm: computed here, [T, R]) or of channels (BatchNorm, PowerNorm:
 handed in, [C]). A program owns BLOCK_R rows, all T timesteps of each, with membrane potentials in float32
@@ -16,6 +16,8 @@ Rows of more than MAX_ROW channels are walked tile by tile: statistics first, 3 
 first, 5 b backward.
 Backward walks more than CHUNK timesteps in pieces: x is read twice, and 4 bytes of potentials (2 in float32)
 go to a scratch and back, all of it in cache while T is not long.
+To an I-LIF (LEVELS > 0; tau then holds 1 / v_threshold) timesteps are only rows: all of x [..., C] is one,
+in tiles of CHUNK times as many rows, so that as much is on its way.
 Bound by memory bandwidth. Sums over rows (gradients of weight, bias, threshold) are kept in registers by a
 fixed number of programs and added in one small reduction: the same result in every run.
 """
@@ -23,7 +25,8 @@ fixed number of programs and added in one small reduction: the same result in ev
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,6 +37,7 @@ from spikedecoder.kernels._launch import cdiv, kernel, launch, multiprocessors, 
 from spikedecoder.kernels._neuron import (
     as_spikes,
     charge,
+    count,
     load_steps,
     load_threshold,
     neuron,
@@ -47,7 +51,7 @@ from spikedecoder.kernels._neuron import (
 from spikedecoder.kernels._norm import moments, row_moments
 from spikedecoder.kernels._norm_backward import norm_lif_backward
 from spikedecoder.kernels.lif import steps_contiguous
-from spikedecoder.params import LIFParams
+from spikedecoder.params import ILIFParams, LIFParams
 
 __all__ = ["backward_apply", "backward_layer", "backward_reduce", "forward", "moments", "why_not"]
 
@@ -61,7 +65,7 @@ def _forward_chunk(
     x_ptr, mean_ptr, rstd_ptr, spikes_ptr, first, v, weight, bias, mean, rstd, threshold, r1, at, inside,
     c_inside, rows, channels, timestep, stride_t, eps, tau, v_reset,
     COUNT: tl.constexpr, STATISTICS: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr,
-    DECAY_INPUT: tl.constexpr,
+    DECAY_INPUT: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """The potential after COUNT timesteps from `first` on, whose x is loaded before the first is used."""
     xs = load_steps(x_ptr + first * stride_t + at, stride_t, inside, COUNT)
@@ -80,10 +84,14 @@ def _forward_chunk(
             mean = tl.load(mean_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
             rstd = tl.load(rstd_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
         y = times((x - mean) * rstd, weight) + bias
-        h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
-        fired = h - threshold >= 0
-        tl.store(spikes_ptr + to, as_spikes(fired, spikes_ptr.dtype.element_ty), mask=inside)
-        v = reset(h, fired, threshold, v_reset, HARD)
+        if LEVELS > 0:
+            s = count(times(y, tau), LEVELS).to(spikes_ptr.dtype.element_ty)
+        else:
+            h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
+            fired = h - threshold >= 0
+            s = as_spikes(fired, spikes_ptr.dtype.element_ty)
+            v = reset(h, fired, threshold, v_reset, HARD)
+        tl.store(spikes_ptr + to, s, mask=inside)
         to += timestep
         row_to += rows
     return v
@@ -95,8 +103,8 @@ def norm_lif_forward(
     rows, channels, stride_t, eps, threshold, tau, v_reset,
     T: tl.constexpr, STATISTICS: tl.constexpr, THRESHOLD: tl.constexpr, CHUNK: tl.constexpr,
     RECIPROCAL: tl.constexpr,
-    HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Spikes; STATISTICS 1: and mean and rstd [T, R]."""
     channels = channels * ALIGN
@@ -123,16 +131,16 @@ def norm_lif_forward(
         v = _forward_chunk(
             x_ptr, mean_ptr, rstd_ptr, spikes_ptr, first, v, weight, bias, mean, rstd, threshold, r1, at,
             inside, c_inside, rows, channels, timestep, stride_t, eps, tau, v_reset, CHUNK, STATISTICS,
-            RECIPROCAL, HARD, DECAY_INPUT,
+            RECIPROCAL, HARD, DECAY_INPUT, LEVELS,
         )  # fmt: skip
     _forward_chunk(
         x_ptr, mean_ptr, rstd_ptr, spikes_ptr, LAST, v, weight, bias, mean, rstd, threshold, r1, at, inside,
         c_inside, rows, channels, timestep, stride_t, eps, tau, v_reset, T - LAST, STATISTICS, RECIPROCAL,
-        HARD, DECAY_INPUT,
+        HARD, DECAY_INPUT, LEVELS,
     )  # fmt: skip
 
 
-def _tile(channels: int, element_size: int, by_row: bool) -> dict[str, int]:
+def _tile(channels: int, element_size: int, by_row: bool, p: LIFParams | ILIFParams) -> dict[str, int]:
     """128 bits a thread and timestep, more in rows too wide for that; `by_row`: whole rows."""
     a_thread = 16 // element_size
     block_c = max(16, power_of_2(channels))
@@ -140,6 +148,8 @@ def _tile(channels: int, element_size: int, by_row: bool) -> dict[str, int]:
         block_c = min(block_c, 256)
     warps = min(16, max(4, block_c // (32 * a_thread)))
     block_r = max(1, 32 * warps * a_thread // block_c)
+    if isinstance(p, ILIFParams) and warps <= 8:
+        block_r *= CHUNK
     return {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
 
 
@@ -159,6 +169,19 @@ def _sizes(x: Tensor, **strides: int) -> dict[str, int]:
     return {"rows": x[0].numel() // channels, "channels": channels // align, "ALIGN": align, **divided}
 
 
+def _neurons(p: LIFParams | ILIFParams, arguments: Callable[[LIFParams], dict[str, Any]]) -> dict[str, Any]:
+    if isinstance(p, ILIFParams):
+        return {**arguments(LIFParams()), "tau": 1 / p.v_threshold, "LEVELS": p.levels}
+    return {**arguments(p), "LEVELS": 0}
+
+
+def _steps(x: Tensor, p: LIFParams | ILIFParams) -> Tensor:
+    """x [..., C], not empty, as the kernels take it: [T, ..., C]."""
+    if isinstance(p, LIFParams):
+        return steps_contiguous(x)
+    return x.contiguous().view(1, -1, x.shape[-1])
+
+
 def _stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
@@ -171,10 +194,9 @@ def forward(
     rstd: Tensor | None,
     eps: float,
     threshold: Tensor | float,
-    p: LIFParams,
+    p: LIFParams | ILIFParams,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(spikes, mean, rstd): statistics [T, ...] per row if none are handed in, else those handed in."""
-    x = steps_contiguous(x)
     statistics = CHANNEL
     if mean is None or rstd is None:
         statistics = ROW if x.shape[-1] <= MAX_ROW else WIDE_ROW
@@ -183,18 +205,19 @@ def forward(
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return spikes, mean, rstd
+    x = _steps(x, p)
     if statistics == WIDE_ROW:
         row_moments(x, eps, mean, rstd)
     T, channels = x.shape[0], x.shape[-1]
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
-    blocks = _tile(channels, x.element_size(), statistics == ROW)
+    blocks = _tile(channels, x.element_size(), statistics == ROW, p)
     grid = (cdiv(x[0].numel() // channels, blocks["BLOCK_R"]), cdiv(channels, blocks["BLOCK_C"]))
     launch(
         norm_lif_forward, grid, x_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=bias.contiguous(),
         threshold_ptr=pointer, mean_ptr=mean, rstd_ptr=rstd, spikes_ptr=spikes, eps=eps, threshold=number,
         T=T, STATISTICS=statistics, THRESHOLD=kind, CHUNK=min(T, 8 if blocks["num_warps"] <= 8 else 4),
         **_sizes(x, stride_t=_stride(x)),
-        **neuron_forward(p), **blocks,
+        **_neurons(p, neuron_forward), **blocks,
     )  # fmt: skip
     return spikes, mean, rstd
 
@@ -210,21 +233,21 @@ class Sums(NamedTuple):
 
 def _backward(
     grad_spikes: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-    threshold: Tensor | float, p: LIFParams, statistics: int, *, sums: bool = False,
+    threshold: Tensor | float, p: LIFParams | ILIFParams, statistics: int, *, sums: bool = False,
     coefficients: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor | None, Sums]:  # fmt: skip
     """(grad_x, sums), as asked for."""
-    x, grad_spikes = steps_contiguous(x), steps_contiguous(grad_spikes)
-    T, channels = x.shape[0], x.shape[-1]
     writes_x = statistics == ROW or not sums
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if writes_x else None
-    zero = x.new_zeros((), dtype=torch.float32)
+    zero, channels = x.new_zeros((), dtype=torch.float32), x.shape[-1]
     if x.numel() == 0:
         zeros = x.new_zeros(channels, dtype=torch.float32)
         like = threshold.shape if isinstance(threshold, Tensor) else ()
         return grad_x, Sums(zeros, zeros.clone(), zero.expand(like), (torch.zeros_like(mean),) * 2)
+    x, grad_spikes = _steps(x, p), _steps(grad_spikes, p)
+    T = x.shape[0]
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
-    blocks = _tile(channels, x.element_size(), statistics == ROW)
+    blocks = _tile(channels, x.element_size(), statistics == ROW, p)
     chunk = min(T, _chunk(T, x.element_size(), blocks["num_warps"]))
     across = cdiv(channels, blocks["BLOCK_C"])
     down = cdiv(x[0].numel() // channels, blocks["BLOCK_R"])
@@ -248,7 +271,8 @@ def _backward(
         grad_threshold_ptr=partial, row_gw_ptr=row_gw, row_gwz_ptr=row_gwz, threshold=number, T=T,
         STATISTICS=statistics, SUMS=sums, THRESHOLD=kind, CHUNK=chunk,
         maxnreg=255 if chunk < T and blocks["num_warps"] <= 8 else None,
-        **_sizes(x, stride_t=_stride(x), grad_stride_t=_stride(grad_spikes)), **neuron(p), **blocks,
+        **_sizes(x, stride_t=_stride(x), grad_stride_t=_stride(grad_spikes)), **_neurons(p, neuron),
+        **blocks,
     )  # fmt: skip
     if sum_gz is None or sum_g is None:
         return grad_x, Sums(zero, zero, zero, ())
@@ -259,7 +283,7 @@ def _backward(
 
 def backward_layer(
     grad_spikes: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-    threshold: Tensor | float, p: LIFParams,
+    threshold: Tensor | float, p: LIFParams | ILIFParams,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(grad_x, grad_weight, grad_bias, grad_threshold) for row statistics."""
     args = (grad_spikes, x, weight, bias, mean, rstd, threshold, p)
@@ -273,7 +297,7 @@ def backward_layer(
 
 def backward_reduce(
     grad_spikes: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-    threshold: Tensor | float, p: LIFParams,
+    threshold: Tensor | float, p: LIFParams | ILIFParams,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(grad_weight = sum g z, grad_bias = sum g, grad_threshold) for channel statistics."""
     found = _backward(grad_spikes, x, weight, bias, mean, rstd, threshold, p, CHANNEL, sums=True)[1]
@@ -282,7 +306,7 @@ def backward_reduce(
 
 def backward_apply(
     grad_spikes: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-    threshold: Tensor | float, p: LIFParams, a: Tensor, b: Tensor, c: Tensor,
+    threshold: Tensor | float, p: LIFParams | ILIFParams, a: Tensor, b: Tensor, c: Tensor,
 ) -> Tensor:  # fmt: skip
     """grad_x = a g + b z + c, coefficients per channel."""
     args = (grad_spikes, x, weight, bias, mean, rstd, threshold, p)

@@ -103,6 +103,10 @@ class ILIFParams:
         if not (math.isfinite(self.v_threshold) and self.v_threshold > 0):
             raise ValueError(f"v_threshold: got {self.v_threshold!r}, takes a finite number > 0 with I-LIF")
 
+    def flat(self) -> tuple[int, float]:
+        """The fields in order, for an operator's schema."""
+        return self.levels, self.v_threshold
+
     @property
     def window(self) -> tuple[float, float]:
         """Of x / v_threshold, where the gradient passes."""

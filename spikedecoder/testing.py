@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spikedecoder import ops
-from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.surrogate import SURROGATES
 
 Inputs = dict[str, Any]
@@ -70,11 +70,16 @@ def _rows() -> Iterator[Case]:
         yield Case("norm", norm, (2, 3, 5, 36), {"norm": norm}, exact=False)
         for training in (True, False):
             mode = "train" if training else "eval"
-            yield Case(
-                "norm_lif", f"{norm}-{mode}", (4, 2, 5, 36), {"norm": norm, "training": training}, exact=False
-            )
+            options: dict[str, Any] = {"norm": norm, "training": training}
+            yield Case("norm_lif", f"{norm}-{mode}", (4, 2, 5, 36), options, exact=False)
+            yield Case("norm_ilif", f"{norm}-{mode}", (3, 5, 36), {**options, "levels": 4}, exact=False)
     yield Case("norm_lif", "wide", (4, 2, 3, 200), {"norm": "layer"}, exact=False)
     yield Case("norm_lif", "threshold", (4, 2, 3, 36), {"norm": "layer", "threshold": ()}, exact=False)
+
+    options = {"norm": "layer", "levels": 15, "v_threshold": 0.3}
+    yield Case("norm_ilif", "wide", (4, 2, 200), options, exact=False)
+    yield Case("norm_ilif", "one", (1, 33), options, exact=False)
+    yield Case("norm_ilif", "empty", (2, 0, 8), options, exact=False)
 
     for norm in ("layer", "batch", "power"):
         yield Case("linear_norm_lif", norm, (3, 2, 5, 70, 36), {"norm": norm}, exact=False)
@@ -182,6 +187,8 @@ def _norm_inputs(case: Case, generator: torch.Generator) -> Inputs:
         inputs["p"] = LIFParams()
         if "threshold" in case.options:
             inputs["threshold"] = torch.full(case.options["threshold"], 0.75).requires_grad_()
+    if case.operator == "norm_ilif":
+        inputs["p"] = ILIFParams(case.options["levels"], case.options.get("v_threshold", 1.0))
     return inputs
 
 
@@ -245,6 +252,7 @@ _MAKERS: dict[str, Callable[[Case, torch.Generator], Inputs]] = {
     "pack_spikes": lambda case, g: {"spikes": spikes(case.shape, g, 0.4)},
     "norm": _norm_inputs,
     "norm_lif": _norm_inputs,
+    "norm_ilif": _norm_inputs,
     "spike_attention": _attention_inputs,
     "spike_attention_lif": _attention_inputs,
     "spike_linear": _linear_inputs,

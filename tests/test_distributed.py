@@ -17,11 +17,11 @@ from torch import Tensor
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ops, sync, use_backend
 from spikedecoder.nn.norm import Norm, sync_norms
-from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 pytestmark = pytest.mark.triton_interpreter
 KINDS = ("batch", "power")
-OPERATORS = ("norm", "norm_lif")
+OPERATORS = ("norm", "norm_lif", "norm_ilif")
 BACKENDS = ("reference", "cpu", "triton")
 CHANNELS = 20
 SPLITS = {"unequal": (5, 2), "empty": (3, 0)}  # sequences of each process
@@ -63,7 +63,11 @@ def run_norm(
     norm.group = None if rank is None else sync.WORLD
 
     def forward(x: Tensor, n: NormParams) -> Tensor:
-        return ops.norm(x, n) if operator == "norm" else ops.norm_lif(x, n, LIFParams())
+        if operator == "norm":
+            return ops.norm(x, n)
+        if operator == "norm_lif":
+            return ops.norm_lif(x, n, LIFParams())
+        return ops.norm_ilif(x, n, ILIFParams(4))
 
     call = torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward
     found: dict[str, Tensor] = {}
@@ -189,11 +193,12 @@ def check_norm(results: list[dict[str, Tensor]], want: dict[str, Tensor], split:
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("operator", OPERATORS[1:])
 def test_norm_lif_over_two_processes_is_that_of_the_joined_batch(
-    kind: str, backend: str, split: str, both: list[dict[Any, dict[str, Tensor]]]
+    operator: str, kind: str, backend: str, split: str, both: list[dict[Any, dict[str, Tensor]]]
 ) -> None:
-    want = run_norm(kind, "norm_lif", backend, SPLITS[split], None)
-    check_norm([found[kind, "norm_lif", backend, split] for found in both], want, SPLITS[split])
+    want = run_norm(kind, operator, backend, SPLITS[split], None)
+    check_norm([found[kind, operator, backend, split] for found in both], want, SPLITS[split])
 
 
 @pytest.mark.parametrize("split", SPLITS)

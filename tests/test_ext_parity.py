@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ext, ops
-from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.testing import Case, cases, flipped, make_inputs, run, spikes
 
 if not ext.is_built():
@@ -86,7 +86,7 @@ def test_lif_gradients_of_many_neurons(variant):
     torch.testing.assert_close(actual["grad.v_threshold"], expected["grad.v_threshold"], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", cases("norm_lif", "spike_attention_lif"), ids=str)
+@pytest.mark.parametrize("case", cases("norm_lif", "norm_ilif", "spike_attention_lif"), ids=str)
 def test_sums_then_lif(case, variant):
     """Sums in another order may move a spike: few, and for some seed none, where gradients are compared."""
     compared = False
@@ -97,7 +97,7 @@ def test_sums_then_lif(case, variant):
         if torch.equal(actual["out"], expected["out"]):
             compared = True
             # gradients of attention are sums over all tokens before or after
-            assert_gradients(actual, expected, atol=2e-6 if case.operator == "norm_lif" else 2e-5)
+            assert_gradients(actual, expected, atol=2e-5 if case.operator == "spike_attention_lif" else 2e-6)
     assert compared
 
 
@@ -161,7 +161,7 @@ def test_bfloat16(case, variant):
             torch.testing.assert_close(actual[name].float(), expected[name], rtol=0, atol=1e-2 * largest)
 
 
-@pytest.mark.parametrize("case", cases("norm_lif"), ids=str)
+@pytest.mark.parametrize("case", cases("norm_lif", "norm_ilif"), ids=str)
 def test_bfloat16_norm_lif(case, variant):
     """Against the same operator in float32 on the same numbers: only results are rounded."""
 
@@ -174,8 +174,60 @@ def test_bfloat16_norm_lif(case, variant):
     actual, expected = run_in(torch.bfloat16), run_in(torch.float32)
     assert actual["out"].dtype == torch.bfloat16
     assert torch.equal(actual["out"].float(), expected["out"])
+    atol = 1e-2 / make_inputs(case)["p"].v_threshold  # what gradients are multiples of, with I-LIF
     for name in actual:
-        torch.testing.assert_close(actual[name].float(), expected[name].float(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(actual[name].float(), expected[name].float(), rtol=1e-2, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["layer", "batch", "power"])
+@pytest.mark.parametrize("shape", [(1030, 96), (3, 40, 50), (257, 600)], ids=str)
+def test_norm_ilif_beside_norm_and_ilif(shape, kind, variant):
+    """An integer moves by one, and only where rounding moves its current over a border between two."""
+    p, channels = ILIFParams(15, 0.3), shape[-1]
+    random = torch.Generator().manual_seed(0)
+    x, grad = (2 * torch.randn(shape, generator=random) + 1 for _ in range(2))
+    weight, bias = torch.rand(channels, generator=random) + 0.5, torch.randn(channels, generator=random)
+
+    def run_of(operator):
+        running = {"layer": (), "batch": (torch.zeros(channels), torch.ones(channels))}
+        running["power"] = (torch.ones(channels), torch.zeros(channels), torch.tensor(0))
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        with ops.use_backend("cpu"):
+            out = operator(leaves[0], NormParams(kind, *leaves[1:], running=running[kind]))
+            return out.detach(), torch.autograd.grad(out, leaves, grad), running[kind]
+
+    current = run_of(ops.norm)[0].double() / p.v_threshold
+    counts, gradients, running = run_of(lambda x, n: ops.norm_ilif(x, n, p))
+    expected, wanted, moved = run_of(lambda x, n: ops.ilif_params(ops.norm(x, n), p))
+    near = (current - current.floor() - 0.5).abs() < 4e-7 * (4 / p.v_threshold + current.abs())
+    assert near.double().mean() < 1e-4
+    assert torch.equal(counts[~near], expected[~near]) and (counts - expected).abs().max() <= 1
+    assert len(counts.unique()) == 16
+    if shape == (3, 40, 50):
+        assert torch.equal(counts, expected)
+    if torch.equal(counts, expected):
+        for got, want in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
+    torch.testing.assert_close(running, moved, rtol=1e-5, atol=1e-6)
+
+
+def test_norm_ilif_takes_what_is_strided_and_what_is_no_number(variant):
+    x = torch.randn(6, 7, 40, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
+    x[2, 3, 4:7] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    running = (torch.zeros(40), torch.ones(40))
+    n = NormParams("batch", torch.ones(40), torch.zeros(40), training=False, running=running)
+    found = {}
+    for backend in ("cpu", "reference"):
+        leaf = x.clone().requires_grad_()
+        with ops.use_backend(backend), torch.no_grad():
+            alone = ops.norm_ilif(leaf, n, ILIFParams(4))
+        with ops.use_backend(backend):
+            out = ops.norm_ilif(leaf, n, ILIFParams(4))
+        assert not alone.requires_grad and torch.equal(alone.isnan(), out.isnan())
+        upstream = torch.full((40, 6, 7), 2.0).permute(2, 1, 0)
+        found[backend] = out.detach(), *torch.autograd.grad(out, leaf, upstream)
+    torch.testing.assert_close(found["cpu"], found["reference"], rtol=0, atol=1e-5, equal_nan=True)
+    assert found["cpu"][0][2, 3, 4:7].tolist()[1:] == [4, 0] and found["cpu"][0][2, 3, 4].isnan()
 
 
 @pytest.mark.parametrize("shape", [(70, 33, 20), (300, 80, 130), (40, 2100, 40), (5, 64, 16)], ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikedecoder.params import LIFParams
+from spikedecoder.params import ILIFParams, LIFParams
 
 pytest.importorskip("triton")
 from spikedecoder.kernels import _launch
@@ -32,12 +32,13 @@ def norm_lif(batch: int, tokens: int, make: Make) -> None:
     from spikedecoder.kernels import norm_lif as k
 
     x, weight = make(4, batch, tokens, 80), make(80).float()
-    _, mean, rstd = k.forward(x, weight, weight, None, None, 1e-5, 1.0, P)
-    k.backward_layer(x, x, weight, weight, mean, rstd, 1.0, P)
     k.moments(x, True)
-    k.forward(x, weight, weight, weight, weight, 1e-5, 1.0, P)
-    k.backward_reduce(x, x, weight, weight, weight, weight, 1.0, P)
-    k.backward_apply(x, x, weight, weight, weight, weight, 1.0, P, weight, weight, weight)
+    for x, p in ((x, P), (x[0], ILIFParams(4))):  # noqa: B020
+        _, mean, rstd = k.forward(x, weight, weight, None, None, 1e-5, 1.0, p)
+        k.backward_layer(x, x, weight, weight, mean, rstd, 1.0, p)
+        k.forward(x, weight, weight, weight, weight, 1e-5, 1.0, p)
+        k.backward_reduce(x, x, weight, weight, weight, weight, 1.0, p)
+        k.backward_apply(x, x, weight, weight, weight, weight, 1.0, p, weight, weight, weight)
 
 
 def small(batch: int, tokens: int, make: Make) -> None:

@@ -132,6 +132,19 @@ def norm_lif() -> None:
         k.backward_apply(x, x, channel, channel, channel, channel, 1.0, P, channel, channel, channel)
 
 
+def norm_ilif() -> None:
+    from spikedecoder.kernels import norm_lif as k
+
+    p = ILIFParams(4)
+    for shape in ((1 << 23, 512), (2, (1 << 23) + 3, 1001), (3 << 30, 2)):
+        x, channel = meta(*shape), meta(shape[-1], dtype=torch.float32)
+        _, mean, rstd = k.forward(x, channel, channel, None, None, 1e-5, 1.0, p)
+        k.backward_layer(x, x, channel, channel, mean, rstd, 1.0, p)
+        k.forward(x, channel, channel, channel, channel, 1e-5, 1.0, p)
+        k.backward_reduce(x, x, channel, channel, channel, channel, 1.0, p)
+        k.backward_apply(x, x, channel, channel, channel, channel, 1.0, p, channel, channel, channel)
+
+
 def many_rows() -> None:
     from spikedecoder.kernels import norm_lif as k
 
@@ -197,7 +210,7 @@ def attention_lif() -> None:
 LOOPS = ("merge_bands",)
 
 
-USES = [lif, norm_lif, many_rows, small, linear, linear_norm_lif, attention, attention_lif]
+USES = [lif, norm_lif, norm_ilif, many_rows, small, linear, linear_norm_lif, attention, attention_lif]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from spikedecoder import ops
-from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.reference import lif as lif_reference
 from spikedecoder.reference import norm_lif as norm_reference
 from spikedecoder.testing import Case, Inputs, cases, flipped, make_inputs, run
@@ -24,8 +24,8 @@ from spikedecoder.testing import Case, Inputs, cases, flipped, make_inputs, run
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = (
-    "lif", "ilif", "binarize", "pack_spikes", "norm_lif", "spike_attention", "spike_attention_lif",
-    "spike_linear", "linear_norm_lif",
+    "lif", "ilif", "binarize", "pack_spikes", "norm_lif", "norm_ilif", "spike_attention",
+    "spike_attention_lif", "spike_linear", "linear_norm_lif",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
@@ -50,7 +50,7 @@ def compare(case: Case, dtype: torch.dtype, device: str = DEVICE) -> None:
     for name, value in expected.items():
         assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name
     spikes = case.operator in (
-        "lif", "ilif", "binarize", "norm_lif", "spike_attention_lif", "linear_norm_lif",
+        "lif", "ilif", "binarize", "norm_lif", "norm_ilif", "spike_attention_lif", "linear_norm_lif",
     )  # fmt: skip
     flips = flipped(actual["out"], expected["out"]) if spikes else 0.0
     rounds = case.operator == "spike_attention" and dtype != torch.float32  # integers beyond 256 or 2048
@@ -240,6 +240,9 @@ def test_norm_lif_takes_rows_wider_than_its_registers(
     monkeypatch.setattr(norm_lif, "MAX_ROW", 256)
     options = {"norm": "layer", **({"threshold": threshold} if threshold else {})}
     compare(Case("norm_lif", "wide", (T, 3, 300), options, exact=False), torch.float32)
+    compare(
+        Case("norm_ilif", "wide", (T, 3, 300), {"norm": "layer", "levels": 4}, exact=False), torch.float32
+    )
 
 
 @pytest.mark.parametrize("outputs", [36, 300])
@@ -345,15 +348,15 @@ AWKWARD = ("misaligned", "sliced", "transposed", "expanded", "empty")
 
 
 @pytest.mark.parametrize("kind", AWKWARD)
-@pytest.mark.parametrize(
-    "operator", ["lif", "norm_lif", "binarize", "pack_spikes", "spike_linear", "linear_norm_lif", "attention"]
-)
+@pytest.mark.parametrize("operator", [*(o for o in OPERATORS if "attention" not in o), "attention"])
 def test_awkward_memory_gives_the_reference(operator: str, kind: str) -> None:
     shape = (2, 3, 2, 5, 16) if operator == "attention" else (2, 3, 32)
     weight, channel = random(16, 32, seed=1), torch.linspace(0.5, 1.5, 32, device=DEVICE)
     calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "lif": lambda x: ops.lif(x * 3),  # type: ignore[dict-item, return-value]
         "norm_lif": lambda x: ops.norm_lif(x, NormParams("layer", channel, channel), LIFParams()),
+        "norm_ilif": lambda x: ops.norm_ilif(x, NormParams("layer", channel, channel), ILIFParams(4)),
+        "ilif": lambda x: ops.ilif(x * 3, levels=2),
         "binarize": lambda x: ops.binarize(x - 0.5),
         "pack_spikes": lambda x: ops.unpack_spikes(ops.pack_spikes(x.detach()), 32) * x,
         "spike_linear": lambda x: ops.spike_linear(x, weight, weight[:, 0].clone()),
@@ -382,8 +385,9 @@ def test_what_is_no_number_ends_as_in_the_reference(value: float) -> None:
         found = {}
         for backend in ("reference", "triton"):
             with ops.use_backend(backend):
-                found[backend] = ops.norm_lif(x, n, LIFParams())
-        assert torch.equal(found["triton"], found["reference"])
+                found[backend] = ops.norm_lif(x, n, LIFParams()), ops.norm_ilif(x, n, ILIFParams(4))
+        assert torch.equal(found["triton"][0], found["reference"][0])
+        torch.testing.assert_close(found["triton"][1], found["reference"][1], rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_triton_cannot_run_it_says() -> None:
@@ -445,6 +449,9 @@ def test_sums_in_pieces(many_multiprocessors: None) -> None:
     compare(
         Case("norm_lif", "pieces", (2, 300, 36), {"norm": "batch", "threshold": (36,)}, exact=False),
         torch.float32,
+    )
+    compare(
+        Case("norm_ilif", "pieces", (601, 36), {"norm": "batch", "levels": 15}, exact=False), torch.float32
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from spikedecoder import BackendError, ops, use_backend
 from spikedecoder.ops import _dispatch
 from spikedecoder.ops.norm import statistics
-from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.testing import CASES, cases, make_inputs, run
 
 X = torch.ones(4, 2, 8)
@@ -214,6 +214,17 @@ def test_opcheck_of_norm_lif(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["layer-train", "batch-train", "batch-eval", "wide"])
+def test_opcheck_of_norm_ilif(name, backend):
+    inputs = make_inputs(next(c for c in cases("norm_ilif") if c.name == name))
+    x, n = inputs["x"], inputs["n"]
+    found = statistics(x, n)
+    mean, rstd = (None, None) if found is None else (found.mean, found.rstd)
+    rest = (None, None, None, n.eps, n.training, None, *inputs["p"].flat(), backend)
+    torch.library.opcheck(torch.ops.spikedecoder.norm_ilif.default, (x, n.weight, n.bias, mean, rstd, *rest))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_opcheck_of_spike_linear_and_attention_lif(backend):
     i = make_inputs(cases("spike_linear")[1])
     torch.library.opcheck(
@@ -284,6 +295,12 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.norm_lif(X.long(), LAYER, LIFParams()), TypeError, "x: got dtype torch.int64"),
         (lambda: ops.norm_lif(X[..., :3], LAYER, LIFParams()), ValueError, "x: got 3 channels"),
         (lambda: ops.norm_lif(X.to("meta"), LAYER, LIFParams()), ValueError, "different devices"),
+        (
+            lambda: ops.norm_ilif(ONES, LAYER, ILIFParams(4)),
+            ValueError,
+            r"x: got shape \(8,\), takes at least 2",
+        ),
+        (lambda: ops.norm_ilif(X.long(), LAYER, ILIFParams(4)), TypeError, "x: got dtype torch.int64"),
         *(
             (lambda o=operator, n=norm: o(n), error, message)
             for norm, error, message in (
@@ -310,7 +327,11 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
                     r"running_phi: got shape \(9,\)",
                 ),
             )
-            for operator in (lambda n: ops.norm_lif(X, n, LIFParams()), lambda n: ops.norm(X, n))
+            for operator in (
+                lambda n: ops.norm_lif(X, n, LIFParams()),
+                lambda n: ops.norm_ilif(X, n, ILIFParams(4)),
+                lambda n: ops.norm(X, n),
+            )
         ),
         (lambda: ops.spike_linear(X, torch.ones(3, 8), torch.ones(3).long()), TypeError, "bias: got dtype"),
         (lambda: ops.spike_attention(Q, Q, Q, decay=[0.5, 0.5]), TypeError, "decay: got list"),

@@ -237,11 +237,13 @@ def test_pack_and_unpack(case):
         assert torch.equal(bit.float(), spikes[..., channel])
 
 
-@pytest.mark.parametrize("case", cases("norm_lif"), ids=str)
+@pytest.mark.parametrize("case", cases("norm_lif", "norm_ilif"), ids=str)
 def test_norm_lif_is_norm_then_lif(case):
     actual = run(case, make_inputs(case, torch.float64))
 
     def composed(x, n, p, threshold=1.0):
+        if isinstance(p, ILIFParams):
+            return (ilif_spec.ilif(ops.norm(x, n), p),)
         return (lif_spec.lif(ops.norm(x, n), threshold, None, p)[0],)
 
     expected = _by_autograd(composed, make_inputs(case, torch.float64))
@@ -250,7 +252,9 @@ def test_norm_lif_is_norm_then_lif(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", cases("norm_lif"), ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in cases("norm_lif", "norm_ilif") if c.name not in ("one", "empty")], ids=str
+)
 def test_norm_lif_with_parameters_in_half_precision_computes_in_float32(case, dtype):
     inputs = make_inputs(case, dtype)
     actual = run(case, inputs)

@@ -438,6 +438,54 @@ void test_ilif(int64_t n, int threads) {
   for (int64_t i = 0; i < n; i++) CHECK(out[i] == (mask[i] ? 2 * grad[i] : 0.f));
 }
 
+// Statistics of channels that round nothing; of rows, that a row's gradients add up to nothing.
+void test_norm_ilif(int64_t rows, int64_t C, int threads) {
+  Neuron n;
+  n.levels = 3;
+  n.scale = 2;
+  n.low = -0.5f;
+  n.high = 3.5f;
+  const Threshold t;
+  const auto x = dyadic(rows * C), weight = dyadic(C, 4, 12), bias = dyadic(C), grad = dyadic(rows * C);
+  const auto a = dyadic(C), b = dyadic(C), c = dyadic(C);
+  auto mean = dyadic(C), rstd = std::vector<float>(static_cast<size_t>(C), 0.5f);
+  auto s = array<float>(rows * C), grad_x = s, grad_weight = array<float>(C), grad_bias = grad_weight;
+  const auto forward = [&](NormKind kind) {
+    kernels().norm_lif_forward({n, t, kind, Element::float32, x.data(), weight.data(), bias.data(), 1e-5f, mean.data(),
+                                rstd.data(), s.data(), 1, rows, C, rows, threads});
+  };
+  const auto backward = [&](NormKind kind, NormLifPart part) {
+    kernels().norm_lif_backward({n, t, kind, part, Element::float32, grad.data(), x.data(), weight.data(), bias.data(),
+                                 mean.data(), rstd.data(), a.data(), b.data(), c.data(), grad_x.data(),
+                                 grad_weight.data(), grad_bias.data(), nullptr, 1, rows, C, threads});
+  };
+  forward(NormKind::channel);
+  for (const auto part : {NormLifPart::reduce, NormLifPart::apply, NormLifPart::known}) backward(NormKind::channel, part);
+  for (int64_t i = 0; i < C; i++) {
+    float sum_g = 0, sum_gz = 0;
+    for (int64_t at = i; at < rows * C; at += C) {
+      const float z = (x[at] - mean[i]) * rstd[i], u = 2 * (z * weight[i] + bias[i]);
+      const float g = u >= n.low && u <= n.high ? 2 * grad[at] : 0;
+      CHECK(s[at] == std::fmin(std::fmax(std::floor(u + 0.5f), 0.f), 3.f));
+      CHECK(grad_x[at] == a[i] * g + b[i] * z + c[i]);
+      sum_g += g;
+      sum_gz += g * z;
+    }
+    CHECK(grad_bias[i] == sum_g && grad_weight[i] == sum_gz);
+  }
+  mean = rstd = array<float>(rows);
+  forward(NormKind::row);
+  backward(NormKind::row, NormLifPart::whole);
+  for (int64_t row = 0; row < rows; row++) {
+    double sum = 0, largest = 1;
+    for (int64_t i = 0; i < C; i++) {
+      sum += grad_x[row * C + i];
+      largest = std::fmax(largest, std::fabs(grad_x[row * C + i]));
+    }
+    CHECK(std::fabs(sum) < 1e-5 * largest * C);
+  }
+}
+
 void test_all() {
   for (int threads : {1, 3}) {
     for (int64_t C : {1, 15, 16, 17, 63, 64, 65, 200}) {
@@ -446,6 +494,7 @@ void test_all() {
       test_norm_lif(NormKind::channel, 2, 70, C, threads);
       test_binarize(C, threads);
       test_ilif(C, threads);
+      for (int64_t rows : {1, 7, 64}) test_norm_ilif(rows, C, threads);
     }
     test_pack(3000, 70, threads);
     test_binarize(50'000, threads);

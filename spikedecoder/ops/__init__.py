@@ -7,6 +7,7 @@ from spikedecoder.ops.lif import lif, lif_params
 from spikedecoder.ops.linear_norm import linear_norm
 from spikedecoder.ops.linear_norm_lif import linear_norm_lif
 from spikedecoder.ops.norm import norm
+from spikedecoder.ops.norm_ilif import norm_ilif
 from spikedecoder.ops.norm_lif import norm_lif
 from spikedecoder.ops.pack_spikes import pack_spikes, unpack_spikes
 from spikedecoder.ops.spike_attention import spike_attention
@@ -30,6 +31,7 @@ __all__ = [
     "linear_norm",
     "linear_norm_lif",
     "norm",
+    "norm_ilif",
     "norm_lif",
     "pack_spikes",
     "spike_attention",

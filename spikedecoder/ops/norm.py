@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spikedecoder import sync
 from spikedecoder.ops import _check
+from spikedecoder.ops._direct import unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, select
 from spikedecoder.params import NormParams
 from spikedecoder.reference.lif import compute_dtype
@@ -16,14 +17,16 @@ from spikedecoder.reference.norm import move_running
 from spikedecoder.reference.norm import norm as _reference
 
 
-@torch.library.custom_op("spikedecoder::moments", mutates_args=())
-def _moments(x: Tensor, center: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _moments_of(x: Tensor, center: bool, backend: str) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:  # a process without rows, among others
         nothing = x.new_zeros(x.shape[-1], dtype=compute_dtype(x.dtype))
         return nothing, nothing.clone()
     return select("norm_lif", Call(x.device, x.dtype, tuple(x.shape), {"rows": False}), backend).moments(
         x, center
     )
+
+
+_moments = torch.library.custom_op("spikedecoder::moments", _moments_of, mutates_args=())
 
 
 @_moments.register_fake
@@ -63,7 +66,8 @@ def statistics(x: Tensor, n: NormParams) -> Statistics | None:
         if n.kind == "power":
             return Statistics(torch.zeros_like(n.running[0]), (n.running[0] + n.eps).rsqrt())
         return Statistics(n.running[0].clone(), (n.running[1] + n.eps).rsqrt())
-    mean, var = _moments(x.detach(), n.kind == "batch", requested_backend())
+    moments = _moments_of if unwatched(x) else _moments
+    mean, var = moments(x.detach(), n.kind == "batch", requested_backend())
     rows, count = None, x.numel() // x.shape[-1]
     if n.synced is not None:
         mean, var, rows = sync.moments_over(mean, var, count, n.synced)

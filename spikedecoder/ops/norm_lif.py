@@ -11,7 +11,7 @@ from spikedecoder import sync
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, requested_backend, select
 from spikedecoder.ops.norm import Statistics, check_norm, statistics
-from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.norm import alpha_backward
 
@@ -58,7 +58,7 @@ def _call(x: Tensor, mean: Tensor | None) -> Call:
 
 
 @_norm_lif.register_fake
-def _(x, weight, bias, mean, *_):
+def forward_fake(x, weight, bias, mean, *_):
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
     if mean is not None:
         return spikes, x.new_empty(0), x.new_empty(0)
@@ -91,6 +91,15 @@ def _norm_lif_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    settings = (channel, batch_gradient, group, p, backend)
+    return gradients(grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, *settings)
+
+
+def gradients(
+    grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows,
+    channel: bool, batch_gradient: bool, group: str | None, p: LIFParams | ILIFParams, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of x, weight, bias and threshold."""
     impl = select("norm_lif", _call(x, mean if channel else None), backend)
     limit = p.v_threshold if threshold is None else threshold
     args = (grad_spikes, x, weight, bias, mean, rstd, limit, p)
@@ -125,7 +134,11 @@ def _(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, eps, *rest = inputs
+    keep(ctx, output, *inputs)
+
+
+def keep(ctx, output, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, eps, *rest):
+    """What a backward pass needs, in ctx."""
     _, row_mean, row_rstd = output
     ctx.channel = mean is not None
     if mean is None:
@@ -133,7 +146,7 @@ def _setup_context(ctx, inputs, output):
     # the running ema_gz is read, and moved on, when the gradient arrives
     ctx.ema_gz, ctx.eps = ema_gz, eps
     ctx.save_for_backward(x, weight, bias, mean, rstd, threshold, rstd_batch, rows)
-    ctx.rest = tuple(rest)
+    ctx.rest = rest
     ctx.mark_non_differentiable(row_mean, row_rstd)
 
 
@@ -144,13 +157,18 @@ def backward(grad_spikes, saved, ema_gz, eps, channel, rest):
         grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, channel, *rest
     )
     if ema_gz is not None:
-        # mean over rows of ga z, from what is known: ga = g weight - (1 - alpha) ema_gz z
         _, group, *_ = rest
-        sum_gz = grad_weight if group is None else sync.sum_over(grad_weight, group)
-        count = x.numel() // x.shape[-1] if rows is None else rows
-        second = rstd.square() * (rstd_batch**-2 - eps)
-        ema_gz += weight * sum_gz / count - (1 - alpha_backward()) * ema_gz * second
+        move_ema(ema_gz, x, weight, rstd, rstd_batch, rows, eps, grad_weight, group)
     return grad_x, grad_weight, grad_bias, None if threshold is None else grad_threshold.to(threshold.dtype)
+
+
+def move_ema(ema_gz, x, weight, rstd, rstd_batch, rows, eps, grad_weight, group: str | None) -> None:
+    """PowerNorm's running ema_gz after a backward pass."""
+    # mean over rows of ga z, from what is known: ga = g weight - (1 - alpha) ema_gz z
+    sum_gz = grad_weight if group is None else sync.sum_over(grad_weight, group)
+    count = x.numel() // x.shape[-1] if rows is None else rows
+    second = rstd.square() * (rstd_batch**-2 - eps)
+    ema_gz += weight * sum_gz / count - (1 - alpha_backward()) * ema_gz * second
 
 
 def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
@@ -196,7 +214,9 @@ def check_norm_lif(x: Tensor, n: NormParams, threshold: Tensor | None) -> None:
         _check.broadcasts("v_threshold", threshold, x.shape[1:])
 
 
-def flat(found: Statistics | None, n: NormParams, p: LIFParams, threshold: Tensor | None) -> tuple[Any, ...]:
+def flat(
+    found: Statistics | None, n: NormParams, p: LIFParams | ILIFParams, threshold: Tensor | None
+) -> tuple[Any, ...]:
     """What the operators take after weight and bias, in order, but for the backend."""
     mean = rstd = rstd_batch = ema_gz = rows = None
     if found is not None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
 from spikedecoder.ops import _check
+from spikedecoder.ops._direct import unwatched
 from spikedecoder.ops._dispatch import Call, module, requested_backend, resolve, select
 from spikedecoder.ops.pack_spikes import WORD, _unpack
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def _impl(x: Tensor, shape: tuple[int, ...], backend: str):
@@ -118,23 +116,13 @@ def _bare(*tensors: Tensor | None) -> bool:
 
     Then the dispatcher, which for one token takes as long as the kernel, can be passed by.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
-    ):
+    if not unwatched(*tensors) or torch.is_autocast_enabled("cpu"):
         return False
     learns = torch.is_grad_enabled()
     for x in tensors:
         if x is None:
             continue
-        if type(x) not in _PLAIN or x.dtype != torch.float32 or x.is_neg() or (learns and x.requires_grad):
-            return False
-        if x.layout != torch.strided or not x.is_cpu:
+        if x.dtype != torch.float32 or x.is_neg() or (learns and x.requires_grad) or not x.is_cpu:
             return False
     return True
 

@@ -1,7 +1,8 @@
-"""Normalisation, then LIF: y = (x - mean) * rstd * weight + bias, spikes = LIF(y).
+"""Normalisation, then LIF or I-LIF: y = (x - mean) * rstd * weight + bias, spikes = LIF(y).
 
 Row statistics (LayerNorm) are computed here; channel statistics (BatchNorm, PowerNorm) are handed in.
-Kept for backward: x and the statistics; y and the membrane potentials are recomputed.
+Kept for backward: x and the statistics; y and the membrane potentials are recomputed. The threshold beside
+the neurons is a LIF's; an I-LIF has its own, and no timesteps.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikedecoder.params import LIFParams, NormParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
+from spikedecoder.reference import ilif as _ilif
 from spikedecoder.reference import lif as _lif
 from spikedecoder.reference.norm import moments, norm
 
 __all__ = ["backward_apply", "backward_layer", "backward_reduce", "forward", "moments", "norm_lif"]
 
 Threshold = Tensor | float
+Neurons = LIFParams | ILIFParams
 
 
 def norm_lif(x: Tensor, n: NormParams, threshold: Threshold, p: LIFParams) -> Tensor:
@@ -31,7 +34,7 @@ def forward(
     rstd: Tensor | None,
     eps: float,
     threshold: Threshold,
-    p: LIFParams,
+    p: Neurons,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(spikes, mean, rstd): statistics per row if none are handed in, else those handed in."""
     x_ = x.to(_lif.compute_dtype(x.dtype))
@@ -41,13 +44,19 @@ def forward(
         mean, rstd = mean.squeeze(-1), rstd.squeeze(-1)
     else:
         y = torch.addcmul(bias, (x_ - mean) * rstd, weight)
+    if isinstance(p, ILIFParams):
+        return _ilif.forward(y, p, want_mask=False)[0].to(x.dtype), mean, rstd
     return _lif.forward(y, threshold, None, p)[0].to(x.dtype), mean, rstd
 
 
 def _gradient_of_y(
-    grad_spikes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, threshold: Threshold, p: LIFParams
+    grad_spikes: Tensor, z: Tensor, weight: Tensor, bias: Tensor, threshold: Threshold, p: Neurons
 ) -> tuple[Tensor, Tensor]:
     y = torch.addcmul(bias.to(z.dtype), z, weight.to(z.dtype))
+    if isinstance(p, ILIFParams):
+        mask = _ilif.forward(y, p, want_mask=True)[1]
+        assert mask is not None
+        return _ilif.backward(grad_spikes.to(z.dtype), mask, p), z.new_zeros(())
     grad_y, grad_threshold, _ = _lif.backward(grad_spikes.to(z.dtype), None, y, threshold, None, p)
     return grad_y, grad_threshold
 
@@ -60,7 +69,7 @@ def backward_layer(
     mean: Tensor,
     rstd: Tensor,
     threshold: Threshold,
-    p: LIFParams,
+    p: Neurons,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and the threshold, for row statistics.
 
@@ -84,7 +93,7 @@ def backward_reduce(
     mean: Tensor,
     rstd: Tensor,
     threshold: Threshold,
-    p: LIFParams,
+    p: Neurons,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dweight = sum g z, dbias = sum g, dthreshold), for channel statistics."""
     z = (x.to(mean.dtype) - mean) * rstd
@@ -101,7 +110,7 @@ def backward_apply(
     mean: Tensor,
     rstd: Tensor,
     threshold: Threshold,
-    p: LIFParams,
+    p: Neurons,
     a: Tensor,
     b: Tensor,
     c: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import missing, native
 from spikedecoder.ops._dispatch import Call
-from spikedecoder.params import LIFParams
+from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.surrogate import SURROGATES
 
 # How the kernels number what an array holds (Element in csrc/kernels.h).
@@ -50,7 +50,9 @@ def address(x: Tensor | None) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def neuron(p: LIFParams) -> Any:
+def neuron(p: LIFParams | ILIFParams) -> Any:
+    if isinstance(p, ILIFParams):
+        return native.Neuron.integer(p.levels, 1 / p.v_threshold, *p.window)
     return native.Neuron(
         p.tau, p.v_reset, p.decay_input, SURROGATES[p.surrogate].kernel_id, p.alpha, p.detach_reset
     )

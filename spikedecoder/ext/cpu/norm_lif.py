@@ -1,4 +1,4 @@
-"""Normalisation and LIF in C++ (csrc/norm_lif.cpp, csrc/moments.cpp)."""
+"""Normalisation and LIF or I-LIF in C++ (csrc/norm_lif.cpp, csrc/moments.cpp)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spikedecoder.ext.cpu._arguments import (
     threshold_of,
 )
 from spikedecoder.ext.cpu._memory import empty_like
-from spikedecoder.params import LIFParams
+from spikedecoder.params import ILIFParams, LIFParams
 
 why_not = floats_on_cpu
 
@@ -27,9 +27,9 @@ _ROW, _CHANNEL = 0, 1
 _WHOLE, _REDUCE, _APPLY, _KNOWN = 0, 1, 2, 3
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int]:
+def _sizes(x: Tensor, p: LIFParams | ILIFParams) -> tuple[int, int, int]:
     """T, rows of a timestep, channels."""
-    steps, channels = x.shape[0], x.shape[-1]
+    steps, channels = 1 if isinstance(p, ILIFParams) else x.shape[0], x.shape[-1]
     return steps, x.numel() // (steps * channels) if steps and channels else 0, channels
 
 
@@ -53,11 +53,12 @@ def forward(
     rstd: Tensor | None,
     eps: float,
     threshold: Tensor | float,
-    p: LIFParams,
+    p: LIFParams | ILIFParams,
     spikes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(spikes, mean, rstd): row statistics [T, ...] where none are given, else the channels' own.
 
+    threshold: read where p is a LIF. p says what x is: I-LIF has no timesteps, and takes any [..., C].
     spikes: where they go, like x or some rows [T, begin:end, C] of a tensor; None makes one.
     """
     x, weight, bias = same(x), dense(weight), dense(bias)
@@ -66,7 +67,7 @@ def forward(
     else:
         kind, mean, rstd = _CHANNEL, dense(mean), dense(rstd)
     t = threshold_of(threshold, x.shape[1:])
-    steps, rows, channels = _sizes(x)
+    steps, rows, channels = _sizes(x, p)
     apart = rows if spikes is None else spikes.stride(0) // max(1, channels)
     spikes = empty_like(x) if spikes is None else spikes
     native.norm_lif_forward(
@@ -107,7 +108,7 @@ def _backward(
     mean: Tensor,
     rstd: Tensor,
     threshold: Tensor | float,
-    p: LIFParams,
+    p: LIFParams | ILIFParams,
     *coefficients: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(grad_x, grad_weight, grad_bias, grad_threshold), of which `part` says what is written."""
@@ -122,6 +123,6 @@ def _backward(
     native.norm_lif_backward(
         *(neuron(p), t.native, kind, part, ELEMENTS[x.dtype], *addresses, address(grad_x)),
         *(address(grad_weight), address(grad_bias), address(grad_threshold)),
-        *(*_sizes(x), torch.get_num_threads()),
+        *(*_sizes(x, p), torch.get_num_threads()),
     )
     return grad_x, grad_weight, grad_bias, torch.zeros(()) if grad_threshold is None else grad_threshold

@@ -1,0 +1,133 @@
+"""Normalisation followed by I-LIF, as one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spikedecoder.ops._direct import unwatched
+from spikedecoder.ops._dispatch import requested_backend
+from spikedecoder.ops.norm import check_norm, statistics
+from spikedecoder.ops.norm_lif import flat, forward, forward_fake, gradients, keep, move_ema
+from spikedecoder.params import ILIFParams, NormParams
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    rstd_batch: Tensor | None,
+    ema_gz: Tensor | None,
+    rows: Tensor | None,
+    eps: float,
+    batch_gradient: bool,
+    group: str | None,
+    levels: int,
+    v_threshold: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(x, weight, bias, mean, rstd, None, eps, ILIFParams(levels, v_threshold), backend)
+
+
+_norm_ilif = torch.library.custom_op("spikedecoder::norm_ilif", _forward, mutates_args=())
+_norm_ilif.register_fake(forward_fake)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    rstd_batch: Tensor | None,
+    ema_gz: Tensor | None,
+    rows: Tensor | None,
+    channel: bool,
+    batch_gradient: bool,
+    group: str | None,
+    levels: int,
+    v_threshold: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings = (channel, batch_gradient, group, ILIFParams(levels, v_threshold), backend)
+    return gradients(grad, x, weight, bias, mean, rstd, None, rstd_batch, ema_gz, rows, *settings)[:3]
+
+
+_norm_ilif_backward = torch.library.custom_op("spikedecoder::norm_ilif_backward", _backward, mutates_args=())
+
+
+@_norm_ilif_backward.register_fake
+def _(grad, x, weight, bias, *_):
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, mean, rstd, *rest = inputs
+    keep(ctx, output, x, weight, bias, mean, rstd, None, *rest)
+
+
+def _gradients(ctx, grad, backward):
+    x, weight, bias, mean, rstd, _, rstd_batch, rows = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = backward(
+        grad, x, weight, bias, mean, rstd, rstd_batch, ctx.ema_gz, rows, ctx.channel, *ctx.rest
+    )
+    if ctx.ema_gz is not None:
+        _, group, *_ = ctx.rest
+        move_ema(ctx.ema_gz, x, weight, rstd, rstd_batch, rows, ctx.eps, grad_weight, group)
+    return grad_x, grad_weight, grad_bias, *(None,) * (6 + len(ctx.rest))
+
+
+def _autograd(ctx, grad, _grad_mean, _grad_rstd):
+    return _gradients(ctx, grad, _norm_ilif_backward)
+
+
+_norm_ilif.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The same where nothing watches: a training step of a small model feels what the dispatcher takes."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        return _gradients(ctx, grad, _backward)
+
+
+def norm_ilif(x: Tensor, n: NormParams, p: ILIFParams) -> Tensor:
+    """Integers of I-LIF(norm(x)) with nothing written between.
+
+        y = (x - mean) * rstd * weight + bias;   s = clip(floor(y / v_threshold + 1/2), 0, levels)
+
+    and back, g = dL/dy being dL/ds / v_threshold inside the I-LIF's window and 0 outside. y is computed in
+    float32 (float64 for float64) and not rounded before it is counted: beside `norm` and `ilif` one after
+    the other, a count differs, by one, where y / v_threshold + 1/2 is within rounding of a whole number.
+
+    Args:
+        x: currents [..., C], float, two dimensions or more. A model's T is rows like any other.
+        n: LayerNorm, BatchNorm or PowerNorm; its running statistics are updated in training.
+        p: the neurons.
+
+    Returns:
+        s [..., C] in x's dtype, NaN where y is. Kept for backward: x and the statistics. Where the gradient
+        passes is computed again.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Source: Ba et al., 2016; Ioffe & Szegedy, 2015; Shen et al., 2020; and the I-LIF's.
+    """
+    check_norm(x, n)
+    mean, rstd, _, *rest = flat(statistics(x, n), n, p, None)
+    call = _Direct.apply if unwatched(x, n.weight, n.bias) else _norm_ilif
+    return call(x, n.weight, n.bias, mean, rstd, *rest, requested_backend())[0]
