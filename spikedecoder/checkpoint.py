@@ -117,7 +117,8 @@ def read_config(path: Path) -> SpikeDecoderConfig:
 class FolderMixin(ModelHubMixin):
     """`from_pretrained`, `save_pretrained` and `push_to_hub` over the files above.
 
-    `from_pretrained` takes a folder, which needs no network, or a name on the Hugging Face hub.
+    `from_pretrained` takes a folder, which needs no network, or a name on the Hugging Face hub. Of a training
+    run's folder it takes the best model, or else the last.
     """
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -143,6 +144,9 @@ class FolderMixin(ModelHubMixin):
 
 
 def _local(folder: Path) -> Callable[..., Path]:
+    places = (folder, folder / "best", folder / "last")
+    folder = next((place for place in places if (place / CONFIG).is_file()), folder)
+
     def get(file: str, optional: bool = False) -> Path:
         return folder / file
 

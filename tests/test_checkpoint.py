@@ -55,6 +55,15 @@ def test_works_offline_by_folder_and_says_why_a_hub_name_fails():
         SpikeDecoder.from_pretrained("nobody/nothing")
 
 
+def test_a_runs_folder_stands_for_its_best_model(tmp_path):
+    last = _model()
+    best = SpikeDecoder(last.config.replace(blocks=2))
+    last.save_pretrained(tmp_path / "last")
+    assert SpikeDecoder.from_pretrained(tmp_path).config.blocks == 1
+    best.save_pretrained(tmp_path / "best")
+    assert SpikeDecoder.from_pretrained(tmp_path).config.blocks == 2
+
+
 def test_what_can_only_be_a_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
