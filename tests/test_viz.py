@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 
 import pytest
@@ -156,6 +157,9 @@ def test_predictions_show_probabilities_and_any_text(model, tmp_path):
     given = sorted(p.probability for at in result.predictions[0] for p in at)
     assert sorted(grid[grid >= 0].tolist()) == pytest.approx(given)
     png(fig, tmp_path)
+    assert ax.get_title() == "Predictions; framed: the token chosen"
+    few = viz.predictions(result.tokens[0], result.predictions[0], names, rows=1).axes[0]
+    assert re.fullmatch(r"Predictions of 1 of \d tokens; .*", few.get_title())
     with pytest.raises(ValueError, match="candidates: got none"):
         viz.predictions([1], [[]], names)
     with pytest.raises(ValueError, match="candidates: got 1, takes 2"):

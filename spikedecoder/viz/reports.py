@@ -38,7 +38,8 @@ def predictions(
 
     tokens: the generated ids. candidates: the predictions for each, as `spikedecoder.generation` returns them
     with ``top``. names: the vocabulary. rows: how many different tokens to show, those with most probability.
-    limit: only the first so many generated tokens. A frame marks the token that was chosen.
+    limit: only the first so many generated tokens. A frame marks the token that was chosen,
+        where it has a row.
     """
     if len(tokens) != len(candidates):
         raise ValueError(f"candidates: got {len(candidates)}, takes {len(tokens)}, one list for each token")
@@ -73,7 +74,8 @@ def predictions(
         ax.set_xlabel("generated token")
         ax.set_ylabel("candidate")
         fig.colorbar(image, ax=ax, label="probability", pad=0.02)
-        ax.set_title("Predictions; framed: the token chosen")
+        few = f" of {len(kept)} of {len(mass)} tokens" if len(kept) < len(mass) else ""
+        ax.set_title(f"Predictions{few}; framed: the token chosen")
         return fig
 
 
