@@ -7,8 +7,8 @@ CPU lacks is an error. Threads are those of `torch.set_num_threads`.
 Memory: with glibc's default settings each large tensor is mapped afresh and faulted in page by page, which
 makes a training step on the CPU two to three times slower. Importing this package therefore tells malloc to
 serve large blocks from the heap and to keep freed memory for reuse (`mallopt`: M_MMAP_MAX = 0,
-M_TRIM_THRESHOLD = -1, M_TOP_PAD = 64 MiB), so a process keeps the memory of its peak until it ends, and to ask
-Linux for huge pages there (`madvise`). Large results lie in blocks of our own, which keeps the heap whole
+M_TRIM_THRESHOLD = -1, M_TOP_PAD = 64 MiB), so a process keeps the memory of its peak until it ends, and to
+ask Linux for huge pages there (`madvise`). Large results lie in blocks of our own, which keeps the heap whole
 (`_memory`). SPIKEDECODER_TUNE_MALLOC=0 leaves malloc alone and all results to torch.
 """
 

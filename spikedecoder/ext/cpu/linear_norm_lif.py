@@ -16,8 +16,8 @@ from spikedecoder.params import LIFParams
 why_not = floats_on_cpu
 
 # Bytes of the Linear's result at a time. Less would stay in nearer caches and is slower: sums are bound by
-# by arithmetic, and from 16 MiB on they are written without reading first what they replace.
-NEAR = 22 << 20
+# arithmetic, and each time the weight is made ready anew.
+NEAR = 64 << 20
 
 
 def forward(
