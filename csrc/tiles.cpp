@@ -66,8 +66,8 @@ inline Place place_in(float* out, int64_t stride) { return {out, stride}; }
 inline Place place_in(bfloat16*, int64_t) { return {nullptr, 0}; }  // no sums fit there
 
 // sums [N tiles of 16 rows] = start + spikes source, over `steps` steps. spikes [steps][ROWS][STEP],
-// source [steps][PARTS][pairs of bits][columns][2].
-template <int N, int Parts>
+// source [steps][All][pairs of bits][columns][2], of whose parts the first are multiplied.
+template <int N, int Parts, int All>
 void multiply(const char* spikes, const char* source, int64_t steps, Place start, Place sums) {
   const int64_t bytes = start.stride * 4, next = start.stride * SIDE;
   _tile_loadd(0, start.at, bytes);
@@ -81,7 +81,7 @@ void multiply(const char* spikes, const char* source, int64_t steps, Place start
     if constexpr (Parts > 1) _tile_dpbf16ps(i, 7, 5);         \
     if constexpr (Parts > 2) _tile_dpbf16ps(i, 7, 6);         \
   }
-  for (int64_t step = 0; step < steps; step++, spikes += 4 * TILE, source += PARTS * TILE) {
+  for (int64_t step = 0; step < steps; step++, spikes += 4 * TILE, source += All * TILE) {
     _tile_loadd(4, source, 64);
     if constexpr (Parts > 1) _tile_loadd(5, source + TILE, 64);
     if constexpr (Parts > 2) _tile_loadd(6, source + 2 * TILE, 64);
@@ -101,16 +101,21 @@ void multiply(const char* spikes, const char* source, int64_t steps, Place start
 using Multiply = void (*)(const char*, const char*, int64_t, Place, Place);
 
 // For this many tiles of sums and parts of the source.
-template <int N = 4, int Parts = PARTS>
+template <int All, int N = 4, int Parts = All>
 Multiply multiply_of(int64_t tiles, int parts) {
   if constexpr (Parts > 1) {
-    if (parts < Parts) return multiply_of<N, Parts - 1>(tiles, parts);
+    if (parts < Parts) return multiply_of<All, N, Parts - 1>(tiles, parts);
   }
   if constexpr (N > 1) {
-    if (tiles < N) return multiply_of<N - 1, Parts>(tiles, parts);
+    if (tiles < N) return multiply_of<All, N - 1, Parts>(tiles, parts);
   }
-  return multiply<N, Parts>;
+  return multiply<N, Parts, All>;
 }
+
+template <class S>
+constexpr int parts_in = PARTS;
+template <>
+constexpr int parts_in<bfloat16> = 1;
 
 // The number's upper half, and what is left of it: exact.
 SPIKEDECODER_INLINE __m512i take_part(F& a) {
@@ -122,14 +127,13 @@ SPIKEDECODER_INLINE __m512i take_part(F& a) {
 
 // Rows of a source, `stride` apart, as tiles of their parts [blocks][steps][PARTS][pairs][columns][2]. How many parts
 // hold anything but 0.
-template <class E>
-int split(const E* source, int64_t stride, int64_t rows, int64_t columns, char* tiles) {
+int split(const float* source, int64_t stride, int64_t rows, int64_t columns, char* tiles) {
   const int64_t blocks = parts_of(columns, SIDE), steps = parts_of(rows, STEP);
   __m512i left[PARTS - 1] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int64_t row = 0; row < steps * STEP; row += 2) {
     char* to = tiles + row / STEP * PARTS * TILE + row % STEP / 2 * 64;
     for (int64_t b = 0; b < blocks; b++, to += steps * PARTS * TILE) {
-      const E* const from = source + row * stride + b * SIDE;
+      const float* const from = source + row * stride + b * SIDE;
       const int there = static_cast<int>(smaller(SIDE, columns - b * SIDE));
       F even = row < rows ? load_up_to(from, there) : zero();
       F odd = row + 1 < rows ? load_up_to(from + stride, there) : zero();
@@ -144,6 +148,23 @@ int split(const E* source, int64_t stride, int64_t rows, int64_t columns, char* 
   }
   for (int p = PARTS - 1; p > 0; p--) {
     if (_mm512_test_epi32_mask(left[p - 1], left[p - 1])) return p + 1;
+  }
+  return 1;
+}
+
+// The same of a source that is its only part.
+int split(const bfloat16* source, int64_t stride, int64_t rows, int64_t columns, char* tiles) {
+  const int64_t blocks = parts_of(columns, SIDE), steps = parts_of(rows, STEP);
+  for (int64_t row = 0; row < steps * STEP; row += 2) {
+    char* to = tiles + row / STEP * TILE + row % STEP / 2 * 64;
+    for (int64_t b = 0; b < blocks; b++, to += steps * TILE) {
+      const bfloat16* const from = source + row * stride + b * SIDE;
+      const __mmask16 there = static_cast<__mmask16>((1u << smaller(SIDE, columns - b * SIDE)) - 1);
+      const __m256i even = _mm256_maskz_loadu_epi16(row < rows ? there : 0, from);
+      const __m256i odd = _mm256_maskz_loadu_epi16(row + 1 < rows ? there : 0, from + stride);
+      const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+      _mm512_store_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(even), high));
+    }
   }
   return 1;
 }
@@ -211,10 +232,10 @@ void sum_panel(const Job<S>& job, Range rows, Range bits, Range columns, const f
       E* const to = out + r * job.columns + columns.begin;
       const bool there = last && !past && place_in(to, 0).at && n % SIDE == 0 && width % SIDE == 0;  // no other place is needed
       spread(job.words + r * job.stride + bit / 64, job.stride, n, words_for(depth), room.spikes());
-      const Multiply multiply_tiles = multiply_of(parts_of(n, SIDE), parts);
+      const Multiply multiply_tiles = multiply_of<parts_in<S>>(parts_of(n, SIDE), parts);
       for (int64_t b = 0; b < blocks; b++, turn++) {
         const Place kept{sums + b * ROWS * SIDE, SIDE};
-        multiply_tiles(room.spikes(), room.source() + b * steps * PARTS * TILE, steps,
+        multiply_tiles(room.spikes(), room.source() + b * steps * parts_in<S> * TILE, steps,
                        first ? Place{biases + b * SIDE, 0} : kept, there ? place_in(to + b * SIDE, job.columns) : kept);
         for (int64_t q = ahead * turn / turns; q < ahead * (turn + 1) / turns; q++) {
           const S* const next = source + (depth + q) * job.columns;
