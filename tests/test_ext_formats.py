@@ -296,6 +296,14 @@ def test_calibration_finds_the_constants_again():
     assert max(ratio for _, _, ratio in calibrate.regrets(points, found).values()) < 1.05
 
 
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["a.json", "b.json"], 2), (["--cost"], 2)])
+def test_calibration_asked_for_help_or_wrongly_measures_nothing(arguments, status, monkeypatch):
+    monkeypatch.delattr(calibrate, "measure")
+    with pytest.raises(SystemExit) as left:
+        calibrate.main(arguments)
+    assert left.value.code == status
+
+
 def test_calibration_writes_what_the_model_reads(monkeypatch, tmp_path, capsys):
     real = calibrate.measure
     monkeypatch.setattr(calibrate, "SHAPES", ((64, 80, 80), (128, 80, 160)))

@@ -9,6 +9,7 @@ errors), and prints for each point how much slower the model's choice is than th
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import sys
@@ -122,11 +123,19 @@ def regrets(points: list[Point], table: _cost.Costs) -> dict[tuple[Any, ...], tu
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m spikedecoder.ext.cpu.calibrate",
+        description="Measure the constants of the spike matmul's cost model on this machine (minutes).",
+    )
+    parser.add_argument(
+        "costs",
+        nargs="?",
+        metavar="costs.json",
+        help="file to write, for SPIKEDECODER_SPIKE_LINEAR_COST; left out, the constants are only printed",
+    )
+    costs = parser.parse_args(arguments).costs
     if missing() is not None:
         print(missing(), file=sys.stderr)
-        return 2
-    if len(arguments) > 1:
-        print("usage: python -m spikedecoder.ext.cpu.calibrate [costs.json]", file=sys.stderr)
         return 2
     variant = native.variant()
     points = measure()
@@ -139,10 +148,10 @@ def main(arguments: list[str]) -> int:
             print(f"{kind} {m} x {k} x {n} rate {rate:.2f}: {chosen}, best {best}, {ratio:.2f}x its time")
         print(f"{variant}, {kind}: {table}")
         tables[kind] = asdict(table)
-    if arguments:
-        partial = Path(arguments[0] + ".part")
+    if costs:
+        partial = Path(costs + ".part")
         partial.write_text(json.dumps({variant: tables}, indent=2) + "\n", "utf-8")
-        partial.replace(arguments[0])
+        partial.replace(costs)
     return 0
 
 
