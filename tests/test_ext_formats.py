@@ -296,7 +296,9 @@ def test_calibration_finds_the_constants_again():
     assert max(ratio for _, _, ratio in calibrate.regrets(points, found).values()) < 1.05
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["a.json", "b.json"], 2), (["--cost"], 2)])
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--help"], 0), (["a.json", "b.json"], 2), (["--cost"], 2)]
+)
 def test_calibration_asked_for_help_or_wrongly_measures_nothing(arguments, status, monkeypatch):
     monkeypatch.delattr(calibrate, "measure")
     with pytest.raises(SystemExit) as left:
