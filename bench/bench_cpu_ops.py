@@ -28,10 +28,19 @@ if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
 
 from spikedecoder.ext import cpu as backend
-from spikedecoder.ext.cpu import ilif, lif, linear_norm_lif, norm_lif, spike_attention_lif, spike_linear
+from spikedecoder.ext.cpu import (
+    ilif,
+    lif,
+    linear_norm_lif,
+    norm_lif,
+    spike_attention,
+    spike_attention_lif,
+    spike_linear,
+)
 from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.reference import lif as lif_reference
 from spikedecoder.reference import norm_lif as norm_lif_reference
+from spikedecoder.reference import spike_attention as attention_reference
 from spikedecoder.reference import spike_attention_lif as attention_lif_reference
 
 Calls = dict[str, Callable[[], Any]]
@@ -171,6 +180,28 @@ def attention_lif_train(*shape: int) -> Calls:
     return calls
 
 
+LEVELS = 15
+
+
+@named("cpu", "reference")
+def integer_attention_train(*shape: int) -> Calls:
+    """Attention of I-LIF neurons, with a decay a head."""
+    t, b, h, s, d = shape
+    q, k, v = (torch.randint(0, LEVELS + 1, (t, b, s, h, d)).float().transpose(2, 3) for _ in range(3))
+    grad = torch.randn(t, b, s, h, d).transpose(2, 3)
+    decay = 1 - 2.0 ** -torch.arange(2, 2 + h).float()
+
+    def both(module: Any) -> tuple[torch.Tensor, ...]:
+        out, _ = module.forward(q, k, v, 0.125, decay, None, False, LEVELS)
+        return out, *module.backward(grad, q, k, v, 0.125, decay, None, LEVELS)
+
+    calls: Calls = {"cpu": lambda: both(spike_attention), "reference": lambda: both(attention_reference)}
+    # gradients are sums of either sign
+    assert_same({name: lambda call=call: call()[:1] for name, call in calls.items()}, 1e-5)
+    assert_same(calls, 1e-2)
+    return calls
+
+
 def _linear(m: int, k: int, n: int, rate: float) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     s = (torch.rand(m, k, generator=generator) < rate).float()
@@ -259,6 +290,7 @@ def variant(benchmark: Any) -> None:
         *rows(norm_lif_train, (4, 2048, 80), (4, 2048, 1280)),
         *rows(norm_ilif_train, (4096, 96), (4096, 384), (8192, 512)),
         *rows(attention_lif_train, (4, 8, 5, 256, 16), (4, 2, 8, 512, 64)),
+        *rows(integer_attention_train, (1, 32, 4, 128, 24), (1, 4, 4, 512, 64)),
         *rows(spike_linear_forward, *LINEAR),
         *rows(spike_linear_token, *TOKEN),
         *rows(spike_linear_weight_grad, *LINEAR),
@@ -282,8 +314,8 @@ def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, .
             benchmark.extra_info["share_of_copy_bandwidth"] = round(
                 BYTES[make] / 8 * best["copy"] / best["cpu"], 2
             )
-        elif make is attention_lif_train:
-            benchmark.extra_info |= _share_of_ceiling(best, *case)
+        elif make in ATTENTIONS:
+            benchmark.extra_info |= _share_of_ceiling(best, ATTENTIONS[make], *case)
         elif "product" in best:
             benchmark.extra_info["times_dense_ceiling"] = round(best["product"] / best["cpu"], 2)
 
@@ -292,16 +324,19 @@ def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, .
 BYTES = {lif_train: 20, norm_lif_train: 20, norm_ilif_train: 32}
 
 
+# Rows of a state [d, d] that are read or added to for each channel of a token, forward and backward: eight
+# passes, of which those by spikes touch a share; dq reads and dk adds by dL/dy.
+ATTENTIONS = {attention_lif_train: 6 * ATTENTION_RATE + 2, integer_attention_train: 8.0}
 PRODUCT = 512  # rows, columns and depth of the product that attention is measured against
 
 
 def _ceiling(make: Callable[..., Calls], case: tuple[Any, ...]) -> Calls:
     """What bounds an operator: a copy of its input, or a product of its size with nothing allocated."""
-    if make in BYTES or make is attention_lif_train:
+    if make in BYTES or make in ATTENTIONS:
         x = torch.randn(case)
         y = torch.empty_like(x)
         a, c = torch.randn(PRODUCT, PRODUCT), torch.empty(PRODUCT, PRODUCT)
-        product: Calls = {"product": lambda: torch.mm(a, a, out=c)} if make is attention_lif_train else {}
+        product: Calls = {"product": lambda: torch.mm(a, a, out=c)} if make in ATTENTIONS else {}
         return {"copy": lambda: y.copy_(x), **product}
     if make in (spike_linear_forward, spike_linear_weight_grad):
         m, k, n, _ = case
@@ -310,13 +345,13 @@ def _ceiling(make: Callable[..., Calls], case: tuple[Any, ...]) -> Calls:
     return {}
 
 
-def _share_of_ceiling(best: dict[str, float], t: int, b: int, h: int, s: int, d: int) -> dict[str, Any]:
-    """Attention + LIF, forward and backward: 16 + 28 bytes an element. For each token, six rows of a state
-    [d, d] read or added to for each channel that spikes, and twice all of it: dq reads, dk adds by dL/dy.
-    """
+def _share_of_ceiling(
+    best: dict[str, float], rows: float, t: int, b: int, h: int, s: int, d: int
+) -> dict[str, Any]:
+    """Attention, forward and backward: 16 + 28 bytes an element, and `rows` of the state for each."""
     seconds = {
         "bytes": 44 / 8 * best["copy"],
-        "operations": t * b * h * s * d * d * (6 * ATTENTION_RATE + 2) / PRODUCT**3 * best["product"],
+        "operations": t * b * h * s * d * d * rows / PRODUCT**3 * best["product"],
     }
     bound = max(seconds, key=seconds.__getitem__)
     return {"share_of_ceiling": round(seconds[bound] / best["cpu"], 2), "bound_by": bound}

@@ -183,25 +183,26 @@ void bind_pack(py::module_& m) {
 
 void bind_attention(py::module_& m) {
   m.def("attention_forward", [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t decay, uintptr_t state, double scale,
-                                uintptr_t out, uintptr_t final_state, int64_t T, int64_t B, int64_t S, int64_t H,
-                                int64_t d, int threads) {
+                                bool integers, uintptr_t out, uintptr_t final_state, int64_t T, int64_t B, int64_t S,
+                                int64_t H, int64_t d, int threads) {
     const int64_t n = elements({T, B, S, H, d});
     elements({T, B, H, d, d});
     AttentionForward a{array<const float>(q, n, "q"), array<const float>(k, n, "k"), array<const float>(v, n, "v"),
                        optional_array<const float>(decay, "decay"), optional_array<const float>(state, "state"),
-                       static_cast<float>(scale), array<float>(out, n, "out"),
+                       static_cast<float>(scale), integers, array<float>(out, n, "out"),
                        optional_array<float>(final_state, "final_state"), T, B, S, H, d, checked_threads(threads)};
     run(kernels().attention_forward, a);
   });
   m.def("attention_backward", [](uintptr_t grad, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t decay,
-                                 uintptr_t state, double scale, uintptr_t grad_q, uintptr_t grad_k, uintptr_t grad_v,
-                                 int64_t T, int64_t B, int64_t S, int64_t H, int64_t d, int threads) {
+                                 uintptr_t state, double scale, bool integers, uintptr_t grad_q, uintptr_t grad_k,
+                                 uintptr_t grad_v, int64_t T, int64_t B, int64_t S, int64_t H, int64_t d,
+                                 int threads) {
     const int64_t n = elements({T, B, S, H, d});
     elements({T, B, H, d, d});
     AttentionBackward a{array<const float>(grad, n, "grad"), array<const float>(q, n, "q"),
                         array<const float>(k, n, "k"), array<const float>(v, n, "v"),
                         optional_array<const float>(decay, "decay"), optional_array<const float>(state, "state"),
-                        static_cast<float>(scale), array<float>(grad_q, n, "grad_q"),
+                        static_cast<float>(scale), integers, array<float>(grad_q, n, "grad_q"),
                         array<float>(grad_k, n, "grad_k"), array<float>(grad_v, n, "grad_v"), T, B, S, H, d,
                         checked_threads(threads)};
     run(kernels().attention_backward, a);

@@ -170,10 +170,12 @@ struct NormLifBackward {
   int threads;
 };
 
-// q, k, v, out [T, B, S, H, d] in memory; decay [H] or null (1); states [T, B, H, d, d] or null.
+// q, k, v, out [T, B, S, H, d] in memory: spikes, or any numbers where `integers`; decay [H] or null (1); states
+// [T, B, H, d, d] or null.
 struct AttentionForward {
   const float *q, *k, *v, *decay, *state;
   float scale;
+  bool integers;
   float *out, *final_state;
   int64_t T, B, S, H, d;
   int threads;
@@ -182,6 +184,7 @@ struct AttentionForward {
 struct AttentionBackward {
   const float *grad, *q, *k, *v, *decay, *state;
   float scale;
+  bool integers;
   float *grad_q, *grad_k, *grad_v;
   int64_t T, B, S, H, d;
   int threads;

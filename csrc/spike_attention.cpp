@@ -1,6 +1,7 @@
-// Causal spiking attention, cost linear in the number of tokens: see spike_attention.h.
+// Causal spiking attention, cost linear in the number of tokens: see spike_attention.h, and dense_scan.h for integers.
 // Bytes moved per element of q: forward 12 read + 4 written; backward 28 read + 12 written. The states stay
 // in the first- or second-level cache.
+#include "dense_scan.h"
 #include "parallel.h"
 #include "spike_attention.h"
 
@@ -37,8 +38,8 @@ void write_state(const float* state, int64_t d, float* to) {
 void attention_forward(const AttentionForward& a) {
   const Layout l{a.S, a.H, a.d};
   const int64_t groups = a.T * a.B * a.H, own = per_thread(state_size(a.d));
-  const int threads = threads_for(0.1 * static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W,
-                                  a.threads);
+  const double work = static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W;
+  const int threads = threads_for((a.integers ? 0.9 : 0.1) * work, a.threads);
   Scratch states(sizeof(float) * static_cast<size_t>(own * threads));
   Tasks tasks(groups);
   parallel(threads, [&](int thread, int) {
@@ -47,9 +48,14 @@ void attention_forward(const AttentionForward& a) {
       read_state(a.state ? a.state + g * a.d * a.d : nullptr, a.d, false, state);
       const int64_t at = l.at(g);
       const int64_t stride = l.stride();
-      scan(Scan{{a.k + at, stride}, {a.v + at, stride}, {a.q + at, stride}, {a.out + at, stride}, state, a.d,
-                a.decay ? a.decay[g % a.H] : 1, a.scale, false},
-           0, a.S);
+      const float decay = a.decay ? a.decay[g % a.H] : 1;
+      const Scan s{{a.k + at, stride}, {a.v + at, stride}, {a.q + at, stride}, {a.out + at, stride}, state, a.d,
+                   decay, a.scale, false};
+      if (a.integers) {
+        dense_scan(s, a.S);
+      } else {
+        scan(s, 0, a.S);
+      }
       if (a.final_state) write_state(state, a.d, a.final_state + g * a.d * a.d);
     }
   });
@@ -58,8 +64,8 @@ void attention_forward(const AttentionForward& a) {
 void attention_backward(const AttentionBackward& a) {
   const Layout l{a.S, a.H, a.d};
   const int64_t groups = a.T * a.B * a.H, size = state_size(a.d), own = per_thread(size), stride = l.stride();
-  const int threads = threads_for(0.3 * static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W,
-                                  a.threads);
+  const double work = static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W;
+  const int threads = threads_for((a.integers ? 2.5 : 0.3) * work, a.threads);
   Scratch states(sizeof(float) * static_cast<size_t>(own * threads));
   Tasks tasks(groups);
   parallel(threads, [&](int thread, int) {
@@ -70,12 +76,19 @@ void attention_backward(const AttentionBackward& a) {
       const Tokens<const float> q{a.q + at, stride}, k{a.k + at, stride}, v{a.v + at, stride}, g{a.grad + at, stride};
       const Tokens<float> dq{a.grad_q + at, stride}, dk{a.grad_k + at, stride}, dv{a.grad_v + at, stride};
       const float decay = a.decay ? a.decay[group % a.H] : 1;
+      const auto all_tokens = [&](const Scan& s, void (*scan_of_spikes)(const Scan&, int64_t, int64_t)) {
+        if (a.integers) {
+          dense_scan(s, a.S);
+        } else {
+          scan_of_spikes(s, 0, a.S);
+        }
+      };
       read_state(a.state ? a.state + group * a.d * a.d : nullptr, a.d, true, state);
-      scan<false, true>(Scan{v, k, g, dq, state, a.d, decay, a.scale, false}, 0, a.S);
+      all_tokens(Scan{v, k, g, dq, state, a.d, decay, a.scale, false}, scan<false, true>);
       clear(state, size);
-      scan<false, false>(Scan{q, g, k, dv, state, a.d, decay, a.scale, true}, 0, a.S);
+      all_tokens(Scan{q, g, k, dv, state, a.d, decay, a.scale, true}, scan<false, false>);
       clear(state, size);
-      scan<true, false>(Scan{g, q, v, dk, state, a.d, decay, a.scale, true}, 0, a.S);
+      all_tokens(Scan{g, q, v, dk, state, a.d, decay, a.scale, true}, scan<true, false>);
     }
   });
 }

@@ -104,6 +104,14 @@ def _rows() -> Iterator[Case]:
         (1, 2, 3, 33, 8),
         {"levels": 4, "state": True, "return_state": True},
     )
+    yield Case("spike_attention", "integers-d70", (2, 1, 2, 67, 70), {"levels": 3})
+    yield Case(
+        "spike_attention",
+        "integers-state-decay",
+        (1, 2, 4, 130, 24),
+        {"levels": 3, "state": True, "return_state": True, "decay": True},
+        exact=False,
+    )
     yield Case("spike_attention", "state", (2, 2, 3, 70, 16), {"state": True, "return_state": True})
     yield Case(
         "spike_attention",

@@ -119,6 +119,41 @@ def test_attention(case, variant):
     assert actual["out"].transpose(2, 3).is_contiguous()
 
 
+@pytest.mark.parametrize("s", [0, 1, 31, 33, 300])
+@pytest.mark.parametrize("d", [1, 7, 17, 24, 33, 63, 80])
+def test_attention_of_integers(s, d, variant):
+    """Every cut of the state into parts, strided tensors, heads that keep all of their past to none of it."""
+    generator = torch.Generator().manual_seed(s + d)
+    decay = torch.tensor([1.0, 0.97, 0.5, 1e-3, 1e-30])
+    shape = (2, 1, len(decay), s, d)
+
+    def integers():
+        return torch.randint(0, 16, shape[::-1], generator=generator).float().permute(4, 3, 2, 1, 0)
+
+    q, k, v, grad = integers(), integers(), integers(), torch.randn(shape, generator=generator)
+    state = torch.randint(0, 99, (*shape[:3], d, d), generator=generator).float()
+
+    def run_on(backend, dtype, grad=grad):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, state)]
+        with ops.use_backend(backend):
+            out, final = ops.spike_attention(
+                *inputs[:3], 0.125, decay.to(dtype), state=inputs[3], return_state=True, levels=15
+            )
+            return out, final, *torch.autograd.grad(out, inputs, grad.to(dtype))
+
+    threads = torch.get_num_threads()
+    results = []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        results.append(run_on("cpu", torch.float32))
+    torch.set_num_threads(threads)
+    expected = run_on("reference", torch.float64)
+    sizes = run_on("reference", torch.float64, grad.abs())  # what is summed, without signs
+    for one, three, e, size in zip(*results, expected, sizes, strict=True):
+        assert one.shape == e.shape and torch.equal(one, three)
+        assert ((one - e).abs() <= 2e-6 * size + 1e-37).all()
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"v_reset": None, "detach_reset": False}, {"surrogate": "atan", "tau": 3.0}], ids=str
 )

@@ -290,14 +290,16 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
 }
 
 // The definition: out[i] = scale sum_{j <= i} decay^(i-j) (r[i] . u[j]) x[j], one head of d channels.
-void test_attention(int64_t T, int64_t B, int64_t S, int64_t H, int64_t d, float decay_of_all, int threads) {
+void test_attention(int64_t T, int64_t B, int64_t S, int64_t H, int64_t d, float decay_of_all, bool integers,
+                    int threads) {
   const int64_t n = T * B * S * H * d, states = T * B * H * d * d;
-  const auto q = spikes(n, 0.3), k = spikes(n, 0.3), v = spikes(n, 0.3), grad = dyadic(n);
+  const auto values = [&] { return integers ? dyadic(n) : spikes(n, 0.3); };
+  const auto q = values(), k = values(), v = values(), grad = dyadic(n);
   const std::vector<float> decay(static_cast<size_t>(H), decay_of_all);
   const float* decay_or_null = decay_of_all == 1 ? nullptr : decay.data();
   auto out = array<float>(n), state = array<float>(states), s = array<float>(n);
-  kernels().attention_forward({q.data(), k.data(), v.data(), decay_or_null, nullptr, 0.5f, out.data(), state.data(), T,
-                               B, S, H, d, threads});
+  kernels().attention_forward({q.data(), k.data(), v.data(), decay_or_null, nullptr, 0.5f, integers, out.data(),
+                               state.data(), T, B, S, H, d, threads});
   const auto at = [&](int64_t group, int64_t i) { return ((group / H * S + i) * H + group % H) * d; };
   for (int64_t group = 0; group < T * B * H; group++) {
     for (int64_t i = 0; i < S; i++) {
@@ -313,8 +315,15 @@ void test_attention(int64_t T, int64_t B, int64_t S, int64_t H, int64_t d, float
     }
   }
   auto dq = array<float>(n), dk = array<float>(n), dv = array<float>(n);
-  kernels().attention_backward({grad.data(), q.data(), k.data(), v.data(), decay_or_null, state.data(), 0.5f,
+  kernels().attention_backward({grad.data(), q.data(), k.data(), v.data(), decay_or_null, state.data(), 0.5f, integers,
                                 dq.data(), dk.data(), dv.data(), T, B, S, H, d, threads});
+  const auto check_gradients = [&] {
+    for (const auto* g : {&dq, &dk, &dv}) {
+      for (float value : *g) CHECK(std::isfinite(value));
+    }
+  };
+  check_gradients();
+  if (integers) return;
   const Threshold t;
   kernels().attention_lif_forward({Neuron{}, t, q.data(), k.data(), v.data(), decay_or_null, 0.5f, s.data(), T, B, S,
                                    H, d, threads});
@@ -325,9 +334,7 @@ void test_attention(int64_t T, int64_t B, int64_t S, int64_t H, int64_t d, float
   float grad_threshold;
   kernels().attention_lif_backward({Neuron{}, t, grad.data(), q.data(), k.data(), v.data(), decay_or_null, 0.5f,
                                     dq.data(), dk.data(), dv.data(), &grad_threshold, T, B, S, H, d, threads});
-  for (const auto* g : {&dq, &dk, &dv}) {
-    for (float value : *g) CHECK(std::isfinite(value));
-  }
+  check_gradients();
 }
 
 // A small model's states, as the kernel takes them.
@@ -513,7 +520,9 @@ void test_all() {
       for (double rate : {0.0, 0.1, 1.0}) test_spike_linear(shape[0], shape[1], shape[2], rate, threads);
     }
     for (float decay : {1.f, 0.75f}) {
-      for (int64_t d : {1, 8, 18, 33, 64, 70}) test_attention(2, 2, 40, 3, d, decay, threads);
+      for (int64_t d : {1, 8, 18, 33, 64, 70}) {
+        for (bool integers : {false, true}) test_attention(2, 2, 40, 3, d, decay, integers, threads);
+      }
     }
   }
   for (int threads : {1, 3}) {

@@ -1,7 +1,7 @@
 """Causal spiking attention in C++ (csrc/spike_attention.cpp): a scan over tokens, cost linear in S.
 
 q, k and v must hold spikes: anything that is not 0 in q or k counts as 1, and so does v in the backward pass.
-Integers (`levels` > 1) take torch's matrix products, in the reference's chunks.
+Where `levels` > 1 they may hold any numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from torch import Tensor
 from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu
 from spikedecoder.ext.cpu._memory import empty_like
-from spikedecoder.reference import spike_attention as reference
 
 why_not = floats_on_cpu
 
@@ -38,8 +37,6 @@ def forward(
     levels: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """(o [T, B, H, S, d], final state [T, B, H, d, d] if asked for)."""
-    if levels > 1:
-        return reference.forward(q, k, v, scale, decay, state, return_state)
     dtype = q.dtype
     q, k, v = heads_last(q), heads_last(k), heads_last(v)
     decay = None if decay is None else dense(decay)
@@ -48,7 +45,7 @@ def forward(
     out = empty_like(q)
     final = torch.empty(t, b, h, d, d) if return_state else None
     native.attention_forward(
-        *(address(q), address(k), address(v), address(decay), address(state), scale),
+        *(address(q), address(k), address(v), address(decay), address(state), scale, levels > 1),
         *(address(out), address(final), *sizes(q)),
     )
     return out.to(dtype).transpose(2, 3), final
@@ -65,16 +62,14 @@ def backward(
     levels: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v."""
-    if levels > 1:
-        return reference.backward(grad, q, k, v, scale, decay, state)
     dtype = q.dtype
     grad, q, k, v = (heads_last(x) for x in (grad, q, k, v))
     decay = None if decay is None else dense(decay)
     state = None if state is None else dense(state)
     grads = [empty_like(q) for _ in range(3)]
     native.attention_backward(
-        *(address(grad), address(q), address(k), address(v), address(decay), address(state), scale),
-        *(*map(address, grads), *sizes(q)),
+        *(address(grad), address(q), address(k), address(v), address(decay), address(state)),
+        *(scale, levels > 1, *map(address, grads), *sizes(q)),
     )
     grad_q, grad_k, grad_v = (g.to(dtype).transpose(2, 3) for g in grads)
     return grad_q, grad_k, grad_v
