@@ -167,9 +167,9 @@ struct IntegerCell {
 };
 
 // body(Cell or IntegerCell) with the kind known at compile time.
-template <class Body>
+template <bool Integers, class Body>
 SPIKEDECODER_INLINE void with_neuron(const Neuron& neuron, const Body& body) {
-  if (neuron.levels > 0) {
+  if constexpr (Integers) {
     body(IntegerCell(neuron));
   } else {
     with_cell(neuron, body);

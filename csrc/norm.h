@@ -1,6 +1,8 @@
 // The normalisation of norm_lif: statistics of rows, and z and y as both passes compute them.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -14,36 +16,38 @@ SPIKEDECODER_INLINE int lanes(int64_t C, int64_t c) { return static_cast<int>(C 
 constexpr int64_t TOGETHER = 4;
 
 // What both passes read: T timesteps of `rows` rows, or groups of T rows.
-template <class E>
+template <class E, bool Groups>
 struct Normal {
   const E* x;
   const float *weight, *bias, *mean, *rstd;
-  int64_t T, rows, C;
-  int64_t step, stride, all;  // in rows of memory: from one timestep to the next, from one row to the next; how many
+  int64_t T, rows, C, all;  // all: rows of memory
 
   template <class Arguments>
   explicit Normal(const Arguments& a)
-      : x(static_cast<const E*>(a.x)), weight(a.weight), bias(a.bias), mean(a.mean), rstd(a.rstd), T(a.T),
-        rows(a.rows), C(a.C), step(a.rows), stride(1), all(a.T * a.rows) {
-    if (a.neuron.levels == 0) return;
-    T = stride = TOGETHER;
-    rows = (all + T - 1) / T;
-    step = 1;
-  }
+      : x(static_cast<const E*>(a.x)), weight(a.weight), bias(a.bias), mean(a.mean), rstd(a.rstd),
+        T(Groups ? TOGETHER : a.T), rows(Groups ? (a.T * a.rows + TOGETHER - 1) / TOGETHER : a.rows), C(a.C),
+        all(a.T * a.rows) {}
 
-  int64_t index(int64_t t, int64_t row) const { return t * step + row * stride; }
+  // In rows of memory, from one timestep to the next and from one row to the next.
+  int64_t step() const { return Groups ? 1 : rows; }
+  static constexpr int64_t stride() { return Groups ? TOGETHER : 1; }
+  int64_t index(int64_t t, int64_t row) const { return t * step() + row * stride(); }
   int64_t at(int64_t t, int64_t row) const { return index(t, row) * C; }
   // The same, with as many timesteps as there are of this row: the last group may be smaller.
-  Normal of(int64_t row) const {
-    Normal p = *this;
-    if (stride > 1 && all - row * stride < T) p.T = all - row * stride;
-    return p;
+  std::conditional_t<Groups, Normal, const Normal&> of(int64_t row) const {
+    if constexpr (Groups) {
+      Normal p = *this;
+      if (all - row * TOGETHER < T) p.T = all - row * TOGETHER;
+      return p;
+    } else {
+      return *this;
+    }
   }
 };
 
 // Mean and 1 / sqrt(variance + eps) of a row in all timesteps, four of them together, in two passes.
-template <class E>
-SPIKEDECODER_INLINE void row_statistics(const Normal<E>& p, int64_t row, float eps, float* mean, float* rstd) {
+template <class E, bool Groups>
+SPIKEDECODER_INLINE void row_statistics(const Normal<E, Groups>& p, int64_t row, float eps, float* mean, float* rstd) {
   const float n = static_cast<float>(p.C);
   for (int64_t t = 0; t < p.T; t += 4) {
     const E* x[4];
@@ -86,8 +90,8 @@ template <int U, bool ByRow>
 struct Normalise {
   F weight[U], bias[U], mean[U], rstd[U];
 
-  template <class E>
-  SPIKEDECODER_INLINE_MEMBER Normalise(const Normal<E>& p, int64_t c, int n) {
+  template <class E, bool Groups>
+  SPIKEDECODER_INLINE_MEMBER Normalise(const Normal<E, Groups>& p, int64_t c, int n) {
     for (int u = 0; u < U; u++, c += W) {
       weight[u] = load_up_to(p.weight + c, n);
       bias[u] = load_up_to(p.bias + c, n);

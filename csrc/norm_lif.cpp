@@ -21,10 +21,10 @@ constexpr int FORWARD_AT_ONCE = 5;
 constexpr int FORWARD_AT_ONCE = 2;
 #endif
 
-template <bool ByRow, class CellType, class E>
-SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward& a, const Normal<E>& p, int64_t row,
-                                     E* spikes, bool past) {
-  const int64_t step = p.step * p.C, spikes_step = (p.stride > 1 ? 1 : a.spikes_rows) * p.C;
+template <bool ByRow, class CellType, class E, bool Groups>
+SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward& a, const Normal<E, Groups>& p,
+                                     int64_t row, E* spikes, bool past) {
+  const int64_t step = p.step() * p.C, spikes_step = (Groups ? 1 : a.spikes_rows) * p.C;
   for_channels_evenly<FORWARD_AT_ONCE>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, c, n);
@@ -36,31 +36,31 @@ SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward&
     const E* x = p.x + p.at(0, row) + c;
     E* to = spikes + p.at(0, row) + c;
     const float *mean = p.mean + p.index(0, row), *rstd = p.rstd + p.index(0, row);
-    for (int64_t t = 0; t < p.T; t++, x += step, to += spikes_step, mean += p.step, rstd += p.step) {
+    for (int64_t t = 0; t < p.T; t++, x += step, to += spikes_step, mean += p.step(), rstd += p.step()) {
       for (int u = 0; u < U; u++) {
         const F h = cell.charge(normalise.y(u, normalise.z(u, load_up_to(x + u * W, n), mean, rstd)), v[u]);
         const Mask fired = ge(h, threshold[u]);
         v[u] = cell.after(h, fired, threshold[u]);
         cell.put(to + u * W, h, fired, n, past);
-        __builtin_prefetch(x + (ByRow ? 2 : 1) * p.stride * p.C + u * W, 0, 2);
+        __builtin_prefetch(x + (ByRow ? 2 : 1) * p.stride() * p.C + u * W, 0, 2);
       }
     }
   });
 }
 
-template <class E>
+template <class E, bool Groups>
 void forward(const NormLifForward& a) {
-  const Normal<E> all(a);
+  const Normal<E, Groups> all(a);
   E* const spikes = static_cast<E*>(a.spikes);
   const bool past = past_cache(spikes, a.T * a.spikes_rows * a.C, a.C), by_row = a.kind == NormKind::row;
-  with_neuron(a.neuron, [&](const auto& shared_cell) {
+  with_neuron<Groups>(a.neuron, [&](const auto& shared_cell) {
     parallel(threads_for(work(a.T, a.rows, a.C, 0.25), a.threads), [&](int thread, int threads) {
       const auto cell = shared_cell;  // this thread's own stays in registers
       const Range rows = share(all.rows, thread, threads);
       // statistics are a row ahead, so that their latency hides behind the other row's work
       if (by_row && rows.begin < rows.end) row_statistics(all.of(rows.begin), rows.begin, a.eps, a.mean, a.rstd);
       for (int64_t row = rows.begin; row < rows.end; row++) {
-        const Normal<E> p = all.of(row);
+        const auto& p = all.of(row);
         if (by_row) {
           if (row + 1 < rows.end) row_statistics(all.of(row + 1), row + 1, a.eps, a.mean, a.rstd);
           forward_row<true>(cell, a, p, row, spikes, past);
@@ -107,8 +107,8 @@ struct RowScratch {
   }
 
   // Its statistics; its sums start at 0.
-  template <class E>
-  void start_row(const Normal<E>& p, int64_t row) const {
+  template <class E, bool Groups>
+  void start_row(const Normal<E, Groups>& p, int64_t row) const {
     for (int64_t t = 0; t < p.T; t++) {
       mean[t] = p.mean[p.index(t, row)];
       rstd[t] = p.rstd[p.index(t, row)];
@@ -119,10 +119,10 @@ struct RowScratch {
 };
 
 // What the backward pass reads and writes.
-template <class E>
+template <class E, bool Groups>
 struct Backward {
   const NormLifBackward& a;
-  Normal<E> p;
+  Normal<E, Groups> p;
   const E* grad_spikes;
   E* grad_x;
   bool past;
@@ -136,10 +136,10 @@ struct Backward {
 };
 
 // z and membrane potentials of a row's channels first..first + width in all timesteps, as forward had them.
-template <bool ByRow, class CellType, class E>
-SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, const Normal<E>& p, int64_t row,
-                                    const RowScratch& s, int64_t first, int64_t width) {
-  const int64_t step = p.step * p.C;
+template <bool ByRow, class CellType, class E, bool Groups>
+SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E, Groups>& b, const Normal<E, Groups>& p,
+                                    int64_t row, const RowScratch& s, int64_t first, int64_t width) {
+  const int64_t step = p.step() * p.C;
   for_channels_evenly(width, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, first + c, n);
@@ -157,7 +157,7 @@ SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, 
         store(normal + u * W, z);
         store(h + u * W, charged);
         v[u] = cell.after(charged, ge(charged, threshold[u]), threshold[u]);
-        __builtin_prefetch(x + p.stride * p.C + u * W, 0, 2);
+        __builtin_prefetch(x + p.stride() * p.C + u * W, 0, 2);
       }
     }
   });
@@ -165,12 +165,12 @@ SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E>& b, 
 
 // g = dL/dy back through the neurons, and all sums. Where dL/dx = a g + b z + c with known coefficients (Apply), it is
 // written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known.
-template <bool ByRow, bool Sums, bool Apply, class CellType, class E>
-SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E>& b, const Normal<E>& p, int64_t row,
-                                          const RowScratch& s, ThresholdSum& threshold_sum, int64_t first,
-                                          int64_t width) {
+template <bool ByRow, bool Sums, bool Apply, class CellType, class E, bool Groups>
+SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E, Groups>& b,
+                                          const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
+                                          ThresholdSum& threshold_sum, int64_t first, int64_t width) {
   const NormLifBackward& a = b.a;
-  const int64_t step = p.step * p.C;
+  const int64_t step = p.step() * p.C;
   for_channels_evenly<BACK_AT_ONCE>(width, [&](auto vectors, int64_t at, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const int64_t c = first + at, last = p.at(p.T - 1, row) + c;
@@ -195,7 +195,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
       F of_row = zero(), of_row_z = zero();
       for (int u = 0; u < U; u++) {
         const F z = load(normal + u * W), grad_spike = load_up_to(grad + u * W, n);
-        __builtin_prefetch(grad + p.stride * p.C + u * W, 0, 2);
+        __builtin_prefetch(grad + p.stride() * p.C + u * W, 0, 2);
         const F g = cell.back(load(h + u * W), threshold[u], grad_spike, carry[u], falls[u]);
         if (Apply) store_result(b.grad_x + out + u * W, fma(of_g[u], g, fma(of_z[u], z, of_1[u])), n, b.past);
         if (Sums) sum_g[u] = add(sum_g[u], g);
@@ -225,10 +225,10 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
   });
 }
 
-template <bool ByRow, bool Sums, bool Apply, class CellType, class E>
-SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E>& b, int64_t row, const RowScratch& s,
-                                          ThresholdSum& threshold_sum) {
-  const Normal<E> p = b.p.of(row);
+template <bool ByRow, bool Sums, bool Apply, class CellType, class E, bool Groups>
+SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E, Groups>& b, int64_t row,
+                                          const RowScratch& s, ThresholdSum& threshold_sum) {
+  const auto& p = b.p.of(row);
   if (ByRow) s.start_row(p, row);
   for (int64_t c = 0; c < p.C; c += RowScratch::BLOCK) {
     const int64_t width = p.C - c < RowScratch::BLOCK ? p.C - c : RowScratch::BLOCK;
@@ -245,9 +245,9 @@ SPIKEDECODER_INLINE void means_of_four(const float* sums, float C, float* out) {
 }
 
 // The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd, x still in a near cache.
-template <class E>
-SPIKEDECODER_INLINE void gradient_of_row(const Backward<E>& b, int64_t row, const RowScratch& s) {
-  const Normal<E> p = b.p.of(row);
+template <class E, bool Groups>
+SPIKEDECODER_INLINE void gradient_of_row(const Backward<E, Groups>& b, int64_t row, const RowScratch& s) {
+  const auto& p = b.p.of(row);
   float mean_g[4], mean_gz[4];
   for (int64_t t = 0; t < p.T; t++) {
     if (t % 4 == 0) {
@@ -269,16 +269,16 @@ SPIKEDECODER_INLINE void gradient_of_row(const Backward<E>& b, int64_t row, cons
   }
 }
 
-template <class E>
+template <class E, bool Groups>
 void backward(const NormLifBackward& a) {
-  const Backward<E> b(a);
+  const Backward<E, Groups> b(a);
   const int most = threads_for(work(a.T, a.rows, a.C, 0.6), a.threads);
   const int64_t own = per_thread(RowScratch::size(a.threshold, b.p.T, a.C));
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
   const bool sums = a.part != NormLifPart::apply;
   float* const threshold_out = sums ? a.grad_threshold : nullptr;
 
-  with_neuron(a.neuron, [&](const auto& shared_cell) {
+  with_neuron<Groups>(a.neuron, [&](const auto& shared_cell) {
     parallel(most, [&](int thread, int threads) {
       const auto cell = shared_cell;  // this thread's own stays in registers
       const FlushDenormals flush;
@@ -301,7 +301,8 @@ void backward(const NormLifBackward& a) {
   });
 
   if (!sums) return;
-  ThresholdSum::combine(a.threshold, a.C, threshold_out, scratch.floats() + RowScratch::threshold_at(b.p.T, a.C), own, most);
+  const float* const thresholds = scratch.floats() + RowScratch::threshold_at(b.p.T, a.C);
+  ThresholdSum::combine(a.threshold, a.C, threshold_out, thresholds, own, most);
   const int64_t padded = round_up(a.C, 16), first = RowScratch::weight_at(b.p.T, a.C);
   for (int64_t c = 0; c < a.C; c++) {
     double weight = 0, bias = 0;
@@ -317,9 +318,22 @@ void backward(const NormLifBackward& a) {
 
 }  // namespace
 
-void norm_lif_forward(const NormLifForward& a) { (a.type == Element::float32 ? forward<float> : forward<bfloat16>)(a); }
+void norm_lif_forward(const NormLifForward& a) {
+  const bool narrow = a.type != Element::float32;
+  if (a.neuron.levels > 0) {
+    (narrow ? forward<bfloat16, true> : forward<float, true>)(a);
+  } else {
+    (narrow ? forward<bfloat16, false> : forward<float, false>)(a);
+  }
+}
+
 void norm_lif_backward(const NormLifBackward& a) {
-  (a.type == Element::float32 ? backward<float> : backward<bfloat16>)(a);
+  const bool narrow = a.type != Element::float32;
+  if (a.neuron.levels > 0) {
+    (narrow ? backward<bfloat16, true> : backward<float, true>)(a);
+  } else {
+    (narrow ? backward<bfloat16, false> : backward<float, false>)(a);
+  }
 }
 
 }  // namespace SPIKEDECODER_VARIANT

@@ -230,7 +230,8 @@ void sum_panel(const Job<S>& job, Range rows, Range bits, Range columns, const f
     for (int64_t r = rows.begin; r < rows.end; r += at_once) {
       const int64_t n = smaller(at_once, rows.end - r);
       E* const to = out + r * job.columns + columns.begin;
-      const bool there = last && !past && place_in(to, 0).at && n % SIDE == 0 && width % SIDE == 0;  // no other place is needed
+      // no other place is needed
+      const bool there = last && !past && place_in(to, 0).at && n % SIDE == 0 && width % SIDE == 0;
       spread(job.words + r * job.stride + bit / 64, job.stride, n, words_for(depth), room.spikes());
       const Multiply multiply_tiles = multiply_of<parts_in<S>>(parts_of(n, SIDE), parts);
       for (int64_t b = 0; b < blocks; b++, turn++) {
