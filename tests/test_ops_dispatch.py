@@ -203,25 +203,24 @@ def test_packed_lif_refuses_where_a_gradient_would_be_lost():
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("name", ["layer-train", "batch-train", "batch-eval", "threshold"])
-def test_opcheck_of_norm_lif(name, backend):
-    inputs = make_inputs(next(c for c in cases("norm_lif") if c.name == name))
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [
+        *(("norm_lif", name) for name in ("layer-train", "batch-train", "batch-eval", "threshold")),
+        *(("norm_ilif", name) for name in ("layer-train", "batch-train", "batch-eval", "wide")),
+    ],
+)
+def test_opcheck_of_norms_with_neurons(operator, name, backend):
+    inputs = make_inputs(next(c for c in cases(operator) if c.name == name))
     x, n = inputs["x"], inputs["n"]
     found = statistics(x, n)
     mean, rstd = (None, None) if found is None else (found.mean, found.rstd)
-    rest = (inputs.get("threshold"), None, None, None, n.eps, n.training, None, *NEURON, backend)
-    torch.library.opcheck(torch.ops.spikedecoder.norm_lif.default, (x, n.weight, n.bias, mean, rstd, *rest))
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("name", ["layer-train", "batch-train", "batch-eval", "wide"])
-def test_opcheck_of_norm_ilif(name, backend):
-    inputs = make_inputs(next(c for c in cases("norm_ilif") if c.name == name))
-    x, n = inputs["x"], inputs["n"]
-    found = statistics(x, n)
-    mean, rstd = (None, None) if found is None else (found.mean, found.rstd)
-    rest = (None, None, None, n.eps, n.training, None, *inputs["p"].flat(), backend)
-    torch.library.opcheck(torch.ops.spikedecoder.norm_ilif.default, (x, n.weight, n.bias, mean, rstd, *rest))
+    threshold, neuron = [inputs.get("threshold")], NEURON
+    if operator == "norm_ilif":
+        threshold, neuron = [], inputs["p"].flat()
+    rest = (*threshold, None, None, None, n.eps, n.training, None, *neuron, backend)
+    overload = getattr(torch.ops.spikedecoder, operator).default
+    torch.library.opcheck(overload, (x, n.weight, n.bias, mean, rstd, *rest))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
