@@ -1,11 +1,13 @@
 """A training step of the original's README character model on the GPU: one row a process.
 
     python bench/bench_gpu_model.py --row triton                       # prints JSON
+    python bench/bench_gpu_model.py --row triton --graph               # replayed, as training does
     python bench/bench_gpu_model.py --row reference --compile default
     python bench/bench_gpu_model.py --row triton --profile trace.json.gz   # torch.profiler, two steps
 
 B = 32, S = 256, T = 4, matrix products in bfloat16 by autocast, AdamW. Peak memory is the allocator's over a
-step, activations that over what weights, gradients and optimiser hold before it.
+step, activations that over what weights, gradients and optimiser hold before it; with --graph that step is
+the one that is captured.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ from typing import Any
 import torch
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
+from spikedecoder.training.graph import BEFORE, GraphedStep
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
 def training_step(
-    compile_mode: str | None, dry: bool, recompute: bool = False
+    compile_mode: str | None, dry: bool, recompute: bool = False, graph: bool = False
 ) -> tuple[Callable[[], torch.Tensor], int]:
     """(step, tokens in it) on fixed random tokens."""
     torch.manual_seed(0)
@@ -49,13 +52,19 @@ def training_step(
     tokens = torch.randint(0, 28, (batch, length), device=DEVICE)
     targets = tokens.roll(-1, 1)
 
-    def step() -> torch.Tensor:
+    def eager(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
             loss = loss_of(tokens, targets)
         loss.backward()
+        return loss.detach()
+
+    backward = GraphedStep(eager, model.parameters()) if graph else eager
+
+    def step() -> torch.Tensor:
+        loss = backward(tokens, targets)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
     return step, batch * length
 
@@ -66,7 +75,7 @@ def _wait() -> None:
 
 
 def measure(step: Callable[[], torch.Tensor], tokens: int, seconds: float) -> dict[str, Any]:
-    losses = [step().item() for _ in range(3)]
+    losses = [step().item() for _ in range(BEFORE)]
     result: dict[str, Any] = {"losses": [round(loss, 4) for loss in losses]}
     if CUDA:
         before = torch.cuda.memory_allocated()
@@ -99,7 +108,8 @@ def profile(step: Callable[[], torch.Tensor], path: Path) -> str:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if CUDA:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    step()
+    for _ in range(BEFORE + 1):  # the last one captures, with --graph
+        step()
     with torch.profiler.profile(activities=activities) as found:
         step()
         step()
@@ -112,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--row", required=True, choices=("triton", "reference", "auto"))
     parser.add_argument("--recompute", action="store_true", help="keep bits, compute Linears again")
+    parser.add_argument("--graph", action="store_true", help="replay forward and backward as one CUDA graph")
     parser.add_argument("--compile", choices=("default", "reduce-overhead"))
     parser.add_argument(
         "--profile", type=Path, help="write a trace here, its table beside it, and time nothing"
@@ -121,9 +132,11 @@ def main() -> None:
         "--dry-run", action="store_true", help="a tiny model, on the CPU under the interpreter"
     )
     options = parser.parse_args()
+    if options.graph and options.compile:
+        parser.error("--graph: not together with --compile")
     backend = use_backend(options.row) if options.row != "auto" else contextlib.nullcontext()
     with backend:
-        step, tokens = training_step(options.compile, options.dry_run, options.recompute)
+        step, tokens = training_step(options.compile, options.dry_run, options.recompute, options.graph)
         if options.profile:
             table = options.profile.with_name(options.profile.name.split(".")[0] + ".txt")
             table.write_text(profile(step, options.profile))

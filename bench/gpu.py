@@ -103,6 +103,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         parity += [others, ("model", [*pytest, str(ROOT / "tests/test_kernels_model.py")])]
     rows = {
         "triton": ["--row", "triton"],
+        "triton-graph": ["--row", "triton", "--graph"],
         "reference": ["--row", "reference"],
         "triton-recompute": ["--row", "triton", "--recompute"],
         "reference-compiled": ["--row", "reference", "--compile", "default"],

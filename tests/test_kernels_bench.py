@@ -59,6 +59,7 @@ def test_a_dry_run_of_everything(tmp_path: Path) -> None:
     assert result["model"]["triton"]["losses"] == pytest.approx(
         result["model"]["reference"]["losses"], rel=1e-3
     )
+    assert result["model"]["triton-graph"]["losses"] == result["model"]["triton"]["losses"]
     page = (tmp_path / "out" / "results.md").read_text()
     assert "The times mean nothing" in page
     assert (tmp_path / "out" / "trace-triton.json.gz").stat().st_size > 0

@@ -30,6 +30,9 @@ class TrainConfig:
     mixed_precision: "no", "bf16" or "fp16" for the matrix products.
     device: "auto", "cpu", "cuda", "cuda:N" or "mps". threads: CPU threads of torch; None leaves them.
     compile: whether the training step passes torch.compile.
+    cuda_graph: whether loss and gradients of a step are replayed as one CUDA graph, so that the host launches
+        no kernels one by one (`spikedecoder.training.graph`); same results. On one CUDA device, without
+        `compile`, with grad_accum = 1 and mixed_precision "no" or "bf16"; elsewhere it changes nothing.
     recompute: whether Linears are computed again in backward, so that only bits of their input are kept: less
         memory, same results (`SpikeDecoder.recompute_activations`).
     sync_norm: with several processes, whether BatchNorm and PowerNorm take their statistics over all of them
@@ -58,6 +61,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     compile: bool = False
+    cuda_graph: bool = True
     recompute: bool = False
     sync_norm: bool = False
     tensorboard: bool = False

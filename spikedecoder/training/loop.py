@@ -31,6 +31,7 @@ from spikedecoder.training.checkpoints import (
 from spikedecoder.training.config import TrainConfig
 from spikedecoder.training.devices import make_accelerator, peak_rss_mib
 from spikedecoder.training.evaluate import Evaluation, evaluate, health
+from spikedecoder.training.graph import backward_of
 from spikedecoder.training.report import MetricsFile, Reporter, Several, TensorBoard
 from spikedecoder.training.result import TrainingError, TrainResult
 from spikedecoder.training.run_folder import RunInfo, check_same, check_unused, locked
@@ -140,6 +141,7 @@ class _Run:
         self.loss, self.stepper = accelerator.prepare(
             torch.compile(loss) if settings.compile else loss, self.optimizer
         )
+        self.backward = backward_of(self.loss, settings, accelerator)
         processes = accelerator.num_processes
         self.sampler = WindowSampler(
             corpus.train,
@@ -205,9 +207,8 @@ class _Run:
             inputs, targets = self.sampler.batch(index)
             torch.manual_seed(_dropout_seed(c.seed, index, self.accelerator.process_index))
             with self.accelerator.accumulate(self.loss):
-                loss = self.loss(inputs.to(self.model.device), targets.to(self.model.device))
-                self.accelerator.backward(loss)
-                total = total + loss.detach().float() / c.grad_accum
+                loss = self.backward(inputs.to(self.model.device), targets.to(self.model.device))
+                total = total + loss.float() / c.grad_accum
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
                     if self.on_cpu:

@@ -123,6 +123,7 @@ CHANGEABLE = (
     "log_every",
     "device",
     "threads",
+    "cuda_graph",
     "tensorboard",
 )
 
