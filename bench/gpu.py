@@ -85,6 +85,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
     kernels = [str(ROOT / "tests/test_kernels_parity.py"), str(ROOT / "tests/test_kernels_launch.py")]
     marked = ("convergence", "ext_cuda", "torch_features", "generation_graph", "training")
+    marked += ("training_graph", "training_runs")
     others = ("others", [*pytest, "-m", "gpu", *(str(ROOT / f"tests/test_{name}.py") for name in marked)])
     if dry:  # all of the second are skipped, but imported
         parity = [("parity", [*pytest, kernels[0], "-k", "is_the_reference and lif-one"]), others]
@@ -133,11 +134,11 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         Stage("environment", 60, [("report", [*python, "-c", _ENVIRONMENT])]),
         Stage("build", 60, [("lif", [*python, "-c", build.format("cpu" if dry else "cuda")])]),
         Stage("parity", 200, parity),
-        *steps[:3],
+        *steps[:4],
         *operators,
         *profiles,
         Stage("generate", 60, [("token", generate)]),
-        *steps[3:],
+        *steps[4:],
     ]
 
 

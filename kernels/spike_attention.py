@@ -305,13 +305,15 @@ def scan_segments(state_ptr, initial_ptr, decay_ptr, heads, segments, numel, BLO
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes: tokens in a chunk, d padded, columns of v in a program; its warps; parts of d."""
+    """Tile sizes: tokens in a chunk, d padded, columns of v in a program; its warps; parts of d; how many chunks
+    are on their way at once."""
 
     tokens: int
     d: int
     columns: int
     warps: int = 4
     parts: int = 1
+    stages: int = 2
 
 
 def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> Blocks:
