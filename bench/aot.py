@@ -86,6 +86,7 @@ _WITHOUT_PRODUCT = (
     "lif_forward",
     "norm_lif_forward",
     "moments_of_rows",
+    "add_parts",
 )  # kernels beside those with the product
 
 

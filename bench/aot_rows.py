@@ -245,10 +245,12 @@ def linear_rows() -> Iterator[Row]:
         size, b = f"M = {M}, K = {K}, N = {N}", dtype.itemsize
         forward = functools.partial(k.forward, s, weight, bias)
         backward = functools.partial(k.weight_grad, words, K, grad)
+        both = functools.partial(k.weight_and_bias_grad, words, K, grad)
         moved = b * (M * K + N * K + M * N) + M * K / 8
         yield Row("spike_linear", "forward", TYPES[dtype], size, moved, DOT, forward)
         moved = b * (M * N + N * K) + M * K / 8
         yield Row("spike_linear", "weight gradient", TYPES[dtype], size, moved, DOT, backward)
+        yield Row("spike_linear", "weight and bias gradient", TYPES[dtype], size, moved, DOT, both)
 
 
 def linear_norm_lif_rows() -> Iterator[Row]:

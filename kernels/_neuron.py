@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikedecoder.kernels._launch import INTERPRETED
+from spikedecoder.kernels._sum import sum_parts
 from spikedecoder.kernels._surrogate import derivative
 from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.surrogate import SURROGATES
@@ -75,7 +76,11 @@ def threshold_gradient(kind: int, partial: Tensor | None, threshold: Tensor | fl
     """The gradient from what `threshold_partial` made."""
     if partial is None or not isinstance(threshold, Tensor):
         return None
-    return partial if kind == FULL else partial.sum(0).view(threshold.shape)
+    if kind != PER_CHANNEL:
+        return partial if kind == FULL else partial.sum(0).view(threshold.shape)
+    grad = partial.new_empty(threshold.shape)
+    sum_parts(partial, grad)
+    return grad
 
 
 @triton.jit

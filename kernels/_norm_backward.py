@@ -117,7 +117,7 @@ def _backward_chunk(
 @kernel
 def norm_lif_backward(
     grad_spikes_ptr, x_ptr, weight_ptr, bias_ptr, threshold_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, c_ptr,
-    scratch_ptr, grad_x_ptr, grad_weight_ptr, grad_bias_ptr, grad_threshold_ptr, row_gw_ptr, row_gwz_ptr,
+    scratch_ptr, grad_x_ptr, sums_ptr, grad_threshold_ptr, row_gw_ptr, row_gwz_ptr,
     rows, channels, stride_t, grad_stride_t, threshold, tau, keep, v_reset, alpha,
     T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr, THRESHOLD: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -127,7 +127,7 @@ def norm_lif_backward(
 ):  # fmt: skip
     """g = dL/dy through the neurons; then, as asked for,
 
-    SUMS: sums over rows of g z and g, and the threshold's gradient, one row a program.
+    SUMS: sums over rows of g z and g [programs, 2, C], and the threshold's gradient, one row a program.
     STATISTICS 0, of channels, without SUMS: dx = a g + b z + c.
     STATISTICS 1, of rows, a tile wide: dx = rstd (g weight - <g weight> - z <g weight z>).
     STATISTICS 2, of rows wider than a tile: with SUMS the tile's share of the sums of g weight and g weight z
@@ -198,8 +198,8 @@ def norm_lif_backward(
 
     if SUMS:
         row = tl.program_id(0).to(tl.int64) * channels
-        tl.store(grad_weight_ptr + row + c1, tl.sum(sum_gz, 0), mask=c1 < channels)
-        tl.store(grad_bias_ptr + row + c1, tl.sum(sum_g, 0), mask=c1 < channels)
+        tl.store(sums_ptr + 2 * row + c1, tl.sum(sum_gz, 0), mask=c1 < channels)
+        tl.store(sums_ptr + 2 * row + channels + c1, tl.sum(sum_g, 0), mask=c1 < channels)
         if THRESHOLD == 2:
             tl.store(grad_threshold_ptr + row + c1, tl.sum(total, 0), mask=c1 < channels)
         elif THRESHOLD == 1:

@@ -50,6 +50,7 @@ from spikedecoder.kernels._neuron import (
 )
 from spikedecoder.kernels._norm import moments, row_moments
 from spikedecoder.kernels._norm_backward import norm_lif_backward
+from spikedecoder.kernels._sum import sum_parts
 from spikedecoder.kernels.lif import steps_contiguous
 from spikedecoder.params import ILIFParams, LIFParams
 
@@ -253,12 +254,12 @@ def _backward(
     down = cdiv(x[0].numel() // channels, blocks["BLOCK_R"])
     if sums or chunk < T:  # few programs that each walk many rows, so that few partial sums are written
         down = min(down, max(1, 4 * multiprocessors(x.device) // across))
-    scratch = sum_gz = sum_g = row_gw = row_gwz = partial = None
+    scratch = parts = row_gw = row_gwz = partial = None
     if chunk < T:
         shape = (down, across, (T - 1) // chunk, blocks["BLOCK_R"], blocks["BLOCK_C"])
         scratch = x.new_empty(shape, dtype=torch.float32)
     if sums:
-        sum_gz, sum_g = (x.new_empty((down, channels), dtype=torch.float32) for _ in range(2))
+        parts = x.new_empty((down, 2, channels), dtype=torch.float32)
         partial = threshold_partial(kind, x, x.shape[1:], down * across, down)
         if statistics == WIDE_ROW:
             row_gw, row_gwz = (x.new_empty((across, *x.shape[:-1]), dtype=torch.float32) for _ in range(2))
@@ -267,18 +268,20 @@ def _backward(
         norm_lif_backward, (down, across), grad_spikes_ptr=grad_spikes, x_ptr=x,
         weight_ptr=weight.contiguous(), bias_ptr=bias.contiguous(), threshold_ptr=pointer,
         mean_ptr=mean.contiguous(), rstd_ptr=rstd.contiguous(), a_ptr=a, b_ptr=b, c_ptr=c,
-        scratch_ptr=scratch, grad_x_ptr=grad_x, grad_weight_ptr=sum_gz, grad_bias_ptr=sum_g,
-        grad_threshold_ptr=partial, row_gw_ptr=row_gw, row_gwz_ptr=row_gwz, threshold=number, T=T,
+        scratch_ptr=scratch, grad_x_ptr=grad_x, sums_ptr=parts, grad_threshold_ptr=partial,
+        row_gw_ptr=row_gw, row_gwz_ptr=row_gwz, threshold=number, T=T,
         STATISTICS=statistics, SUMS=sums, THRESHOLD=kind, CHUNK=chunk,
         maxnreg=255 if chunk < T and blocks["num_warps"] <= 8 else None,
         **_sizes(x, stride_t=_stride(x), grad_stride_t=_stride(grad_spikes)), **_neurons(p, neuron),
         **blocks,
     )  # fmt: skip
-    if sum_gz is None or sum_g is None:
+    if parts is None:
         return grad_x, Sums(zero, zero, zero, ())
+    sum_gz, sum_g = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    sum_parts(parts, sum_gz, sum_g)
     grad_threshold = threshold_gradient(kind, partial, threshold)
     rows = tuple(part.sum(0) / channels for part in (row_gw, row_gwz) if part is not None)
-    return grad_x, Sums(sum_gz.sum(0), sum_g.sum(0), zero if grad_threshold is None else grad_threshold, rows)
+    return grad_x, Sums(sum_gz, sum_g, zero if grad_threshold is None else grad_threshold, rows)
 
 
 def backward_layer(

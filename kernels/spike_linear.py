@@ -2,7 +2,8 @@
 
 s [M, K] is packed first; then both products read words of 32 spikes and make 0 and 1 of them in registers.
     y  [M, N] = s W^T + b         tensor cores in the weight's dtype, float32 accumulators
-    dW [N, K] = g^T s             the same in the gradient's; M is cut in pieces, whose sums are added
+    dW [N, K] = g^T s             the same in the gradient's; M is cut in pieces, whose sums are added;
+    db [N]    = g^T 1             on the way, as the weight of an input that is always 1
 A float32 weight or gradient is taken as three bfloat16, which lose nothing of it (`_digits`).
 
 Bytes (b = bytes of the dtype): packing b M K + M K / 8; y: M K / 8 + b (N K + M N); dW: M K / 8 + b (M N +
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from spikedecoder.kernels._digits import digit, dot_digits
 from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, major, multiprocessors, why_not
+from spikedecoder.kernels._sum import sum_parts
 from spikedecoder.kernels.pack_spikes import WORD, pack, unpack_tile
 
-__all__ = ["forward", "from_words", "weight_grad", "why_not"]
+__all__ = ["forward", "from_words", "weight_and_bias_grad", "weight_grad", "why_not"]
 
 
 @triton.jit
@@ -83,9 +85,10 @@ def linear_forward(
 @kernel
 def linear_weight_grad(
     words_ptr, grad_ptr, out_ptr, rows, inputs, outputs, words, piece,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """out [pieces, N, K]: of each piece of the rows its share."""
+    """out [pieces, N K]: of each piece of the rows its share of dW. BIAS: after it that of sum g [N]."""
     inputs = inputs * ALIGN
     outputs = outputs * ALIGN
     across = tl.cdiv(inputs, BLOCK_K)
@@ -95,15 +98,25 @@ def linear_weight_grad(
     start = tl.program_id(1).to(tl.int64) * piece
     stop = tl.minimum(start + piece, rows)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    ones = tl.full((BLOCK_M, 16), 1.0, tl.float32)
+    of_ones = tl.zeros((BLOCK_N, 16), tl.float32)  # 16 times the same: the narrowest product
     for first in range(start, stop, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M).to(tl.int64)
         at = grad_ptr + m[:, None] * outputs + n[None, :]
         grad = tl.load(at, mask=(m < stop)[:, None] & (n < outputs)[None, :], other=0.0)
         bits = load_bits(words_ptr, m, stop, first_k // 32, words, BLOCK_M, BLOCK_K)
         acc = product(tl.trans(grad), bits, acc, grad_ptr.dtype.element_ty, 3, 1)
-    at = (tl.program_id(1).to(tl.int64) * outputs + n)[:, None] * inputs + k[None, :]
-    inside = (n < outputs)[:, None] & (k < inputs)[None, :]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        if BIAS:
+            of_ones = product(tl.trans(grad), ones, of_ones, grad_ptr.dtype.element_ty, 3, 1)
+    of_weight = outputs.to(tl.int64) * inputs
+    share = of_weight
+    if BIAS:
+        share += outputs
+    out_ptr += tl.program_id(1) * share
+    at = n[:, None].to(tl.int64) * inputs + k[None, :]
+    tl.store(out_ptr + at, acc, mask=(n < outputs)[:, None] & (k < inputs)[None, :])
+    if BIAS and first_k + BLOCK_K >= inputs:  # the others have the same
+        tl.store(out_ptr + of_weight + n, tl.max(of_ones, 1), mask=n < outputs)
 
 
 def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -132,13 +145,12 @@ def from_words(words: Tensor, inputs: int, weight: Tensor, bias: Tensor | None) 
     return y
 
 
-def weight_grad(words: Tensor, inputs: int, grad: Tensor) -> Tensor:
-    """[N, K] in grad's dtype, from words [..., ceil(K / 64)] and grad [..., N]."""
+def _parameter_grads(words: Tensor, inputs: int, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
     grad, words = grad.contiguous(), words.contiguous()
     outputs = grad.shape[-1]
-    out = grad.new_empty(outputs, inputs)
+    out, out_bias = grad.new_empty(outputs, inputs), grad.new_empty(outputs) if bias else None
     if out.numel() == 0 or grad.numel() == 0:
-        return out.zero_()
+        return out.zero_(), grad.flatten(0, -2).sum(0) if bias else None
     rows = grad.numel() // outputs
     block_n = 32 if grad.dtype == torch.float32 and major(grad.device) == 8 else 64  # 64 spills there
     tiles = cdiv(outputs, block_n) * cdiv(inputs, 64)
@@ -146,11 +158,24 @@ def weight_grad(words: Tensor, inputs: int, grad: Tensor) -> Tensor:
     piece = cdiv(cdiv(rows, pieces), 64) * 64
     pieces = cdiv(rows, piece)
     # always float32 parts, one or many: else the dtype of a kernel's output would depend on the batch
-    parts = grad.new_empty((pieces, outputs, inputs), dtype=torch.float32)
+    parts = grad.new_empty((pieces, outputs * (inputs + bias)), dtype=torch.float32)
     align = alignment(inputs, outputs)
     launch(
         linear_weight_grad, (tiles, pieces), words_ptr=words.view(torch.int32), grad_ptr=grad, out_ptr=parts,
         rows=rows, inputs=inputs // align, outputs=outputs // align, words=2 * words.shape[-1], piece=piece,
-        BLOCK_M=64, BLOCK_N=block_n, BLOCK_K=WORD, ALIGN=align,
+        BIAS=bias, BLOCK_M=64, BLOCK_N=block_n, BLOCK_K=WORD, ALIGN=align,
     )  # fmt: skip
-    return parts.sum(0).to(grad.dtype)
+    sum_parts(parts, out, out_bias)
+    return out, out_bias
+
+
+def weight_grad(words: Tensor, inputs: int, grad: Tensor) -> Tensor:
+    """[N, K] in grad's dtype, from words [..., ceil(K / 64)] and grad [..., N]."""
+    return _parameter_grads(words, inputs, grad, False)[0]
+
+
+def weight_and_bias_grad(words: Tensor, inputs: int, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight_grad`, and the sum of grad over its rows [N], both in one pass over grad."""
+    grad_weight, grad_bias = _parameter_grads(words, inputs, grad, True)
+    assert grad_bias is not None
+    return grad_weight, grad_bias

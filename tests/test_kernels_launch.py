@@ -54,6 +54,7 @@ def linear(batch: int, tokens: int, make: Make) -> None:
 
     y, words = k.forward(make(4, batch, tokens, 80), make(160, 80), make(160))
     k.weight_grad(words, 80, y)
+    k.weight_and_bias_grad(words, 80, y)
 
 
 def linear_norm_lif(batch: int, tokens: int, make: Make) -> None:

@@ -82,7 +82,7 @@ def test_200_steps_on_text_are_those_of_the_reference() -> None:
     assert {name: n // 200 for name, n in kernels.items()} == {
         "binarize_forward": 1, "binarize_backward": 1, "lif_forward": 3, "lif_backward": 4,
         "norm_lif_forward": 4, "norm_lif_backward": 4, "attention_lif_forward": 1, "attention": 4,
-        "pack_kernel": 6, "linear_forward": 6, "linear_weight_grad": 6,
+        "pack_kernel": 6, "linear_forward": 6, "linear_weight_grad": 6, "add_parts": 10,
     }  # fmt: skip
     if DEVICE == "cuda":
         torch.testing.assert_close(torch.tensor(got[0]).view(-1, 50).mean(1), means, rtol=0.02, atol=0)

@@ -173,6 +173,7 @@ def linear() -> None:
         words = meta(rows, -(-inputs // 64), dtype=torch.int64)
         y = k.from_words(words, inputs, meta(outputs, inputs), meta(outputs))
         k.weight_grad(words, inputs, y)
+        k.weight_and_bias_grad(words, inputs, y)
     k.from_words(meta(64, 8, dtype=torch.int64), 512, meta(1 << 23, 512), None)
 
 
@@ -207,7 +208,7 @@ def attention_lif() -> None:
 
 
 # loops over a whole tensor of partial results, which no real grid makes large
-LOOPS = ("merge_bands",)
+LOOPS = ("merge_bands", "add_parts")
 
 
 USES = [lif, norm_lif, norm_ilif, many_rows, small, linear, linear_norm_lif, attention, attention_lif]

@@ -523,3 +523,20 @@ def test_linear_takes_weights_of_another_dtype_than_the_spikes() -> None:
         torch.testing.assert_close(
             found.double(), grad.double().T @ s.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
         )
+        again, of_bias = spike_linear.weight_and_bias_grad(words, 70, grad)
+        assert of_bias.dtype == dtype and torch.equal(again, found)
+        torch.testing.assert_close(
+            of_bias.double(), grad.double().sum(0), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("parts", "sizes"), [(1, (1,)), (528, (80, 80)), (65, (6400, 80)), (3, (33001, 7))])
+def test_parts_are_added(parts: int, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    from spikedecoder.kernels._sum import sum_parts
+
+    values = random(parts, sum(sizes), shift=0.0)
+    found = [torch.full((n,), float("nan"), device=DEVICE, dtype=dtype) for n in sizes]
+    sum_parts(values, *found)
+    for sums, want in zip(found, values.double().sum(0).split(sizes), strict=True):
+        torch.testing.assert_close(sums.double(), want.to(dtype).double(), rtol=TOLERANCE[dtype], atol=1e-5)

@@ -62,15 +62,30 @@ def _(grad, weight, backend):
     return grad.new_empty(*grad.shape[:-1], weight.shape[1]), grad.new_empty(weight.shape[0])
 
 
+@torch.library.custom_op("spikedecoder::spike_linear_weight_and_bias_grad", mutates_args=())
+def _weight_and_bias_grad(words: Tensor, channels: int, grad: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _impl(grad, (*grad.shape[:-1], channels), backend).weight_and_bias_grad(words, channels, grad)
+
+
+@_weight_and_bias_grad.register_fake
+def _(words, channels, grad, backend):
+    return grad.new_empty(grad.shape[-1], channels), grad.new_empty(grad.shape[-1])
+
+
 def backward(grad, words, weight, channels, dtype, backend, wanted):
     """Gradients of (s in `dtype`, weight, bias) from that of y, None for those that nobody wants."""
-    grad_s = grad_bias = None
-    if wanted[0] and hasattr(_impl(grad, (*grad.shape[:-1], channels), backend), "input_and_bias_grad"):
+    impl = _impl(grad, (*grad.shape[:-1], channels), backend)
+    grad_s = grad_weight = grad_bias = None
+    if wanted[0] and hasattr(impl, "input_and_bias_grad"):
         grad_s, grad_bias = _dense_grads(grad, weight, backend)
-    else:
-        grad_s = grad @ weight if wanted[0] else None
-        grad_bias = grad.flatten(0, -2).sum(0) if wanted[2] else None
-    grad_weight = _weight_grad(words, channels, grad, backend) if wanted[1] else None
+    elif wanted[0]:
+        grad_s = grad @ weight
+    if wanted[1] and wanted[2] and hasattr(impl, "weight_and_bias_grad"):
+        grad_weight, grad_bias = _weight_and_bias_grad(words, channels, grad, backend)
+    elif wanted[1]:
+        grad_weight = _weight_grad(words, channels, grad, backend)
+    if wanted[2] and grad_bias is None:
+        grad_bias = grad.flatten(0, -2).sum(0)
     return None if grad_s is None else grad_s.to(dtype), grad_weight, grad_bias if wanted[2] else None
 
 

@@ -1,0 +1,55 @@
+"""Adding up what programs have summed apart, float32: the last step of every gradient of weights.
+
+P parts of n sums are read once, n sums written in their dtype; in a fixed order, so the same in every run.
+Some tens to hundreds of parts of 80 to some 100 000 sums: bound by latency for the narrow ones, where a
+program's threads share out the parts, by memory (mostly the cache that they were just written to) else.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+
+from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, power_of_2
+
+
+@kernel
+def add_parts(
+    parts_ptr, first_ptr, second_ptr, parts, size, split,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Sums over dim 0 of parts [parts, size]: those before `split` to first, the others to second."""
+    size = size.to(tl.int64) * ALIGN
+    split = split.to(tl.int64) * ALIGN
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for begin in range(0, parts, BLOCK_P):
+        p = begin + tl.arange(0, BLOCK_P)[:, None].to(tl.int64)
+        inside = (p < parts) & (n < size)[None, :]
+        total += tl.load(parts_ptr + p * size + n[None, :], mask=inside, other=0.0)
+    sums = tl.sum(total, 0)
+    tl.store(first_ptr + n, sums.to(first_ptr.dtype.element_ty), mask=n < split)
+    if second_ptr is not None:
+        to = second_ptr + (n - split)
+        tl.store(to, sums.to(second_ptr.dtype.element_ty), mask=(n >= split) & (n < size))
+
+
+def _tile(size: int) -> dict[str, int]:
+    """Programs enough for a GPU where there are sums enough, 64 bytes of each part at the least.
+
+    16 values a thread, so four 128-bit loads are on their way at a time.
+    """
+    block_n = min(128, max(16, power_of_2(cdiv(size, 256))))
+    warps = 8 if block_n == 16 else 4
+    return {"BLOCK_P": 512 * warps // block_n, "BLOCK_N": block_n, "num_warps": warps}
+
+
+def sum_parts(parts: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """Write the sums over dim 0 of parts [P, ...], float32, to first and then second, one after the other."""
+    size, split = parts[0].numel(), first.numel()
+    align = alignment(size, split)
+    launch(
+        add_parts, (cdiv(size, (tile := _tile(size))["BLOCK_N"]),), parts_ptr=parts, first_ptr=first,
+        second_ptr=second, parts=parts.shape[0], size=size // align, split=split // align, ALIGN=align,
+        **tile,
+    )  # fmt: skip
