@@ -19,6 +19,7 @@ from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.surrogate import SURROGATES
 
 PLAIN_PRODUCTS = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
+ONE_BY_ONE = tl.constexpr(INTERPRETED)  # which adds up several tensors element by element
 WINDOW = tl.constexpr(ILIFParams.WINDOW)
 MAX_T = 16  # timesteps whose potentials a kernel keeps in registers
 
@@ -194,6 +195,34 @@ def load_steps(at_first, stride_t, inside, COUNT: tl.constexpr):
         tiles = tiles + (tl.load(at_first, mask=inside, other=0.0),)
         at_first += stride_t
     return tiles
+
+
+@triton.jit
+def _add_pairs(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add_quads(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def row_sums(tiles, COUNT: tl.constexpr):
+    """Sums along the rows of COUNT tiles, as a tuple. Four at a time: warps that share a row wait once."""
+    sums = ()
+    if ONE_BY_ONE:
+        for i in tl.static_range(COUNT):
+            sums = sums + (tl.sum(tiles[i], 1),)
+    else:
+        for i in tl.static_range(COUNT // 4):
+            quad = (tiles[4 * i], tiles[4 * i + 1], tiles[4 * i + 2], tiles[4 * i + 3])
+            sums = sums + tl.reduce(quad, 1, _add_quads)
+        if COUNT % 4 >= 2:
+            sums = sums + tl.reduce((tiles[COUNT // 4 * 4], tiles[COUNT // 4 * 4 + 1]), 1, _add_pairs)
+        if COUNT % 2 == 1:
+            sums = sums + (tl.sum(tiles[COUNT - 1], 1),)
+    return sums
 
 
 @triton.jit

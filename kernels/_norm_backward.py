@@ -20,6 +20,7 @@ from spikedecoder.kernels._neuron import (
     load_threshold,
     over_tau,
     potentials,
+    row_sums,
     times,
 )
 
@@ -67,6 +68,7 @@ def _backward_chunk(
         hs, v = potentials(ys, v, limit, tau, v_reset, COUNT, RECIPROCAL, HARD, DECAY_INPUT)
     to = (first + COUNT - 1) * timestep + at
     row_to = (first + COUNT - 1) * rows.to(tl.int64) + r1
+    of_rows = ()  # STATISTICS 1: g weight of each timestep and its product with z
     for back in tl.static_range(COUNT):
         grad = gs[COUNT - 1 - back].to(tl.float32)
         if LEVELS > 0:
@@ -89,10 +91,7 @@ def _backward_chunk(
             total += tl.where(inside, grad_threshold, 0.0)
         if STATISTICS == 1:
             gw = g * weight
-            mean_gw = (tl.sum(gw, 1) / channels)[:, None]
-            mean_gwz = (tl.sum(gw * z, 1) / channels)[:, None]
-            grad_x = rstds[COUNT - 1 - back] * (gw - mean_gw - z * mean_gwz)
-            tl.store(grad_x_ptr + to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+            of_rows = of_rows + (gw, gw * z)
         elif STATISTICS == 2:
             gw = g * weight
             if SUMS:  # the tile's share of the row's sums
@@ -111,6 +110,15 @@ def _backward_chunk(
             tl.store(grad_x_ptr + to, (a * g + b * z + shift).to(grad_x_ptr.dtype.element_ty), mask=inside)
         to -= timestep
         row_to -= rows
+    if STATISTICS == 1:
+        sums = row_sums(of_rows, 2 * COUNT)
+        for i in tl.static_range(COUNT):  # forwards: what `of_rows` holds last comes first
+            to += timestep
+            z = (xs[i].to(tl.float32) - means[i]) * rstds[i]
+            mean_gw = (sums[2 * (COUNT - 1 - i)] / channels)[:, None]
+            mean_gwz = (sums[2 * (COUNT - 1 - i) + 1] / channels)[:, None]
+            grad_x = rstds[i] * (of_rows[2 * (COUNT - 1 - i)] - mean_gw - z * mean_gwz)
+            tl.store(grad_x_ptr + to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
     return carry, sum_gz, sum_g, total
 
 

@@ -43,6 +43,7 @@ from spikedecoder.kernels._neuron import (
     neuron,
     neuron_forward,
     reset,
+    row_sums,
     threshold_argument,
     threshold_gradient,
     threshold_partial,
@@ -72,12 +73,23 @@ def _forward_chunk(
     xs = load_steps(x_ptr + first * stride_t + at, stride_t, inside, COUNT)
     to = first * timestep + at
     row_to = first * rows.to(tl.int64) + r1
+    sums = ()
+    squares = ()
+    if STATISTICS == 1:
+        values = ()
+        for i in tl.static_range(COUNT):
+            values = values + (xs[i].to(tl.float32),)
+        sums = row_sums(values, COUNT)
+        centered = ()
+        for i in tl.static_range(COUNT):
+            distance = tl.where(c_inside, xs[i].to(tl.float32) - (sums[i] / channels)[:, None], 0.0)
+            centered = centered + (distance * distance,)
+        squares = row_sums(centered, COUNT)
     for i in tl.static_range(COUNT):
         x = xs[i].to(tl.float32)
         if STATISTICS == 1:
-            mean = (tl.sum(x, 1) / channels)[:, None]
-            centered = tl.where(c_inside, x - mean, 0.0)
-            rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, 1) / channels + eps)
+            mean = (sums[i] / channels)[:, None]
+            rstd = 1 / tl.sqrt_rn(squares[i] / channels + eps)
             tl.store(mean_ptr + row_to[:, None], mean, mask=(r1 < rows)[:, None])
             tl.store(rstd_ptr + row_to, rstd, mask=r1 < rows)
             rstd = rstd[:, None]
