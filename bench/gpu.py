@@ -106,7 +106,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         "triton": ["--row", "triton"],
         "triton-graph": ["--row", "triton", "--graph"],
         "reference": ["--row", "reference"],
-        "triton-recompute": ["--row", "triton", "--recompute"],
+        "triton-recompute-graph": ["--row", "triton", "--recompute", "--graph"],
         "reference-compiled": ["--row", "reference", "--compile", "default"],
         "triton-reduce-overhead": ["--row", "triton", "--compile", "reduce-overhead"],
     }

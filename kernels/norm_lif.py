@@ -23,6 +23,7 @@ fixed number of programs and added in one small reduction: the same result in ev
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -305,8 +305,8 @@ def scan_segments(state_ptr, initial_ptr, decay_ptr, heads, segments, numel, BLO
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes: tokens in a chunk, d padded, columns of v in a program; its warps; parts of d; how many chunks
-    are on their way at once."""
+    """Tile sizes: tokens in a chunk, d padded, columns of v in a program; its warps; parts of d; chunks on
+    their way at once."""
 
     tokens: int
     d: int
@@ -317,23 +317,31 @@ class Blocks:
 
 
 def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> Blocks:
-    """The table, by what the registers must hold. Read off compiled code for lack of measurements: the widest
-    tiles that spill nothing. Ampere's tensor cores take their operands from registers, Hopper's and
-    Blackwell's mostly from shared memory. Three digits of all d > 64 columns of a real q, k and state
-    are more than the registers of sm_80 and 90 hold, whatever the tile: d then comes in parts."""
+    """The table, by what the registers must hold: the widest tiles that spill nothing, read off compiled
+    code. bfloat16 on sm_90 is measured, on an H200.
+
+    Ampere's tensor cores take their operands from registers, Hopper's and Blackwell's mostly from shared
+    memory. Three digits of all d > 64 columns of a real q, k and state are more than the registers of sm_80
+    and 90 hold, whatever the tile: d then comes in parts. float32 and float16 become bfloat16 in registers,
+    and of such operands of wgmma Triton 3.6 makes wrong code (on an H200 it read past its shared memory, or
+    summed wrongly, wherever d > 16): on sm_90 they have two warps a program, which leaves mma.sync alone."""
     padded = max(16, power_of_2(d))
     wide = dtype != torch.float32 and padded <= 64
+    if major(device) == 9 and dtype != torch.bfloat16:
+        if padded <= 32:
+            return Blocks(32, padded, padded if wide else 16, warps=2)
+        return Blocks(32 if padded == 64 else 16, padded, 16, warps=2, parts=padded // 32)
     warps = 8 if dtype == torch.float32 and padded > 64 else 4  # three digits of everything
-    narrow = dtype == torch.float32 and padded > 64 and not integers
-    if narrow and major(device) in (8, 9):
-        return Blocks(32 if major(device) == 8 else 16, padded, 16, parts=4)
+    if dtype == torch.float32 and padded > 64 and not integers and major(device) == 8:
+        return Blocks(32, padded, 16, parts=4)
     if major(device) == 8:
         return Blocks(32, padded, min(padded, 32 if wide else 16), warps)
     if dtype == torch.float32:
         # under the interpreter (0) as few programs as can be
         return Blocks(64, padded, 16 if major(device) else min(padded, 64), warps)
-    wide = wide and (integers or (dtype == torch.bfloat16 and major(device) == 9))
-    return Blocks(64, padded, min(padded, 64 if wide else 32))
+    hopper = major(device) == 9
+    wide = wide and (integers or hopper)
+    return Blocks(64, padded, min(padded, 64 if wide else 32), stages=3 if hopper and padded <= 64 else 2)
 
 
 def heads_last(x: Tensor) -> Tensor:
@@ -395,7 +403,8 @@ def states_before(
         segment_states, (programs * cdiv(d, size.columns), segments), k_ptr=k, v_ptr=v, powers_ptr=way.powers,
         state_ptr=states, tokens=tokens, heads=heads, segment=segment, D=d, REVERSE=reverse,
         BLOCK_S=size.tokens,
-        BLOCK_D=size.d, BLOCK_V=size.columns, num_warps=size.warps, **way.flags(k_digits, v_digits),
+        BLOCK_D=size.d, BLOCK_V=size.columns, num_warps=size.warps, num_stages=size.stages,
+        **way.flags(k_digits, v_digits),
     )  # fmt: skip
     whole = None if way.decay is None else (way.decay.double() ** segment).float()
     launch(
@@ -429,7 +438,8 @@ def walk(
         state_ptr=before, final_ptr=final, tokens=tokens, heads=heads, segment=segment, scale=scale, D=d,
         Q=q_digits, SCORE=score_digits, STATE=state_digits, REVERSE=reverse, BLOCK_S=size.tokens,
         BLOCK_D=size.d // size.parts, PARTS=size.parts,
-        BLOCK_V=size.columns, num_warps=size.warps, **way.flags(k_digits, v_digits),
+        BLOCK_V=size.columns, num_warps=size.warps, num_stages=size.stages,
+        **way.flags(k_digits, v_digits),
     )  # fmt: skip
     return out
 
@@ -487,6 +497,6 @@ def _backward_kv(
         attention_backward_kv, (programs, segments), q_ptr=q, k_ptr=k, v_ptr=v, grad_ptr=grad, dk_ptr=dk,
         dv_ptr=dv, powers_ptr=way.powers, state_ptr=behind, tokens=tokens, heads=heads, segment=segment,
         scale=scale, D=d, G=one, SCORE=way.scores(d), REAL=way.real, DECAY=False, BLOCK_S=64,
-        BLOCK_D=max(16, power_of_2(d)),
+        BLOCK_D=max(16, power_of_2(d)), num_stages=3 if major(q.device) == 9 else 2,
     )  # fmt: skip
     return dk, dv

@@ -9,8 +9,9 @@ charges the membrane, as if it had been written: the spikes are bit for bit thos
 after the other.
 
 Where T states are too large for the registers (d > 64; T > 4, or 8 in 16 bits with d <= 16; float32 with a
-decay, more than 2^16 tokens, or d > 32 on sm_80), or long sequences are too few to fill the device, the two
-kernels run one after the other. Backward always does so: it computes a again, then the LIF's gradient, then
+decay, more than 2^16 tokens, or d > 32 on sm_80), where two kernels were measured to be faster (sm_90 from
+d > 32 on: 0.22 ms against 0.28), or long sequences are too few to fill the device, the two kernels run one
+after the other. Backward always does so: it computes a again, then the LIF's gradient, then
 the attention's. float32 spikes become bfloat16 as they are loaded, which loses nothing of 0 and 1.
 
 Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (q and k are read again from cache
@@ -112,8 +113,8 @@ def blocks(
     better: states too large, or so few programs that attention alone, with T times as many, fills the
     device better."""
     padded = max(16, power_of_2(d))
-    float32, ampere = way.dtype == torch.float32, major(device) == 8
-    if padded > 64 or T > (8 if padded == 16 and not float32 else 4):
+    float32, ampere, hopper = way.dtype == torch.float32, major(device) == 8, major(device) == 9
+    if padded > (32 if hopper else 64) or T > (8 if padded == 16 and not float32 else 4):
         return None
     if float32 and (way.decay is not None or tokens > 1 << 16 or (padded == 64 and ampere)):
         return None
@@ -121,7 +122,12 @@ def blocks(
     columns = 32 if integers and padded == 64 and not ampere else 16
     if tokens > 1024 and batch * heads * cdiv(d, columns) < multiprocessors(device):
         return None
-    return Blocks(32 if float32 or ampere else 64, padded, columns, 8 if float32 and padded == 64 else 4)
+    if hopper and way.dtype != torch.bfloat16:  # two warps: see spike_attention.blocks
+        return Blocks(16 if float32 and padded == 32 else 32, padded, columns, warps=2, stages=1)
+    stages = 2 if hopper and padded == 16 else 1
+    return Blocks(
+        32 if float32 or ampere else 64, padded, columns, 8 if float32 and padded == 64 else 4, stages=stages
+    )
 
 
 def _current(way: Pass, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -165,7 +171,8 @@ def forward(
         powers_ptr=way.powers, threshold_ptr=pointer, batch=batch, tokens=tokens, heads=heads,
         scale=scale, threshold=number, T=T, D=d, THRESHOLD=kind, SCORE=1 if decay is None else way.real,
         STATE=way.real if decay is not None else 2 if tokens <= 1 << 16 else 3, BLOCK_S=size.tokens,
-        BLOCK_D=size.d, BLOCK_V=size.columns, num_warps=size.warps, num_stages=1, **way.flags(1, 1),
+        BLOCK_D=size.d, BLOCK_V=size.columns, num_warps=size.warps, num_stages=size.stages,
+        **way.flags(1, 1),
         **neuron_forward(p),
     )  # fmt: skip
     return spikes.transpose(2, 3)

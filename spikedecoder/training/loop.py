@@ -207,7 +207,7 @@ class _Run:
             inputs, targets = self.sampler.batch(index)
             torch.manual_seed(_dropout_seed(c.seed, index, self.accelerator.process_index))
             with self.accelerator.accumulate(self.loss):
-                loss = self.backward(inputs.to(self.model.device), targets.to(self.model.device))
+                loss = self.backward(self._on_device(inputs), self._on_device(targets))
                 total = total + loss.float() / c.grad_accum
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), c.clip or math.inf)
@@ -220,6 +220,13 @@ class _Run:
         self.seconds += time.perf_counter() - start
         self.steps_here += 1
         self.report.tick(self.step, float(total) if self.on_cpu else None, self._speed())
+
+    def _on_device(self, tokens: Tensor) -> Tensor:
+        """From pinned memory, so that the host need not wait for the step before."""
+        device = self.accelerator.device
+        if device.type == "cuda":
+            return tokens.pin_memory().to(device, non_blocking=True)
+        return tokens.to(device)
 
     def _read_losses(self) -> None:
         """Fetch and check the losses since the last time: waits for the device."""
