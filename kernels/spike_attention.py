@@ -438,7 +438,7 @@ def walk(
         state_ptr=before, final_ptr=final, tokens=tokens, heads=heads, segment=segment, scale=scale, D=d,
         Q=q_digits, SCORE=score_digits, STATE=state_digits, REVERSE=reverse, BLOCK_S=size.tokens,
         BLOCK_D=size.d // size.parts, PARTS=size.parts,
-        BLOCK_V=size.columns, num_warps=size.warps, num_stages=size.stages,
+        BLOCK_V=size.columns, num_warps=size.warps, num_stages=size.stages if way.levels == 1 else 2,
         **way.flags(k_digits, v_digits),
     )  # fmt: skip
     return out
@@ -497,6 +497,6 @@ def _backward_kv(
         attention_backward_kv, (programs, segments), q_ptr=q, k_ptr=k, v_ptr=v, grad_ptr=grad, dk_ptr=dk,
         dv_ptr=dv, powers_ptr=way.powers, state_ptr=behind, tokens=tokens, heads=heads, segment=segment,
         scale=scale, D=d, G=one, SCORE=way.scores(d), REAL=way.real, DECAY=False, BLOCK_S=64,
-        BLOCK_D=max(16, power_of_2(d)), num_stages=3 if major(q.device) == 9 else 2,
+        BLOCK_D=max(16, power_of_2(d)), num_stages=3 if major(q.device) == 9 and way.levels == 1 else 2,
     )  # fmt: skip
     return dk, dv
