@@ -26,8 +26,8 @@ ROUNDED = (*STREAM, ONCE)
 
 
 OPERATORS = (
-    "lif", "ilif", "binarize", "pack_spikes", "norm_lif", "norm_ilif", "spike_attention",
-    "spike_attention_lif", "spike_linear", "linear_norm_lif",
+    "lif", "ilif", "binarize", "pack_spikes", "norm", "norm_lif", "norm_ilif", "spike_attention",
+    "spike_attention_lif", "spike_linear", "linear_norm", "linear_norm_lif",
 )  # fmt: skip
 MORE_CASES = (
     Case("lif", "T17", (17, 3, 33)),  # in pieces
@@ -110,6 +110,25 @@ def small_rows() -> Iterator[Row]:
     yield Row(
         "pack_spikes", "unpack", "bf16", "64 Mi", bits * 64 * MEGA, ("128-bit stores", "no spill"), unpack
     )
+
+
+def norm_rows() -> Iterator[Row]:
+    from spikedecoder.kernels import norm as k
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for C, dtype, to in (
+        (80, bf16, fp32), (512, bf16, fp32), (1280, bf16, fp32), (4096, bf16, fp32), (80, bf16, bf16),
+        (80, fp32, fp32), (512, fp32, fp32),
+    ):  # fmt: skip
+        x, grad, channel = meta((64 * MEGA // C, C), dtype), meta((64 * MEGA // C, C), to), meta((C,), fp32)
+        rows = meta((64 * MEGA // C, 1), fp32)
+        size, statistics = f"64 Mi, C = {C}, y in {TYPES[to]}", 8 * rows.numel()
+        forward = functools.partial(k.forward, x, channel, channel, 1e-5, to)
+        backward = functools.partial(k.backward, grad, x, rows, rows, channel)
+        moved = (dtype.itemsize + to.itemsize) * x.numel() + statistics
+        yield Row("norm", "forward", TYPES[dtype], size, moved, STREAM, forward)
+        moved += dtype.itemsize * x.numel()
+        yield Row("norm", "backward", TYPES[dtype], size, moved, STREAM, backward)
 
 
 def norm_lif_rows() -> Iterator[Row]:
@@ -283,5 +302,6 @@ def rows() -> Iterator[Row]:
     yield from linear_rows()
     yield from linear_norm_lif_rows()
     yield from attention_rows()
+    yield from norm_rows()
     yield from norm_lif_rows()
     yield from small_rows()

@@ -28,6 +28,14 @@ def lif(batch: int, tokens: int, make: Make) -> None:
     k.forward_packed(x, 1.0, None, P, want_v=False)
 
 
+def norm(batch: int, tokens: int, make: Make) -> None:
+    from spikedecoder.kernels import norm as k
+
+    x, weight = make(4, batch, tokens, 80), make(80).float()
+    y, mean, rstd = k.forward(x, weight, weight, 1e-5, torch.float32)
+    k.backward(y, x, mean, rstd, weight)
+
+
 def norm_lif(batch: int, tokens: int, make: Make) -> None:
     from spikedecoder.kernels import norm_lif as k
 
@@ -80,7 +88,7 @@ def attention_lif(batch: int, tokens: int, make: Make) -> None:
     k.forward(q, q, q, 0.125, None, 1.0, P)
 
 
-USES = [lif, norm_lif, small, linear, linear_norm_lif, attention, attention_lif]
+USES = [lif, norm, norm_lif, small, linear, linear_norm_lif, attention, attention_lif]
 
 
 def meta(*shape: int) -> Tensor:

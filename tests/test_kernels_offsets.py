@@ -117,6 +117,15 @@ def lif() -> None:
     k.forward_packed(meta(2, 1 << 28, 512), 1.0, None, P, want_v=False)
 
 
+def norm() -> None:
+    from spikedecoder.kernels import norm as k
+
+    for shape in ((1 << 23, 512), ((1 << 21) + 3, 1025), (3 << 30, 2)):
+        x, channel = meta(*shape), meta(shape[-1], dtype=torch.float32)
+        y, mean, rstd = k.forward(x, channel, channel, 1e-5, torch.float32)
+        k.backward(y, x, mean, rstd, channel)
+
+
 def norm_lif() -> None:
     from spikedecoder.kernels import norm_lif as k
 
@@ -211,15 +220,15 @@ def attention_lif() -> None:
 LOOPS = ("merge_bands", "add_parts")
 
 
-USES = [lif, norm_lif, norm_ilif, many_rows, small, linear, linear_norm_lif, attention, attention_lif]
+USES = [lif, norm, norm_lif, norm_ilif, many_rows, small, linear, linear_norm_lif, attention, attention_lif]
 
 
 @pytest.fixture(autouse=True)
 def wide_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """So many programs that none walks long, and sequences in segments."""
-    from spikedecoder.kernels import _norm, norm_lif, spike_attention, spike_linear
+    from spikedecoder.kernels import _norm, norm, norm_lif, spike_attention, spike_linear
 
-    for module in (_norm, norm_lif, spike_attention, spike_linear):
+    for module in (_norm, norm, norm_lif, spike_attention, spike_linear):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 1 << 30)
     monkeypatch.setattr(spike_attention, "SEGMENT", 64)
 

@@ -25,10 +25,11 @@ CASES_OF = {
     "norm_ilif": ("layer-train", "batch-train", "power-train"),
     "spike_attention_lif": ("S5-d16",), "spike_linear": ("10x80x48", "no-bias"),
     "linear_norm_lif": ("layer", "batch"), "linear_norm": ("layer",),
+    "norm": ("layer",),
 }  # fmt: skip
 DIFFERENTIABLE = {
     "lif", "ilif", "binarize", "norm_lif", "norm_ilif", "spike_attention", "spike_attention_lif",
-    "spike_linear", "linear_norm_lif", "linear_norm_lif_fused", "linear_norm",
+    "spike_linear", "linear_norm_lif", "linear_norm_lif_fused", "linear_norm", "layer_norm",
 }  # fmt: skip
 COLLECTIVES = {"sum_over_processes", "gather_from_processes"}  # in test_distributed
 CPU_ONLY = {"spike_linear_dense_grads"}

@@ -24,8 +24,8 @@ from spikedecoder.testing import Case, Inputs, cases, flipped, make_inputs, run
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = (
-    "lif", "ilif", "binarize", "pack_spikes", "norm_lif", "norm_ilif", "spike_attention",
-    "spike_attention_lif", "spike_linear", "linear_norm_lif",
+    "lif", "ilif", "binarize", "pack_spikes", "norm", "norm_lif", "norm_ilif", "spike_attention",
+    "spike_attention_lif", "spike_linear", "linear_norm", "linear_norm_lif",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
@@ -34,9 +34,9 @@ pytestmark = [] if DEVICE == "cuda" else [pytest.mark.triton_interpreter]
 
 
 def inputs_of(case: Case, dtype: torch.dtype, device: str) -> Inputs:
-    """The case's inputs; norms keep float32 parameters, as under autocast."""
+    """The case's inputs; norms with neurons keep float32 parameters, as under autocast."""
     inputs = make_inputs(case, dtype, device)
-    if isinstance(inputs.get("n"), NormParams):
+    if case.operator not in ("norm", "linear_norm") and isinstance(inputs.get("n"), NormParams):
         inputs["n"] = make_inputs(case, torch.float32, device)["n"]
     return inputs
 
@@ -72,7 +72,12 @@ def compare(case: Case, dtype: torch.dtype, device: str = DEVICE) -> None:
 
 
 def compares(case: Case, dtype: torch.dtype) -> bool:
-    """Currents rounded to 16 bits, from sums in another order, move spikes: its parts are compared there."""
+    """Currents rounded to 16 bits, from sums in another order, move spikes: its parts are compared there.
+
+    BatchNorm and PowerNorm without neurons are torch's on every backend.
+    """
+    if case.operator == "norm":
+        return bool(case.options["norm"] == "layer")
     return case.operator != "linear_norm_lif" or dtype == torch.float32
 
 
@@ -120,7 +125,7 @@ def larger(case: Case) -> Case:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", [larger(c) for c in cases(*OPERATORS[:-1]) if len(c.shape) > 2], ids=str)
+@pytest.mark.parametrize("case", [larger(c) for c in cases(*OPERATORS[:-2]) if len(c.shape) > 2], ids=str)
 def test_triton_is_the_reference_on_larger_shapes(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype, "cuda")
 
@@ -222,6 +227,64 @@ def test_moments(shape: tuple[int, int], center: bool) -> None:
         norm_lif.moments(x, center), norm_reference.moments(x.double(), center), strict=True
     ):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("to", [torch.float32, None], ids=["to float32", "to its own"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("shape", [(67, 80), (5, 300), (1, 36), (3, 0, 36), (2, 2050)], ids=str)
+def test_layer_norm_with_float32_parameters(
+    shape: tuple[int, ...], dtype: torch.dtype, to: torch.dtype | None
+) -> None:
+    """As under autocast; a mean far from 0 would show sums of squares subtracted."""
+    from spikedecoder.kernels import norm as k
+    from spikedecoder.reference import norm as reference
+
+    to = to or dtype
+    x, weight, bias = (
+        random(*shape, shift=50.0).to(dtype),
+        random(shape[-1], seed=1),
+        random(shape[-1], seed=2),
+    )
+    grad = random(*shape, seed=3, shift=0.2).to(to)
+    y, mean, rstd = k.forward(x, weight, bias, 1e-5, to)
+    want, want_mean, want_rstd = reference.forward(x.float(), weight, bias, 1e-5, torch.float32)
+    assert y.dtype == to and mean.dtype == rstd.dtype == torch.float32
+    torch.testing.assert_close(mean, want_mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rstd, want_rstd, rtol=1e-5, atol=1e-5)
+    limit = TOLERANCE[to]
+    torch.testing.assert_close(y.float(), want, rtol=limit, atol=limit)
+    got_x, *got = k.backward(grad, x, mean, rstd, weight)
+    want_x, *wanted = reference.backward(grad.float(), x.float(), want_mean, want_rstd, weight)
+    assert got_x.dtype == dtype
+    torch.testing.assert_close(got_x.float(), want_x, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_layer_norm_leaves_wide_rows_to_torch() -> None:
+    x, channel = random(2, 3, 4097), torch.ones(4097, device=DEVICE)
+    n = NormParams("layer", channel, channel)
+    with ops.use_backend("triton"), pytest.raises(ops.BackendError, match="rows of 4097 channels"):
+        ops.norm(x, n)
+    assert torch.equal(ops.norm(x, n), torch.nn.functional.layer_norm(x, (4097,), channel, channel, n.eps))
+
+
+@pytest.mark.gpu
+def test_layer_norm_under_autocast_keeps_16_bits() -> None:
+    """... of x, and gives float32, as torch's does."""
+    n = make_inputs(Case("norm", "", (5, 80), {"norm": "layer"}), device="cuda")["n"]
+    found, saved = {}, []
+    for backend in ("reference", "auto"):
+        x = random(5, 80).bfloat16().requires_grad_()
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+        with hooks, ops.use_backend(backend), torch.autocast("cuda", torch.bfloat16):
+            saved.clear()
+            y = ops.norm(x, n)
+        assert y.dtype == torch.float32
+        found[backend] = (y, *torch.autograd.grad(y, (x, n.weight, n.bias), random(5, 80, seed=1)))
+    assert {t.dtype for t in saved if t.shape == (5, 80)} == {torch.bfloat16}
+    torch.testing.assert_close(found["auto"], found["reference"], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("T", [1, 6, 17, 64])
@@ -354,12 +417,16 @@ def test_awkward_memory_gives_the_reference(operator: str, kind: str) -> None:
     weight, channel = random(16, 32, seed=1), torch.linspace(0.5, 1.5, 32, device=DEVICE)
     calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "lif": lambda x: ops.lif(x * 3),  # type: ignore[dict-item, return-value]
+        "norm": lambda x: ops.norm(x, NormParams("layer", channel, channel)),
         "norm_lif": lambda x: ops.norm_lif(x, NormParams("layer", channel, channel), LIFParams()),
         "norm_ilif": lambda x: ops.norm_ilif(x, NormParams("layer", channel, channel), ILIFParams(4)),
         "ilif": lambda x: ops.ilif(x * 3, levels=2),
         "binarize": lambda x: ops.binarize(x - 0.5),
         "pack_spikes": lambda x: ops.unpack_spikes(ops.pack_spikes(x.detach()), 32) * x,
         "spike_linear": lambda x: ops.spike_linear(x, weight, weight[:, 0].clone()),
+        "linear_norm": lambda x: ops.linear_norm(
+            x, weight, None, NormParams("layer", channel[:16], channel[16:])
+        ),
         "linear_norm_lif": lambda x: ops.linear_norm_lif(
             x, weight, None, NormParams("layer", channel[:16], channel[16:]), LIFParams()
         ),
@@ -413,9 +480,9 @@ def test_without_a_gpu_or_the_interpreter_it_says_what_is_missing(monkeypatch: p
 @pytest.fixture
 def many_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device so wide that work is cut in pieces even at the sizes of a test."""
-    from spikedecoder.kernels import _norm, norm_lif, spike_attention, spike_linear
+    from spikedecoder.kernels import _norm, norm, norm_lif, spike_attention, spike_linear
 
-    for module in (_norm, norm_lif, spike_attention, spike_linear):
+    for module in (_norm, norm, norm_lif, spike_attention, spike_linear):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 64)
     monkeypatch.setattr(spike_attention, "SEGMENT", 64)
 
@@ -446,6 +513,7 @@ def test_attention_with_columns_in_parts(
 
 def test_sums_in_pieces(many_multiprocessors: None) -> None:
     compare(Case("spike_linear", "pieces", (600, 40, 24), exact=False), torch.float32)
+    compare(Case("norm", "pieces", (601, 36), {"norm": "layer"}, exact=False), torch.float32)
     compare(
         Case("norm_lif", "pieces", (2, 300, 36), {"norm": "batch", "threshold": (36,)}, exact=False),
         torch.float32,

@@ -126,7 +126,7 @@ def test_opcheck(operator: str, backend: str) -> None:
         current, words = torch.nn.functional.linear(s, weight, bias).detach(), ops.pack_spikes(s.detach())
     arguments: tuple[Any, ...] = (s, current, words, weight, bias, n.weight, n.bias)
     if operator == "linear_norm":
-        arguments += (1e-5, torch.float32, backend)
+        arguments += (1e-5, torch.float32, "triton" if backend == "triton" else "reference", backend)
     else:
         settings = (None, None, i["threshold"], None, None, None, 1e-5, True, None, *LIFParams().flat())
         arguments += (*settings, backend, backend)

@@ -28,6 +28,7 @@ BACKENDS: dict[str, str] = {
 OPERATORS = (
     "lif",
     "ilif",
+    "norm",
     "norm_lif",
     "spike_attention",
     "spike_attention_lif",

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikedecoder.ops.norm import check_norm, norm
+from spikedecoder.ops._dispatch import Call, select
+from spikedecoder.ops.norm import (
+    check_norm,
+    layer_backend,
+    layer_dtype,
+    layer_fake,
+    layer_norm_backward,
+    norm,
+)
 from spikedecoder.ops.spike_linear import _spike_linear, as_product, check_linear, from_words, spike_linear
 from spikedecoder.ops.spike_linear import backward as linear_backward
 from spikedecoder.params import NormParams
@@ -23,52 +31,37 @@ def _linear_norm(
     eps: float,
     dtype: torch.dtype,
     backend: str,
+    linear_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y in `dtype`, mean, rstd); `current`, the Linear's result, comes in for forward and is let go."""
-    x = current.to(dtype)
-    return torch.ops.aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    impl = select("norm", Call(current.device, current.dtype, tuple(current.shape)), backend)
+    return impl.forward(current, weight, bias, eps, dtype)
 
 
 @_linear_norm.register_fake
-def _(s, current, words, linear_weight, linear_bias, weight, bias, eps, dtype, backend):
-    return torch.ops.aten.native_layer_norm(current.to(dtype), current.shape[-1:], weight, bias, eps)
-
-
-@torch.library.custom_op("spikedecoder::linear_norm_backward", mutates_args=())
-def _norm_backward(
-    grad: Tensor, current: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, shape = current.to(grad.dtype), current.shape[-1:]
-    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad.contiguous(), x, shape, mean, rstd, weight, bias, [True, True, True]
-    )
-    return grad_x.to(current.dtype), grad_weight, grad_bias
-
-
-@_norm_backward.register_fake
-def _(grad, current, mean, rstd, weight, bias):
-    grad_x = torch.empty_like(current, memory_format=torch.contiguous_format)
-    return grad_x, torch.empty_like(weight), torch.empty_like(bias)
+def _(s, current, words, linear_weight, linear_bias, weight, bias, eps, dtype, backend, linear_backend):
+    return layer_fake(current, dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    s, _, words, linear_weight, linear_bias, weight, bias, _, _, ctx.backend = inputs
+    s, _, words, linear_weight, linear_bias, weight, bias, _, _, *backends = inputs
     _, mean, rstd = output
     ctx.channels, ctx.dtype = s.shape[-1], s.dtype
+    ctx.backend, ctx.linear_backend = backends
     ctx.save_for_backward(words, linear_weight, linear_bias, weight, bias, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
 
 def _autograd(ctx, grad, _grad_mean, _grad_rstd):
     words, linear_weight, linear_bias, weight, bias, mean, rstd = ctx.saved_tensors
-    current = from_words(words, ctx.channels, linear_weight, linear_bias, ctx.backend)
-    grad, grad_weight, grad_bias = _norm_backward(grad, current, mean, rstd, weight, bias)
+    current = from_words(words, ctx.channels, linear_weight, linear_bias, ctx.linear_backend)
+    grad, grad_weight, grad_bias = layer_norm_backward(grad, current, mean, rstd, weight, bias, ctx.backend)
     del current
     wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], linear_bias is not None)
     grad_s, grad_linear, grad_linear_bias = linear_backward(
-        grad, words, linear_weight, ctx.channels, ctx.dtype, ctx.backend, wanted
+        grad, words, linear_weight, ctx.channels, ctx.dtype, ctx.linear_backend, wanted
     )
-    return grad_s, None, None, grad_linear, grad_linear_bias, grad_weight, grad_bias, None, None, None
+    return grad_s, None, None, grad_linear, grad_linear_bias, grad_weight, grad_bias, *(None,) * 4
 
 
 _linear_norm.register_autograd(_autograd, setup_context=_setup_context)
@@ -97,7 +90,5 @@ def linear_norm(
     with torch.no_grad():
         current, words = _spike_linear(s, weight, bias, backend)
     check_norm(current, n)
-    # autocast takes a layer norm to float32 on CUDA, and leaves it alone on CPU
-    wide = current.device.type == "cuda" and torch.is_autocast_enabled("cuda")
-    dtype = torch.float32 if wide else current.dtype
-    return _linear_norm(s, current, words, weight, bias, n.weight, n.bias, n.eps, dtype, backend)[0]
+    settings = (n.eps, layer_dtype(current), layer_backend(), backend)
+    return _linear_norm(s, current, words, weight, bias, n.weight, n.bias, *settings)[0]

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spikedecoder import sync
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import unwatched
-from spikedecoder.ops._dispatch import Call, requested_backend, select
+from spikedecoder.ops._dispatch import Call, offers, requested_backend, resolve, select
 from spikedecoder.params import NormParams
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.norm import move_running
@@ -104,6 +105,88 @@ def check_norm(x: Tensor, n: NormParams) -> None:
         )
 
 
+def _layer_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y in `dtype`, mean, rstd)."""
+    call = Call(x.device, x.dtype, tuple(x.shape))
+    return select("norm", call, backend).forward(x, weight, bias, eps, dtype)
+
+
+def layer_fake(x, dtype):
+    """What `_layer_norm` gives, without values."""
+    rows = x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(dtype))
+    return x.new_empty(x.shape, dtype=dtype), rows, torch.empty_like(rows)
+
+
+layer_norm = torch.library.custom_op("spikedecoder::layer_norm", _layer_forward, mutates_args=())
+layer_norm.register_fake(lambda x, weight, bias, eps, dtype, backend: layer_fake(x, dtype))
+
+
+def _layer_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    impl = select("norm", Call(x.device, x.dtype, tuple(x.shape)), backend)
+    grad_x, grad_weight, grad_bias = impl.backward(grad, x, mean, rstd, weight)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+layer_norm_backward = torch.library.custom_op(
+    "spikedecoder::layer_norm_backward", _layer_backward, mutates_args=()
+)
+
+
+@layer_norm_backward.register_fake
+def _(grad, x, mean, rstd, weight, bias, backend):
+    return x.new_empty(x.shape), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _, _, ctx.backend = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, bias, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _gradients(ctx, grad, backward):
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    return *backward(grad, x, mean, rstd, weight, bias, ctx.backend), None, None, None
+
+
+def _autograd(ctx, grad, _grad_mean, _grad_rstd):
+    return _gradients(ctx, grad, layer_norm_backward)
+
+
+layer_norm.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The same where nothing watches: a training step of a small model feels what the dispatcher takes."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _layer_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        return _gradients(ctx, grad, _layer_backward)
+
+
+def layer_backend() -> str:
+    """The one in force, or torch's own LayerNorm where that has none."""
+    requested = requested_backend()
+    return requested if requested == "auto" or offers(requested, "norm") else "reference"
+
+
+def layer_dtype(x: Tensor) -> torch.dtype:
+    """Of the result: autocast takes a LayerNorm to float32 on CUDA, and leaves it alone on the CPU."""
+    wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return torch.float32 if wide else x.dtype
+
+
 def norm(x: Tensor, n: NormParams) -> Tensor:
     """LayerNorm, BatchNorm or PowerNorm of x [..., C] over its channels; see `NormParams`.
 
@@ -113,4 +196,8 @@ def norm(x: Tensor, n: NormParams) -> Tensor:
     are causal).
     """
     check_norm(x, n)
-    return _reference(x, n)
+    backend = layer_backend()
+    if n.kind != "layer" or resolve("norm", x.device.type, x.dtype, backend) == "reference":
+        return _reference(x, n)
+    call = _Direct.apply if unwatched(x, n.weight, n.bias) else layer_norm
+    return call(x, n.weight, n.bias, n.eps, layer_dtype(x), backend)[0]

@@ -28,6 +28,31 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     return rows.new_zeros(x.shape[-1]), rows.square().mean(0)
 
 
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of x [..., C]: (y in `dtype`, mean, rstd), statistics [..., 1]."""
+    if x.dtype != dtype:
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    y, mean, rstd = torch.ops.aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return y, mean.to(compute_dtype(dtype)), rstd.to(compute_dtype(dtype))
+
+
+def backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of LayerNorm: (grad_x in x's dtype, grad_weight, grad_bias)."""
+    wide = x.to(grad.dtype)
+    if x.dtype != grad.dtype:
+        weight = weight.to(grad.dtype)
+    if not x.is_cuda:  # torch has statistics in the weight's dtype there, in float32 on CUDA
+        mean, rstd = mean.to(weight.dtype), rstd.to(weight.dtype)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(  # of a bias only the shape
+        grad.contiguous(), wide, x.shape[-1:], mean, rstd, weight, weight, [True, True, True]
+    )
+    return grad_x.to(x.dtype), grad_weight, grad_bias
+
+
 class _PowerNorm(torch.autograd.Function):
     """Training pass of PowerNorm (Shen et al., 2020, arXiv 2003.07845), without group scaling.
 
