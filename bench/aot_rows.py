@@ -121,10 +121,10 @@ def norm_rows() -> Iterator[Row]:
         (80, fp32, fp32), (512, fp32, fp32),
     ):  # fmt: skip
         x, grad, channel = meta((64 * MEGA // C, C), dtype), meta((64 * MEGA // C, C), to), meta((C,), fp32)
-        rows = meta((64 * MEGA // C, 1), fp32)
-        size, statistics = f"64 Mi, C = {C}, y in {TYPES[to]}", 8 * rows.numel()
+        mean, rstd = (meta((64 * MEGA // C, 1), fp32) for _ in range(2))
+        size, statistics = f"64 Mi, C = {C}, y in {TYPES[to]}", 8 * mean.numel()
         forward = functools.partial(k.forward, x, channel, channel, 1e-5, to)
-        backward = functools.partial(k.backward, grad, x, rows, rows, channel)
+        backward = functools.partial(k.backward, grad, x, mean, rstd, channel)
         moved = (dtype.itemsize + to.itemsize) * x.numel() + statistics
         yield Row("norm", "forward", TYPES[dtype], size, moved, STREAM, forward)
         moved += dtype.itemsize * x.numel()

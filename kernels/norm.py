@@ -8,8 +8,8 @@ z = (x - mean) rstd and <> the mean over a row:
 Bytes per element (b = bytes of x's dtype, o of y's; 8 / C more for the statistics), both ways the minimum:
     forward     b + o       x read once, y written once
     backward    2 b + o     x and gradient read, gradient of x written
-Bound by memory bandwidth. Sums over rows are kept in registers by a fixed number of programs and added
-afterwards: the same result in every run.
+Bound by memory bandwidth. Sums over rows are kept in registers by a fixed number of programs and added in
+one small launch: the same result in every run.
 """
 
 # mypy: disable-error-code="assignment", no-warn-unreachable
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from spikedecoder.kernels import _launch
 from spikedecoder.kernels._launch import Call, cdiv, kernel, launch, multiprocessors, power_of_2
+from spikedecoder.kernels._sum import sum_parts
 
 __all__ = ["backward", "forward", "why_not"]
 
 MAX_ROW = 4096  # channels that a program holds in registers
+WARPS = 32  # on a multiprocessor, at the 64 registers a thread or fewer that these kernels take
 
 
 def why_not(call: Call) -> str | None:
@@ -105,8 +107,9 @@ def _tile(x: Tensor) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _programs(x: Tensor, tile: dict[str, int], each: int) -> int:
-    """`each`: on a multiprocessor, which walk the rows."""
+def _programs(x: Tensor, tile: dict[str, int]) -> int:
+    """As many as a device runs side by side; they walk all rows."""
+    each = WARPS // tile["num_warps"]
     return min(cdiv(tile["rows"], tile["BLOCK_R"]), each * multiprocessors(x.device))
 
 
@@ -119,7 +122,7 @@ def forward(
     if x.numel():
         tile = _tile(x)
         launch(
-            norm_forward, (_programs(x, tile, 16),), x_ptr=x.contiguous(), weight_ptr=weight.contiguous(),
+            norm_forward, (_programs(x, tile),), x_ptr=x.contiguous(), weight_ptr=weight.contiguous(),
             bias_ptr=bias.contiguous(), y_ptr=y, mean_ptr=mean, rstd_ptr=rstd, eps=eps, **tile,
         )  # fmt: skip
     return y, mean, rstd
@@ -133,12 +136,12 @@ def backward(
     grad_weight, grad_bias = (x.new_zeros(x.shape[-1], dtype=torch.float32) for _ in range(2))
     if x.numel():
         tile = _tile(x)
-        programs = _programs(x, tile, 8)
+        programs = _programs(x, tile)
         parts = x.new_empty((programs, 2, x.shape[-1]), dtype=torch.float32)
         launch(
             norm_backward, (programs,), grad_ptr=grad.contiguous(), x_ptr=x.contiguous(),
             mean_ptr=mean.contiguous(), rstd_ptr=rstd.contiguous(), weight_ptr=weight.contiguous(),
             grad_x_ptr=grad_x, parts_ptr=parts, **tile,
         )  # fmt: skip
-        grad_weight, grad_bias = parts[:, 0].sum(0), parts[:, 1].sum(0)
+        sum_parts(parts, grad_weight, grad_bias)
     return grad_x, grad_weight, grad_bias

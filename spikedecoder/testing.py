@@ -73,8 +73,8 @@ def _rows() -> Iterator[Case]:
             options: dict[str, Any] = {"norm": norm, "training": training}
             yield Case("norm_lif", f"{norm}-{mode}", (4, 2, 5, 36), options, exact=False)
             yield Case("norm_ilif", f"{norm}-{mode}", (3, 5, 36), {**options, "levels": 4}, exact=False)
-    for name, shape in (("C80", (3, 7, 80)), ("C300", (5, 300)), ("one", (1, 36)), ("empty", (2, 0, 36))):
-        yield Case("norm", f"layer-{name}", shape, {"norm": "layer"}, exact=False)
+    for name, size in (("C80", (3, 7, 80)), ("C300", (5, 300)), ("one", (1, 36)), ("empty", (2, 0, 36))):
+        yield Case("norm", f"layer-{name}", size, {"norm": "layer"}, exact=False)
     yield Case("norm_lif", "wide", (4, 2, 3, 200), {"norm": "layer"}, exact=False)
     yield Case("norm_lif", "threshold", (4, 2, 3, 36), {"norm": "layer", "threshold": ()}, exact=False)
 

@@ -79,10 +79,13 @@ def test_200_steps_on_text_are_those_of_the_reference() -> None:
     assert all(way.norm() > 0 for way in want[1].values())
     with _counted() as kernels:
         got = curve["train"]("triton", DEVICE)
+    # q, k and v are packed for attention's backward by what "auto" takes, which is Triton on a GPU only
+    packed = {"pack_kernel": 9, "unpack_kernel": 3} if DEVICE == "cuda" else {"pack_kernel": 6}
     assert {name: n // 200 for name, n in kernels.items()} == {
         "binarize_forward": 1, "binarize_backward": 1, "lif_forward": 3, "lif_backward": 4,
-        "norm_lif_forward": 4, "norm_lif_backward": 4, "attention_lif_forward": 1, "attention": 4,
-        "pack_kernel": 6, "linear_forward": 6, "linear_weight_grad": 6, "add_parts": 10,
+        "norm_forward": 2, "norm_backward": 2, "norm_lif_forward": 4, "norm_lif_backward": 4,
+        "attention_lif_forward": 1, "attention": 4, "linear_forward": 6, "linear_weight_grad": 6,
+        "add_parts": 12, **packed,
     }  # fmt: skip
     if DEVICE == "cuda":
         torch.testing.assert_close(torch.tensor(got[0]).view(-1, 50).mean(1), means, rtol=0.02, atol=0)
