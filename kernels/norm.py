@@ -133,7 +133,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_x in x's dtype, grad_weight, grad_bias in float32)."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_weight, grad_bias = (x.new_zeros(x.shape[-1], dtype=torch.float32) for _ in range(2))
+    make = x.new_empty if x.numel() else x.new_zeros
+    grad_weight, grad_bias = (make(x.shape[-1], dtype=torch.float32) for _ in range(2))
     if x.numel():
         tile = _tile(x)
         programs = _programs(x, tile)
