@@ -15,11 +15,9 @@ to find the potential every 16 timesteps (4/16 bytes an element), which reads x 
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
-# ruff: noqa: RUF005
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -45,7 +43,6 @@ from spikedecoder.kernels.pack_spikes import pack_tile
 from spikedecoder.params import LIFParams
 
 STATES_ON_REQUEST = True  # forward takes want_v, backward want_grad_v_init
-CHUNK = 8  # timesteps whose potentials the backward kernel keeps in registers
 
 __all__ = ["backward", "forward", "forward_packed", "why_not"]
 
@@ -89,44 +86,17 @@ def lif_forward(
         tl.store(v_ptr + at, v, mask=keep)
 
 
-@triton.jit
-def _backward_chunk(
-    grad_spikes_ptr, x_ptr, grad_x_ptr, v, carry, total, at, inside, timestep, stride_t, grad_stride_t,
-    threshold, tau, keep, v_reset, alpha, FIRST: tl.constexpr, COUNT: tl.constexpr, RECIPROCAL: tl.constexpr,
-    HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
-):  # fmt: skip
-    """(carry, total) after COUNT timesteps from FIRST on, backwards; v before them, carry = dL/dv after."""
-    xs = load_steps(x_ptr + FIRST * stride_t + at, stride_t, inside, COUNT)
-    gs = load_steps(grad_spikes_ptr + FIRST * grad_stride_t + at, grad_stride_t, inside, COUNT)
-    hs, v = potentials(xs, v, threshold, tau, v_reset, COUNT, RECIPROCAL, HARD, DECAY_INPUT)
-    to = grad_x_ptr + (FIRST + COUNT - 1) * timestep + at
-    for back in tl.static_range(COUNT):
-        grad_h, grad_threshold = fire_backward(
-            gs[COUNT - 1 - back].to(tl.float32), carry, hs[COUNT - 1 - back], threshold, v_reset, alpha,
-            HARD, DETACH, SURROGATE,
-        )  # fmt: skip
-        grad_x = grad_h
-        if DECAY_INPUT:
-            grad_x = over_tau(grad_h, tau, RECIPROCAL)
-        tl.store(to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
-        to -= timestep
-        carry = grad_h * keep
-        total += grad_threshold
-    return carry, total
-
-
 @kernel
 def lif_backward(
     grad_spikes_ptr, grad_v_ptr, x_ptr, threshold_ptr, v_init_ptr, grad_x_ptr, grad_threshold_ptr,
     grad_v_init_ptr, rows, channels, stride_t, grad_stride_t, threshold, tau, keep, v_reset, alpha,
     T: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
-    DETACH: tl.constexpr, SURROGATE: tl.constexpr, THRESHOLD: tl.constexpr, CHUNK: tl.constexpr,
+    DETACH: tl.constexpr, SURROGATE: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x; the threshold's as `threshold_partial` says; gradient of v_init.
 
-    h is computed again from x and stays in registers while t runs backwards, CHUNK timesteps at a time: a
-    sweep before finds the potential at each chunk's start, and the walk then finds x in cache.
+    h is computed again from x and stays in registers while t runs backwards.
     """
     channels = channels.to(tl.int64) * ALIGN
     stride_t = stride_t.to(tl.int64) * ALIGN
@@ -150,19 +120,22 @@ def lif_backward(
         carry = tl.load(grad_v_ptr + at, mask=inside, other=0.0)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
 
-    starts = (v,)  # the potential before each chunk of timesteps
-    for chunk in tl.static_range((T - 1) // CHUNK):
-        xs = load_steps(x_ptr + chunk * CHUNK * stride_t + at, stride_t, inside, CHUNK)
-        _, v = potentials(xs, v, threshold, tau, v_reset, CHUNK, RECIPROCAL, HARD, DECAY_INPUT)
-        starts = starts + (v,)
-    for back in tl.static_range((T + CHUNK - 1) // CHUNK):
-        carry, total = _backward_chunk(
-            grad_spikes_ptr, x_ptr, grad_x_ptr, starts[(T - 1) // CHUNK - back], carry, total, at, inside,
-            timestep,
-            stride_t, grad_stride_t, threshold, tau, keep, v_reset, alpha,
-            (T - 1) // CHUNK * CHUNK - back * CHUNK, T - (T - 1) // CHUNK * CHUNK if back == 0 else CHUNK,
-            RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE,
+    xs = load_steps(x_ptr + at, stride_t, inside, T)
+    gs = load_steps(grad_spikes_ptr + at, grad_stride_t, inside, T)
+    hs, v = potentials(xs, v, threshold, tau, v_reset, T, RECIPROCAL, HARD, DECAY_INPUT)
+    to = grad_x_ptr + (T - 1) * timestep + at
+    for back in tl.static_range(T):
+        grad_h, grad_threshold = fire_backward(
+            gs[T - 1 - back].to(tl.float32), carry, hs[T - 1 - back], threshold, v_reset, alpha, HARD, DETACH,
+            SURROGATE,
         )  # fmt: skip
+        grad_x = grad_h
+        if DECAY_INPUT:
+            grad_x = over_tau(grad_h, tau, RECIPROCAL)
+        tl.store(to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        to -= timestep
+        carry = grad_h * keep
+        total += grad_threshold
     if grad_v_init_ptr is not None:
         tl.store(grad_v_init_ptr + at, carry, mask=inside)
     if grad_threshold_ptr is not None:
@@ -187,12 +160,18 @@ def steps_contiguous(x: Tensor) -> Tensor:
     return x if x[0].is_contiguous() else x.contiguous()
 
 
-def tile(by_channel: bool, channels: int, element_size: int, T: int) -> dict[str, int]:
-    """Rows and channels of a tile: 128 bits a thread and timestep, twice that where T is short.
+def tile(by_channel: bool, channels: int, element_size: int, T: int, backward: bool) -> dict[str, int]:
+    """Rows and channels of a tile, as measured on an H200 in bfloat16.
 
-    Narrow tiles by channel: a threshold's gradient is written once a tile and channel.
+    Forward 128 bits a thread and timestep, twice that where T is short or long. Backward keeps T potentials
+    an element: 4 elements a thread, 2 for T > 8, so that more programs run side by side; 128 bits took 1.1
+    times as long at T = 4, twice at T = 16. Narrow tiles by channel: a threshold's gradient is written once
+    a tile and channel.
     """
-    elements = 128 * (16 // element_size) * (2 if T <= 2 else 1)
+    if backward:
+        elements = 128 * (8 if T <= 2 else 4 if T <= 8 else 2)
+    else:
+        elements = 128 * (16 // element_size) * (2 if T <= 2 or T > 8 else 1)
     block_c = min(128, max(16, power_of_2(channels))) if by_channel else elements
     return {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": 4}
 
@@ -217,7 +196,7 @@ def _walk(
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
     by_channel = kind == PER_CHANNEL or words is not None
     rows, channels = view(x, by_channel)
-    blocks = tile(by_channel, channels, x.element_size(), T)
+    blocks = tile(by_channel, channels, x.element_size(), T, backward=False)
     if words is not None:
         blocks["BLOCK_C"] = max(64, blocks["BLOCK_C"])
     launch(
@@ -277,14 +256,14 @@ def _walk_back(
     T = x.shape[0]
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
     rows, channels = view(x, kind == PER_CHANNEL)
-    blocks = tile(kind == PER_CHANNEL, channels, x.element_size(), T)
+    blocks = tile(kind == PER_CHANNEL, channels, x.element_size(), T, backward=True)
     grid = programs(rows, channels, blocks)
     partial = threshold_partial(kind, x, x.shape[1:], grid, cdiv(rows, blocks["BLOCK_R"]))
     strides = (x.stride(0), grad_spikes.stride(0)) if T > 1 else (0, 0)
     launch(
         lif_backward, (grid,), grad_spikes_ptr=grad_spikes, grad_v_ptr=grad_v, x_ptr=x, threshold_ptr=pointer,
         v_init_ptr=v_init, grad_x_ptr=grad_x, grad_threshold_ptr=partial, grad_v_init_ptr=grad_v_init,
-        threshold=number, T=T, THRESHOLD=kind, CHUNK=min(T, CHUNK),
+        threshold=number, T=T, THRESHOLD=kind,
         **sizes(rows, channels, stride_t=strides[0], grad_stride_t=strides[1]), **neuron(p), **blocks,
     )  # fmt: skip
     return threshold_gradient(kind, partial, threshold)

@@ -339,9 +339,9 @@ def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> 
     if dtype == torch.float32:
         # under the interpreter (0) as few programs as can be
         return Blocks(64, padded, 16 if major(device) else min(padded, 64), warps)
-    hopper = major(device) == 9
-    wide = wide and (integers or hopper)
-    return Blocks(64, padded, min(padded, 64 if wide else 32), stages=3 if hopper and padded <= 64 else 2)
+    if major(device) == 9:
+        return Blocks(64, padded, min(padded, 64), stages=3 if padded <= 64 else 2)
+    return Blocks(64, padded, min(padded, 64 if wide and integers else 32))
 
 
 def heads_last(x: Tensor) -> Tensor:

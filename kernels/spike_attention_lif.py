@@ -10,9 +10,9 @@ after the other.
 
 Where T states are too large for the registers (d > 64; T > 4, or 8 in 16 bits with d <= 16; float32 with a
 decay, more than 2^16 tokens, or d > 32 on sm_80), where two kernels were measured to be faster (sm_90 from
-d > 32 on: 0.22 ms against 0.28), or long sequences are too few to fill the device, the two kernels run one
-after the other. Backward always does so: it computes a again, then the LIF's gradient, then
-the attention's. float32 spikes become bfloat16 as they are loaded, which loses nothing of 0 and 1.
+d > 16 on: at d = 64 0.22 ms against 0.28), or long sequences are too few to fill the device, the two kernels
+run one after the other. Backward always does so: it computes a again, then the LIF's gradient, then the
+attention's. float32 spikes become bfloat16 as they are loaded, which loses nothing of 0 and 1.
 
 Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (q and k are read again from cache
 by the d / BLOCK_V programs of a head); one after the other 6 b. Backward 17 b where attention's takes 10 b;
@@ -114,7 +114,7 @@ def blocks(
     device better."""
     padded = max(16, power_of_2(d))
     float32, ampere, hopper = way.dtype == torch.float32, major(device) == 8, major(device) == 9
-    if padded > (32 if hopper else 64) or T > (8 if padded == 16 and not float32 else 4):
+    if padded > (16 if hopper else 64) or T > (8 if padded == 16 and not float32 else 4):
         return None
     if float32 and (way.decay is not None or tokens > 1 << 16 or (padded == 64 and ampere)):
         return None
@@ -123,8 +123,8 @@ def blocks(
     if tokens > 1024 and batch * heads * cdiv(d, columns) < multiprocessors(device):
         return None
     if hopper and way.dtype != torch.bfloat16:  # two warps: see spike_attention.blocks
-        return Blocks(16 if float32 and padded == 32 else 32, padded, columns, warps=2, stages=1)
-    stages = 2 if hopper and padded == 16 else 1
+        return Blocks(32, padded, columns, warps=2, stages=1)
+    stages = 2 if hopper else 1
     return Blocks(
         32 if float32 or ampere else 64, padded, columns, 8 if float32 and padded == 64 else 4, stages=stages
     )

@@ -86,6 +86,7 @@ def example(**changes: Any) -> Any:
         "operator": "lif", "call": "forward", "dtype": "bf16", "size": "", "kernel": "k", "target": 90,
         "needs": (*aot_rows.ROUNDED, *aot_rows.DOT), "registers": 40, "shared": 0, "local": 0, "moved": 0.0,
         "opcodes": {"LDG.E.128": 4, "LDG.E.LTC128B.128": 1, "STG.E.128": 4, "HGMMA.64x64x16.F32.BF16": 2},
+        "capped": False,
     }  # fmt: skip
     return aot.Compiled(**{**values, **changes})
 
@@ -99,6 +100,9 @@ def test_the_reader_sees_what_is_wrong() -> None:
     assert narrow.widths("LDG") == [16, 32, 64]
     assert aot.faults(narrow) == ["widest load is 64 bits", "widest store is 32 bits"]
     assert any("spills" in fault for fault in aot.faults(example(local=8)))
+    few = {"capped": True, "opcodes": {**good.opcodes, "LDL.LU": 2}}
+    assert aot.faults(example(local=aot.CAPPED, **few)) == []
+    assert any("spills" in fault for fault in aot.faults(example(local=aot.CAPPED + 8, **few)))
     assert any(
         "one rounding" in fault for fault in aot.faults(example(opcodes={**good.opcodes, "FFMA.FTZ": 1}))
     )
