@@ -195,9 +195,9 @@ def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams |
     then lacks a few, as many programs run side by side as hide each other's waiting: 0.20 ms for 0.34 at
     C = 1280."""
     size, wide = x.element_size(), statistics == ROW and x.shape[-1] > 256
-    a_thread = (16 if wide or (sums and statistics != ROW) else 8) // size
-    if isinstance(p, ILIFParams):
-        a_thread = 16 // size
+    counts = isinstance(p, ILIFParams)
+    narrow = (statistics == ROW and not wide) or (statistics == CHANNEL and not sums)
+    a_thread = (8 if narrow and not counts else 16) // size
     tile = _tile(x.shape[-1], statistics == ROW, p, a_thread, 2 if wide and size == 2 else 4)
     warps = tile["num_warps"]
     if warps > 8:
@@ -208,7 +208,8 @@ def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams |
         chunk = 2 if wide or T > CHUNK else CHUNK
     chunk = min(T, chunk)
     registers = 255 if chunk < T and warps <= 8 else None
-    if major(x.device) == 9 and size == 2 and warps <= 8 and (wide or (sums and statistics == CHANNEL)):
+    waits = wide or (sums and statistics == CHANNEL)
+    if waits and major(x.device) == 9 and size == 2 and warps <= 8 and not counts:
         registers = 128
     return _Backward(tile, chunk, registers, 8 if warps == 2 or statistics == CHANNEL else 4)
 
@@ -284,11 +285,13 @@ class Sums(NamedTuple):
 def _backward(
     grad_spikes: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
     threshold: Tensor | float, p: LIFParams | ILIFParams, statistics: int, *, sums: bool = False,
-    coefficients: tuple[Tensor, ...] = (),
+    coefficients: tuple[Tensor, ...] = (), over: bool = False,
 ) -> tuple[Tensor | None, Sums]:  # fmt: skip
-    """(grad_x, sums), as asked for."""
-    writes_x = statistics == ROW or not sums
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if writes_x else None
+    """(grad_x, sums), as asked for. `over`: grad_x takes the place of x, contiguous; what a program reads of
+    x, it has read before it writes there."""
+    grad_x = None
+    if statistics == ROW or not sums:
+        grad_x = x if over else torch.empty_like(x, memory_format=torch.contiguous_format)
     zero, channels = x.new_zeros((), dtype=torch.float32), x.shape[-1]
     if x.numel() == 0:
         zeros = x.new_zeros(channels, dtype=torch.float32)
@@ -335,14 +338,15 @@ def _backward(
 
 def backward_layer(
     grad_spikes: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
-    threshold: Tensor | float, p: LIFParams | ILIFParams,
+    threshold: Tensor | float, p: LIFParams | ILIFParams, over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(grad_x, grad_weight, grad_bias, grad_threshold) for row statistics."""
+    """(grad_x, grad_weight, grad_bias, grad_threshold) for row statistics. `over`: grad_x is x, contiguous,
+    overwritten."""
     args = (grad_spikes, x, weight, bias, mean, rstd, threshold, p)
     wide = x.shape[-1] > MAX_ROW
-    grad_x, found = _backward(*args, WIDE_ROW if wide else ROW, sums=True)
+    grad_x, found = _backward(*args, WIDE_ROW if wide else ROW, sums=True, over=over)
     if wide:
-        grad_x, _ = _backward(*args, WIDE_ROW, coefficients=found.rows)
+        grad_x, _ = _backward(*args, WIDE_ROW, coefficients=found.rows, over=over)
     assert grad_x is not None
     return grad_x, found.weight, found.bias, found.threshold
 

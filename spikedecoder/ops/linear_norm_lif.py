@@ -8,7 +8,7 @@ from torch import Tensor
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, select
 from spikedecoder.ops.norm import statistics
 from spikedecoder.ops.norm_lif import backward as norm_lif_backward
-from spikedecoder.ops.norm_lif import check_norm_lif, flat, forward, norm_lif
+from spikedecoder.ops.norm_lif import backward_over, check_norm_lif, flat, forward, norm_lif
 from spikedecoder.ops.pack_spikes import WORD
 from spikedecoder.ops.spike_linear import _spike_linear, as_product, check_linear, from_words, spike_linear
 from spikedecoder.ops.spike_linear import backward as linear_backward
@@ -80,10 +80,12 @@ def _gradients(ctx, grad_spikes, want_s: bool, want_weight: bool):
     words, linear_weight, linear_bias, *saved = ctx.saved_tensors
     backend = ctx.linear_backend
     current = from_words(words, ctx.channels, linear_weight, linear_bias, backend)
-    grad, grad_weight, grad_bias, grad_threshold = norm_lif_backward(
-        grad_spikes, (current, *saved), ctx.ema_gz, ctx.eps, ctx.channel, ctx.rest
-    )
+    found = backward_over(grad_spikes, current, saved, ctx.channel, ctx.rest)
+    if found is None:
+        found = norm_lif_backward(grad_spikes, (current, *saved), ctx.ema_gz, ctx.eps, ctx.channel, ctx.rest)
     del current
+    grad, grad_weight, grad_bias, grad_threshold = found
+    del found
     wanted = (want_s, want_weight, linear_bias is not None)
     of_linear = linear_backward(grad, words, linear_weight, ctx.channels, ctx.dtype, backend, wanted)
     return *of_linear, grad_weight, grad_bias, grad_threshold

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spikedecoder import sync
 from spikedecoder.ops import _check
-from spikedecoder.ops._dispatch import Call, requested_backend, select
+from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.norm import Statistics, check_norm, statistics
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.reference.lif import compute_dtype
@@ -131,6 +131,51 @@ def _(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):
     grad_threshold = mean.new_empty(()) if threshold is None else mean.new_empty(threshold.shape)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     return grad_x, torch.empty_like(weight), torch.empty_like(bias), grad_threshold
+
+
+@torch.library.custom_op("spikedecoder::norm_lif_backward_over", mutates_args=("x",))
+def _norm_lif_backward_over(
+    grad_spikes: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    threshold: Tensor | None,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    decay_input: bool,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    impl = select("norm_lif", _call(x, None), "triton")
+    limit = p.v_threshold if threshold is None else threshold
+    args = (grad_spikes, x, weight, bias, mean, rstd, limit, p)
+    _, grad_weight, grad_bias, grad_threshold = impl.backward_layer(*args, over=True)
+    grad_threshold = grad_threshold.sum_to_size(() if threshold is None else threshold.shape)
+    return grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_threshold
+
+
+@_norm_lif_backward_over.register_fake
+def _(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):
+    grad_threshold = mean.new_empty(()) if threshold is None else mean.new_empty(threshold.shape)
+    return torch.empty_like(weight), torch.empty_like(bias), grad_threshold
+
+
+def backward_over(grad_spikes, x, saved, channel, rest):
+    """`backward` for an x, contiguous, that nobody needs any more: its gradient may take its place, which
+    spares memory its size. None where the backend, or the norm, has no such pass."""
+    weight, bias, mean, rstd, threshold, *_ = saved
+    _, _, *neuron, backend = rest
+    if channel or resolve("norm_lif", x.device.type, x.dtype, backend) != "triton":
+        return None
+    *grads, grad_threshold = _norm_lif_backward_over(
+        grad_spikes, x, weight, bias, mean, rstd, threshold, *neuron
+    )
+    return x, *grads, None if threshold is None else grad_threshold.to(threshold.dtype)
 
 
 def _setup_context(ctx, inputs, output):
