@@ -18,6 +18,7 @@ bytes that must move at the least; its share is of a large copy's, measured in t
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import statistics
@@ -33,7 +34,7 @@ from gpu_groups import COMPILED, CUDA, DEVICE, GROUPS, Group
 from torch import Tensor
 
 CLOCK = 2e9  # cycles a second, about: of the wait before a measured call
-PEERS = 45.0  # at most so many seconds, and half the limit, are kept for SpikingJelly
+PEERS = 60.0  # at most so many seconds, and half the limit, are kept for SpikingJelly
 
 
 def median_ms(call: Callable[[], Any], quick: bool) -> float:
@@ -84,12 +85,14 @@ def spikingjelly_rows(dry: bool, ceiling: dict[str, float], seconds: float) -> l
     Each gets an even share of what is left of `seconds`.
     """
     elements, steps = (1 << 12, (4,)) if dry else (1 << 26, (4, 8, 16))
-    rows, end, implementations = [], time.monotonic() + seconds, ("triton", "torch", "cuda", "cupy")
-    if importlib.util.find_spec("spikingjelly") is None:  # four processes would take a while to say so
+    rows, end = [], time.monotonic() + seconds
+    if importlib.util.find_spec("spikingjelly") is None:  # three processes would take a while to say so
         groups = (f"lif forward + backward bf16 T={T} n={elements}" for T in steps)
         return [
             {"group": g, "row": "SpikingJelly", "skipped": "spikingjelly is not installed"} for g in groups
         ]
+    second = importlib.metadata.version("spikingjelly") >= "2"
+    implementations = ("triton", "torch", "cuda" if second else "cupy")
     for i, implementation in enumerate(implementations):
         command = [sys.executable, str(Path(__file__).parent / "peer_spikingjelly.py")]
         command += ["--implementation", implementation, "--elements", str(elements)]

@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TOTAL = 580.0  # seconds of the whole run
 GRACE = 5.0  # seconds of them that a process has after it was interrupted
-OPERATORS = {"lif": 100, "spike_attention": 60, "norm_lif": 50, "spike_linear": 25, "linear_norm_lif": 25}
+OPERATORS = {"lif": 110, "spike_attention": 50, "norm_lif": 45, "spike_linear": 20, "linear_norm_lif": 20}
 
 _ENVIRONMENT = """
 import json, platform, importlib.metadata as m, torch
@@ -85,23 +85,30 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
     kernels = [str(ROOT / "tests/test_kernels_parity.py"), str(ROOT / "tests/test_kernels_launch.py")]
     marked = ("convergence", "ext_cuda", "torch_features", "generation_graph", "training")
-    marked += ("training_graph", "training_runs")
     others = ("others", [*pytest, "-m", "gpu", *(str(ROOT / f"tests/test_{name}.py") for name in marked)])
+    runs = [str(ROOT / f"tests/test_{name}.py") for name in ("training_graph", "training_runs")]
     if dry:  # all of the second are skipped, but imported
         parity = [("parity", [*pytest, kernels[0], "-k", "is_the_reference and lif-one"]), others]
     else:  # compiling takes most of the time: spread over processes
-        groups = {
-            "lif-float32": "not norm_lif and not attention and float32",
-            "lif-half": "not norm_lif and not attention and (float16 or bfloat16)",
-            "norm": "norm_lif",
-            "attention-float32": "attention and not attention_lif and float32",
-            "attention-half": "attention and not attention_lif and (float16 or bfloat16)",
-            "attention-lif-float32": "attention_lif and float32",
-            "attention-lif-half": "attention_lif and (float16 or bfloat16)",
-            "rest": "not float32 and not float16 and not bfloat16 and not norm_lif",
+        dtypes = {"float32": "float32", "float16": "float16 and not bfloat16", "bfloat16": "bfloat16"}
+        kinds = {
+            "lif": "not norm and not attention",
+            "norm": "norm",
+            "attention": "attention and not attention_lif",
+            "attention-lif": "attention_lif",
         }
+        groups = {f"{k}-{d}": f"{kinds[k]} and {dtypes[d]}" for k in kinds for d in dtypes}
+        no_dtype = "not float32 and not float16 and not bfloat16"
+        groups |= {"norm-rest": f"norm and {no_dtype}", "rest": f"not norm and {no_dtype}"}
         parity = [(name, [*pytest, *kernels, "-k", expression]) for name, expression in groups.items()]
-        parity += [others, ("model", [*pytest, str(ROOT / "tests/test_kernels_model.py")])]
+        parity += [others, ("runs", [*pytest, "-m", "gpu", *runs])]
+        parity += [("model", [*pytest, str(ROOT / "tests/test_kernels_model.py")])]
+        # what the steps compile is then in the caches of Triton and inductor
+        warm = {"reference": ["--compile", "default"], "triton": ["--recompute"]}
+        parity += [
+            (f"compile-{row}", [*model, "--row", row, "--seconds", "0", *flags])
+            for row, flags in warm.items()
+        ]
     rows = {
         "triton": ["--row", "triton"],
         "triton-graph": ["--row", "triton", "--graph"],
@@ -120,7 +127,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
             40,
             [("trace", [*model, "--row", row, "--profile", str(out / f"trace-{row}.json.gz")])],
         )
-        for row in ("triton", "reference")
+        for row in ("triton",)
     ]
     operators = [  # each in a process of its own: after a fault on the GPU nothing else runs in one
         Stage(
@@ -134,11 +141,11 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         Stage("environment", 60, [("report", [*python, "-c", _ENVIRONMENT])]),
         Stage("build", 60, [("lif", [*python, "-c", build.format("cpu" if dry else "cuda")])]),
         Stage("parity", 200, parity),
-        *steps[:4],
+        *steps[:5],
         *operators,
         *profiles,
         Stage("generate", 60, [("token", generate)]),
-        *steps[4:],
+        *steps[5:],
     ]
 
 
