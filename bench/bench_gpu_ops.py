@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_groups import COMPILED, CUDA, DEVICE, GROUPS, Group
+from gpu_groups import COMPILED, CUDA, DEVICE, FLASH_LINEAR, GROUPS, Group
 from torch import Tensor
 
+COMPILES = (COMPILED, FLASH_LINEAR)
 CLOCK = 2e9  # cycles a second, about: of the wait before a measured call
 PEERS = 60.0  # at most so many seconds, and half the limit, are kept for SpikingJelly
 
@@ -130,7 +131,7 @@ def _said(error: Exception) -> str:
 
 
 def bench(group: Group, dry: bool, ceiling: dict[str, float], compiled: bool) -> list[dict[str, Any]]:
-    """The rows that torch compiles, or the others."""
+    """The rows that compile or tune for long, or the others."""
     torch.manual_seed(0)
     rows = []
     try:
@@ -141,7 +142,7 @@ def bench(group: Group, dry: bool, ceiling: dict[str, float], compiled: bool) ->
     except Exception as error:  # nor must a group take the other groups with it
         return [{"group": group.name, "row": COMPILED if compiled else "all", "failed": _said(error)}]
     for name, call in calls.items():
-        if (name == COMPILED) != compiled:
+        if (name in COMPILES) != compiled:
             continue
         row: dict[str, Any] = {"group": group.name, "row": name}
         if isinstance(call, str):

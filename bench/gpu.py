@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TOTAL = 580.0  # seconds of the whole run
 GRACE = 5.0  # seconds of them that a process has after it was interrupted
-OPERATORS = {"lif": 110, "spike_attention": 50, "norm_lif": 45, "spike_linear": 20, "linear_norm_lif": 20}
+OPERATORS = {"lif": 90, "spike_attention": 75, "norm_lif": 65, "spike_linear": 25, "linear_norm_lif": 20}
 
 _ENVIRONMENT = """
 import json, platform, importlib.metadata as m, torch

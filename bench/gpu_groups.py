@@ -22,6 +22,7 @@ from spikedecoder.reference import spike_attention_lif as attention_lif_referenc
 # how to call each row; a string instead says why it is left out
 Calls = dict[str, "Callable[[], Any] | str"]
 COMPILED = "compiled reference"
+FLASH_LINEAR = "flash-linear-attention"
 ONCE = "compiled at T = 4 only: a longer loop over time takes the compiler minutes"
 P = LIFParams()
 INTEGERS = ILIFParams(15, 0.2)
@@ -206,7 +207,7 @@ def attention_groups(dry: bool) -> Iterator[Group]:
                 LONG if long else lambda: F.scaled_dot_product_attention(*flat, is_causal=True)
             )
             fla = _flash_linear_attention()
-            calls["flash-linear-attention"] = fla if isinstance(fla, str) else lambda: fla(q, key, v)
+            calls[FLASH_LINEAR] = fla if isinstance(fla, str) else lambda: fla(q, key, v)
             return calls
 
         yield Group(f"spike_attention forward bf16 {name}", make, 8.0 * elements, flops)
@@ -236,7 +237,7 @@ def attention_groups(dry: bool) -> Iterator[Group]:
                 "eager reference": _on("reference", through(lambda *x: ops.spike_attention(*x))),  # type: ignore[arg-type, return-value]
                 COMPILED: through(compiled),
                 "SDPA causal (softmax)": through(sdpa),
-                "flash-linear-attention": fla if isinstance(fla, str) else through(fla),
+                FLASH_LINEAR: fla if isinstance(fla, str) else through(fla),
             }
 
         name_both = f"spike_attention forward + backward bf16 {name}"

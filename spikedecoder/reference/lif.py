@@ -30,7 +30,12 @@ def spike(u: Tensor, surrogate: str, alpha: float) -> Tensor:
 def charge(x: Tensor, v: Tensor, p: LIFParams) -> Tensor:
     """Membrane potential after one timestep's input, before firing."""
     leak = v if not p.v_reset else v - p.v_reset
-    return v + (x - leak) / p.tau if p.decay_input else v + x - leak / p.tau
+    return v + over_tau(x - leak, p) if p.decay_input else v + x - over_tau(leak, p)
+
+
+def over_tau(x: Tensor, p: LIFParams) -> Tensor:
+    """x / tau, rounded once. (For a number PyTorch multiplies by 1 / tau on a GPU, which is rounded too.)"""
+    return x / (torch.full((), p.tau, dtype=x.dtype, device=x.device) if x.is_cuda else p.tau)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -121,6 +126,6 @@ def backward(
         grad_u = grad_s * slope
         grad_threshold -= grad_u
         grad_h = grad_u + through_reset
-        grad_x[t] = grad_h / p.tau if p.decay_input else grad_h
+        grad_x[t] = over_tau(grad_h, p) if p.decay_input else grad_h
         carry = grad_h * (1 - 1 / p.tau)
     return grad_x, grad_threshold, carry
