@@ -16,6 +16,8 @@ import torch
 from _pytest.mark.expression import Expression
 
 pytest.importorskip("triton")
+from spikedecoder.kernels import _launch
+
 SCRIPT = Path(__file__).parent.parent / "bench" / "gpu.py"
 
 
@@ -215,3 +217,14 @@ def test_a_real_run_fits_ten_minutes_and_looks_at_every_kernel_test(tmp_path: Pa
             assert found, name
             chosen |= found
     assert nodes and chosen == nodes
+
+
+def test_every_tile_that_is_tried_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    tiles = importlib.import_module("gpu_tiles")
+    for table in tiles.tables(dry=True):
+        inputs = table.make()
+        for candidate in (None, *table.candidates):
+            with _launch.record(9) as launches:
+                tiles.run(table, candidate, inputs)
+            assert launches, f"{table.name} {table.size} {candidate}"
