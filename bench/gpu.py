@@ -37,7 +37,7 @@ GRACE = 5.0  # seconds of them that a process has after it was interrupted
 OPERATORS = {"lif": 90, "spike_attention": 75, "norm_lif": 65, "spike_linear": 25, "linear_norm_lif": 20}
 
 _ENVIRONMENT = """
-import json, platform, importlib.metadata as m, torch
+import datetime, json, platform, importlib.metadata as m, torch
 def version(name):
     try: return m.version(name)
     except m.PackageNotFoundError: return None
@@ -48,7 +48,9 @@ if torch.cuda.is_available():
     gpu = {"name": p.name, "capability": f"{p.major}.{p.minor}",
            "memory_gib": round(p.total_memory / 2**30, 1),
            "multiprocessors": p.multi_processor_count, "cuda": torch.version.cuda}
-print(json.dumps({"python": platform.python_version(), "system": platform.platform(), "gpu": gpu,
+today = datetime.date.today().isoformat()
+print(json.dumps({"date": today, "python": platform.python_version(), "system": platform.platform(),
+                  "gpu": gpu,
                   "versions": {n: version(n) for n in names}}))
 """
 
@@ -252,7 +254,13 @@ def render(result: dict[str, Any]) -> str:
     environment = result["environment"] or {}
     gpu = environment.get("gpu") or {"name": "no GPU"}
     versions = ", ".join(f"{k} {v}" for k, v in environment.get("versions", {}).items() if v)
-    lines = [f"# GPU run: {gpu['name']}", "", f"{json.dumps(gpu)}; {versions}", ""]
+    lines = [
+        f"# GPU run: {gpu['name']}",
+        "",
+        f"{environment.get('date', '')} {json.dumps(gpu)}; {versions}",
+        "",
+    ]
+    lines += [result["note"], ""] if "note" in result else []
     if result["dry_run"]:
         lines += ["**Dry run: tiny shapes under the interpreter. The times mean nothing.**", ""]
     lines += ["| stage | seconds | processes |", "|---|---|---|"]
