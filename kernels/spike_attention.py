@@ -324,7 +324,8 @@ def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> 
     memory. Three digits of all d > 64 columns of a real q, k and state are more than the registers of sm_80
     and 90 hold, whatever the tile: d then comes in parts. float32 and float16 become bfloat16 in registers,
     and of such operands of wgmma Triton 3.6 makes wrong code (on an H200 it read past its shared memory, or
-    summed wrongly, in most cases with d > 16): on sm_90 they have two warps a program, which leaves mma.sync alone."""
+    summed wrongly, in most cases with d > 16): on sm_90 they have two warps a program, which leaves
+    mma.sync alone."""
     padded = max(16, power_of_2(d))
     wide = dtype != torch.float32 and padded <= 64
     if major(device) == 9 and dtype != torch.bfloat16:
