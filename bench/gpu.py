@@ -293,7 +293,7 @@ def render(result: dict[str, Any]) -> str:
         for row in rows:
             if "ms" not in row:
                 reason = next((row[k] for k in ("wrong", "failed", "skipped") if k in row), "no time")
-                lines.append(f"| {row['row']} | {reason} | | | | | | |")
+                lines.append(f"| {row['row']} | {' '.join(reason.split())[:200]} | | | | | | |")
                 continue
             times = f"{slowest / row['ms']:.2f}" if slowest else "-"
             cells = (row.get(k, "-") for k in _COLUMNS)
