@@ -75,7 +75,7 @@ def energy(
 
     if (text is None) == (prompt is None):
         raise ValueError(f"--text, --prompt: got {'neither' if text is None else 'both'}, takes one of them")
-    words = prompt if prompt is not None else read_text(text)
+    words, name = (prompt, "--prompt") if prompt is not None else (read_text(text), "--text")
     prices = EnergyTable.load(table)
     if picture is not None:
         from spikedecoder.viz import check_picture
@@ -85,7 +85,7 @@ def energy(
     counted: dict[str, Measured | str] = {}  # or why there is none
     for given in dict.fromkeys(checkpoint):
         model, where = load(given, device)
-        batches = _tokens(model, where, words, errors, max_tokens)
+        batches = _tokens(model, where, words, name, errors, max_tokens)
         ledgers[given] = measure(model, batches, mode=_mode(mode), name=given)
         if measured:
             try:
@@ -122,7 +122,7 @@ def _mode(mode: str) -> Any:
     return mode
 
 
-def _tokens(model: SpikeDecoder, where: str, text: str, errors: str, limit: int) -> list[Tensor]:
+def _tokens(model: SpikeDecoder, where: str, text: str, name: str, errors: str, limit: int) -> list[Tensor]:
     """The text in windows of the model's context: one batch of full ones, and the rest."""
     import torch
 
@@ -130,7 +130,7 @@ def _tokens(model: SpikeDecoder, where: str, text: str, errors: str, limit: int)
 
     if model.tokenizer is None:
         raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
-    ids = encode_prompt(model.tokenizer, text, errors)[:limit]
+    ids = encode_prompt(model.tokenizer, text, errors, name)[:limit]
     if not ids:
         raise ValueError(f"the text holds no token that {where} knows")
     length = model.config.max_len

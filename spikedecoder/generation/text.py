@@ -26,15 +26,17 @@ ERRORS = ("strict", "replace", "drop")
 _NAMED = 8  # how many unknown characters or words a message names
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, errors: str = "strict") -> list[int]:
-    """The ids of a prompt.
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, errors: str = "strict", name: str = "prompt"
+) -> list[int]:
+    """The ids of a prompt, which errors call by `name`.
 
     errors: what to do with characters (or words) that are outside the vocabulary: "strict" raises a
         ValueError that names them, "replace" puts the unknown token (tokenizers without one drop them),
         "drop" leaves them out.
     """
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt: got {type(prompt).__name__}, takes a str")
+        raise TypeError(f"{name}: got {type(prompt).__name__}, takes a str")
     if errors not in ERRORS:
         raise ValueError(f"errors: got {errors!r}, takes one of {', '.join(ERRORS)}")
     unknown = tokenizer.unknown(prompt) if errors == "strict" else []
@@ -44,7 +46,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, errors: str = "strict") -> 
         if len(unknown) > _NAMED:
             named += f" and {len(unknown) - _NAMED} more"
         raise ValueError(
-            f"prompt: {len(unknown)} {what}(s) outside the model's vocabulary: {named}; "
+            f"{name}: {len(unknown)} {what}(s) outside the model's vocabulary: {named}; "
             "errors 'drop' leaves them out, 'replace' puts the unknown token"
         )
     return [int(i) for i in tokenizer.encode(prompt, errors="replace" if errors == "strict" else errors)]
