@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ops import _check
+from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, select
 from spikedecoder.ops.pack_spikes import WORD, _pack
 from spikedecoder.params import LIFParams
 from spikedecoder.reference.lif import compute_dtype
 
 
-@torch.library.custom_op("spikedecoder::lif", mutates_args=())
-def _lif(
+def _forward(
     x: Tensor,
     threshold: Tensor | None,
     v_init: Tensor | None,
@@ -33,6 +33,9 @@ def _lif(
     options = {"want_v": return_state} if getattr(impl, "STATES_ON_REQUEST", False) else {}
     spikes, v = impl.forward(x, p.v_threshold if threshold is None else threshold, v_init, p, **options)
     return spikes, v if return_state else v.new_empty(0)
+
+
+_lif = torch.library.custom_op("spikedecoder::lif", _forward, mutates_args=())
 
 
 @_lif.register_fake
@@ -73,8 +76,7 @@ def _(x, threshold, v_init, *rest):
     return words, x.new_empty(x.shape[1:] if rest[8] else (0,), dtype=compute_dtype(x.dtype))
 
 
-@torch.library.custom_op("spikedecoder::lif_backward", mutates_args=())
-def _lif_backward(
+def _backward(
     grad_spikes: Tensor,
     grad_v: Tensor | None,
     x: Tensor,
@@ -102,6 +104,9 @@ def _lif_backward(
     return grad_x, grad_threshold, grad_v_init.new_empty(0) if v_init is None else grad_v_init
 
 
+_lif_backward = torch.library.custom_op("spikedecoder::lif_backward", _backward, mutates_args=())
+
+
 @_lif_backward.register_fake
 def _(grad_spikes, grad_v, x, threshold, v_init, *_):
     dtype = compute_dtype(x.dtype)
@@ -119,19 +124,22 @@ def _setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad_spikes, grad_v):
+def _gradients(ctx, grad_spikes, grad_v, backward):
     x, threshold, v_init = ctx.saved_tensors
     nothing = (None,) * (3 + len(ctx.rest))
     if grad_spikes is None and grad_v is None:
         return nothing
     if grad_spikes is None:
         grad_spikes = torch.zeros_like(x)
-    grads = _lif_backward(grad_spikes, grad_v, x, threshold, v_init, *ctx.rest[:8])
+    grads = backward(grad_spikes, grad_v, x, threshold, v_init, *ctx.rest[:8])
     wanted = (True, threshold is not None, v_init is not None)
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *nothing[3:])
 
 
-_lif.register_autograd(_autograd, setup_context=_setup_context)
+_lif.register_autograd(
+    lambda ctx, grad, grad_v: _gradients(ctx, grad, grad_v, _lif_backward), setup_context=_setup_context
+)
+_direct = direct(_forward, _setup_context, lambda ctx, *grads: _gradients(ctx, grads[0], grads[1], _backward))
 
 
 def lif(
@@ -206,6 +214,6 @@ def lif_params(
     if packed:
         _check.floating("x", x, min_dims=2)
         _check.no_gradient("packed", x=x, v_threshold=threshold, v_init=v_init)
-    operator = _lif_packed if packed else _lif
+    operator = _lif_packed if packed else _direct if unwatched(x, threshold, v_init) else _lif
     spikes, v = operator(x, threshold, v_init, *p.flat(), requested_backend(), return_state)
     return (spikes, v) if return_state else spikes

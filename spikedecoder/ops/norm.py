@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spikedecoder import sync
 from spikedecoder.ops import _check
-from spikedecoder.ops._direct import unwatched
+from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, resolve, select
 from spikedecoder.params import NormParams
 from spikedecoder.reference.lif import compute_dtype
@@ -160,19 +159,7 @@ def _autograd(ctx, grad, _grad_mean, _grad_rstd):
 layer_norm.register_autograd(_autograd, setup_context=_setup_context)
 
 
-class _Direct(torch.autograd.Function):
-    """The same where nothing watches: a training step of a small model feels what the dispatcher takes."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _layer_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        return _gradients(ctx, grad, _layer_backward)
+_direct = direct(_layer_forward, _setup_context, lambda ctx, grad, *_: _gradients(ctx, grad, _layer_backward))
 
 
 def layer_backend() -> str:
@@ -199,5 +186,5 @@ def norm(x: Tensor, n: NormParams) -> Tensor:
     backend = layer_backend()
     if n.kind != "layer" or resolve("norm", x.device.type, x.dtype, backend) == "reference":
         return _reference(x, n)
-    call = _Direct.apply if unwatched(x, n.weight, n.bias) else layer_norm
+    call = _direct if unwatched(x, n.weight, n.bias) else layer_norm
     return call(x, n.weight, n.bias, n.eps, layer_dtype(x), backend)[0]

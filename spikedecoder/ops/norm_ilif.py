@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from spikedecoder.ops._direct import unwatched
+from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import requested_backend
 from spikedecoder.ops.norm import check_norm, statistics
 from spikedecoder.ops.norm_lif import flat, forward, forward_fake, gradients, keep, move_ema
@@ -89,19 +88,7 @@ def _autograd(ctx, grad, _grad_mean, _grad_rstd):
 _norm_ilif.register_autograd(_autograd, setup_context=_setup_context)
 
 
-class _Direct(torch.autograd.Function):
-    """The same where nothing watches: a training step of a small model feels what the dispatcher takes."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        return _gradients(ctx, grad, _backward)
+_direct = direct(_forward, _setup_context, lambda ctx, grad, *_: _gradients(ctx, grad, _backward))
 
 
 def norm_ilif(x: Tensor, n: NormParams, p: ILIFParams) -> Tensor:
@@ -129,5 +116,5 @@ def norm_ilif(x: Tensor, n: NormParams, p: ILIFParams) -> Tensor:
     """
     check_norm(x, n)
     mean, rstd, _, *rest = flat(statistics(x, n), n, p, None)
-    call = _Direct.apply if unwatched(x, n.weight, n.bias) else _norm_ilif
+    call = _direct if unwatched(x, n.weight, n.bias) else _norm_ilif
     return call(x, n.weight, n.bias, mean, rstd, *rest, requested_backend())[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spikedecoder import sync
 from spikedecoder.ops import _check
+from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.norm import Statistics, check_norm, statistics
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
@@ -16,8 +17,7 @@ from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.norm import alpha_backward
 
 
-@torch.library.custom_op("spikedecoder::norm_lif", mutates_args=())
-def _norm_lif(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -43,6 +43,9 @@ def _norm_lif(
     return forward(x, weight, bias, mean, rstd, threshold, eps, p, backend)
 
 
+_norm_lif = torch.library.custom_op("spikedecoder::norm_lif", _forward, mutates_args=())
+
+
 def forward(x, weight, bias, mean, rstd, threshold, eps, p, backend):
     """(spikes, row mean, row rstd), the last two empty where statistics were handed in."""
     impl = select("norm_lif", _call(x, mean), backend)
@@ -66,8 +69,7 @@ def forward_fake(x, weight, bias, mean, *_):
     return spikes, rows, torch.empty_like(rows)
 
 
-@torch.library.custom_op("spikedecoder::norm_lif_backward", mutates_args=())
-def _norm_lif_backward(
+def _backward(
     grad_spikes: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -93,6 +95,9 @@ def _norm_lif_backward(
     p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     settings = (channel, batch_gradient, group, p, backend)
     return gradients(grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, *settings)
+
+
+_norm_lif_backward = torch.library.custom_op("spikedecoder::norm_lif_backward", _backward, mutates_args=())
 
 
 def gradients(
@@ -195,10 +200,10 @@ def keep(ctx, output, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz
     ctx.mark_non_differentiable(row_mean, row_rstd)
 
 
-def backward(grad_spikes, saved, ema_gz, eps, channel, rest):
+def backward(grad_spikes, saved, ema_gz, eps, channel, rest, operator=_norm_lif_backward):
     """(grad_x, grad_weight, grad_bias, grad_threshold | None) from what forward kept; moves ema_gz on."""
     x, weight, bias, mean, rstd, threshold, rstd_batch, rows = saved
-    grad_x, grad_weight, grad_bias, grad_threshold = _norm_lif_backward(
+    grad_x, grad_weight, grad_bias, grad_threshold = operator(
         grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, channel, *rest
     )
     if ema_gz is not None:
@@ -216,14 +221,17 @@ def move_ema(ema_gz, x, weight, rstd, rstd_batch, rows, eps, grad_weight, group:
     ema_gz += weight * sum_gz / count - (1 - alpha_backward()) * ema_gz * second
 
 
-def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
+def _gradients(ctx, grad_spikes, operator):
     grad_x, grad_weight, grad_bias, grad_threshold = backward(
-        grad_spikes, ctx.saved_tensors, ctx.ema_gz, ctx.eps, ctx.channel, ctx.rest
+        grad_spikes, ctx.saved_tensors, ctx.ema_gz, ctx.eps, ctx.channel, ctx.rest, operator
     )
     return grad_x, grad_weight, grad_bias, None, None, grad_threshold, *(None,) * (4 + len(ctx.rest))
 
 
-_norm_lif.register_autograd(_autograd, setup_context=_setup_context)
+_norm_lif.register_autograd(
+    lambda ctx, grad, *_: _gradients(ctx, grad, _norm_lif_backward), setup_context=_setup_context
+)
+_direct = direct(_forward, _setup_context, lambda ctx, grad, *_: _gradients(ctx, grad, _backward))
 
 
 def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None = None) -> Tensor:
@@ -247,8 +255,8 @@ def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None
     """
     check_norm_lif(x, n, threshold)
     found = statistics(x, n)
-    spikes, _, _ = _norm_lif(x, n.weight, n.bias, *flat(found, n, p, threshold), requested_backend())
-    return spikes
+    call = _direct if unwatched(x, n.weight, n.bias, threshold) else _norm_lif
+    return call(x, n.weight, n.bias, *flat(found, n, p, threshold), requested_backend())[0]
 
 
 def check_norm_lif(x: Tensor, n: NormParams, threshold: Tensor | None) -> None:
