@@ -221,6 +221,7 @@ LOOPS = ("merge_bands", "add_parts")
 
 
 USES = [lif, norm, norm_lif, norm_ilif, many_rows, small, linear, linear_norm_lif, attention, attention_lif]
+IN_ONE = {linear_norm_lif: 10, attention_lif: 10}  # on sm_90 two kernels run in their place
 
 
 @pytest.fixture(autouse=True)
@@ -237,15 +238,17 @@ def test_no_kernel_is_left_out() -> None:
     there = set()
     for path in Path(_launch.__file__).parent.glob("*.py"):
         there |= set(re.findall(r"@kernel\ndef (\w+)", path.read_text()))
-    with _launch.record(9) as launches:
-        for use in USES:
+    found = set()
+    for use in USES:
+        with _launch.record(IN_ONE.get(use, 9)) as launches:
             use()
-    assert {launch.kernel.__name__ for launch in launches} == there
+        found |= {launch.kernel.__name__ for launch in launches}
+    assert found == there
 
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_the_last_element_is_reached(use: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    with _launch.record(9) as launches:
+    with _launch.record(IN_ONE.get(use, 9)) as launches:
         use()
     seen: dict[object, str] = {}
     large = 0
