@@ -103,8 +103,9 @@ _norm_lif_backward = torch.library.custom_op("spikedecoder::norm_lif_backward", 
 def gradients(
     grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows,
     channel: bool, batch_gradient: bool, group: str | None, p: LIFParams | ILIFParams, backend: str,
+    over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of x, weight, bias and threshold."""
+    """Of x, weight, bias and threshold; `over`: see `backward_over`."""
     impl = select("norm_lif", _call(x, mean if channel else None), backend)
     limit = p.v_threshold if threshold is None else threshold
     args = (grad_spikes, x, weight, bias, mean, rstd, limit, p)
@@ -126,16 +127,22 @@ def gradients(
         else:
             grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_known(*args, a, b, c)
     else:
-        grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_layer(*args)
+        options = {"over": True} if over else {}
+        grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_layer(*args, **options)
     grad_threshold = grad_threshold.sum_to_size(() if threshold is None else threshold.shape)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_threshold
 
 
+def _parameters_fake(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):
+    """Gradients of weight, bias and threshold, without values."""
+    grad_threshold = mean.new_empty(() if threshold is None else threshold.shape)
+    return torch.empty_like(weight), torch.empty_like(bias), grad_threshold
+
+
 @_norm_lif_backward.register_fake
-def _(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):
-    grad_threshold = mean.new_empty(()) if threshold is None else mean.new_empty(threshold.shape)
+def _(grad_spikes, x, *rest):
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad_x, torch.empty_like(weight), torch.empty_like(bias), grad_threshold
+    return grad_x, *_parameters_fake(grad_spikes, x, *rest)
 
 
 @torch.library.custom_op("spikedecoder::norm_lif_backward_over", mutates_args=("x",))
@@ -155,19 +162,13 @@ def _norm_lif_backward_over(
     alpha: float,
     detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`_backward` for row statistics; the gradient of x takes the place of x."""
     p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    impl = select("norm_lif", _call(x, None), "triton")
-    limit = p.v_threshold if threshold is None else threshold
-    args = (grad_spikes, x, weight, bias, mean, rstd, limit, p)
-    _, grad_weight, grad_bias, grad_threshold = impl.backward_layer(*args, over=True)
-    grad_threshold = grad_threshold.sum_to_size(() if threshold is None else threshold.shape)
-    return grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_threshold
+    known = (weight, bias, mean, rstd, threshold, None, None, None)
+    return gradients(grad_spikes, x, *known, False, False, None, p, "triton", over=True)[1:]
 
 
-@_norm_lif_backward_over.register_fake
-def _(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):
-    grad_threshold = mean.new_empty(()) if threshold is None else mean.new_empty(threshold.shape)
-    return torch.empty_like(weight), torch.empty_like(bias), grad_threshold
+_norm_lif_backward_over.register_fake(_parameters_fake)
 
 
 def backward_over(grad_spikes, x, saved, channel, rest):
