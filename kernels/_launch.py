@@ -100,13 +100,16 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 2,
     maxnreg: int | None = None,
+    fuse: bool = False,
     **arguments: Any,
 ) -> None:
-    """Run `kernel` on its tensors' device, without fused multiply-adds: spikes must not depend on them.
+    """Run `kernel` on its tensors' device.
 
     maxnreg: registers a thread, where the compiler would spill a few to run more programs side by side.
+    fuse: a product may be rounded together with the sum that takes it. What a spike depends on must then be
+    exact or `_neuron.times`, so that it is the same as without.
     """
-    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
     if maxnreg is not None:
         options["maxnreg"] = maxnreg
     if _recorder is not None:

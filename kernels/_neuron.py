@@ -21,6 +21,7 @@ from spikedecoder.surrogate import SURROGATES
 PLAIN_PRODUCTS = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
 ONE_BY_ONE = tl.constexpr(INTERPRETED)  # which adds up several tensors element by element
 WINDOW = tl.constexpr(ILIFParams.WINDOW)
+SOFT, TO_NUMBER, TO_ZERO = range(3)  # HARD: what a reset is
 MAX_T = 16  # timesteps whose potentials a kernel keeps in registers
 
 
@@ -33,7 +34,7 @@ def neuron(p: LIFParams) -> dict[str, Any]:
         "v_reset": float(p.v_reset or 0.0),
         "alpha": p.alpha,
         "RECIPROCAL": exact,
-        "HARD": p.v_reset is not None,
+        "HARD": SOFT if p.v_reset is None else TO_ZERO if p.v_reset == 0 else TO_NUMBER,
         "DECAY_INPUT": p.decay_input,
         "DETACH": p.detach_reset,
         "SURROGATE": SURROGATES[p.surrogate].kernel_id,
@@ -108,7 +109,7 @@ def over_tau(x, tau, RECIPROCAL: tl.constexpr):
 def charge(x, v, tau, v_reset, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr):
     """Membrane potential h after the input x, before firing."""
     leak = v
-    if HARD:
+    if HARD == 1:
         leak = v - v_reset
     if DECAY_INPUT:
         return v + over_tau(x - leak, tau, RECIPROCAL)
@@ -138,9 +139,8 @@ def fire_backward(
     SURROGATE: tl.constexpr,
 ):
     """(dL/dh, what this timestep adds to dL/dthreshold), carry being dL/dv after the timestep."""
-    u = h - threshold
-    fired = u >= 0
-    slope = derivative(u, alpha, SURROGATE)
+    fired = h >= threshold
+    slope = derivative(h, threshold, alpha, SURROGATE)
     if HARD:
         through = tl.where(fired, 0.0, carry)
         if not DETACH:
@@ -235,5 +235,5 @@ def potentials(
     for i in tl.static_range(COUNT):
         h = charge(xs[i].to(tl.float32), v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
         hs = hs + (h,)
-        v = reset(h, h - threshold >= 0, threshold, v_reset, HARD)
+        v = reset(h, h >= threshold, threshold, v_reset, HARD)
     return hs, v

@@ -8,7 +8,7 @@ Bytes per element of x (b = bytes of its dtype), each the minimum possible:
     forward   2 b            x read once, spikes written once (with packed spikes b + 1/8)
     backward  3 b            x and the gradient read once, the gradient of x written once
 and 4 / T each for an initial or final potential and their gradients, where there are any. Bound by memory
-bandwidth: some 10 float32 operations an element forward, 30 backward, against 4 to 12 bytes.
+bandwidth: instructions alone, some 10 an element forward and 24 to 29 backward, would take less time.
 
 More than 16 timesteps are walked 16 at a time: forward hands the potential on; backward first runs forward
 to find the potential every 16 timesteps (4/16 bytes an element), which reads x once more.
@@ -73,7 +73,7 @@ def lif_forward(
         v = tl.load(v_init_ptr + at, mask=keep, other=0.0)
     for t in tl.static_range(T):
         h = charge(xs[t].to(tl.float32), v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
-        fired = h - threshold >= 0
+        fired = h >= threshold
         if spikes_ptr is not None:
             tl.store(spikes_ptr + t * timestep + at, as_spikes(fired, spikes_ptr.dtype.element_ty), mask=keep)
         if words_ptr is not None:
@@ -265,6 +265,7 @@ def _walk_back(
         v_init_ptr=v_init, grad_x_ptr=grad_x, grad_threshold_ptr=partial, grad_v_init_ptr=grad_v_init,
         threshold=number, T=T, THRESHOLD=kind,
         **sizes(rows, channels, stride_t=strides[0], grad_stride_t=strides[1]), **neuron(p), **blocks,
+        fuse=True,
     )  # fmt: skip
     return threshold_gradient(kind, partial, threshold)
 

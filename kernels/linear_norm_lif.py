@@ -122,7 +122,7 @@ def linear_norm_lif_forward(
             row_rstd = tl.load(rstd_ptr + m, mask=r < rows, other=0.0)
             y = times((x - row_mean[:, None]) * row_rstd[:, None], weight) + bias
         h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
-        fired = h - threshold >= 0
+        fired = h >= threshold
         to = spikes_ptr + m[:, None] * outputs + c
         tl.store(to, as_spikes(fired, spikes_ptr.dtype.element_ty), mask=inside)
         v = reset(h, fired, threshold, v_reset, HARD)

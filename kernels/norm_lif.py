@@ -77,21 +77,23 @@ def _forward_chunk(
     row_to = first * rows.to(tl.int64) + r1
     sums = ()
     squares = ()
+    share = 1.0 / channels
     if STATISTICS == 1:
+        ones = tl.where(c_inside, 1.0, 0.0)  # 0 beyond the row, whose values are 0
         values = ()
         for i in tl.static_range(COUNT):
             values = values + (xs[i].to(tl.float32),)
         sums = row_sums(values, COUNT)
         centered = ()
         for i in tl.static_range(COUNT):
-            distance = tl.where(c_inside, xs[i].to(tl.float32) - (sums[i] / channels)[:, None], 0.0)
+            distance = xs[i].to(tl.float32) - (sums[i] * share)[:, None] * ones
             centered = centered + (distance * distance,)
         squares = row_sums(centered, COUNT)
     for i in tl.static_range(COUNT):
         x = xs[i].to(tl.float32)
         if STATISTICS == 1:
-            mean = (sums[i] / channels)[:, None]
-            rstd = 1 / tl.sqrt_rn(squares[i] / channels + eps)
+            mean = (sums[i] * share)[:, None]
+            rstd = tl.rsqrt(squares[i] * share + eps)
             tl.store(mean_ptr + row_to[:, None], mean, mask=(r1 < rows)[:, None])
             tl.store(rstd_ptr + row_to, rstd, mask=r1 < rows)
             rstd = rstd[:, None]
@@ -103,7 +105,7 @@ def _forward_chunk(
             s = count(times(y, tau), LEVELS).to(spikes_ptr.dtype.element_ty)
         else:
             h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
-            fired = h - threshold >= 0
+            fired = h >= threshold
             s = as_spikes(fired, spikes_ptr.dtype.element_ty)
             v = reset(h, fired, threshold, v_reset, HARD)
         tl.store(spikes_ptr + to, s, mask=inside)
@@ -205,7 +207,7 @@ def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams |
     elif size == 4:
         chunk = CHUNK
     else:
-        chunk = 2 if wide or T > CHUNK else CHUNK
+        chunk = 2 if T > CHUNK else CHUNK
     chunk = min(T, chunk)
     registers = 255 if chunk < T and warps <= 8 else None
     waits = wide or (sums and statistics == CHANNEL)
@@ -268,7 +270,7 @@ def forward(
         norm_lif_forward, grid, x_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=bias.contiguous(),
         threshold_ptr=pointer, mean_ptr=mean, rstd_ptr=rstd, spikes_ptr=spikes, eps=eps, threshold=number,
         T=T, STATISTICS=statistics, THRESHOLD=kind, **_sizes(x, stride_t=_stride(x)),
-        **_neurons(p, neuron_forward), **blocks,
+        **_neurons(p, neuron_forward), fuse=statistics == ROW, **blocks,
     )  # fmt: skip
     return spikes, mean, rstd
 
@@ -325,7 +327,7 @@ def _backward(
         STATISTICS=statistics, SUMS=sums, THRESHOLD=kind, CHUNK=chunk,
         maxnreg=way.registers,
         **_sizes(x, stride_t=_stride(x), grad_stride_t=_stride(grad_spikes)), **_neurons(p, neuron),
-        **blocks,
+        fuse=True, **blocks,
     )  # fmt: skip
     if parts is None:
         return grad_x, Sums(zero, zero, zero, ())

@@ -98,7 +98,7 @@ def attention_lif_forward(
             a = times(a, scale).to(q_ptr.dtype.element_ty).to(tl.float32)
             after = after + (advance_state(k, v, states[t], powers, count, K, V, KV, DECAY, BLOCK_S),)
             charged = charge(a, potential, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
-            fired = charged - threshold >= 0
+            fired = charged >= threshold
             spikes = as_spikes(fired, spikes_ptr.dtype.element_ty)
             store_tile(spikes_ptr, spikes, at_t, first, tokens, tokens, row_stride, e, D, False, BLOCK_S)
             potential = reset(charged, fired, threshold, v_reset, HARD)
