@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import aot_sass
 import triton
 from aot_rows import MEGA, MORE_CASES, OPERATORS, TYPES, rows
 from torch import Tensor
@@ -41,6 +42,7 @@ from spikedecoder.testing import cases, make_inputs, run
 TARGETS = (80, 90, 100)
 CAPPED = 64  # bytes of local memory, at the most, where fewer registers were measured to be faster
 RATES = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second, data sheets of the SXM boards
+COUNTED = ("lif_forward", "lif_backward", "norm_lif_forward", "norm_lif_backward")
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _OPCODES = re.compile(r"\b((?:FFMA|LDG\.E|LDGSTS|STG\.E|LDL|STL)[.\w]*|(?:[HIQ]G?|UTC\w*)MMA\b(?:\.\w+)*)")
@@ -63,6 +65,7 @@ class Compiled:
     opcodes: dict[str, int]
     moved: float
     capped: bool  # asks for fewer registers than it could use
+    instructions: dict[str, float]  # an element, by kind; of the neurons' kernels on sm_90 alone
 
     def widths(self, *names: str) -> list[int]:
         """Widths in bits of the global accesses whose opcode starts with one of `names`."""
@@ -113,8 +116,8 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
 
 
-def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, dict[str, int]]:
-    """(registers, shared bytes, local bytes, opcode counts) of a launch compiled for sm_`target`."""
+def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, str]:
+    """(registers, shared bytes, local bytes, disassembly) of a launch compiled for sm_`target`."""
     compiled = triton.compile(
         source_of(launch), target=GPUTarget("cuda", target, 32), options=dict(launch.options)
     )
@@ -127,12 +130,7 @@ def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, dict[str
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing about {launch.kernel.__name__}: {usage!r}")
     registers, stack, _, local = map(int, found.groups())
-    return (
-        registers,
-        int(compiled.metadata.shared),
-        stack + local,
-        dict(collections.Counter(_OPCODES.findall(code))),
-    )
+    return registers, int(compiled.metadata.shared), stack + local, code
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -161,10 +159,14 @@ def compile_row(index: int, target: int) -> list[Compiled]:
         if launch.key in done:
             done[launch.key].moved += moved
             continue
-        registers, shared, local, opcodes = compile_launch(launch, target)
+        registers, shared, local, code = compile_launch(launch, target)
+        name, counted = launch.kernel.__name__, {}
+        if target == 90 and name in COUNTED and launch.arguments.get("LEVELS", 0) == 0:
+            counted = aot_sass.per_element(code, launch)
         done[launch.key] = Compiled(
-            row.operator, row.call, row.dtype, row.size, row.needs, launch.kernel.__name__, target, registers,
-            shared, local, opcodes, moved, launch.options.get("maxnreg", 255) < 255,
+            row.operator, row.call, row.dtype, row.size, row.needs, name, target, registers, shared, local,
+            dict(collections.Counter(_OPCODES.findall(code))), moved,
+            launch.options.get("maxnreg", 255) < 255, counted,
         )  # fmt: skip
     return list(done.values())
 
@@ -240,6 +242,9 @@ def faults(c: Compiled) -> list[str]:
         wrong.append(f"spills: {c.local} bytes of local memory")
     if "no FFMA" in c.needs and any(opcode.startswith("FFMA") for opcode in c.opcodes):
         wrong.append("multiplies and adds with one rounding, so that spikes depend on the compiler")
+    most = min((int(n.split()[2]) for n in c.needs if n.endswith(" instructions")), default=0)
+    if most and c.instructions and (count := sum(c.instructions.values())) > most:
+        wrong.append(f"{count:.1f} instructions an element, {most} are enough")
     few = c.kernel == "add_parts"  # of what it reads it writes one in the number of parts
     for kind, names in (("load", ("LDG", "LDGSTS")), ("store", ("STG",))):
         least = max((int(n.split("-")[0]) for n in c.needs if n.endswith(f"-bit {kind}s")), default=0)
@@ -330,6 +335,17 @@ once, outputs written once. The floors are the minimum over the memory's rate (H
 
 {floors(results, 90)}
 
+## Instructions
+
+Of `lif` and `norm_lif` on sm_90: instructions an element of x, counted in the machine code, those of lanes
+beyond a row's end included (bench/aot_sass.py). "unpack, pack": conversions and shifts; "special":
+exponentials, reciprocals, roots; "global" includes constants; "warps": as many as the registers leave room
+for side by side, of 64. Last the least time that 64 Mi elements take on an H200, were nothing else in the
+way: by instructions, of which its 132 multiprocessors begin 128 lanes' a cycle at 1.75 GHz, and by the
+bytes above. The longer one is the floor; what a warp waits for comes on top.
+
+{aot_sass.table(results, RATES["H200"])}
+
 ## Linear, norm and LIF in one kernel
 
 Bytes a row of the input and timestep in bfloat16, K inputs as bits, N outputs: the parts write the current
@@ -368,7 +384,8 @@ def main() -> int:
         print(*bad, sep="\n", file=sys.stderr)
         return 1 if bad else 0
     results = compile_all(options.only, options.first, targets, options.processes, options.spread)
-    print(table(results), floors(results, (options.target or [90])[0]), sep="\n\n")
+    parts = floors(results, (options.target or [90])[0]), aot_sass.table(results, RATES["H200"])
+    print(table(results), *parts, sep="\n\n")
     if options.json:
         options.json.write_text(json.dumps([asdict(c) | {"faults": faults(c)} for c in results], indent=1))
     elif not (options.only or options.first or options.target or options.spread):

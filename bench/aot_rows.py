@@ -83,14 +83,15 @@ def lif_rows() -> Iterator[Row]:
     for T, dtype in ((4, torch.bfloat16), (8, torch.bfloat16), (16, torch.bfloat16), (4, torch.float32)):
         size = dtype.itemsize
         name = f"64 Mi, T = {T}"
-        yield Row("lif", "forward", TYPES[dtype], name, 2 * size * 64 * MEGA, ROUNDED, forward(T, dtype, 1.0))
+        needs = (*ROUNDED, "at most 13 instructions")
+        yield Row("lif", "forward", TYPES[dtype], name, 2 * size * 64 * MEGA, needs, forward(T, dtype, 1.0))
         yield Row(
             "lif",
             "backward",
             TYPES[dtype],
             name,
             3 * size * 64 * MEGA,
-            NARROW if T <= 8 else NARROWEST,
+            (*(NARROW if T <= 8 else NARROWEST), "at most 31 instructions"),
             backward(T, dtype, 1.0),
         )
     for label, threshold in (("scalar threshold", scalar), ("threshold per channel", channel)):
@@ -170,6 +171,9 @@ def norm_lif_rows() -> Iterator[Row]:
         }[call]  # fmt: skip
         if C > norm_lif.MAX_ROW:  # a launch that only sums writes little
             needs = LOADS
+        if C == 512:
+            most = {"layer forward": 20, "layer backward": 56, "channel forward": 17}.get(call, 46)
+            needs = (*needs, f"at most {most} instructions")
         minimum = passes * x.numel() * dtype.itemsize + (8 * x.numel() / C if "layer" in call else 0)
         if isinstance(p, ILIFParams):
             call = f"I-LIF {call}"

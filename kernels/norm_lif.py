@@ -306,7 +306,7 @@ def _backward(
     blocks, chunk = way.tile, way.chunk
     across = cdiv(channels, blocks["BLOCK_C"])
     down = cdiv(x[0].numel() // channels, blocks["BLOCK_R"])
-    if sums or chunk < T:  # few programs that each walk many rows, so that few partial sums are written
+    if sums or chunk < T or statistics == CHANNEL:  # few programs, each of which walks many rows
         down = min(down, max(1, way.programs * multiprocessors(x.device) // across))
     scratch = parts = row_gw = row_gwz = partial = None
     if chunk < T:

@@ -10,10 +10,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent.parent / "bench" / "aot.py"
@@ -63,6 +65,8 @@ def test_kernels_compile_well_for_hopper(tmp_path: Path) -> None:
     compiled = compile_for((90,), tmp_path, "--first", "2")
     assert sorted({c["operator"] for c in compiled}) == OPERATORS
     check(compiled, (90,))
+    counted = {c["kernel"] for c in compiled if c["instructions"]}
+    assert counted >= {"lif_forward", "lif_backward", "norm_lif_forward", "norm_lif_backward"}
 
 
 @pytest.mark.slow
@@ -86,7 +90,7 @@ def example(**changes: Any) -> Any:
         "operator": "lif", "call": "forward", "dtype": "bf16", "size": "", "kernel": "k", "target": 90,
         "needs": (*aot_rows.ROUNDED, *aot_rows.DOT), "registers": 40, "shared": 0, "local": 0, "moved": 0.0,
         "opcodes": {"LDG.E.128": 4, "LDG.E.LTC128B.128": 1, "STG.E.128": 4, "HGMMA.64x64x16.F32.BF16": 2},
-        "capped": False,
+        "capped": False, "instructions": {},
     }  # fmt: skip
     return aot.Compiled(**{**values, **changes})
 
@@ -112,6 +116,41 @@ def test_the_reader_sees_what_is_wrong() -> None:
         "tensor-core" in fault
         for fault in aot.faults(example(opcodes={"LDG.E.128": 1, "STG.E.128": 1, "IADD3": 9}))
     )
+
+
+LISTING = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0020*/                   FFMA R0, R1, R2, R3 ;
+        /*0030*/              @!P1 BRA `(.L_x_1) ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/               @P0 BRA `(.L_x_0) ;
+        /*0060*/               @P0 EXIT ;
+        /*0070*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0080*/                   EXIT ;
+.L_x_2:
+        /*0090*/                   BRA `(.L_x_2);
+"""
+
+
+def test_instructions_are_counted_as_often_as_loops_go_round() -> None:
+    """Each of 3 programs walks 36 rows 2 at a time, after the last of 4 pieces of T the 3 before it."""
+    launch = types.SimpleNamespace(
+        kernel=types.SimpleNamespace(__name__="norm_lif_backward"), grid=(3, 1), options={"num_warps": 2},
+        arguments={"T": 8, "CHUNK": 2, "rows": 36, "BLOCK_R": 2, "x_ptr": torch.empty(8, 36, 4)},
+    )  # fmt: skip
+    counted = aot.aot_sass.per_element(LISTING, launch)
+    share = 3 * 64 / (8 * 36 * 4)  # threads an element
+    rows = 6
+    want = {"float": 3 * rows, "global": rows + 1, "shared": rows, "other": 3 * rows + rows + 3}
+    assert {kind: n / share for kind, n in counted.items() if n} == pytest.approx(want)
+    total = sum(counted.values())
+    assert aot.faults(example(instructions=counted, needs=(f"at most {int(total) + 1} instructions",))) == []
+    many = example(instructions=counted, needs=(f"at most {int(total)} instructions",))
+    assert aot.faults(many) == [f"{total:.1f} instructions an element, {int(total)} are enough"]
+    assert f"| {total:.1f} |" in aot.aot_sass.table([many], 1.0)
 
 
 def test_every_operator_of_the_backend_is_compiled() -> None:
