@@ -43,16 +43,47 @@ SPIKEDECODER_INLINE int64_t indices_of(uint64_t word, uint16_t base, uint16_t* o
 #endif
 }
 
-// In place, the transpose of a 64 x 64 matrix of bits: bit j of a[i] becomes bit i of a[j].
-SPIKEDECODER_INLINE void transpose_64(uint64_t* a) {
-  uint64_t mask = 0x00000000ffffffffull;
-  for (int j = 32; j; j >>= 1, mask ^= mask << j) {
-    for (int k = 0; k < 64; k = ((k | j) + 1) & ~j) {
-      const uint64_t t = ((a[k] >> j) ^ a[k | j]) & mask;
-      a[k] ^= t << j;
-      a[k | j] ^= t;
+// The number of the lowest bit set, 64 where there is none.
+SPIKEDECODER_INLINE int64_t first_bit(uint64_t word) {
+#if defined(SPIKEDECODER_AVX512) || defined(SPIKEDECODER_AVX2)
+  return static_cast<int64_t>(_tzcnt_u64(word));
+#else
+  return word ? __builtin_ctzll(word) : 64;
+#endif
+}
+
+// One step of a transposition: of each two rows that are `apart` from each other, the upper `bits` of every 2 `bits` of
+// the first change places with the lower ones of the second. A row is 8 words, in each of which this is done.
+template <int apart, int bits>
+SPIKEDECODER_INLINE void exchange_bits(uint64_t (*rows)[8]) {
+  constexpr uint64_t lower = ~uint64_t{0} / ((uint64_t{1} << bits) + 1);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    if (i & apart) continue;
+    for (int j = 0; j < 8; j++) {
+      const uint64_t t = ((rows[i][j] >> bits) ^ rows[i | apart][j]) & lower;
+      rows[i][j] ^= t << bits;
+      rows[i | apart][j] ^= t;
     }
   }
+}
+
+// In place, the transpose of a 64 x 64 matrix of bits: bit j of a[i] becomes bit i of a[j].
+SPIKEDECODER_INLINE void transpose_64(uint64_t* a) {
+  uint64_t by_eight[8][8], by_one[8][8];  // rows 8 i + j at [i][j], and at [j][i]
+  for (int i = 0; i < 8; i++) {
+    for (int j = 0; j < 8; j++) by_one[j][i] = a[8 * i + j];
+  }
+  exchange_bits<4, 4>(by_one);
+  exchange_bits<2, 2>(by_one);
+  exchange_bits<1, 1>(by_one);
+  for (int i = 0; i < 8; i++) {
+    for (int j = 0; j < 8; j++) by_eight[i][j] = by_one[j][i];
+  }
+  exchange_bits<4, 32>(by_eight);
+  exchange_bits<2, 16>(by_eight);
+  exchange_bits<1, 8>(by_eight);
+  memcpy(a, by_eight, sizeof by_eight);
 }
 
 }  // namespace SPIKEDECODER_VARIANT

@@ -1,8 +1,8 @@
 // A linear layer on spikes: sums of the rows of its weight [channels, columns] that bits pick (row_sums.h).
 //
-// One addition per set bit and column, no multiplication. Memory: the weight is read `rate * rows` times, from the
-// cache where a panel of it fits (bits * panel * 4 bytes), and copied once, by panels, where that pays; the output is
-// written once per 32768 bits.
+// One addition per set bit and column, and a few of -0 where that saves mispredicted branches, no multiplication.
+// Memory: the weight is read `rate * rows` times, from the cache where a panel of it fits (bits * panel * 4 bytes), and
+// copied once, by panels, where that pays; the output is written once per 32768 bits.
 #include "kernels.h"
 #include "parallel.h"
 #include "row_sums.h"
@@ -12,9 +12,11 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-constexpr int64_t SEGMENT_WORDS = 512;          // row numbers are 16 bits wide
-constexpr int64_t LIST_ROWS = 64, CHUNK = 256;  // rows listed, and rows summed, in one task, at most; powers of 2
-constexpr int64_t NEAR_BYTES = 512 << 10;       // of a source that stays in the second-level cache as a whole
+constexpr int64_t SEGMENT_WORDS = 512;                 // row numbers are 16 bits wide
+constexpr int64_t LIST_ROWS = 64, CHUNK = 256;         // rows listed, and rows summed, in one task, at most; powers of 2
+constexpr int64_t NEAR_BYTES = 512 << 10;              // of a source that stays in the second-level cache as a whole
+constexpr int64_t NEAREST_BYTES = 48 << 10;            // of one that stays in the first-level cache
+constexpr int64_t MOST_WORDS = 4, MOST_COLUMNS = 128;  // of a row that is not listed
 #if defined(SPIKEDECODER_AVX2)
 constexpr int FEW_VECTORS = 10;  // of a handful of rows, whose source comes from afar
 #else
@@ -72,6 +74,45 @@ void sum_by_panels(const Sum<E>& s, const Lists& lists, const Plan& plan, Tasks&
     const int64_t end = smaller(begin + plan.chunk, s.rows);
     sum_panel(s, lists, begin, end, task / chunks * plan.panels.width(), plan.panels.vectors);
   }
+}
+
+// A source that stays in the first-level cache: its rows are added as the bits come, without lists. Each thread has the
+// rows that it would have in a neuron, whose values then are in its cache.
+template <class E>
+void sum_by_words(const Sum<E>& whole, int most) {
+  const Panels panels(whole.columns);
+  const int64_t words = words_for(whole.bits), panel_floats = 65 * words * panels.width();
+  const int64_t sample = smaller(256, whole.rows), apart = whole.rows / sample * whole.word_stride;
+  int steps[MOST_WORDS];
+  double additions = 0;
+  for (int64_t w = 0; w < words; w++) additions += steps[w] = steps_for(whole.words + w, apart, sample);
+  const double rows = static_cast<double>(whole.rows * panels.count * panels.vectors);
+  const int threads = threads_for(0.3 * (additions + 1) * rows, most);
+  Scratch copy(sizeof(float) * static_cast<size_t>(panels.count * panel_floats));
+  Sum<E> from = whole;
+  from.source = copy.floats();
+  from.stride = panels.width();
+  from.panel_stride = 65 * words;
+  from.past = past_cache(whole.out, whole.rows * whole.columns, whole.columns);
+  Tasks copying(panels.count * words);
+  team(threads, [&](int thread, int all) {
+    for (int64_t task; copying.next(task);) {
+      const int64_t first = task / words * panels.width(), row = task % words * 64;
+      float* const to = copy.floats() + task * 65 * panels.width();
+      copy_panel(whole.source + row * whole.columns + first, whole.columns, smaller(64, whole.bits - row),
+                 smaller(panels.width(), whole.columns - first), panels, to);
+      end_panel(panels, to);
+    }
+    barrier();
+    const Range mine = share(whole.rows, thread, all, 16);
+    const Words picks{whole.words + mine.begin * whole.word_stride, whole.word_stride, words, steps};
+    Sum<E> part = from;
+    part.out += mine.begin * whole.columns;
+    for (int64_t first = 0; first < whole.columns; first += panels.width()) {
+      sum_panel(part, picks, mine.end - mine.begin, first, panels.vectors);
+    }
+    finish_stores();
+  });
 }
 
 template <class E>
@@ -144,7 +185,12 @@ void gather_rows(const SumRows& a, E* out) {
   }
   const Sums<E> sums{a.source, a.columns, 1, a.columns, a.bias, out, false, false};
   const Sum<E> sum{sums, a.words, words_for(a.bits), a.rows, a.bits};
-  gather_sum(sum, rate_of(a.words, a.rows, a.bits), a.threads);
+  const bool nearest = a.bits * a.columns * static_cast<int64_t>(sizeof(float)) <= NEAREST_BYTES;
+  if (nearest && words_for(a.bits) <= MOST_WORDS && a.columns <= MOST_COLUMNS && a.rows >= a.bits) {
+    sum_by_words(sum, a.threads);
+  } else {
+    gather_sum(sum, rate_of(a.words, a.rows, a.bits), a.threads);
+  }
 }
 
 }  // namespace

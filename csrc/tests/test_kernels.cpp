@@ -4,6 +4,7 @@
 //
 //     cmake -G Ninja -S csrc -B build -DSPIKEDECODER_PYTHON_MODULE=OFF -DSPIKEDECODER_NATIVE_TESTS=ON
 //     cmake --build build && build/test_kernels
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -230,7 +231,12 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
 }
 
 void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads) {
-  const auto s = spikes(M * K, rate), columns = dyadic(K * N), bias = dyadic(N), grad = dyadic(M * N);
+  auto s = spikes(M * K, rate);
+  if (rate == 0.1) {  // rows unlike the others: one of nothing but spikes, one without any
+    std::fill_n(s.begin() + M / 3 * K, K, 1.f);
+    std::fill_n(s.begin() + M / 2 * K, K, 0.f);
+  }
+  const auto columns = dyadic(K * N), bias = dyadic(N), grad = dyadic(M * N);
   const auto words = packed(s, M, K);
   auto y = array<float>(M * N), expected = array<float>(M * N);
   auto dw = array<float>(N * K), expected_dw = array<float>(N * K);
@@ -253,6 +259,10 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
     kernel({words.data(), columns.data(), bias.data(), y16.data(), Element::bfloat16, M, K, N, threads});
     CHECK(close(widened(y16), expected, 4e-3f));
   }
+  const std::vector<uint64_t> none(words.size());
+  const std::vector<float> minus_zero(static_cast<size_t>(N), -0.f);
+  kernels().gather({none.data(), columns.data(), minus_zero.data(), y.data(), Element::float32, M, K, N, threads});
+  for (float value : y) CHECK(value == 0 && std::signbit(value));
   auto few_words = array<uint64_t>(M * words_for(K));
   y.assign(y.size(), NAN);
   kernels().gather_few({s.data(), few_words.data(), columns.data(), bias.data(), y.data(), M, K, N, threads});
@@ -515,7 +525,8 @@ void test_all() {
         test_lif(n, kind, 17, 40, 23, threads);
       }
     }
-    const int64_t shapes[][3] = {{1, 1, 1}, {3, 70, 5}, {17, 16, 16}, {50, 130, 81}, {2100, 40, 20}, {700, 65, 130}};
+    const int64_t shapes[][3] = {{1, 1, 1}, {3, 70, 5}, {17, 16, 16}, {50, 130, 81}, {2100, 40, 20}, {700, 65, 130},
+                                 {301, 80, 80}, {259, 256, 10}, {131, 130, 90}, {67, 64, 128}};
     for (const auto& shape : shapes) {
       for (double rate : {0.0, 0.1, 1.0}) test_spike_linear(shape[0], shape[1], shape[2], rate, threads);
     }
