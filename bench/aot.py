@@ -161,7 +161,7 @@ def compile_row(index: int, target: int) -> list[Compiled]:
             continue
         registers, shared, local, code = compile_launch(launch, target)
         name, counted = launch.kernel.__name__, {}
-        if target == 90 and name in COUNTED and launch.arguments.get("LEVELS", 0) == 0:
+        if target == 90 and name in COUNTED and row.operator in name and not launch.arguments.get("LEVELS"):
             counted = aot_sass.per_element(code, launch)
         done[launch.key] = Compiled(
             row.operator, row.call, row.dtype, row.size, row.needs, name, target, registers, shared, local,

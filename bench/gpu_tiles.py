@@ -75,31 +75,37 @@ def norm_lif_tables(elements: int) -> Iterator[Table]:
     one = lambda C: torch.ones(C, device=DEVICE)  # noqa: E731
     for T, C in ((4, 80), (4, 512), (8, 512), (16, 512), (4, 1280)):
         shape = (T, max(1, elements // T // C), C)
-        least = 2 if C > 1024 else 1
-        forward = (
+        least = max(1, power_of_2(C) // 512)  # warps of 16 elements a thread; one: sums without shared memory
+        forward = [
             {**_rows(C, w, max(1, r)), "CHUNK": c}
-            for w in (least, 2 * least, 4 * least)
+            for w in (least, 2 * least)
             for r in (1, 512 * w // power_of_2(C))
-            for c in (2, 4)
-        )
+            for c in (1, 2, 4)
+        ]
         yield Table(
             "norm_lif forward", {"T": T, "C": C}, 4.0 * T * shape[1] * C, norm_lif, "_forward_tile",
-            tuple(forward), lambda shape=shape: (currents(*shape), one(shape[-1])),
+            tuple(tile for i, tile in enumerate(forward) if tile not in forward[:i]),
+            lambda shape=shape: (currents(*shape), one(shape[-1])),
             lambda x, w: norm_lif.forward(x, w, 0 * w, None, None, 1e-5, 1.0, P)[0],
         )  # fmt: skip
         backward = (
-            _Backward(_rows(C, w, max(1, 32 * w * n // power_of_2(C))), c, registers, programs)
-            for w, n in ((2 * least, 8), (4 * least, 4), (4 * least, 8))
-            for c in (2, 4)
-            for registers in (None, 128)
-            for programs in (4, 8)
-        )
+            _Backward(_rows(C, w, max(1, 32 * w * n // power_of_2(C))), c, registers, max(1, warps // w))
+            for w, n, cs, caps in (
+                (least, 16, (1, 2, 4), (128, 168, 255)), (2 * least, 8, (1, 2, 4), (128, 168)),
+                (4 * least, 4, (2, 4), (96, 128)),
+            )
+            for c in cs
+            for registers in caps
+            for warps in (16, 32)  # a multiprocessor
+        )  # fmt: skip
         yield Table(
             "norm_lif backward", {"T": T, "C": C}, 6.0 * T * shape[1] * C, norm_lif, "_backward_way",
-            tuple(backward), lambda shape=shape: (currents(*shape), currents(*shape), one(shape[-1])),
-            lambda x, g, w: norm_lif.backward_layer(
-                g, x, w, 0 * w, x[..., 0].float() * 0 + 0.3, x[..., 0].float() * 0 + 1.2, 1.0, P
-            )[0],
+            tuple(backward),
+            lambda shape=shape: (
+                currents(*shape), currents(*shape), one(shape[-1]),
+                torch.full(shape[:2], 0.3, device=DEVICE), torch.full(shape[:2], 1.2, device=DEVICE),
+            ),
+            lambda x, g, w, mean, rstd: norm_lif.backward_layer(g, x, w, 0 * w, mean, rstd, 1.0, P)[0],
         )  # fmt: skip
 
 
