@@ -33,9 +33,10 @@ import torch
 from gpu_groups import COMPILED, CUDA, DEVICE, FLASH_LINEAR, GROUPS, Group
 from torch import Tensor
 
-COMPILES = (COMPILED, FLASH_LINEAR)
+LATER = (FLASH_LINEAR, COMPILED)  # rows that tune or compile for long: after all others, in this order
 CLOCK = 2e9  # cycles a second, about: of the wait before a measured call
 PEERS = 60.0  # at most so many seconds, and half the limit, are kept for SpikingJelly
+IMPORT = 9.0  # of them that a process which can't run takes to say so
 
 
 def median_ms(call: Callable[[], Any], quick: bool) -> float:
@@ -80,10 +81,23 @@ def ceilings(dry: bool) -> dict[str, float]:
     return {"copy_gb_per_s": round(copy, 2), "bf16_tflop_per_s": round(product, 6)}
 
 
+def run_peer(command: list[str], seconds: float) -> tuple[dict[str, Any], str]:
+    """(the last line of JSON that it printed, also if its time ran out, and why it ended)."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=seconds)
+        printed, reason = done.stdout, f"exit {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        printed, reason = error.stdout or b"", f"time limit of {seconds:.0f} s"
+    for line in reversed(printed.decode(errors="replace").splitlines()):
+        if line.startswith("{") and line.endswith("}"):
+            return json.loads(line), reason
+    return {}, reason
+
+
 def spikingjelly_rows(dry: bool, ceiling: dict[str, float], seconds: float) -> list[dict[str, Any]]:
     """Rows for the groups of `lif_groups`, each implementation measured by a process of its own.
 
-    Each gets an even share of what is left of `seconds`.
+    Each gets what is left of `seconds` but what the others need to say that they can't run.
     """
     elements, steps = (1 << 12, (4,)) if dry else (1 << 26, (4, 8, 16))
     rows, end = [], time.monotonic() + seconds
@@ -98,15 +112,13 @@ def spikingjelly_rows(dry: bool, ceiling: dict[str, float], seconds: float) -> l
         command = [sys.executable, str(Path(__file__).parent / "peer_spikingjelly.py")]
         command += ["--implementation", implementation, "--elements", str(elements)]
         command += [f"--T={T}" for T in steps] + (["--dry-run"] if dry else [])
-        try:
-            share = max(1.0, (end - time.monotonic()) / (len(implementations) - i))
-            done = subprocess.run(command, capture_output=True, text=True, timeout=share)
-            found = json.loads(done.stdout.strip().splitlines()[-1])
-        except (subprocess.TimeoutExpired, json.JSONDecodeError, IndexError) as error:
-            found = {str(T): {"failed": type(error).__name__} for T in steps}
+        behind = len(implementations) - 1 - i
+        share = max(1.0, end - time.monotonic() - IMPORT * behind)
+        found, reason = run_peer(command, share)
         for T in steps:
             group = f"lif forward + backward bf16 T={T} n={elements}"
-            row = {"group": group, "row": f"SpikingJelly {implementation}", **found[str(T)]}
+            row = {"group": group, "row": f"SpikingJelly {implementation}"}
+            row |= found.get(str(T), {"failed": reason})
             if "ms" in row:
                 row["gb_per_s"] = round(10.0 * elements / row["ms"] / 1e6, 1)
                 row["of_copy"] = round(row["gb_per_s"] / ceiling["copy_gb_per_s"], 3)
@@ -114,11 +126,11 @@ def spikingjelly_rows(dry: bool, ceiling: dict[str, float], seconds: float) -> l
     return rows
 
 
-def _agrees(row: str, got: Tensor, want: Tensor, group: Group) -> str | None:
-    """What is wrong with a row's result, None if nothing is."""
+def _agrees(row: str, got: Tensor | list[Tensor], want: Tensor | list[Tensor], group: Group) -> str | None:
+    """What is wrong with a row's result, a tensor or several of one shape; None if nothing is."""
     if row not in ("ours", "ours, two kernels", COMPILED, "dense"):
         return None  # another function, or another layout
-    got, want = got.double(), want.double()
+    got, want = (torch.stack(x).double() if isinstance(x, list) else x.double() for x in (got, want))
     if row in group.exact or row == "ours, two kernels":
         differ = (got != want).double().mean().item()
         return f"{differ:.2%} of the elements differ" if differ > 2e-3 else None
@@ -130,20 +142,21 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
-def bench(group: Group, dry: bool, ceiling: dict[str, float], compiled: bool) -> list[dict[str, Any]]:
-    """The rows that compile or tune for long, or the others."""
+def bench(group: Group, dry: bool, ceiling: dict[str, float], later: str | None) -> list[dict[str, Any]]:
+    """One of the rows that come later, or the others."""
     torch.manual_seed(0)
     rows = []
     try:
         calls = group.make()
         reference = calls["eager reference"]
+        calls = {name: call for name, call in calls.items() if (name if name in LATER else None) == later}
+        if all(isinstance(call, str) for call in calls.values()):
+            return [{"group": group.name, "row": name, "skipped": call} for name, call in calls.items()]
         assert not isinstance(reference, str)
         want = reference()
     except Exception as error:  # nor must a group take the other groups with it
-        return [{"group": group.name, "row": COMPILED if compiled else "all", "failed": _said(error)}]
+        return [{"group": group.name, "row": later or "all", "failed": _said(error)}]
     for name, call in calls.items():
-        if (name in COMPILES) != compiled:
-            continue
         row: dict[str, Any] = {"group": group.name, "row": name}
         if isinstance(call, str):
             rows.append({**row, "skipped": call})
@@ -198,16 +211,18 @@ def main() -> None:
         partial.replace(options.out)
 
     save()
-    for compiled in (False, True):  # compiling takes most of the time: after all else
+    for later in (None, *LATER):
         for group in groups:
-            if time.monotonic() > end - (0.0 if compiled else peers):
-                result["left_out"].append(f"{group.name}, {COMPILED}" if compiled else group.name)
+            if later == FLASH_LINEAR and "attention" not in group.name:
                 continue
-            result["rows"] += bench(group, options.dry_run, result["ceilings"], compiled)
+            if time.monotonic() > end - (0.0 if later else peers):
+                result["left_out"].append(f"{group.name}, {later}" if later else group.name)
+                continue
+            result["rows"] += bench(group, options.dry_run, result["ceilings"], later)
             if CUDA:
                 torch.cuda.empty_cache()
             save()
-        if peers and not compiled:
+        if peers and not later:
             result["rows"] += spikingjelly_rows(options.dry_run, result["ceilings"], peers)
             save()
     save()

@@ -1,5 +1,7 @@
 """SpikingJelly's multi-step LIF, forward and backward, by one of its implementations; prints JSON.
 
+After each T a line with all so far: a process that is ended early leaves what it has.
+
     python bench/peer_spikingjelly.py --implementation triton --T 4 --T 8
 
 Version 2 reads the implementation for CUDA (torch, cuda or triton) from a variable when it is imported, so
@@ -93,12 +95,12 @@ def main() -> None:
             node_of(options.implementation)
         except ValueError as error:
             found[T] = {"skipped": str(error)}
-            continue
-        try:
-            found[T] = measure(options.implementation, T, options.elements, options.dry_run)
-        except Exception as error:
-            found[T] = {"failed": f"{type(error).__name__}: {error}"[:300]}
-    print(json.dumps(found))
+        else:
+            try:
+                found[T] = measure(options.implementation, T, options.elements, options.dry_run)
+            except Exception as error:
+                found[T] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

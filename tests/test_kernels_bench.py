@@ -141,7 +141,7 @@ def test_a_group_that_fails_takes_no_others_with_it(monkeypatch: pytest.MonkeyPa
         raise torch.OutOfMemoryError("too large")
 
     group = bench_gpu_ops.Group("g", make, 1.0)
-    rows = bench_gpu_ops.bench(group, True, {}, False)
+    rows = bench_gpu_ops.bench(group, True, {}, None)
     assert rows == [{"group": "g", "row": "all", "failed": "OutOfMemoryError: too large"}]
 
 
@@ -200,6 +200,32 @@ def test_spikingjelly_is_measured_or_says_why_not(tmp_path: Path) -> None:
         )
         found = json.loads(done.stdout.strip().splitlines()[-1])["4"]
         assert found.get("ms", 0) > 0 or "installed" in found["skipped"] or "CUDA" in found["skipped"]
+
+
+def test_a_peer_that_is_ended_early_leaves_what_it_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_gpu_ops
+
+    script = """
+import time
+print('{"4": {"ms": 1.0}}', flush=True)
+print('no JSON {', flush=True)
+time.sleep(60)
+"""
+    found, reason = bench_gpu_ops.run_peer([sys.executable, "-c", script], 5)
+    assert found == {"4": {"ms": 1.0}} and reason == "time limit of 5 s"
+    assert bench_gpu_ops.run_peer([sys.executable, "-c", "raise SystemExit(3)"], 60) == ({}, "exit 3")
+
+
+def test_several_gradients_are_compared_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_gpu_ops
+
+    group = bench_gpu_ops.Group("g", dict, 1.0, exact=())
+    one, two = torch.ones(3), torch.full((3,), 2.0)
+    assert bench_gpu_ops._agrees("ours", [one, two], [one, two], group) is None
+    wrong = bench_gpu_ops._agrees("ours", [one, one], [one, two], group)
+    assert wrong is not None and wrong.startswith("relative error 0.4")
 
 
 def test_a_real_run_fits_ten_minutes_and_looks_at_every_kernel_test(tmp_path: Path) -> None:
