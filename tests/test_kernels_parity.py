@@ -395,6 +395,23 @@ def test_norm_lif_takes_every_neuron(norm: str, neuron: dict[str, object]) -> No
     torch.testing.assert_close(results["triton"], results["reference"], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("T", [4, 6])
+def test_gradients_of_norm_lif_where_the_mean_is_a_hundred_deviations(T: int) -> None:
+    from spikedecoder.kernels import norm_lif
+
+    x, grad = random(T, 40, 48, scale=0.5, shift=50.0), random(T, 40, 48, seed=1, shift=0.0)
+    weight, bias = random(48, seed=2, scale=0.3), random(48, seed=3, scale=0.3)
+    exact = x.double()
+    mean, rstd = exact.mean(-1), (exact.var(-1, correction=0) + 1e-5).rsqrt()
+    args = (1.0, LIFParams())
+    want = norm_reference.backward_layer(
+        grad.double(), exact, weight.double(), bias.double(), mean, rstd, *args
+    )[:3]
+    got = norm_lif.backward_layer(grad, x, weight, bias, mean.float(), rstd.float(), *args)[:3]
+    for value, reference in zip(got, want, strict=True):
+        torch.testing.assert_close(value.double(), reference, rtol=2e-4, atol=2e-4)
+
+
 def awkward(kind: str, *shape: int) -> torch.Tensor:
     """Spikes whose memory is not what a kernel likes best."""
     if kind == "misaligned":  # by one element, so that no access of 128 bits is aligned
