@@ -42,12 +42,12 @@ const Kernels amx_kernels = [] {
   return kernels;
 }();
 
-// Whether the CPU has tiles of bfloat16, and Linux lets this process use them: it has to be asked.
+// Whether the CPU has tiles of bfloat16 and of bytes, and Linux lets this process use them: it has to be asked.
 bool has_tiles() {
-  constexpr unsigned TILES_OF_BFLOAT16 = 1u << 22 | 1u << 24;
+  constexpr unsigned TILES = 1u << 22 | 1u << 24 | 1u << 25;
   constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILES_OF_BFLOAT16) != TILES_OF_BFLOAT16) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILES) != TILES) return false;
   return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
 }
 #endif
@@ -63,7 +63,7 @@ const Kernels* find(const char* name) {
   }
 #if defined(SPIKEDECODER_AMX_BUILT)
   if (!std::strcmp(name, "amx")) {
-    static const bool has = find("avx512") && has_tiles();
+    static const bool has = find("avx512") && __builtin_cpu_supports("avx512vbmi") && has_tiles();
     return has ? &amx_kernels : nullptr;
   }
 #endif

@@ -229,11 +229,15 @@ def test_bfloat16_is_dense_sooner_where_the_cpu_multiplies_it(cpu_of):
         assert _cost.fastest(*case) != "dense"
 
 
-def test_tiles_hold_all_of_a_float():
-    """A spike alone gives its channel's weights, to the last bit, from three products of bfloat16."""
+def _matrix_unit():
     if "amx" not in native.variants():
         pytest.skip("this CPU has no matrix unit")
     native.use_variant("amx")
+
+
+def test_tiles_hold_all_of_a_float():
+    """A spike alone gives its channel's weights to the last bit, whatever sizes they are of."""
+    _matrix_unit()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(70, 600, generator=generator) * torch.exp(
         torch.randn(70, 600, generator=generator) * 9
@@ -246,6 +250,51 @@ def test_tiles_hold_all_of_a_float():
     y = spike_linear.forward(s, weight, None, "tiles")[0]
     assert y[5, 3] == torch.inf and y[6, 4] == -torch.inf and y[7, 5].isnan()
     assert torch.equal(y[:, 6:], weight.t()[:, 6:])
+
+
+def _off(source, rate):
+    """How far tiles are from s @ source, the source as a weight and as a gradient, in parts of each column's
+    largest number; and how many spikes each sum has."""
+    s = random_spikes(2, (100, len(source)), rate)
+    expected, largest = s.double() @ source.double(), source.abs().amax(0).clamp_min(1e-30)
+    y = spike_linear.forward(s, source.t().contiguous(), None, "tiles")[0]
+    grad = spike_linear.weight_grad(ops.pack_spikes(s.t().contiguous()), 100, source, "tiles").t()
+    return [((x.double() - expected) / largest).abs() for x in (y, grad)], s.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("channels", "n"), [(80, 80), (600, 70), (1300, 20)])
+@pytest.mark.parametrize("rate", [0.01, 0.3, 1.0])
+def test_tiles_of_bytes_are_off_by_a_rounding_a_spike(channels, n, rate):
+    """2^-23 of its column's largest number for each, and as much for sums as floats; of integers, none."""
+    _matrix_unit()
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.exp(torch.randn(n, generator=generator) * 9)  # of any size
+    source = torch.randn(channels, n, generator=generator) * columns
+    source[:, 3], source[5:, 4] = 0, 0  # no numbers, few
+    source[7, 5], source[8, 6] = (2 - 2**-23) * 4 * columns[5], (-2 + 2**-23) * 4 * columns[6]
+    found, spikes = _off(source, rate)
+    assert all((off <= spikes * 2**-22).all() for off in found)
+    whole = torch.randint(-2000, 2001, (channels, n), generator=generator).float()
+    assert not any(off.any() for off in _off(whole, rate)[0])
+
+
+@pytest.mark.parametrize("outlier", [1e6, -1e30])
+def test_one_large_number_costs_the_others_nothing(outlier):
+    """Bytes would round the rest of its column away: it is split into parts instead."""
+    _matrix_unit()
+    source = torch.randn(500, 70, generator=torch.Generator().manual_seed(0))
+    source[17] = outlier
+    y, words = spike_linear.forward(torch.eye(500), source.t().contiguous(), None, "tiles")
+    assert torch.equal(y, source)
+    assert torch.equal(spike_linear.weight_grad(words, 500, source, "tiles"), source.t())
+
+
+@pytest.mark.parametrize("size", [1e-32, 1e30])
+def test_tiles_of_the_smallest_and_the_largest_numbers(size):
+    _matrix_unit()
+    source = torch.randn(600, 70, generator=torch.Generator().manual_seed(0)) * size
+    y = spike_linear.forward(torch.eye(600), source.t().contiguous(), None, "tiles")[0]
+    torch.testing.assert_close(y, source, rtol=0, atol=2**-124 + size * 2**-20)
 
 
 @pytest.mark.parametrize("tiles", [False, True])
@@ -283,7 +332,9 @@ def test_a_broken_cost_file_is_named(monkeypatch, tmp_path):
 
 def test_calibration_finds_the_constants_again():
     """Points made from known constants give these constants back, and choices without regret."""
-    true = _cost.Costs(0.05, 0.3, 0.1, 0.2, 0.01, 0.7, 0.4, 0.03, 0.05, 0.1, 0.3, 0.2, 0.004, 0.3, 0.2, 0.1)
+    true = _cost.Costs(
+        *(0.05, 0.3, 0.1, 0.2, 0.01, 0.7, 0.4, 0.03, 0.05, 0.1, 0.3, 0.2, 0.004, 0.3, 0.2, 0.1, 0.003)
+    )
     points = []
     for m, k, n in calibrate.SHAPES:
         for rate in calibrate.RATES:

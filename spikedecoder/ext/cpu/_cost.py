@@ -4,7 +4,7 @@ For M rows of K channels, of which `count` values in all are 1, and N output cha
 
     gather       count * (N * add + entry) + M * K * word + M * N * row + K * N * fetch
     subset_sums  M * K * N * look_up + K * N * table + M * N * store
-    tiles        M * K * (N * tile + spread) + K * N * split * (M / 1024, rounded up) + M * N * written
+    tiles        M * K * (N * (byte or tile) + spread) + K * N * split * (M / 1024, up) + M * N * written
     dense        M * K * N * multiply_add + M * N * row + K * N * panel
 
 in nanoseconds of one thread; the ways share threads alike, so that their number does not matter. A weight
@@ -12,7 +12,7 @@ gradient has M and K exchanged in the roles of rows and sum, and pays `bits` per
 `unpack` if it is dense and torch's, which takes no bits.
 
 The constants are those of the CPU's maker and the variant in force, one set for the product and one for the
-weight gradient, whose sources lie in other caches.
+weight gradient, whose sources lie in other caches. Tiles are of bytes from BYTES_FROM channels on.
 ``python -m spikedecoder.ext.cpu.calibrate`` measures them anew and says how far from the fastest choice the
 model is; SPIKEDECODER_SPIKE_LINEAR_COST names a JSON file that it wrote, to be used instead.
 """
@@ -33,6 +33,7 @@ from spikedecoder.ext.cpu import native
 KINDS = ("product", "weight gradient")
 METHODS = ("gather", "subset_sums", "tiles", "dense")
 TILE_ROWS = 1024  # for which the source is split once (csrc/tiles.cpp)
+BYTES_FROM = 128  # what a sum is over, from which on floats are digits of a byte (csrc/tile_digits.h)
 TILES_MARGIN = 1.25  # gathering is kept up to this: the matrix unit slows down where others use it
 TRANSPOSE = 0.3  # nanoseconds per element, for a weight that does not lie by columns
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
@@ -58,6 +59,7 @@ class Costs:
     split: float = 0.0
     written: float = 0.0
     spread: float = 0.0
+    byte: float = 0.0
 
     def of(self, method: str, m: int, k: int, n: int, count: int, weight_grad: bool) -> float:
         extra = self.bits * m * k if weight_grad else 0.0
@@ -69,7 +71,8 @@ class Costs:
             sums = rows * summed * n * self.look_up + rows * n * self.store
             return sums + summed * n * self.table + extra
         if method == "tiles":
-            sums = rows * summed * (n * self.tile + self.spread) + rows * n * self.written
+            each = self.byte if summed >= BYTES_FROM else self.tile
+            sums = rows * summed * (n * each + self.spread) + rows * n * self.written
             return sums + summed * n * self.split * -(-rows // TILE_ROWS) + extra
         extra += self.unpack * m * k if weight_grad else 0.0
         return rows * summed * n * self.multiply_add + rows * n * self.row + summed * n * self.panel + extra
@@ -97,7 +100,8 @@ COSTS = {
                 tile=0.00378,
                 split=0.299,
                 written=0.137,
-                spread=0.208,
+                spread=0.1,
+                byte=0.0023,
             ),
             Costs(
                 *(0.0348, 0.0, 0.115, 0.37, 0.00691, 1.07, 0.082, 0.0137, 0.00205, 0.166, 0.501, 0.0205),
@@ -105,6 +109,7 @@ COSTS = {
                 split=0.383,
                 written=0.447,
                 spread=0.0684,
+                byte=0.0026,
             ),
         ),
         "avx512": (
@@ -149,7 +154,8 @@ def costs_of(variant: str, dtype: torch.dtype, weight_grad: bool) -> Costs:
         return table
     if has_tiles():
         # one part of three, half the bytes
-        ours = {"tile": table.tile / 3, "split": table.split / 2, "written": table.written / 2}
+        one = table.tile / 3
+        ours = {"tile": one, "byte": one, "split": table.split / 2, "written": table.written / 2}
         return replace(table, **BFLOAT16_TILES, **ours)
     if variant == "avx512" and native.build()["bfloat16_products"]:
         return replace(table, multiply_add=BFLOAT16_PAIRS * table.multiply_add)

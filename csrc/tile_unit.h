@@ -1,0 +1,54 @@
+// The matrix unit (AMX): its tiles, and what the ways to multiply in it share (tile_parts.h, tile_digits.h).
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd.h"
+
+namespace spikedecoder {
+namespace SPIKEDECODER_VARIANT {
+namespace {
+
+constexpr int64_t SIDE = 16, TILE = 1024;  // rows of a tile and its bytes: 16 rows of 16 floats, or of 32 bfloat16
+constexpr int64_t DEPTH = 512;             // bits of a slice
+constexpr int64_t BLOCKS = 8;              // of a panel, at most, each the columns of a tile
+constexpr int64_t ROWS = 4 * SIDE;         // of a block, at most: four tiles of sums hide the unit's latency
+constexpr int64_t RANGE = 1024;            // rows of a task, at most
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t parts_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+
+// All eight tiles as 16 rows of 64 bytes, on this thread, while this lives.
+class Tiles {
+ public:
+  Tiles() {
+    Layout layout;
+    for (int i = 0; i < 8; i++) {
+      layout.row_bytes[i] = 64;
+      layout.rows[i] = SIDE;
+    }
+    asm volatile("" : : "r"(&layout) : "memory");  // gcc believes that only 8 bytes of it are read, and drops the rest
+    _tile_loadconfig(&layout);
+  }
+  ~Tiles() { _tile_release(); }
+
+ private:
+  struct alignas(64) Layout {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+};
+
+// Where rows of 16 floats lie, `stride` floats apart (0: they are all the same).
+struct Place {
+  float* at;
+  int64_t stride;
+};
+
+inline Place place_in(float* out, int64_t stride) { return {out, stride}; }
+inline Place place_in(bfloat16*, int64_t) { return {nullptr, 0}; }  // no sums fit there
+
+}  // namespace
+}  // namespace SPIKEDECODER_VARIANT
+}  // namespace spikedecoder
