@@ -294,10 +294,14 @@ void bind_spike_linear(py::module_& m) {
     Transpose a{array<const float>(x, n, "x"), array<float>(out, n, "out"), rows, columns, checked_threads(threads)};
     run(kernels().transpose, a);
   });
-  m.def("count", [](uintptr_t words, int64_t n, int threads) {
+  m.def("count", [](uintptr_t words, int64_t rows, int64_t bits, int threads) {
+    const int64_t stride = words_for(bits), n = elements({rows, stride});
+    const uint64_t* const first = array<const uint64_t>(words, n, "words");
+    uint64_t stray = 0;  // kernels take a bit's number for that of a row of the weight
+    for (int64_t r = 0; bits % 64 && r < rows; r++) stray |= first[(r + 1) * stride - 1] >> (bits % 64);
+    require(!stray, "words: bits are set beyond the last channel");
     int64_t set = 0;
-    run(kernels().count_bits,
-        CountBits{array<const uint64_t>(words, elements({n}), "words"), n, &set, checked_threads(threads)});
+    run(kernels().count_bits, CountBits{first, n, &set, checked_threads(threads)});
     return set;
   });
 }

@@ -237,6 +237,49 @@ def test_opcheck_of_spike_linear_and_attention_lif(backend):
         torch.library.opcheck(torch.ops.spikedecoder.spike_attention_lif.default, arguments)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("shape", [(3, 80, 20), (2, 5, 64, 7), (300, 130, 48), (0, 3, 2)], ids=str)
+def test_spike_linear_of_words_is_that_of_their_spikes(shape, backend):
+    *rows, channels, outputs = shape
+    generator = torch.Generator().manual_seed(0)
+    s = (torch.rand(*rows, channels, generator=generator) < 0.3).float()
+    weight, bias = torch.randn(outputs, channels, generator=generator), torch.ones(outputs)
+    upstream = torch.randn(*rows, outputs, generator=generator)
+
+    def run(spikes, call):
+        leaves = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+        y = call(spikes, *leaves)
+        y.backward(upstream)
+        return y.detach(), *(leaf.grad for leaf in leaves)
+
+    with use_backend(backend):
+        words = ops.pack_spikes(s)
+        expected, found = run(s, ops.spike_linear), run(words, ops.spike_linear)
+        torch._dynamo.reset()
+        compiled = run(words, torch.compile(ops.spike_linear, fullgraph=True, backend="aot_eager"))
+        for a, b, c in zip(expected, found, compiled, strict=True):
+            assert torch.equal(a, b) and torch.equal(a, c)
+        with torch.no_grad():
+            assert torch.equal(ops.spike_linear(words, weight, bias), expected[0])
+    leaves = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    torch.library.opcheck(
+        torch.ops.spikedecoder.spike_linear_from_words.default, (words, channels, *leaves, backend)
+    )
+
+
+def test_spike_linear_refuses_words_of_more_channels():
+    """A bit's number is that of a row of the weight: one that there is not is never read."""
+    weight = torch.ones(3, 70)
+    with pytest.raises(ValueError, match=r"s: got int64 of shape \(5, 1\), .* \[\.\.\., 2\] for 70"):
+        ops.spike_linear(torch.zeros(5, 1, dtype=torch.int64), weight)
+    words = torch.zeros(5, 2, dtype=torch.int64)
+    words[3, 1] = 1 << 6
+    with use_backend("cpu"), pytest.raises(ValueError, match="words: bits are set beyond the last channel"):
+        ops.spike_linear(words, weight)
+    with use_backend("reference"):
+        assert not ops.spike_linear(words, weight).any()
+
+
 def test_outputs_do_not_alias_and_inputs_stay():
     for case in cases():
         inputs = make_inputs(case)
@@ -285,7 +328,8 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
             for shape in ((3,), (2, 8), (2, 4, 8), (1, 2, 1, 8))
         ),
         (lambda: ops.spike_linear(X, torch.ones(3, 9)), ValueError, "s: got 8 channels"),
-        (lambda: ops.spike_linear(X.long(), torch.ones(3, 8)), TypeError, "s: got dtype torch.int64"),
+        (lambda: ops.spike_linear(X.int(), torch.ones(3, 8)), TypeError, "s: got dtype torch.int32"),
+        (lambda: ops.spike_linear(X.long(), torch.ones(3, 8)), ValueError, "takes floats, or words"),
         (lambda: ops.spike_linear(X, torch.ones(3, 8), torch.ones(2)), ValueError, r"bias: got shape \(2,\)"),
         (lambda: ops.spike_linear(X, torch.ones(3, 8, device="meta")), ValueError, "different devices"),
         (lambda: ops.spike_attention(Q[:0], Q[:0], Q[:0]), ValueError, "q: got T = 0 timesteps"),

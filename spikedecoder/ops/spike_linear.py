@@ -52,6 +52,22 @@ def _(words, channels, weight, bias, backend):
     return weight.new_empty(*words.shape[:-1], weight.shape[0])
 
 
+def _words_context(ctx, inputs, output):
+    words, ctx.channels, weight, bias, ctx.backend = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(words, weight)
+
+
+def _words_autograd(ctx, grad):
+    words, weight = ctx.saved_tensors
+    wanted = (False, ctx.needs_input_grad[2], ctx.has_bias)
+    _, *grads = backward(grad, words, weight, ctx.channels, grad.dtype, ctx.backend, wanted)
+    return None, None, *grads, None
+
+
+from_words.register_autograd(_words_autograd, setup_context=_words_context)
+
+
 @torch.library.custom_op("spikedecoder::spike_linear_dense_grads", mutates_args=())
 def _dense_grads(grad: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return _impl(grad, tuple(grad.shape), backend).input_and_bias_grad(grad, weight)
@@ -111,6 +127,20 @@ def check_linear(s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check.floating("weight", weight, dims=2)
     if s.shape[-1] != weight.shape[1]:
         raise ValueError(f"s: got {s.shape[-1]} channels (shape {tuple(s.shape)}), takes {weight.shape[1]}")
+    _check_bias(s, weight, bias)
+
+
+def _check_words(s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """s [..., ceil(K / 64)], weight [N, K], bias [N]."""
+    _check.floating("weight", weight, dims=2)
+    words = -(-weight.shape[1] // WORD)
+    if s.dim() < 1 or s.shape[-1] != words:
+        takes = f"floats, or words [..., {words}] for {weight.shape[1]} channels"
+        raise ValueError(f"s: got int64 of shape {tuple(s.shape)}, takes {takes}")
+    _check_bias(s, weight, bias)
+
+
+def _check_bias(s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         _check.floating("bias", bias)
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -152,12 +182,14 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """y = s W^T + b for spikes: a sum of the weight's active columns.
 
     Args:
-        s: spikes [..., K], exactly 0 and 1 (anything else that is not 0 counts as 1 on sparse backends).
+        s: spikes [..., K], exactly 0 and 1 (anything else that is not 0 counts as 1 on sparse backends), or
+            their int64 words [..., ceil(K / 64)], from `pack_spikes` or ``lif(..., packed=True)``: an eighth
+            of a byte a spike in place of 2 or 4.
         weight: [N, K]; bias: [N] or None.
 
     Returns:
-        y [..., N] in the weight's dtype. Gradients to s, weight and bias. Kept for backward: s, as bits
-        on every backend but the reference.
+        y [..., N] in the weight's dtype. Gradients to s (words have none), weight and bias. Kept for
+        backward: s, as bits on every backend but the reference.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -168,9 +200,13 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         and resolve("spike_linear", "cpu", torch.float32, requested_backend()) == "cpu"
     ):
         return module("cpu", "spike_linear").product(s, weight, bias)
-    check_linear(s, weight, bias)
+    packed = isinstance(s, Tensor) and s.dtype == torch.int64
+    (_check_words if packed else check_linear)(s, weight, bias)
     *product, backend = as_product(weight, bias)
     if backend == "reference":
-        return F.linear(s.to(weight.dtype), weight, bias)
+        spikes = _unpack(s, weight.shape[1], weight.dtype, backend) if packed else s.to(weight.dtype)
+        return F.linear(spikes, weight, bias)
+    if packed:
+        return from_words(s, weight.shape[1], *product, backend)
     y, _ = _spike_linear(s, *product, backend)
     return y

@@ -48,11 +48,12 @@ def product(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [..., N] from the spikes' bits: that of `forward`, bit for bit."""
     words = words.contiguous()
-    return Product(words, _count(words), weight, bias)(words)
+    return Product(words, _count(words, channels), weight, bias)(words)
 
 
-def _count(words: Tensor) -> int:
-    return int(native.count(address(words), words.numel(), torch.get_num_threads()))
+def _count(words: Tensor, channels: int) -> int:
+    """How many bits are set, none of them beyond the last channel (ValueError)."""
+    return int(native.count(address(words), _rows(words), channels, torch.get_num_threads()))
 
 
 class Product:
@@ -160,7 +161,7 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
     rows = _rows(words)
     if method is None:
         method = _cost.fastest(
-            rows, channels, out_channels, _count(words), weight_grad=True, dtype=grad.dtype
+            rows, channels, out_channels, _count(words, channels), weight_grad=True, dtype=grad.dtype
         )
     if method == "dense" and not _own_products(grad.dtype):
         s = unpack(words, channels, grad.dtype).view(rows, channels)
