@@ -186,7 +186,7 @@ void gather_rows(const SumRows& a, E* out) {
   const Sums<E> sums{a.source, a.columns, 1, a.columns, a.bias, out, false, false};
   const Sum<E> sum{sums, a.words, words_for(a.bits), a.rows, a.bits};
   const bool nearest = a.bits * a.columns * static_cast<int64_t>(sizeof(float)) <= NEAREST_BYTES;
-  if (nearest && words_for(a.bits) <= MOST_WORDS && a.columns <= MOST_COLUMNS && a.rows >= a.bits) {
+  if (nearest && words_for(a.bits) <= MOST_WORDS && a.columns <= MOST_COLUMNS && a.rows >= 4 * a.bits) {
     sum_by_words(sum, a.threads);
   } else {
     gather_sum(sum, rate_of(a.words, a.rows, a.bits), a.threads);
