@@ -148,7 +148,7 @@ struct Words {
 };
 
 // The number of steps for `n` words, `stride` apart: one standard deviation more than a word's bits in the mean.
-int steps_for(const uint64_t* words, int64_t stride, int64_t n) {
+inline int steps_for(const uint64_t* words, int64_t stride, int64_t n) {
   int64_t sum = 0, squares = 0, steps = 0;
   for (int64_t i = 0; i < n; i++) {
     const int64_t set = __builtin_popcountll(words[i * stride]);
@@ -253,7 +253,7 @@ void sum_panel(const Sums<E>& s, const Words& words, int64_t rows, int64_t first
 constexpr int64_t SHARED = 512;
 
 // For Words, that row behind the 64 of a panel, the others of which are copied to where it begins.
-void end_panel(const Panels& panels, float* to) {
+inline void end_panel(const Panels& panels, float* to) {
   for (int64_t c = 0; c < panels.width(); c += W) store(to + 64 * panels.width() + c, set1(-0.f));
 }
 

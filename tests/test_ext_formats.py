@@ -333,7 +333,8 @@ def test_a_broken_cost_file_is_named(monkeypatch, tmp_path):
 def test_calibration_finds_the_constants_again():
     """Points made from known constants give these constants back, and choices without regret."""
     true = _cost.Costs(
-        *(0.05, 0.3, 0.1, 0.2, 0.01, 0.7, 0.4, 0.03, 0.05, 0.1, 0.3, 0.2, 0.004, 0.3, 0.2, 0.1, 0.003)
+        *(0.05, 0.3, 0.1, 0.2, 0.01, 0.7, 0.4, 0.03, 0.05, 0.1, 0.3, 0.2, 0.004, 0.3, 0.2, 0.1),
+        *(0.003, 9.0, 0.02),
     )
     points = []
     for m, k, n in calibrate.SHAPES:

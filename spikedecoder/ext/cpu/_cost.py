@@ -2,7 +2,8 @@
 
 For M rows of K channels, of which `count` values in all are 1, and N output channels:
 
-    gather       count * (N * add + entry) + M * K * word + M * N * row + K * N * fetch
+    gather       count * (N * add + entry) + M * K * word + M * N * row + K * N * fetch,
+                 of a small weight M * walk + count * N * step
     subset_sums  M * K * N * look_up + K * N * table + M * N * store
     tiles        M * K * (N * (byte or tile) + spread) + K * N * split * (M / 1024, up) + M * N * written
     dense        M * K * N * multiply_add + M * N * row + K * N * panel
@@ -33,10 +34,17 @@ from spikedecoder.ext.cpu import native
 KINDS = ("product", "weight gradient")
 METHODS = ("gather", "subset_sums", "tiles", "dense")
 TILE_ROWS = 1024  # for which the source is split once (csrc/tiles.cpp)
+SMALL_BYTES, SMALL_CHANNELS, SMALL_OUTPUTS = 48 << 10, 256, 128  # of a weight whose spikes' bits are walked
+SMALL_ROWS = 4  # a channel, from which on they are (csrc/spike_linear.cpp)
 BYTES_FROM = 128  # what a sum is over, from which on floats are digits of a byte (csrc/tile_digits.h)
 TILES_MARGIN = 1.25  # gathering is kept up to this: the matrix unit slows down where others use it
 TRANSPOSE = 0.3  # nanoseconds per element, for a weight that does not lie by columns
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
+
+
+def _walks(m: int, k: int, n: int) -> bool:
+    small = 4 * k * n <= SMALL_BYTES and k <= SMALL_CHANNELS and n <= SMALL_OUTPUTS
+    return small and m >= SMALL_ROWS * k
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,14 @@ class Costs:
     written: float = 0.0
     spread: float = 0.0
     byte: float = 0.0
+    walk: float = 0.0
+    step: float = 0.0
 
     def of(self, method: str, m: int, k: int, n: int, count: int, weight_grad: bool) -> float:
         extra = self.bits * m * k if weight_grad else 0.0
         rows, summed = (k, m) if weight_grad else (m, k)
+        if method == "gather" and not weight_grad and _walks(m, k, n):
+            return m * self.walk + count * n * self.step
         if method == "gather":
             sums = count * (n * self.add + self.entry) + rows * summed * self.word + rows * n * self.row
             return sums + summed * n * self.fetch + extra
@@ -78,9 +90,14 @@ class Costs:
         return rows * summed * n * self.multiply_add + rows * n * self.row + summed * n * self.panel + extra
 
 
-_ZEN_4_AVX512 = Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0.0378)
-_ZEN_4_AVX2 = Costs(0.049, 0.0, 0.109, 0.32, 0.0, 0.0, 0.0, 0.0242, 0.0804)
-_ZEN_4_BASELINE = Costs(0.0937, 0.0, 0.169, 0.303, 0.0, 0.0, 0.0, 0.0242, 0.0223)
+# Walking the bits of a small weight's spikes, as Emerald Rapids does.
+_AVX512 = {"walk": 9.0, "step": 0.016}
+_AVX2 = {"walk": 9.0, "step": 0.04}
+_BASELINE = {"walk": 9.0, "step": 0.105}
+
+_ZEN_4_AVX512 = Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0.0378, **_AVX512)
+_ZEN_4_AVX2 = Costs(0.049, 0.0, 0.109, 0.32, 0.0, 0.0, 0.0, 0.0242, 0.0804, **_AVX2)
+_ZEN_4_BASELINE = Costs(0.0937, 0.0, 0.169, 0.303, 0.0, 0.0, 0.0, 0.0242, 0.0223, **_BASELINE)
 
 # By maker and variant, of the product and of the weight gradient: one thread, torch 2.13 with its own BLAS,
 # which used AVX-512 for all rows.
@@ -100,8 +117,9 @@ COSTS = {
                 tile=0.00378,
                 split=0.299,
                 written=0.137,
-                spread=0.1,
+                spread=0.12,
                 byte=0.0023,
+                **_AVX512,
             ),
             Costs(
                 *(0.0348, 0.0, 0.115, 0.37, 0.00691, 1.07, 0.082, 0.0137, 0.00205, 0.166, 0.501, 0.0205),
@@ -113,15 +131,15 @@ COSTS = {
             ),
         ),
         "avx512": (
-            Costs(0.0315, 0.275, 0.414, 0.105, 0.0103, 0.544, 0.174, 0.0169, 0.0, 0.0367, 0.0699),
+            Costs(0.0315, 0.275, 0.414, 0.105, 0.0103, 0.544, 0.174, 0.0169, 0.0, 0.0367, 0.0699, **_AVX512),
             Costs(0.0387, 0.0, 0.103, 0.354, 0.00816, 1.31, 0.0132, 0.0161, 0.0, 0.164, 0.369),
         ),
         "avx2": (
-            Costs(0.0463, 0.397, 0.361, 0.113, 0.0, 0.0, 0.0, 0.0139, 0.0, 0.0535),
+            Costs(0.0463, 0.397, 0.361, 0.113, 0.0, 0.0, 0.0, 0.0139, 0.0, 0.0535, **_AVX2),
             Costs(0.0646, 0.0, 0.106, 0.246, 0.0, 0.0, 0.0, 0.0127, 0.0412, 0.158, 0.274, 0.131),
         ),
         "baseline": (
-            Costs(0.112, 0.0, 0.577, 0.388, 0.0, 0.0, 0.0, 0.0176, 0.0),
+            Costs(0.112, 0.0, 0.577, 0.388, 0.0, 0.0, 0.0, 0.0176, 0.0, **_BASELINE),
             Costs(0.163, 0.0, 0.147, 0.0, 0.0, 0.0, 0.0, 0.0193, 0.0918, 0.133, 0.268, 0.154),
         ),
     },
@@ -216,6 +234,6 @@ def _crossover(
     }
     gather = fixed.pop("gather")
     other = min(fixed, key=fixed.__getitem__)
-    each = n * table.add + table.entry
+    each = (table.of("gather", m, k, n, 1024, weight_grad) + extra.get("gather", 0.0) - gather) / 1024
     least = fixed[other] * (TILES_MARGIN if other == "tiles" else 1.0)
     return ((least - gather) / each if each else math.inf), other
