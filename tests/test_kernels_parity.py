@@ -181,6 +181,18 @@ def test_lif_writes_packed_spikes(shape: tuple[int, ...], dtype: torch.dtype) ->
         assert torch.equal(last, v)
 
 
+@pytest.mark.parametrize("channels", [20, 64, 100])
+def test_spike_linear_of_words_is_that_of_their_spikes(channels: int) -> None:
+    s, grad = (random(9, channels) > 0.5).float(), random(9, 33, seed=1)
+    found = []
+    with ops.use_backend("triton"):
+        for spikes in (s, ops.pack_spikes(s)):
+            leaves = [random(33, channels, seed=2).requires_grad_(), random(33, seed=3).requires_grad_()]
+            y = ops.spike_linear(spikes, *leaves)
+            found.append((y.detach(), *torch.autograd.grad(y, leaves, grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_lif_takes_strides_repeats_and_what_is_not_a_number() -> None:
     special = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0], [0.0, 0.0, 0.0, 1e38]])
     for x in (
