@@ -20,8 +20,8 @@ constexpr int DIGITS = 3;      // of a number
 constexpr int64_t DIGITS_PAY = 128;  // bits of a slice from which on they are faster than parts: their sums come dearer
 
 // How many times their geometric mean the largest number of a column may be, as a power of two: numbers of the usual
-// size keep 23 bits but these. Weights are alike (5 times their mean, where they are trained or freshly drawn). Gradients
-// range wider, and a step on them wants no more than half of a float's bits.
+// size keep 23 bits but these. Gradients range wider than weights, and a step on them wants no more than half of a
+// float's bits.
 constexpr int LIKE_WEIGHTS = 6, LIKE_GRADIENTS = 10;
 
 using Counts = int32_t[DIGITS * 2][SIDE][SIDE];
