@@ -1,4 +1,4 @@
-// The Python module spikedecoder._C: operators and runtime; bindings_decode.cpp and bindings_memory.cpp hold the rest.
+// The Python module spikedecoder._C: operators and runtime; the other bindings_*.cpp hold the rest.
 #include <pybind11/stl.h>
 
 #include <cmath>
@@ -41,27 +41,6 @@ Threshold make_threshold(double value, uintptr_t values, int kind) {
   t.value = static_cast<float>(value);
   t.values = kind ? array<const float>(values, 1, "threshold") : nullptr;
   return t;
-}
-
-Element make_element(int type, int most) {
-  require(type >= 0 && type <= most, "type: takes 0 (float32), 1 (bfloat16), or 2 (byte) or 3 (bits) where they can be");
-  return static_cast<Element>(type);
-}
-
-// An array of float32, bfloat16, bytes, or rows of bits.
-const void* typed_array(uintptr_t address, Element type, int64_t rows, int64_t columns, const char* name) {
-  const int64_t n = elements({rows, columns});
-  switch (type) {
-    case Element::float32: return array<const float>(address, n, name);
-    case Element::bfloat16: return array<const uint16_t>(address, n, name);
-    case Element::byte: return array<const uint8_t>(address, n, name);
-    case Element::bits: break;
-  }
-  return array<const uint64_t>(address, n, name);
-}
-
-void* typed_output(uintptr_t address, Element type, int64_t rows, int64_t columns, const char* name) {
-  return const_cast<void*>(typed_array(address, type, rows, columns, name));
 }
 
 void bind_lif(py::module_& m) {
@@ -234,78 +213,6 @@ void bind_attention(py::module_& m) {
   });
 }
 
-SumRows make_sum_rows(uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int out_type, int64_t rows,
-                      int64_t bits, int64_t columns, int threads) {
-  const Element type = make_element(out_type, 1);
-  return {array<const uint64_t>(words, elements({rows, words_for(bits)}), "words"),
-          array<const float>(source, elements({bits, columns}), "source"),
-          optional_array<const float>(bias, "bias"),
-          typed_output(out, type, rows, columns, "out"), type, rows, bits, columns,
-          checked_threads(threads)};
-}
-
-void bind_spike_linear(py::module_& m) {
-  m.def("gather_few", [](uintptr_t s, uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows,
-                         int64_t bits, int64_t columns, int threads) {
-    require(bits <= 65536, "bits: takes at most 65536");
-    run(kernels().gather_few,
-        GatherFew{array<const float>(s, elements({rows, bits}), "s"),
-                  optional_array<uint64_t>(words, "words"),
-                  array<const float>(source, elements({bits, columns}), "source"),
-                  optional_array<const float>(bias, "bias"), array<float>(out, elements({rows, columns}), "out"), rows,
-                  bits, columns, checked_threads(threads)});
-  });
-  const auto def_sum = [&](const char* name, auto kernel) {
-    m.def(name, [kernel](uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int out_type, int64_t rows,
-                         int64_t bits, int64_t columns, int threads) {
-      run(kernels().*kernel, make_sum_rows(words, source, bias, out, out_type, rows, bits, columns, threads));
-    });
-  };
-  def_sum("gather", &Kernels::gather);
-  def_sum("subset_sums", &Kernels::subset_sums);
-  def_sum("tile_sums", &Kernels::tile_sums);
-  const auto def_weight_grad = [&](const char* name, auto kernel) {
-    m.def(name, [kernel](uintptr_t words, uintptr_t grad, int grad_type, uintptr_t grad_weight, int64_t M, int64_t K,
-                         int64_t N, int threads) {
-      const Element type = make_element(grad_type, 1);
-      const WeightGrad a{array<const uint64_t>(words, elements({M, words_for(K)}), "words"),
-                         typed_array(grad, type, M, N, "grad"), type,
-                         array<float>(grad_weight, elements({N, K}), "grad_weight"), M, K, N, checked_threads(threads)};
-      run(kernels().*kernel, a);
-    });
-  };
-  def_weight_grad("gather_weight_grad", &Kernels::gather_weight_grad);
-  def_weight_grad("subset_sums_weight_grad", &Kernels::subset_sums_weight_grad);
-  def_weight_grad("tile_weight_grad", &Kernels::tile_weight_grad);
-  def_weight_grad("matmul_weight_grad", &Kernels::matmul_weight_grad);
-  m.def("matmul", [](uintptr_t a, int a_type, uintptr_t b, int b_type, uintptr_t bias, uintptr_t c, int c_type,
-                     uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads) {
-    const Element of_a = make_element(a_type, 3), of_b = make_element(b_type, 1), of_c = make_element(c_type, 1);
-    require(of_a != Element::byte, "a_type: takes 0 (float32), 1 (bfloat16) or 3 (bits)");
-    const Matmul p{typed_array(a, of_a, M, of_a == Element::bits ? words_for(K) : K, "a"),
-                   typed_array(b, of_b, K, N, "b"), optional_array<const float>(bias, "bias"),
-                   typed_output(c, of_c, M, N, "c"),
-                   optional_array<float>(a_sums, "a_sums"), of_a, of_b, of_c, M, K, N,
-                   checked_threads(threads)};
-    run(kernels().matmul, p);
-  });
-  m.def("transpose", [](uintptr_t x, uintptr_t out, int64_t rows, int64_t columns, int threads) {
-    const int64_t n = elements({rows, columns});
-    Transpose a{array<const float>(x, n, "x"), array<float>(out, n, "out"), rows, columns, checked_threads(threads)};
-    run(kernels().transpose, a);
-  });
-  m.def("count", [](uintptr_t words, int64_t rows, int64_t bits, int threads) {
-    const int64_t stride = words_for(bits), n = elements({rows, stride});
-    const uint64_t* const first = array<const uint64_t>(words, n, "words");
-    uint64_t stray = 0;  // kernels take a bit's number for that of a row of the weight
-    for (int64_t r = 0; bits % 64 && r < rows; r++) stray |= first[(r + 1) * stride - 1] >> (bits % 64);
-    require(!stray, "words: bits are set beyond the last channel");
-    int64_t set = 0;
-    run(kernels().count_bits, CountBits{first, n, &set, checked_threads(threads)});
-    return set;
-  });
-}
-
 // Who made this CPU: what its kernels' costs go by (spikedecoder/ext/cpu/_cost.py).
 const char* cpu_vendor() {
 #if defined(SPIKEDECODER_X86)
@@ -383,7 +290,7 @@ PYBIND11_MODULE(_C, m) {
   bind_lif(m);
   bind_norm_lif(m);
   bind_pack(m);
-  bind_spike_linear(m);
+  bind_linear(m);
   bind_attention(m);
   bind_decode(m);
   bind_memory(m);

@@ -14,6 +14,7 @@ namespace py = pybind11;
 using namespace spikedecoder;
 
 void bind_decode(py::module_& m);
+void bind_linear(py::module_& m);
 void bind_memory(py::module_& m);
 
 constexpr int64_t kMostElements = int64_t{1} << 46;
@@ -44,6 +45,27 @@ T* array(uintptr_t address, int64_t n, const char* name) {
 template <class T>
 T* optional_array(uintptr_t address, const char* name) {
   return address ? array<T>(address, 1, name) : nullptr;
+}
+
+inline Element make_element(int type, int most) {
+  require(type >= 0 && type <= most, "type: takes 0 (float32), 1 (bfloat16), or 2 (byte) or 3 (bits) where they can be");
+  return static_cast<Element>(type);
+}
+
+// An array of float32, bfloat16, bytes, or rows of bits.
+inline const void* typed_array(uintptr_t address, Element type, int64_t rows, int64_t columns, const char* name) {
+  const int64_t n = elements({rows, columns});
+  switch (type) {
+    case Element::float32: return array<const float>(address, n, name);
+    case Element::bfloat16: return array<const uint16_t>(address, n, name);
+    case Element::byte: return array<const uint8_t>(address, n, name);
+    case Element::bits: break;
+  }
+  return array<const uint64_t>(address, n, name);
+}
+
+inline void* typed_output(uintptr_t address, Element type, int64_t rows, int64_t columns, const char* name) {
+  return const_cast<void*>(typed_array(address, type, rows, columns, name));
 }
 
 inline int checked_threads(int threads) {

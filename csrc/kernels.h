@@ -102,11 +102,12 @@ struct Pack {
   int threads;
 };
 
-// `count` gets the number of bits set in n words.
+// `count` gets the number of bits set in words [rows, words_for(C)], `stray` those beyond channel C of any row.
 struct CountBits {
   const uint64_t* words;
-  int64_t n;
   int64_t* count;
+  uint64_t* stray;
+  int64_t rows, C;
   int threads;
 };
 

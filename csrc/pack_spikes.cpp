@@ -44,15 +44,25 @@ void pack(const Pack& a) {
 }
 
 void count_bits(const CountBits& a) {
-  const int threads = threads_for(0.4 * static_cast<double>(a.n), a.threads);
+  const int64_t words = words_for(a.C);
+  const uint64_t beyond = a.C % 64 ? ~uint64_t{0} << a.C % 64 : 0;
+  const int threads = threads_for(0.4 * static_cast<double>(a.rows * words), a.threads);
   int64_t total = 0;
+  uint64_t stray = 0;
   parallel(threads, [&](int thread, int all) {
-    const Range mine = share(a.n, thread, all);
+    const Range rows = share(a.rows, thread, all);
+    const uint64_t* word = a.words + rows.begin * words;
     int64_t set = 0;
-    for (int64_t i = mine.begin; i < mine.end; i++) set += __builtin_popcountll(a.words[i]);
+    uint64_t last = 0;
+    for (int64_t r = rows.begin; r < rows.end; r++) {
+      for (int64_t w = 0; w < words; w++) set += __builtin_popcountll(*word++);
+      if (words) last |= word[-1];
+    }
     __atomic_fetch_add(&total, set, __ATOMIC_RELAXED);
+    __atomic_fetch_or(&stray, last & beyond, __ATOMIC_RELAXED);
   });
   *a.count = total;
+  *a.stray = stray;
 }
 
 namespace {

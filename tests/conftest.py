@@ -87,16 +87,21 @@ def poisoned_empty_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """An output element that an operator forgets to write is NaN, or the largest integer; never a lucky 0.
 
     torch fills `empty`, `empty_like`, `new_empty` and `empty_strided` only while it is deterministic as well.
-    That is done below Python, so it holds inside torch.compile and for memory that torch itself asks for.
+    That is done below Python, so it holds inside torch.compile and for memory that torch itself asks for. The
+    CPU backend's results are torch's meanwhile (`ext/cpu/_memory.py`).
     """
     if not (request.node.get_closest_marker("poison_empty") or _is_operator_test(request.path)):
         yield
         return
+    from spikedecoder.ext import cpu
+
     fill = torch.utils.deterministic.fill_uninitialized_memory
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
+    keeps, cpu.KEEPS_FREED_MEMORY = cpu.KEEPS_FREED_MEMORY, False
     yield
+    cpu.KEEPS_FREED_MEMORY = keeps
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -143,10 +143,14 @@ def test_a_bias_gradient_does_not_depend_on_which_thread_took_what():
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+def fastest(m, k, n, count, weight_grad=False, dtype=torch.float32):
+    return _cost.crossover(_cost.native.variant(), m, k, n, weight_grad, False, dtype).method(count)
+
+
 def test_the_cost_model_chooses_by_rate():
     native.use_variant(native.variants()[0])
     shape = (8192, 1280, 80)
-    sparse, full = (_cost.fastest(*shape, int(rate * 8192 * 1280)) for rate in (0.01, 1.0))
+    sparse, full = (fastest(*shape, int(rate * 8192 * 1280)) for rate in (0.01, 1.0))
     assert sparse == "gather"
     assert full != "gather"
 
@@ -169,7 +173,7 @@ def cpu_of(monkeypatch):
 
 
 def forget_costs():
-    for cached in (_cost.costs, _cost.costs_of, _cost._crossover):
+    for cached in (_cost.costs, _cost.costs_of, _cost.crossover):
         cached.cache_clear()
 
 
@@ -218,15 +222,15 @@ MEASURED = {
 )
 def test_the_choice_is_what_was_measured(cpu_of, cpu, shape, rate, weight_grad, best):
     cpu_of(*cpu)
-    assert _cost.fastest(*shape, int(rate * shape[0] * shape[1]), weight_grad) == best
+    assert fastest(*shape, int(rate * shape[0] * shape[1]), weight_grad) == best
 
 
 def test_bfloat16_is_dense_sooner_where_the_cpu_multiplies_it(cpu_of):
     case = (8192, 80, 1280, int(0.5 * 8192 * 80))
     for vendor, options in (("amd", {"pairs": True}), ("intel", {"pairs": True, "tiles": True})):
         cpu_of(vendor, **options)
-        assert _cost.fastest(*case, dtype=torch.bfloat16) == "dense"
-        assert _cost.fastest(*case) != "dense"
+        assert fastest(*case, dtype=torch.bfloat16) == "dense"
+        assert fastest(*case) != "dense"
 
 
 def _matrix_unit():
@@ -308,7 +312,8 @@ def test_bfloat16_products_are_right_whoever_computes_them(monkeypatch, tiles):
     y, words = spike_linear.forward(s, weight, bias, "dense")
     expected = (s.float() @ weight.float().t() + 1).bfloat16()
     assert torch.equal(y, expected)
-    assert torch.equal(spike_linear.Product(words, 0, weight, bias, "dense")(words), expected)
+    way = spike_linear.way_of(words, weight, "dense")
+    assert torch.equal(spike_linear.multiply(words, 0, weight, bias, way), expected)
     assert torch.equal(
         spike_linear.weight_grad(words, 70, grad, "dense"), (grad.float().t() @ s.float()).bfloat16()
     )

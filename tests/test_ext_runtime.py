@@ -61,17 +61,21 @@ def test_a_variant_that_the_cpu_lacks_is_an_error(monkeypatch):
 
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_of_large_results(dtype, monkeypatch):
+def test_memory_of_results(dtype, monkeypatch):
     """Aligned; freed with the last tensor, or when none was made of it; torch's where malloc is not tuned."""
     from spikedecoder.ext import cpu
     from spikedecoder.ext.cpu import _memory
 
-    shape, size = (3, _memory.LARGE, 2), 3 * _memory.LARGE * 2 * dtype.itemsize
+    large = 1 << 20
+    shape, size = (3, large, 2), 3 * large * 2 * dtype.itemsize
     monkeypatch.setattr(cpu, "KEEPS_FREED_MEMORY", True)
     x = _memory.empty(shape, dtype)
     assert (x.shape, x.dtype, x.is_contiguous(), x.data_ptr() % 64) == (shape, dtype, True, 0)
     view = x.fill_(3)[2, -1]
     del x
+    for small in ((), (5, 0), (1, 3)):
+        y = _memory.empty(small, dtype)
+        assert (y.shape, y.dtype, y.is_contiguous(), y.data_ptr() % 64) == (small, dtype, True, 0)
     again = _memory.empty(shape, dtype)
     assert torch.equal(view, torch.tensor([3, 3], dtype=dtype))
     del again
@@ -87,7 +91,7 @@ def test_memory_of_large_results(dtype, monkeypatch):
     with pytest.raises(RuntimeError, match="resizable"):
         _memory.empty(shape, dtype).resize_(2 * size)
     monkeypatch.setattr(cpu, "KEEPS_FREED_MEMORY", False)
-    assert _memory.empty(shape, dtype).resize_(7, 2 * _memory.LARGE).shape == (7, 2 * _memory.LARGE)
+    assert _memory.empty(shape, dtype).resize_(7, 2 * large).shape == (7, 2 * large)
 
 
 @needs_extension

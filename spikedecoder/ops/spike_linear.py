@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikedecoder.ops import _check
-from spikedecoder.ops._direct import unwatched
+from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, module, requested_backend, resolve, select
 from spikedecoder.ops.pack_spikes import WORD, _unpack
 
@@ -17,9 +17,11 @@ def _impl(x: Tensor, shape: tuple[int, ...], backend: str):
     return select("spike_linear", Call(x.device, x.dtype, shape), backend)
 
 
-@torch.library.custom_op("spikedecoder::spike_linear", mutates_args=())
-def _spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(s: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     return _impl(weight, tuple(s.shape), backend).forward(s, weight, bias)
+
+
+_spike_linear = torch.library.custom_op("spikedecoder::spike_linear", _forward, mutates_args=())
 
 
 @_spike_linear.register_fake
@@ -28,18 +30,7 @@ def _(s, weight, bias, backend):
     return y, s.new_empty(*s.shape[:-1], -(-s.shape[-1] // WORD), dtype=torch.int64)
 
 
-@torch.library.custom_op("spikedecoder::spike_linear_weight_grad", mutates_args=())
-def _weight_grad(words: Tensor, channels: int, grad: Tensor, backend: str) -> Tensor:
-    return _impl(grad, (*grad.shape[:-1], channels), backend).weight_grad(words, channels, grad)
-
-
-@_weight_grad.register_fake
-def _(words, channels, grad, backend):
-    return grad.new_empty(grad.shape[-1], channels)
-
-
-@torch.library.custom_op("spikedecoder::spike_linear_from_words", mutates_args=())
-def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """y [..., N] from the spikes' bits: that of `spike_linear`, bit for bit."""
     impl = _impl(weight, (*words.shape[:-1], channels), backend)
     if hasattr(impl, "from_words"):
@@ -47,30 +38,31 @@ def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None
     return impl.forward(_unpack(words, channels, weight.dtype, "auto"), weight, bias)[0]
 
 
+from_words = torch.library.custom_op("spikedecoder::spike_linear_from_words", _from_words, mutates_args=())
+
+
 @from_words.register_fake
 def _(words, channels, weight, bias, backend):
     return weight.new_empty(*words.shape[:-1], weight.shape[0])
 
 
-def _words_context(ctx, inputs, output):
-    words, ctx.channels, weight, bias, ctx.backend = inputs
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(words, weight)
+def _weight(words: Tensor, channels: int, grad: Tensor, backend: str) -> Tensor:
+    return _impl(grad, (*grad.shape[:-1], channels), backend).weight_grad(words, channels, grad)
 
 
-def _words_autograd(ctx, grad):
-    words, weight = ctx.saved_tensors
-    wanted = (False, ctx.needs_input_grad[2], ctx.has_bias)
-    _, *grads = backward(grad, words, weight, ctx.channels, grad.dtype, ctx.backend, wanted)
-    return None, None, *grads, None
+_weight_grad = torch.library.custom_op("spikedecoder::spike_linear_weight_grad", _weight, mutates_args=())
 
 
-from_words.register_autograd(_words_autograd, setup_context=_words_context)
+@_weight_grad.register_fake
+def _(words, channels, grad, backend):
+    return grad.new_empty(grad.shape[-1], channels)
 
 
-@torch.library.custom_op("spikedecoder::spike_linear_dense_grads", mutates_args=())
-def _dense_grads(grad: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _dense(grad: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return _impl(grad, tuple(grad.shape), backend).input_and_bias_grad(grad, weight)
+
+
+_dense_grads = torch.library.custom_op("spikedecoder::spike_linear_dense_grads", _dense, mutates_args=())
 
 
 @_dense_grads.register_fake
@@ -78,9 +70,13 @@ def _(grad, weight, backend):
     return grad.new_empty(*grad.shape[:-1], weight.shape[1]), grad.new_empty(weight.shape[0])
 
 
-@torch.library.custom_op("spikedecoder::spike_linear_weight_and_bias_grad", mutates_args=())
-def _weight_and_bias_grad(words: Tensor, channels: int, grad: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _weight_and_bias(words: Tensor, channels: int, grad: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return _impl(grad, (*grad.shape[:-1], channels), backend).weight_and_bias_grad(words, channels, grad)
+
+
+_weight_and_bias_grad = torch.library.custom_op(
+    "spikedecoder::spike_linear_weight_and_bias_grad", _weight_and_bias, mutates_args=()
+)
 
 
 @_weight_and_bias_grad.register_fake
@@ -88,18 +84,23 @@ def _(words, channels, grad, backend):
     return grad.new_empty(grad.shape[-1], channels), grad.new_empty(grad.shape[-1])
 
 
-def backward(grad, words, weight, channels, dtype, backend, wanted):
+_OPERATORS = _dense_grads, _weight_grad, _weight_and_bias_grad
+_FUNCTIONS = _dense, _weight, _weight_and_bias
+
+
+def backward(grad, words, weight, channels, dtype, backend, wanted, parts=_OPERATORS):
     """Gradients of (s in `dtype`, weight, bias) from that of y, None for those that nobody wants."""
     impl = _impl(grad, (*grad.shape[:-1], channels), backend)
+    dense_grads, weight_grad, weight_and_bias_grad = parts
     grad_s = grad_weight = grad_bias = None
     if wanted[0] and hasattr(impl, "input_and_bias_grad"):
-        grad_s, grad_bias = _dense_grads(grad, weight, backend)
+        grad_s, grad_bias = dense_grads(grad, weight, backend)
     elif wanted[0]:
         grad_s = grad @ weight
     if wanted[1] and wanted[2] and hasattr(impl, "weight_and_bias_grad"):
-        grad_weight, grad_bias = _weight_and_bias_grad(words, channels, grad, backend)
+        grad_weight, grad_bias = weight_and_bias_grad(words, channels, grad, backend)
     elif wanted[1]:
-        grad_weight = _weight_grad(words, channels, grad, backend)
+        grad_weight = weight_grad(words, channels, grad, backend)
     if wanted[2] and grad_bias is None:
         grad_bias = grad.flatten(0, -2).sum(0)
     return None if grad_s is None else grad_s.to(dtype), grad_weight, grad_bias if wanted[2] else None
@@ -110,15 +111,40 @@ def _setup_context(ctx, inputs, output):
     ctx.channels, ctx.has_bias, ctx.dtype = s.shape[-1], bias is not None, s.dtype
     ctx.save_for_backward(output[1], weight)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad, _grad_words):
+def _gradients(ctx, grad, parts):
+    if grad is None:
+        return (None,) * 4
     words, weight = ctx.saved_tensors
     wanted = (*ctx.needs_input_grad[:2], ctx.has_bias)
-    return *backward(grad, words, weight, ctx.channels, ctx.dtype, ctx.backend, wanted), None
+    return *backward(grad, words, weight, ctx.channels, ctx.dtype, ctx.backend, wanted, parts), None
 
 
-_spike_linear.register_autograd(_autograd, setup_context=_setup_context)
+_spike_linear.register_autograd(
+    lambda ctx, grad, _: _gradients(ctx, grad, _OPERATORS), setup_context=_setup_context
+)
+_direct = direct(_forward, _setup_context, lambda ctx, grad, _: _gradients(ctx, grad, _FUNCTIONS))
+
+
+def _words_context(ctx, inputs, output):
+    words, ctx.channels, weight, bias, ctx.backend = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(words, weight)
+
+
+def _words_gradients(ctx, grad, parts):
+    words, weight = ctx.saved_tensors
+    wanted = (False, ctx.needs_input_grad[2], ctx.has_bias)
+    _, *grads = backward(grad, words, weight, ctx.channels, grad.dtype, ctx.backend, wanted, parts)
+    return None, None, *grads, None
+
+
+from_words.register_autograd(
+    lambda ctx, grad: _words_gradients(ctx, grad, _OPERATORS), setup_context=_words_context
+)
+_direct_words = direct(_from_words, _words_context, lambda ctx, grad: _words_gradients(ctx, grad, _FUNCTIONS))
 
 
 def check_linear(s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -156,16 +182,16 @@ def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
     return weight.to(dtype), None if bias is None else bias.to(dtype), backend
 
 
-def _bare(*tensors: Tensor | None) -> bool:
+def _bare(s: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a call's result is all that is wanted: no gradient, no trace, tensors that are what they seem.
 
     Then the dispatcher, which for one token takes as long as the kernel, can be passed by.
     """
-    if not unwatched(*tensors) or torch.is_autocast_enabled("cpu"):
+    if not unwatched(s, weight, bias) or torch.is_autocast_enabled("cpu"):
         return False
     learns = torch.is_grad_enabled()
-    for x in tensors:
-        if x is None:
+    for x in (s, weight, bias):
+        if x is None or (x is s and x.dtype == torch.int64 and x.is_cpu):
             continue
         if x.dtype != torch.float32 or x.is_neg() or (learns and x.requires_grad) or not x.is_cpu:
             return False
@@ -173,9 +199,12 @@ def _bare(*tensors: Tensor | None) -> bool:
 
 
 def _fits(s: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `check_linear` has nothing to say of the shapes."""
-    n, k = weight.shape if weight.dim() == 2 else (-1, -1)
-    return s.dim() > 0 and s.shape[-1] == k and (bias is None or bias.shape == (n,))
+    """Whether `check_linear`, or `_check_words`, has nothing to say of the shapes."""
+    if weight.dim() != 2 or s.dim() < 1:
+        return False
+    n, k = weight.shape
+    last = -(-k // WORD) if s.dtype == torch.int64 else k
+    return s.shape[-1] == last and (bias is None or bias.shape == (n,))
 
 
 def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -199,14 +228,18 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         and _fits(s, weight, bias)
         and resolve("spike_linear", "cpu", torch.float32, requested_backend()) == "cpu"
     ):
-        return module("cpu", "spike_linear").product(s, weight, bias)
+        impl = module("cpu", "spike_linear")
+        if s.dtype == torch.int64:
+            return impl.from_words(s, weight.shape[1], weight, bias)
+        return impl.product(s, weight, bias)
     packed = isinstance(s, Tensor) and s.dtype == torch.int64
     (_check_words if packed else check_linear)(s, weight, bias)
     *product, backend = as_product(weight, bias)
     if backend == "reference":
         spikes = _unpack(s, weight.shape[1], weight.dtype, backend) if packed else s.to(weight.dtype)
         return F.linear(spikes, weight, bias)
+    plain = unwatched(s, *product)
     if packed:
-        return from_words(s, weight.shape[1], *product, backend)
-    y, _ = _spike_linear(s, *product, backend)
+        return (_direct_words if plain else from_words)(s, weight.shape[1], *product, backend)
+    y, _ = (_direct if plain else _spike_linear)(s, *product, backend)
     return y

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -206,25 +206,37 @@ def _methods(variant: str) -> tuple[str, ...]:
     return tuple(method for method in METHODS if method not in lacking)
 
 
-def fastest(
-    m: int,
-    k: int,
-    n: int,
-    count: int,
-    weight_grad: bool = False,
-    transposed: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> str:
-    """One of METHODS, for s [m, k] with `count` ones and weight [n, k]; `transposed`: if it has to be."""
-    most, other = _crossover(native.variant(), m, k, n, weight_grad, transposed, dtype)
-    return "gather" if count <= most else other
+class Way(NamedTuple):
+    """Gathering up to `most` set bits, beyond that the method of this number in METHODS."""
+
+    most: int
+    other: int
+    torch_dense: bool  # whether that is dense, by torch's product
+
+    def method(self, count: int) -> str:
+        return METHODS[self.other] if count > self.most else "gather"
+
+    def by_torch(self, count: int) -> bool:
+        return self.torch_dense and count > self.most
+
+
+def own_products(variant: str, dtype: torch.dtype) -> bool:
+    """Whether the dense kernel is as fast as torch's: it has been written for AVX-512, and not for the matrix
+    unit that multiplies bfloat16 in some CPUs."""
+    return variant in ("amx", "avx512") and not (dtype == torch.bfloat16 and has_tiles())
+
+
+def only(method: str, dtype: torch.dtype) -> Way:
+    """One method for any number of set bits."""
+    return Way(-1, METHODS.index(method), method == "dense" and not own_products(native.variant(), dtype))
 
 
 @functools.lru_cache(maxsize=1024)
-def _crossover(
+def crossover(
     variant: str, m: int, k: int, n: int, weight_grad: bool, transposed: bool, dtype: torch.dtype
-) -> tuple[float, str]:
-    """(ones up to which gathering is the fastest, what is beyond): the others do not depend on ones."""
+) -> Way:
+    """The fastest way for s [m, k] and weight [n, k]; `transposed`: if it has to be. All but gathering take
+    as long for any number of set bits."""
     table = costs_of(variant, dtype, weight_grad)
     by_columns = ("gather", "subset_sums", "tiles")
     extra = dict.fromkeys(by_columns, TRANSPOSE * k * n) if transposed else {}
@@ -236,4 +248,7 @@ def _crossover(
     other = min(fixed, key=fixed.__getitem__)
     each = (table.of("gather", m, k, n, 1024, weight_grad) + extra.get("gather", 0.0) - gather) / 1024
     least = fixed[other] * (TILES_MARGIN if other == "tiles" else 1.0)
-    return ((least - gather) / each if each else math.inf), other
+    most = min((least - gather) / each, m * k) if each else m * k
+    return Way(
+        max(-1, int(most)), METHODS.index(other), other == "dense" and not own_products(variant, dtype)
+    )

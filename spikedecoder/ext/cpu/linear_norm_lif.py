@@ -10,7 +10,7 @@ from spikedecoder.ext.cpu import norm_lif
 from spikedecoder.ext.cpu._arguments import floats_on_cpu
 from spikedecoder.ext.cpu._memory import empty
 from spikedecoder.ext.cpu.pack_spikes import pack_and_count
-from spikedecoder.ext.cpu.spike_linear import Product
+from spikedecoder.ext.cpu.spike_linear import multiply, way_of
 from spikedecoder.params import LIFParams
 
 why_not = floats_on_cpu
@@ -34,12 +34,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(spikes [T, ..., N], mean, rstd, words of s): statistics as in `norm_lif.forward`."""
     words, count = pack_and_count(s)
-    product = Product(words, count, linear_weight, linear_bias)
-    dtype, shape = linear_weight.dtype, torch.Size((*s.shape[:-1], product.outputs))
+    way, outputs = way_of(words, linear_weight), len(linear_weight)
+    dtype, shape = linear_weight.dtype, torch.Size((*s.shape[:-1], outputs))
     rows = shape[1:-1].numel()
-    at_once = max(1, NEAR // max(1, shape[0] * product.outputs * dtype.itemsize))
+    at_once = max(1, NEAR // max(1, shape[0] * outputs * dtype.itemsize))
     if rows <= at_once:
-        return *norm_lif.forward(product(words), weight, bias, mean, rstd, eps, threshold, p), words
+        current = multiply(words, count, linear_weight, linear_bias, way)
+        return *norm_lif.forward(current, weight, bias, mean, rstd, eps, threshold, p), words
     spikes = empty(shape, dtype)
     flat, bits = spikes.flatten(1, -2), words.flatten(1, -2)
     of_rows = None
@@ -48,7 +49,7 @@ def forward(
     found = []
     for begin in range(0, rows, at_once):
         part = slice(begin, begin + at_once)
-        current = product(bits[:, part].contiguous())
+        current = multiply(bits[:, part].contiguous(), count, linear_weight, linear_bias, way)
         own = threshold if of_rows is None else of_rows[part]
         found.append(norm_lif.forward(current, weight, bias, mean, rstd, eps, own, p, flat[:, part])[1:])
     if mean is None or rstd is None:

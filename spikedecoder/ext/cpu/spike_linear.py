@@ -18,6 +18,7 @@ from spikedecoder.ext.cpu.pack_spikes import pack_and_count, unpack
 why_not = floats_on_cpu
 
 FEW_ROWS = 32
+UNKNOWN = -1  # how many bits are set, which the kernel's caller then counts
 _ROUNDED_ONCE = 2048  # channels up to which a kernel's bfloat16 output was summed in float32 throughout
 
 
@@ -34,10 +35,10 @@ def forward(
         words = torch.empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
         return _few_rows(s, weight, bias, words), words
     words, count = pack_and_count(s)
-    product = Product(words, count, weight, bias, method)
-    if product.by_torch and s.dtype == weight.dtype:
-        return F.linear(s, weight, bias), words  # what `product` would unpack
-    return product(words), words
+    way = way_of(words, weight, method)
+    if way.by_torch(count) and s.dtype == weight.dtype:
+        return F.linear(s, weight, bias), words  # what `multiply` would unpack
+    return multiply(words, count, weight, bias, way), words
 
 
 def product(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,62 +49,53 @@ def product(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [..., N] from the spikes' bits: that of `forward`, bit for bit."""
     words = words.contiguous()
-    return Product(words, _count(words, channels), weight, bias)(words)
+    return multiply(words, UNKNOWN, weight, bias, way_of(words, weight))
+
+
+def way_of(words: Tensor, weight: Tensor, method: str | None = None) -> _cost.Way:
+    """The fastest way to multiply all of these words, or that of a method."""
+    n, k = weight.shape
+    if method is not None:
+        return _cost.only(method, weight.dtype)
+    return _cost.crossover(
+        native.variant(), _rows(words, k), k, n, False, not _lies_by_columns(weight), weight.dtype
+    )
+
+
+def multiply(words: Tensor, count: int, weight: Tensor, bias: Tensor | None, way: _cost.Way) -> Tensor:
+    """y [..., N] in the weight's dtype, from all words that `way` is for, whose set bits are `count`, or from
+    some rows of them: the same numbers, bit for bit. An UNKNOWN count is for all of them."""
+    n, k = weight.shape
+    dtype = weight.dtype
+    if dtype != torch.float32 or way.torch_dense:  # for us to know
+        count = _count(words, k) if count == UNKNOWN else count
+        if way.by_torch(count):
+            return F.linear(unpack(words, k, dtype), weight, bias)
+    method = None if dtype == torch.float32 else way.method(count)
+    by_columns = _lies_by_columns(weight)
+    source, bias = dense(weight.t() if by_columns else weight), None if bias is None else dense(bias)
+    shape = list(words.shape)  # to cut a torch.Size takes longer
+    shape[-1] = n
+    whole = method is None or k <= _ROUNDED_ONCE or method in ("tiles", "dense")
+    y = empty(shape, dtype if whole else torch.float32)
+    sizes = (_rows(words, k), k, n, torch.get_num_threads())
+    if method == "dense":
+        _matmul(words, BITS, same(weight.t()), bias, y, None, sizes)
+    else:
+        native.spike_linear(
+            *(address(words), count, way.most, way.other, address(source), by_columns, address(bias)),
+            *(address(y), ELEMENTS[y.dtype], *sizes),
+        )
+    return y if whole else y.to(dtype)
 
 
 def _count(words: Tensor, channels: int) -> int:
     """How many bits are set, none of them beyond the last channel (ValueError)."""
-    return int(native.count(address(words), _rows(words), channels, torch.get_num_threads()))
+    return int(native.count(address(words), _rows(words, channels), channels, torch.get_num_threads()))
 
 
-class Product:
-    """A weight's product with spikes, in the way that is the fastest for all of `words`, whose set bits are
-    `count`. Called with some of their rows it gives the same numbers, bit for bit."""
-
-    def __init__(
-        self, words: Tensor, count: int, weight: Tensor, bias: Tensor | None, method: str | None = None
-    ) -> None:
-        self.weight, self.bias = weight, bias
-        self.outputs, self.channels = weight.shape
-        if method is None:
-            sizes = (_rows(words), self.channels, self.outputs, count)
-            method = _cost.fastest(*sizes, transposed=not _is_by_columns(weight), dtype=weight.dtype)
-        self.method = method
-        self.by_torch = method == "dense" and not _own_products(weight.dtype)
-        if not self.by_torch:
-            self.bias = None if bias is None else dense(bias)
-            columns = by_columns(weight)
-            self.columns = columns.to(weight.dtype) if method == "dense" else columns
-
-    def __call__(self, words: Tensor) -> Tensor:
-        """y [..., N] in the weight's dtype."""
-        dtype = self.weight.dtype
-        if self.by_torch:
-            return F.linear(unpack(words, self.channels, dtype), self.weight, self.bias)
-        whole = self.channels <= _ROUNDED_ONCE or self.method in ("tiles", "dense")
-        y = empty((*words.shape[:-1], self.outputs), dtype if whole else torch.float32)
-        sizes = (_rows(words), self.channels, self.outputs, torch.get_num_threads())
-        if self.method == "dense":
-            _matmul(words, BITS, self.columns, self.bias, y, None, sizes)
-        else:
-            kernels = {
-                "gather": native.gather,
-                "subset_sums": native.subset_sums,
-                "tiles": native.tile_sums,
-            }
-            addresses = (address(words), address(self.columns), address(self.bias), address(y))
-            kernels[self.method](*addresses, ELEMENTS[y.dtype], *sizes)
-        return y if whole else y.to(dtype)
-
-
-def _rows(words: Tensor) -> int:
-    return words.numel() // words.shape[-1] if words.shape[-1] else 0
-
-
-def _own_products(dtype: torch.dtype) -> bool:
-    """Whether the dense kernel is as fast as torch's: it has been written for AVX-512, and not for the matrix
-    unit that multiplies bfloat16 in some CPUs."""
-    return native.variant() in ("amx", "avx512") and not (dtype == torch.bfloat16 and _cost.has_tiles())
+def _rows(words: Tensor, channels: int) -> int:
+    return words.numel() // -(-channels // 64) if channels else 0
 
 
 def _matmul(
@@ -125,6 +117,10 @@ def _is_by_columns(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.stride() == (1, weight.shape[0])
 
 
+def _lies_by_columns(weight: Tensor) -> bool:
+    return not weight.is_contiguous() and weight.t().is_contiguous()
+
+
 def _is_few(s: Tensor, weight: Tensor) -> bool:
     return s.numel() <= FEW_ROWS * s.shape[-1] and _is_by_columns(weight)
 
@@ -143,47 +139,29 @@ def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor | No
     return y
 
 
-def by_columns(weight: Tensor) -> Tensor:
-    """weight [N, K] as contiguous float32 [K, N]."""
-    if not weight.is_contiguous() and weight.t().is_contiguous():
-        return dense(weight.detach().t())
-    weight = dense(weight)
-    n, k = weight.shape
-    columns = empty((k, n))
-    native.transpose(address(weight), address(columns), n, k, torch.get_num_threads())
-    return columns
-
-
 def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None = None) -> Tensor:
     """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over rows where each channel spiked."""
     words, grad = words.contiguous(), same(grad)
-    out_channels = grad.shape[-1]
-    rows = _rows(words)
-    if method is None:
-        method = _cost.fastest(
-            rows, channels, out_channels, _count(words, channels), weight_grad=True, dtype=grad.dtype
-        )
-    if method == "dense" and not _own_products(grad.dtype):
-        s = unpack(words, channels, grad.dtype).view(rows, channels)
-        return grad.view(rows, out_channels).t() @ s
-    grad_weight = empty((out_channels, channels))
-    kernel = {
-        "gather": native.gather_weight_grad,
-        "subset_sums": native.subset_sums_weight_grad,
-        "tiles": native.tile_weight_grad,
-        "dense": native.matmul_weight_grad,
-    }[method]
-    kernel(
-        *(address(words), address(grad), ELEMENTS[grad.dtype], address(grad_weight)),
-        *(rows, channels, out_channels, torch.get_num_threads()),
+    rows, n, dtype = _rows(words, channels), grad.shape[-1], grad.dtype
+    if method is not None:
+        way = _cost.only(method, dtype)
+    else:
+        way = _cost.crossover(native.variant(), rows, channels, n, True, False, dtype)
+    count = _count(words, channels) if way.torch_dense else UNKNOWN
+    if way.by_torch(count):
+        return grad.view(rows, n).t() @ unpack(words, channels, dtype).view(rows, channels)
+    grad_weight = empty((n, channels))
+    native.spike_linear_weight_grad(
+        *(address(words), count, way.most, way.other, address(grad), ELEMENTS[dtype], address(grad_weight)),
+        *(rows, channels, n, torch.get_num_threads()),
     )
-    return grad_weight.to(grad.dtype)
+    return grad_weight if dtype == torch.float32 else grad_weight.to(dtype)
 
 
 def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(grad [..., N] times weight [N, K], the sum of grad over its rows [N]) in grad's dtype, in one pass."""
     n, k = weight.shape
-    if not _own_products(grad.dtype):
+    if not _cost.own_products(native.variant(), grad.dtype):
         return grad @ weight.to(grad.dtype), grad.flatten(0, -2).sum(0)
     grad, weight = same(grad), same(weight, grad.dtype)
     grad_s, grad_bias = empty((*grad.shape[:-1], k), grad.dtype), torch.empty(n)

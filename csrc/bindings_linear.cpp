@@ -1,0 +1,107 @@
+// Linear layers on spikes: one call counts bits, chooses among the ways to multiply, and multiplies.
+#include "bindings.h"
+
+namespace {
+
+// In the order of METHODS in spikedecoder/ext/cpu/_cost.py.
+enum class Method : int { gather = 0, subset_sums = 1, tiles = 2, dense = 3 };
+
+// What is chosen by the number of set bits: gathering up to `most`, else another way.
+struct Choice {
+  int64_t count;  // of all spikes; less than 0: not known yet
+  int64_t most;
+  Method other;
+
+  Choice(int64_t count_, int64_t most_, int other_) : count(count_), most(most_), other(static_cast<Method>(other_)) {
+    require(other_ >= 0 && other_ <= 3, "method: takes 0 (gather), 1 (subset sums), 2 (tiles) or 3 (dense)");
+  }
+
+  // Throws where bits are set beyond the last channel: kernels take a bit's number for that of a row of the weight.
+  Method of(const uint64_t* words, int64_t rows, int64_t bits, int threads) {
+    if (count < 0) {
+      uint64_t stray;
+      kernels().count_bits({words, &count, &stray, rows, bits, threads});
+      require(!stray, "words: bits are set beyond the last channel");
+    }
+    return count <= most ? Method::gather : other;
+  }
+};
+
+// y = s W^T + bias of words [rows, words_for(bits)], whose bits are counted unless `count` is given; weight [columns,
+// bits], or its transpose where it lies by columns, float32.
+void spike_linear(uintptr_t words, int64_t count, int64_t most, int other, uintptr_t weight, bool by_columns,
+                  uintptr_t bias, uintptr_t out, int out_type, int64_t rows, int64_t bits, int64_t columns,
+                  int threads) {
+  const Element type = make_element(out_type, 1);
+  SumRows a{array<const uint64_t>(words, elements({rows, words_for(bits)}), "words"),
+            array<const float>(weight, elements({bits, columns}), "weight"),
+            optional_array<const float>(bias, "bias"),
+            typed_output(out, type, rows, columns, "out"), type, rows, bits, columns, checked_threads(threads)};
+  Choice choice(count, most, other);
+  py::gil_scoped_release release;
+  const Method method = choice.of(a.words, rows, bits, threads);
+  Scratch transposed(by_columns ? 0 : sizeof(float) * static_cast<size_t>(bits * columns));
+  if (!by_columns) {
+    kernels().transpose({a.source, transposed.floats(), columns, bits, threads});
+    a.source = transposed.floats();
+  }
+  switch (method) {
+    case Method::gather: return kernels().gather(a);
+    case Method::subset_sums: return kernels().subset_sums(a);
+    case Method::tiles: return kernels().tile_sums(a);
+    case Method::dense:
+      return kernels().matmul({a.words, a.source, a.bias, a.out, nullptr, Element::bits, Element::float32, type, rows,
+                               bits, columns, threads});
+  }
+}
+
+void weight_grad(uintptr_t words, int64_t count, int64_t most, int other, uintptr_t grad, int grad_type,
+                 uintptr_t out, int64_t M, int64_t K, int64_t N, int threads) {
+  const Element type = make_element(grad_type, 1);
+  const WeightGrad a{array<const uint64_t>(words, elements({M, words_for(K)}), "words"),
+                     typed_array(grad, type, M, N, "grad"), type,
+                     array<float>(out, elements({N, K}), "grad_weight"), M, K, N, checked_threads(threads)};
+  Choice choice(count, most, other);
+  py::gil_scoped_release release;
+  switch (choice.of(a.words, M, K, threads)) {
+    case Method::gather: return kernels().gather_weight_grad(a);
+    case Method::subset_sums: return kernels().subset_sums_weight_grad(a);
+    case Method::tiles: return kernels().tile_weight_grad(a);
+    case Method::dense: return kernels().matmul_weight_grad(a);
+  }
+}
+
+}  // namespace
+
+void bind_linear(py::module_& m) {
+  m.def("gather_few", [](uintptr_t s, uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows,
+                         int64_t bits, int64_t columns, int threads) {
+    require(bits <= 65536, "bits: takes at most 65536");
+    run(kernels().gather_few,
+        GatherFew{array<const float>(s, elements({rows, bits}), "s"),
+                  optional_array<uint64_t>(words, "words"),
+                  array<const float>(source, elements({bits, columns}), "source"),
+                  optional_array<const float>(bias, "bias"), array<float>(out, elements({rows, columns}), "out"), rows,
+                  bits, columns, checked_threads(threads)});
+  });
+  m.def("spike_linear", &spike_linear);
+  m.def("spike_linear_weight_grad", &weight_grad);
+  m.def("count", [](uintptr_t words, int64_t rows, int64_t bits, int threads) {
+    const uint64_t* const first = array<const uint64_t>(words, elements({rows, words_for(bits)}), "words");
+    Choice choice(-1, 0, 0);
+    py::gil_scoped_release release;
+    choice.of(first, rows, bits, checked_threads(threads));
+    return choice.count;
+  });
+  m.def("matmul", [](uintptr_t a, int a_type, uintptr_t b, int b_type, uintptr_t bias, uintptr_t c, int c_type,
+                     uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads) {
+    const Element of_a = make_element(a_type, 3), of_b = make_element(b_type, 1), of_c = make_element(c_type, 1);
+    require(of_a != Element::byte, "a_type: takes 0 (float32), 1 (bfloat16) or 3 (bits)");
+    const Matmul p{typed_array(a, of_a, M, of_a == Element::bits ? words_for(K) : K, "a"),
+                   typed_array(b, of_b, K, N, "b"), optional_array<const float>(bias, "bias"),
+                   typed_output(c, of_c, M, N, "c"),
+                   optional_array<float>(a_sums, "a_sums"), of_a, of_b, of_c, M, K, N,
+                   checked_threads(threads)};
+    run(kernels().matmul, p);
+  });
+}
