@@ -70,14 +70,14 @@ class Threshold(NamedTuple):
 _SCALAR, _CHANNEL, _ELEMENT = 0, 1, 2
 
 
-def threshold_of(threshold: Tensor | float, timestep: torch.Size) -> Threshold:
-    """One number, one per channel (the last dimension), or one per element of the timestep."""
-    n = timestep.numel()
+def threshold_of(threshold: Tensor | float, x: Tensor) -> Threshold:
+    """One number, one per channel (the last dimension), or one per element of a timestep of x [T, ...]."""
+    n = x.numel() // max(1, x.shape[0])
     if not isinstance(threshold, Tensor):
         return Threshold(_scalar(float(threshold)), None, 1, n)
     if threshold.numel() == 1:
         return Threshold(_scalar(threshold.item()), None, 1, n)
-    values = dense(threshold)
+    values, timestep = dense(threshold), x.shape[1:]
     channels = timestep[-1]
     if threshold.numel() == channels == threshold.shape[-1]:
         kind = _CHANNEL
@@ -92,7 +92,7 @@ def _scalar(value: float) -> Any:
     return native.Threshold(value, 0, _SCALAR)
 
 
-def grad_threshold_like(threshold: Tensor | float, t: Threshold, timestep: torch.Size) -> Tensor | None:
+def grad_threshold_like(threshold: Tensor | float, t: Threshold) -> Tensor | None:
     """Where the kernel writes dL/dthreshold, of a shape that sums to the threshold's; None for a number."""
     if not isinstance(threshold, Tensor):
         return None

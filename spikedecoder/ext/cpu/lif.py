@@ -16,7 +16,7 @@ from spikedecoder.ext.cpu._arguments import (
     same,
     threshold_of,
 )
-from spikedecoder.ext.cpu._memory import empty_like
+from spikedecoder.ext.cpu._memory import empty, empty_like
 from spikedecoder.params import LIFParams
 
 why_not = floats_on_cpu
@@ -31,8 +31,8 @@ def forward(
     x = same(x)
     v_init = None if v_init is None else dense(v_init)
     spikes = empty_like(x)
-    v = torch.empty(x.shape[1:] if want_v else (0,), dtype=torch.float32)
-    t = threshold_of(threshold, x.shape[1:])
+    v = empty(x.shape[1:] if want_v else (0,))
+    t = threshold_of(threshold, x)
     native.lif_forward(
         *(neuron(p), t.native, ELEMENTS[x.dtype], address(x), address(v_init), address(spikes)),
         *(address(v) if want_v else 0, x.shape[0], t.rows, t.channels, torch.get_num_threads()),
@@ -55,10 +55,9 @@ def backward(
     grad_spikes = same(grad_spikes, x.dtype)
     v_init = None if v_init is None else dense(v_init)
     grad_v = None if grad_v is None else dense(grad_v)
-    timestep = x.shape[1:]
-    t = threshold_of(threshold, timestep)
+    t = threshold_of(threshold, x)
     grad_x = empty_like(x)
-    grad_threshold = grad_threshold_like(threshold, t, timestep)
+    grad_threshold = grad_threshold_like(threshold, t)
     grad_v_init = None if v_init is None or not want_grad_v_init else empty_like(v_init)
     native.lif_backward(
         *(
@@ -73,7 +72,7 @@ def backward(
         *(address(grad_x), address(grad_threshold), address(grad_v_init)),
         *(x.shape[0], t.rows, t.channels, torch.get_num_threads()),
     )
-    nothing = torch.empty(0)
+    nothing = empty((0,))
     return (
         grad_x,
         nothing if grad_threshold is None else grad_threshold,

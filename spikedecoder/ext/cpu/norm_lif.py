@@ -18,7 +18,7 @@ from spikedecoder.ext.cpu._arguments import (
     same,
     threshold_of,
 )
-from spikedecoder.ext.cpu._memory import empty_like
+from spikedecoder.ext.cpu._memory import empty, empty_like
 from spikedecoder.params import ILIFParams, LIFParams
 
 why_not = floats_on_cpu
@@ -29,7 +29,8 @@ _WHOLE, _REDUCE, _APPLY, _KNOWN = 0, 1, 2, 3
 
 def _sizes(x: Tensor, p: LIFParams | ILIFParams) -> tuple[int, int, int]:
     """T, rows of a timestep, channels."""
-    steps, channels = 1 if isinstance(p, ILIFParams) else x.shape[0], x.shape[-1]
+    shape = x.shape
+    steps, channels = 1 if isinstance(p, ILIFParams) else shape[0], shape[-1]
     return steps, x.numel() // (steps * channels) if steps and channels else 0, channels
 
 
@@ -37,7 +38,7 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] over all rows of x [..., C]; without `center`, 0 and E[x^2]."""
     x = same(x)
     channels = x.shape[-1]
-    mean, var = torch.empty(channels), torch.empty(channels)
+    mean, var = empty((channels,)), empty((channels,))
     native.moments(
         *(ELEMENTS[x.dtype], address(x), center, address(mean), address(var)),
         *(x.numel() // channels, channels, torch.get_num_threads()),
@@ -63,10 +64,11 @@ def forward(
     """
     x, weight, bias = same(x), dense(weight), dense(bias)
     if mean is None or rstd is None:
-        kind, mean, rstd = _ROW, torch.empty(x.shape[:-1]), torch.empty(x.shape[:-1])
+        rows_of_x = x.shape[:-1]
+        kind, mean, rstd = _ROW, empty(rows_of_x), empty(rows_of_x)
     else:
         kind, mean, rstd = _CHANNEL, dense(mean), dense(rstd)
-    t = threshold_of(threshold, x.shape[1:])
+    t = threshold_of(threshold, x)
     steps, rows, channels = _sizes(x, p)
     apart = rows if spikes is None else spikes.stride(0) // max(1, channels)
     spikes = empty_like(x) if spikes is None else spikes
@@ -115,14 +117,15 @@ def _backward(
     x, grad_spikes = same(x), same(grad_spikes, x.dtype)
     values = [dense(i) for i in (weight, bias, mean, rstd, *coefficients)]
     addresses = [address(i) for i in (grad_spikes, x, *values)] + [0] * (7 - len(values))
-    timestep, channels = x.shape[1:], x.shape[-1]
-    t = threshold_of(threshold, timestep)
-    grad_x = x.new_empty(0) if part == _REDUCE else empty_like(x)
-    grad_weight, grad_bias = torch.empty(channels), torch.empty(channels)
-    grad_threshold = grad_threshold_like(threshold, t, timestep)
+    sizes = _sizes(x, p)
+    channels = sizes[-1]
+    t = threshold_of(threshold, x)
+    grad_x = empty((0,), x.dtype) if part == _REDUCE else empty_like(x)
+    grad_weight, grad_bias = empty((channels,)), empty((channels,))
+    grad_threshold = grad_threshold_like(threshold, t)
     native.norm_lif_backward(
         *(neuron(p), t.native, kind, part, ELEMENTS[x.dtype], *addresses, address(grad_x)),
         *(address(grad_weight), address(grad_bias), address(grad_threshold)),
-        *(*_sizes(x, p), torch.get_num_threads()),
+        *(*sizes, torch.get_num_threads()),
     )
-    return grad_x, grad_weight, grad_bias, torch.zeros(()) if grad_threshold is None else grad_threshold
+    return grad_x, grad_weight, grad_bias, empty(()).zero_() if grad_threshold is None else grad_threshold

@@ -37,7 +37,7 @@ def forward(
     dtype = q.dtype
     q, k, v = heads_last(q), heads_last(k), heads_last(v)
     decay = None if decay is None else dense(decay)
-    t = threshold_of(threshold, q.shape[1:])
+    t = threshold_of(threshold, q)
     spikes = empty_like(q)
     native.attention_lif_forward(
         *(neuron(p), t.native, address(q), address(k), address(v), address(decay), scale),
@@ -60,9 +60,9 @@ def backward(
     dtype = q.dtype
     grad_spikes, q, k, v = (heads_last(x) for x in (grad_spikes, q, k, v))
     decay = None if decay is None else dense(decay)
-    t = threshold_of(threshold, q.shape[1:])
+    t = threshold_of(threshold, q)
     grads = [empty_like(q) for _ in range(3)]
-    grad_threshold = grad_threshold_like(threshold, t, q.shape[1:])
+    grad_threshold = grad_threshold_like(threshold, t)
     native.attention_lif_backward(
         *(neuron(p), t.native, address(grad_spikes), address(q), address(k), address(v), address(decay)),
         *(scale, *map(address, grads), address(grad_threshold), *sizes(q)),
