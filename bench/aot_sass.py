@@ -22,7 +22,7 @@ LANES = 132 * 128 * 1.75e9  # instructions that an H100 or H200 begins a second,
 KINDS = {  # the first that fits
     "float": r"F(ADD|MUL|FMA|SETP?|SEL|MNMX|CHK)|HFMA2|HADD2|HMUL2",
     "special": r"MUFU",
-    "unpack, pack": r"F2FP|PRMT|SHF|LOP3|IMAD\.(U32|SHL)|F2F|F2I|I2F",
+    "unpack, pack": r"F2FP|PRMT|SHF\b|LOP3|IMAD\.(U32|SHL)|F2F|F2I|I2F",
     "shuffle": r"SHFL|REDUX",
     "shared": r"LDS|STS|BAR",
     "global": r"LDG|STG|LDC|ULDC",
@@ -53,7 +53,7 @@ def instructions(code: str) -> tuple[list[str], list[tuple[int, int]]]:
 def rounds(launch: Launch) -> tuple[int, ...]:
     """How often the loops of a `lif` or `norm_lif` kernel go round, by their depth."""
     a = launch.arguments
-    chunks = (a["T"] - 1) // a["CHUNK"] if "CHUNK" in a else 1
+    chunks = a["T"] // a["CHUNK"] if "CHUNK" in a else 1
     if launch.kernel.__name__ != "norm_lif_backward":
         return (chunks,)
     return (math.ceil(a["rows"] / a["BLOCK_R"] / launch.grid[0]), chunks)

@@ -75,12 +75,11 @@ def norm_lif_tables(elements: int) -> Iterator[Table]:
     one = lambda C: torch.ones(C, device=DEVICE)  # noqa: E731
     for T, C in ((4, 80), (4, 512), (8, 512), (16, 512), (4, 1280)):
         shape = (T, max(1, elements // T // C), C)
-        least = max(1, power_of_2(C) // 512)  # warps of 16 elements a thread; one: sums without shared memory
+        width = power_of_2(C)
         forward = [
-            {**_rows(C, w, max(1, r)), "CHUNK": c}
-            for w in (least, 2 * least)
-            for r in (1, 512 * w // power_of_2(C))
-            for c in (1, 2, 4)
+            {**_rows(C, w, 32 * w * n // width), "CHUNK": min(T, c), "STAGES": s}
+            for w, n in ((max(1, width // (32 * n)), n) for n in (8, 16))
+            for c, s in ((1, 4), (2, 3), (4, 1), (8, 1))
         ]
         yield Table(
             "norm_lif forward", {"T": T, "C": C}, 4.0 * T * shape[1] * C, norm_lif, "_forward_tile",
@@ -89,14 +88,11 @@ def norm_lif_tables(elements: int) -> Iterator[Table]:
             lambda x, w: norm_lif.forward(x, w, 0 * w, None, None, 1e-5, 1.0, P)[0],
         )  # fmt: skip
         backward = (
-            _Backward(_rows(C, w, max(1, 32 * w * n // power_of_2(C))), c, registers, max(1, warps // w))
-            for w, n, cs, caps in (
-                (least, 16, (1, 2, 4), (128, 168, 255)), (2 * least, 8, (1, 2, 4), (128, 168)),
-                (4 * least, 4, (2, 4), (96, 128)),
-            )
-            for c in cs
-            for registers in caps
-            for warps in (16, 32)  # a multiprocessor
+            _Backward(_rows(C, w, 32 * w * n // width), min(T, c), min(registers, 65536 // (32 * w)), s)
+            for w, n in ((max(1, width // (32 * n)), n) for n in (4, 8, 16))
+            for c in (2, 4, 8, 16) if 32 <= min(T, c) * n <= 64
+            for registers in (128, 160, 255)
+            for s in (1, 3, 4)
         )  # fmt: skip
         yield Table(
             "norm_lif backward", {"T": T, "C": C}, 6.0 * T * shape[1] * C, norm_lif, "_backward_way",

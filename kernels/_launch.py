@@ -31,6 +31,7 @@ if INTERPRETED:
     install()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of A100, H100/H200, B200: used where no device is asked
+_SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,18 @@ def launch(
 @functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _shared_memory(index: int | None) -> int:
+    return int(triton.runtime.driver.active.utils.get_device_properties(index or 0)["max_shared_mem"])
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have; what a multiprocessor has in all is some 1 KiB more."""
+    if _recorder is not None:
+        return _SHARED_MEMORY[_recorder.major]
+    return _shared_memory(device.index) if device.type == "cuda" else 2**16
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """Mean and variance of channels over all rows, in one pass over memory.
 
-Each program takes a band of rows: per tile the mean and the sum of squared distances from it, merged into
-what it has by Chan, Golub and LeVeque's formula (1979), so no large sums are subtracted. A second, small
-kernel merges the bands. x [M, C], b bytes an element: b read, the minimum. Bound by memory bandwidth.
+Each program takes a band of rows, each thread every so many of its rows: of AT_ONCE values the mean and the
+sum of squared distances from it, merged into what the thread has by Chan, Golub and LeVeque's formula (1979),
+so no large sums are subtracted and threads meet only at the end of a band. A second, small kernel merges the
+bands. x [M, C], b bytes an element: b read, the minimum. Bound by memory bandwidth.
 
 Rows too wide for a program's registers: mean and 1 / standard deviation of each, in the same way along it.
 """
@@ -15,39 +16,58 @@ from torch import Tensor
 
 from spikedecoder.kernels._launch import cdiv, kernel, launch, multiprocessors, power_of_2
 
+AT_ONCE, WARPS, PROGRAMS = 16, 2, 6  # loads of a thread, warps, programs a multiprocessor; on an H200
+
 
 @kernel
 def moments_of_bands(
     x_ptr, mean_ptr, square_ptr, rows, channels, band,
-    CENTER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+    CENTER: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Of each band of rows: mean (CENTER) and sum of squared distances from it (else from 0), [bands, C]."""
     channels = channels.to(tl.int64) * ALIGN
     start = tl.program_id(0).to(tl.int64) * band
     stop = tl.minimum(start + band, rows)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    square = tl.zeros((BLOCK_C,), tl.float32)
-    done = 0.0
-    for first in range(start, stop, BLOCK_R):
-        r = tl.arange(0, BLOCK_R)[:, None].to(tl.int64) + first
-        inside = (r < stop) & (c < channels)[None, :]
-        x = tl.load(x_ptr + r * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    c_inside = c < channels
+    mean = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    square = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    done = tl.zeros((BLOCK_R, 1), tl.float32)
+    for first in range(start, stop, AT_ONCE * BLOCK_R):
+        xs = ()
+        for i in tl.static_range(AT_ONCE):
+            r = tl.arange(0, BLOCK_R)[:, None].to(tl.int64) + (first + i * BLOCK_R)
+            xs = xs + (tl.load(x_ptr + r * channels + c, mask=(r < stop) & c_inside, other=0.0),)  # noqa: RUF005
         if CENTER:
-            new = tl.minimum(BLOCK_R, stop - first).to(tl.float32)
-            tile_mean = tl.sum(x, 0) / new
-            distance = tl.where(inside, x - tile_mean[None, :], 0.0)
-            delta = tile_mean - mean
-            share = new / (done + new)
-            square += tl.sum(distance * distance, 0) + delta * delta * (done * share)
+            r1 = tl.arange(0, BLOCK_R)[:, None].to(tl.int64) + first
+            new = tl.minimum(AT_ONCE, (stop - r1 + (BLOCK_R - 1)) // BLOCK_R)
+            new = tl.maximum(new, 0).to(tl.float32)
+            total = xs[0].to(tl.float32)
+            for i in tl.static_range(1, AT_ONCE):
+                total += xs[i].to(tl.float32)
+            here = total * (1 / tl.maximum(new, 1.0))
+            for i in tl.static_range(AT_ONCE):
+                distance = tl.where(r1 + i * BLOCK_R < stop, xs[i].to(tl.float32) - here, 0.0)
+                square += distance * distance
+            delta = here - mean
+            share = new / tl.maximum(done + new, 1.0)
+            square += delta * delta * (done * share)
             mean += delta * share
             done += new
         else:
-            square += tl.sum(x * x, 0)
-    at = tl.program_id(0) * channels + c
-    tl.store(square_ptr + at, square, mask=c < channels)
+            for i in tl.static_range(AT_ONCE):
+                x = xs[i].to(tl.float32)
+                square += x * x
     if CENTER:
-        tl.store(mean_ptr + at, mean, mask=c < channels)
+        band_mean = tl.sum(mean * done, 0) / (stop - start).to(tl.float32)
+        delta = mean - band_mean[None, :]
+        square += delta * delta * done
+    c1 = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = tl.program_id(0) * channels + c1
+    tl.store(square_ptr + at, tl.sum(square, 0), mask=c1 < channels)
+    if CENTER:
+        tl.store(mean_ptr + at, band_mean, mask=c1 < channels)
 
 
 @kernel
@@ -93,21 +113,23 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
         return mean.fill_(float("nan") if center else 0.0), var.fill_(float("nan"))
     rows = x.numel() // channels
     block_c = min(256, max(16, power_of_2(channels)))
-    block_r = 256 * (16 // x.element_size()) // block_c
+    block_r = 32 * WARPS * (16 // x.element_size()) // block_c  # 128 bits a thread
     across = cdiv(channels, block_c)
-    bands = max(1, min(cdiv(rows, 4 * block_r), 4 * multiprocessors(x.device) // across))
+    bands = max(1, min(cdiv(rows, AT_ONCE * block_r), PROGRAMS * multiprocessors(x.device) // across))
     band = cdiv(cdiv(rows, bands), block_r) * block_r
     bands = cdiv(rows, band)
     means, squares = (x.new_empty((bands, channels), dtype=torch.float32) for _ in range(2))
     align = 16 if channels % 16 == 0 else 1
     launch(
         moments_of_bands, (bands, across), x_ptr=x, mean_ptr=means, square_ptr=squares, rows=rows,
-        channels=channels // align, band=band, CENTER=center, BLOCK_R=block_r, BLOCK_C=block_c, ALIGN=align,
+        channels=channels // align, band=band, CENTER=center, AT_ONCE=AT_ONCE, BLOCK_R=block_r,
+        BLOCK_C=block_c, ALIGN=align, num_warps=WARPS, fuse=True,
     )  # fmt: skip
     launch(
-        merge_bands, (cdiv(channels, 16),), means_ptr=means, squares_ptr=squares, mean_ptr=mean,
+        merge_bands, (cdiv(channels, 8),), means_ptr=means, squares_ptr=squares, mean_ptr=mean,
         var_ptr=var,
-        bands=bands, band=band, rows=rows, channels=channels, CENTER=center, BLOCK_P=32, BLOCK_C=16,
+        bands=bands, band=band, rows=rows, channels=channels, CENTER=center, BLOCK_P=512, BLOCK_C=8,
+        num_warps=8,
     )  # fmt: skip
     return mean, var
 

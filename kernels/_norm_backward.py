@@ -3,6 +3,9 @@
 h is computed again from x, CHUNK timesteps at a time: a sweep writes the potential before each chunk to a
 scratch of one tile a program and chunk, and the walk backwards reads it and x again, both still in cache
 where T is not long. The code is the same for any T. Bytes and equations: `norm_lif`.
+
+x and gradient come through shared memory, STAGES - 1 rows ahead, or chunks where there are several: waiting
+for them took half the time.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
@@ -15,19 +18,21 @@ import triton.language as tl
 from spikedecoder.kernels._launch import kernel
 from spikedecoder.kernels._neuron import (
     WINDOW,
+    affine,
     fire_backward,
+    load_inside,
     load_steps,
     load_threshold,
-    over_tau,
     potentials,
     row_sums,
+    standardised,
     times,
 )
 
 
 @triton.jit
 def _affine(
-    xs, mean, rstd, mean_ptr, rstd_ptr, first, r, rows, weight, bias,
+    xs, mean, rstd, mean_ptr, rstd_ptr, first, r, r_inside, rows, weight, bias,
     COUNT: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """(y, mean, rstd) of COUNT timesteps, y operation by operation as in forward: the same neurons fire."""
@@ -39,18 +44,18 @@ def _affine(
             rstds = rstds + (rstd,)
     else:
         at = first * rows.to(tl.int64) + r
-        means = load_steps(mean_ptr + at, rows, r < rows, COUNT)
-        rstds = load_steps(rstd_ptr + at, rows, r < rows, COUNT)
+        means = load_steps(mean_ptr + at, rows, r_inside, COUNT)
+        rstds = load_steps(rstd_ptr + at, rows, r_inside, COUNT)
     ys = ()
     for i in tl.static_range(COUNT):
-        ys = ys + (times((xs[i].to(tl.float32) - means[i]) * rstds[i], weight) + bias,)
+        ys = ys + (affine(standardised(xs[i], means[i], rstds[i], STATISTICS), weight, bias, STATISTICS),)
     return ys, means, rstds
 
 
 @triton.jit
 def _standardised(x, mean, rstd, STATISTICS: tl.constexpr):
-    """z = (x - mean) rstd for the gradients. Of rows fused, off by some 6e-8 |mean| rstd: where it is the
-    difference that y takes too, the compiler keeps that for all timesteps, in registers that spill."""
+    """z = (x - mean) rstd for the gradients. Of rows written otherwise than for y, off by some 6e-8 |mean|
+    rstd: what y takes too, the compiler keeps for all timesteps, in registers that spill."""
     if STATISTICS == 0:
         return (x.to(tl.float32) - mean) * rstd
     else:
@@ -58,9 +63,11 @@ def _standardised(x, mean, rstd, STATISTICS: tl.constexpr):
 
 
 @triton.jit
-def _through_norm(gw, z, rstd, mean_gw, mean_gwz):
-    """rstd (gw - mean_gw - z mean_gwz), in two operations an element."""
-    return gw * rstd - (z * (mean_gwz * rstd) + mean_gw * rstd)
+def _through_norm(gw, x, mean, rstd, scale, mean_gw, mean_gwz):
+    """scale rstd (gw - mean_gw - z mean_gwz) in two operations an element, without z = (x - mean) rstd."""
+    factor = scale * rstd
+    slope = mean_gwz * rstd * factor
+    return gw * factor - (x.to(tl.float32) * slope + (mean_gw * factor - mean * slope))
 
 
 @triton.jit
@@ -83,20 +90,33 @@ def _backward_chunk(
     grad_spikes_ptr, x_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, grad_x_ptr, row_gw_ptr, row_gwz_ptr,
     first, v, carry, sum_gz, sum_g, total, mean, rstd, weight, bias, a, b, shift,
     r1, at, inside, rows, channels, timestep, stride_t, grad_stride_t,
-    limit, tau, keep, v_reset, alpha,
+    limit, tau, keep, v_reset, alpha, scale,
     COUNT: tl.constexpr, T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr,
     RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr,
     SURROGATE: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """COUNT timesteps from `first` on, backwards; v before and carry = dL/dv after them.
 
-    Where a tile reaches beyond x, all that was loaded is 0 and so is every gradient: only stores ask.
+    dL/dy = scale g: the factor comes in where there is one number a row or channel. Where a tile reaches
+    beyond x, all that was loaded is 0 and so is every gradient: only stores ask.
     """
     r = r1[:, None]
     xs = load_steps(x_ptr + first * stride_t + at, stride_t, inside, COUNT)
-    gs = load_steps(grad_spikes_ptr + first * grad_stride_t + at, grad_stride_t, inside, COUNT)
+    grad_to = grad_spikes_ptr + (first + COUNT - 1) * grad_stride_t + at
     ys, means, rstds = _affine(
-        xs, mean, rstd, mean_ptr, rstd_ptr, first, r, rows, weight, bias, COUNT, STATISTICS
+        xs,
+        mean,
+        rstd,
+        mean_ptr,
+        rstd_ptr,
+        first,
+        r,
+        None if inside is None else r < rows,
+        rows,
+        weight,
+        bias,
+        COUNT,
+        STATISTICS,
     )
     if LEVELS == 0:
         hs, v = potentials(ys, v, limit, tau, v_reset, COUNT, RECIPROCAL, HARD, DECAY_INPUT)
@@ -104,21 +124,20 @@ def _backward_chunk(
     row_to = (first + COUNT - 1) * rows.to(tl.int64) + r1
     of_rows = ()  # STATISTICS 1: g weight of each timestep and its product with z
     for back in tl.static_range(COUNT):
-        grad = gs[COUNT - 1 - back].to(tl.float32)
+        grad = load_inside(grad_to, inside).to(tl.float32)
+        grad_to -= grad_stride_t
         if LEVELS > 0:
             u = times(ys[COUNT - 1 - back], tau)
-            g = tl.where((u >= -WINDOW) & (u <= LEVELS + WINDOW), grad * tau, 0.0)
+            g = tl.where((u >= -WINDOW) & (u <= LEVELS + WINDOW), grad, 0.0)
             grad_threshold = 0.0
         else:
-            grad_h, grad_threshold = fire_backward(
+            g, grad_threshold = fire_backward(
                 grad, carry, hs[COUNT - 1 - back], limit, v_reset, alpha, HARD, DETACH, SURROGATE
             )
-            carry = grad_h * keep
-            g = grad_h
-            if DECAY_INPUT:
-                g = over_tau(grad_h, tau, RECIPROCAL)
+            carry = g * keep
         mean, rstd = means[COUNT - 1 - back], rstds[COUNT - 1 - back]
-        z = _standardised(xs[COUNT - 1 - back], mean, rstd, STATISTICS)
+        x = xs[COUNT - 1 - back]
+        z = _standardised(x, mean, rstd, STATISTICS)
         if SUMS:
             sum_gz += g * z
             sum_g += g
@@ -135,7 +154,7 @@ def _backward_chunk(
             else:
                 mean_gw = tl.load(a_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
                 mean_gwz = tl.load(b_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
-                grad_x = _through_norm(gw, z, rstd, mean_gw, mean_gwz)
+                grad_x = _through_norm(gw, x, mean, rstd, scale, mean_gw, mean_gwz)
                 tl.store(grad_x_ptr + to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
         elif not SUMS:
             tl.store(grad_x_ptr + to, (a * g + b * z + shift).to(grad_x_ptr.dtype.element_ty), mask=inside)
@@ -146,10 +165,11 @@ def _backward_chunk(
         share = 1.0 / channels
         for i in tl.static_range(COUNT):  # forwards: what `of_rows` holds last comes first
             to += timestep
-            z = _standardised(xs[i], means[i], rstds[i], STATISTICS)
             mean_gw = (sums[2 * (COUNT - 1 - i)] * share)[:, None]
             mean_gwz = (sums[2 * (COUNT - 1 - i) + 1] * share)[:, None]
-            grad_x = _through_norm(of_rows[2 * (COUNT - 1 - i)], z, rstds[i], mean_gw, mean_gwz)
+            grad_x = _through_norm(
+                of_rows[2 * (COUNT - 1 - i)], xs[i], means[i], rstds[i], scale, mean_gw, mean_gwz
+            )
             tl.store(grad_x_ptr + to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
     return carry, sum_gz, sum_g, total
 
@@ -160,10 +180,10 @@ def norm_lif_backward(
     scratch_ptr, grad_x_ptr, sums_ptr, grad_threshold_ptr, row_gw_ptr, row_gwz_ptr,
     rows, channels, stride_t, grad_stride_t, threshold, tau, keep, v_reset, alpha,
     T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr, THRESHOLD: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr,
     RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr,
     SURROGATE: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """g = dL/dy through the neurons; then, as asked for,
 
@@ -182,6 +202,11 @@ def norm_lif_backward(
     timestep = rows.to(tl.int64) * channels
     weight = tl.load(weight_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
+    scale = 1.0  # dL/dy = scale g
+    if LEVELS > 0 or (DECAY_INPUT and RECIPROCAL):
+        scale = tau
+    elif DECAY_INPUT:
+        scale = 1 / tau
     mean = 0.0
     rstd = 0.0
     if STATISTICS == 0:
@@ -191,24 +216,27 @@ def norm_lif_backward(
     b = 0.0
     shift = 0.0
     if STATISTICS == 0 and not SUMS:
-        a = tl.load(a_ptr + c, mask=c_inside, other=0.0)
+        a = tl.load(a_ptr + c, mask=c_inside, other=0.0) * scale
         b = tl.load(b_ptr + c, mask=c_inside, other=0.0)
         shift = tl.load(c_ptr + c, mask=c_inside, other=0.0)
     sum_gz = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_g = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     LAST: tl.constexpr = (T - 1) // CHUNK * CHUNK
+    ROW_STAGES: tl.constexpr = STAGES if LAST == 0 else 1
+    EVEN: tl.constexpr = LAST > 0 and T % CHUNK == 0  # all chunks are walked backwards by one loop
     scratch = scratch_ptr
     if LAST > 0:
         pid = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        scratch += pid.to(tl.int64) * (LAST // CHUNK * BLOCK_R * BLOCK_C)
+        scratch += pid.to(tl.int64) * ((T + CHUNK - 1) // CHUNK * BLOCK_R * BLOCK_C)
         scratch += tl.arange(0, BLOCK_R)[:, None] * (BLOCK_C // 2) + tl.arange(0, BLOCK_C // 2)[None, :]
 
     every = tl.num_programs(0).to(tl.int64) * BLOCK_R
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK_R, rows, every):
+    for first in tl.range(tl.program_id(0).to(tl.int64) * BLOCK_R, rows, every, num_stages=ROW_STAGES):
         r1 = tl.arange(0, BLOCK_R).to(tl.int64) + first
         r = r1[:, None]
-        inside = (r < rows) & c_inside
+        r_inside = None if WHOLE else r < rows
+        inside = None if WHOLE else (r < rows) & c_inside
         at = r * channels + c
         limit = load_threshold(threshold_ptr, threshold, c, c_inside, at, inside, THRESHOLD)
         if THRESHOLD == 3:
@@ -216,28 +244,46 @@ def norm_lif_backward(
         v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         carry = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         if LAST > 0:
-            for begin in range(0, LAST, CHUNK):
+            for begin in tl.range(0, LAST, CHUNK, num_stages=STAGES):
                 _save(scratch + begin // CHUNK * (BLOCK_R * BLOCK_C), v, BLOCK_R, BLOCK_C)
                 xs = load_steps(x_ptr + begin * stride_t + at, stride_t, inside, CHUNK)
                 ys, _, _ = _affine(
-                    xs, mean, rstd, mean_ptr, rstd_ptr, begin, r, rows, weight, bias, CHUNK, STATISTICS
+                    xs,
+                    mean,
+                    rstd,
+                    mean_ptr,
+                    rstd_ptr,
+                    begin,
+                    r,
+                    r_inside,
+                    rows,
+                    weight,
+                    bias,
+                    CHUNK,
+                    STATISTICS,
                 )
                 _, v = potentials(ys, v, limit, tau, v_reset, CHUNK, RECIPROCAL, HARD, DECAY_INPUT)
-        carry, sum_gz, sum_g, total = _backward_chunk(
-            grad_spikes_ptr, x_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, grad_x_ptr, row_gw_ptr,
-            row_gwz_ptr, LAST, v, carry, sum_gz, sum_g, total, mean, rstd, weight, bias, a, b, shift, r1, at,
-            inside, rows, channels, timestep, stride_t, grad_stride_t, limit, tau, keep, v_reset, alpha,
-            T - LAST, T, STATISTICS, SUMS, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, LEVELS,
-        )  # fmt: skip
+        if EVEN:
+            _save(scratch + LAST // CHUNK * (BLOCK_R * BLOCK_C), v, BLOCK_R, BLOCK_C)
+        else:
+            carry, sum_gz, sum_g, total = _backward_chunk(
+                grad_spikes_ptr, x_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, grad_x_ptr, row_gw_ptr,
+                row_gwz_ptr, LAST, v, carry, sum_gz, sum_g, total, mean, rstd, weight, bias, a, b, shift,
+                r1, at, inside, rows, channels, timestep, stride_t, grad_stride_t, limit, tau, keep,
+                v_reset, alpha, scale, T - LAST, T, STATISTICS, SUMS, RECIPROCAL, HARD, DECAY_INPUT, DETACH,
+                SURROGATE, LEVELS,
+            )  # fmt: skip
         if LAST > 0:
-            for done in range(0, LAST, CHUNK):
-                begin = LAST - CHUNK - done
+            tl.debug_barrier()  # a potential may be read by another thread than wrote it
+            WHOLE_CHUNKS: tl.constexpr = T // CHUNK * CHUNK
+            for done in tl.range(0, WHOLE_CHUNKS, CHUNK, num_stages=STAGES):
+                begin = WHOLE_CHUNKS - CHUNK - done
                 v = _saved(scratch + begin // CHUNK * (BLOCK_R * BLOCK_C), BLOCK_R, BLOCK_C)
                 carry, sum_gz, sum_g, total = _backward_chunk(
                     grad_spikes_ptr, x_ptr, mean_ptr, rstd_ptr, a_ptr, b_ptr, grad_x_ptr, row_gw_ptr,
                     row_gwz_ptr, begin, v, carry, sum_gz, sum_g, total, mean, rstd, weight, bias, a, b, shift,
                     r1, at, inside, rows, channels, timestep, stride_t, grad_stride_t, limit, tau, keep,
-                    v_reset, alpha, CHUNK, T, STATISTICS, SUMS, RECIPROCAL, HARD, DECAY_INPUT, DETACH,
+                    v_reset, alpha, scale, CHUNK, T, STATISTICS, SUMS, RECIPROCAL, HARD, DECAY_INPUT, DETACH,
                     SURROGATE, LEVELS,
                 )  # fmt: skip
         if SUMS and THRESHOLD == 3:
@@ -245,8 +291,8 @@ def norm_lif_backward(
 
     if SUMS:
         row = tl.program_id(0).to(tl.int64) * channels
-        tl.store(sums_ptr + 2 * row + c1, tl.sum(sum_gz, 0), mask=c1 < channels)
-        tl.store(sums_ptr + 2 * row + channels + c1, tl.sum(sum_g, 0), mask=c1 < channels)
+        tl.store(sums_ptr + 2 * row + c1, tl.sum(sum_gz, 0) * scale, mask=c1 < channels)
+        tl.store(sums_ptr + 2 * row + channels + c1, tl.sum(sum_g, 0) * scale, mask=c1 < channels)
         if THRESHOLD == 2:
             tl.store(grad_threshold_ptr + row + c1, tl.sum(total, 0), mask=c1 < channels)
         elif THRESHOLD == 1:

@@ -35,12 +35,12 @@ def add_parts(
 
 
 def _tile(size: int) -> dict[str, int]:
-    """Programs enough for a GPU where there are sums enough, 64 bytes of each part at the least.
+    """Programs enough for a GPU where there are sums enough, 32 bytes of each part at the least.
 
     16 values a thread, so four 128-bit loads are on their way at a time.
     """
-    block_n = min(128, max(16, power_of_2(cdiv(size, 256))))
-    warps = 8 if block_n == 16 else 4
+    block_n = min(128, max(8, power_of_2(cdiv(size, 256))))
+    warps = 8 if block_n <= 16 else 4
     return {"BLOCK_P": 512 * warps // block_n, "BLOCK_N": block_n, "num_warps": warps}
 
 

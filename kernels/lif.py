@@ -168,12 +168,15 @@ def tile(by_channel: bool, channels: int, element_size: int, T: int, backward: b
     times as long at T = 4, twice at T = 16. Narrow tiles by channel: a threshold's gradient is written once
     a tile and channel.
     """
-    if backward:
-        elements = 128 * (8 if T <= 2 else 4 if T <= 8 else 2)
+    warps = 4
+    if backward and T > 4:
+        elements, warps = 128, 2
+    elif backward:
+        elements = 128 * (8 if T <= 2 else 4)
     else:
         elements = 128 * (16 // element_size) * (2 if T <= 2 or T > 8 else 1)
     block_c = min(128, max(16, power_of_2(channels))) if by_channel else elements
-    return {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": 4}
+    return {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": warps}
 
 
 def sizes(rows: int, channels: int, **strides: int) -> dict[str, int]:

@@ -27,13 +27,14 @@ from torch import Tensor
 from spikedecoder.kernels import norm_lif, spike_linear
 from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, major, power_of_2, why_not
 from spikedecoder.kernels._neuron import (
+    affine,
     as_spikes,
     charge,
     load_threshold,
     neuron_forward,
     reset,
+    standardised,
     threshold_argument,
-    times,
 )
 from spikedecoder.kernels.norm_lif import CHANNEL, ROW, WIDE_ROW
 from spikedecoder.kernels.pack_spikes import WORD, pack
@@ -102,25 +103,27 @@ def linear_norm_lif_forward(
             words_ptr, linear_weight_ptr, linear_bias_ptr, m, T * rows.to(tl.int64), n, inputs, outputs,
             words, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        x = acc.to(dtype).to(tl.float32)
+        x = acc.to(dtype)
         # per channel, from cache each time: kept, they would fill the registers
         weight = tl.load(weight_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
         if STATISTICS == 0:
             mean = tl.load(mean_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
-            y = times((x - mean) * rstd, weight) + bias
+            y = affine(standardised(x, mean, rstd, STATISTICS), weight, bias, STATISTICS)
         elif STATISTICS == 1:
-            row_mean = tl.sum(x, 1) / outputs
-            centered = tl.where(c_inside, x - row_mean[:, None], 0.0)
+            row_mean = tl.sum(x.to(tl.float32), 1) / outputs
+            centered = tl.where(c_inside, x.to(tl.float32) - row_mean[:, None], 0.0)
             row_rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, 1) / outputs + eps)
             tl.store(mean_ptr + m, row_mean, mask=r < rows)
             tl.store(rstd_ptr + m, row_rstd, mask=r < rows)
-            y = times((x - row_mean[:, None]) * row_rstd[:, None], weight) + bias
+            z = standardised(x, row_mean[:, None], row_rstd[:, None], STATISTICS)
+            y = affine(z, weight, bias, STATISTICS)
         else:
             row_mean = tl.load(mean_ptr + m, mask=r < rows, other=0.0)
             row_rstd = tl.load(rstd_ptr + m, mask=r < rows, other=0.0)
-            y = times((x - row_mean[:, None]) * row_rstd[:, None], weight) + bias
+            z = standardised(x, row_mean[:, None], row_rstd[:, None], STATISTICS)
+            y = affine(z, weight, bias, STATISTICS)
         h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
         fired = h >= threshold
         to = spikes_ptr + m[:, None] * outputs + c

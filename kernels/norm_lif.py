@@ -14,11 +14,14 @@ Bytes per element of x (b = bytes of its dtype; row statistics add 8 / C forward
                                             of x can be written, and are kept by neither
 Rows of more than MAX_ROW channels are walked tile by tile: statistics first, 3 b forward; sums of the row
 first, 5 b backward.
-Backward walks more than CHUNK timesteps in pieces: x is read twice, and 4 bytes of potentials (2 in float32)
-go to a scratch and back, all of it in cache while T is not long.
+Backward, a program walks many rows, and fetches the next ones to shared memory while it works on one; more
+than 8 timesteps (16 with statistics of channels) it walks in pieces, which come in the same way. Then x is
+read twice, and 4 bytes of potentials (2 with statistics of channels) go to a scratch and back, all of it in
+cache while T is not long.
 To an I-LIF (LEVELS > 0; tau then holds 1 / v_threshold) timesteps are only rows: all of x [..., C] is one,
 in tiles of CHUNK times as many rows, so that as much is on its way.
-Bound by memory bandwidth. Sums over rows (gradients of weight, bias, threshold) are kept in registers by a
+Bound by memory bandwidth forward; backward with statistics of rows by instructions, 33 to 44 an element.
+Sums over rows (gradients of weight, bias, threshold) are kept in registers by a
 fixed number of programs and added in one small reduction: the same result in every run.
 """
 
@@ -27,7 +30,7 @@ fixed number of programs and added in one small reduction: the same result in ev
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +38,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import cdiv, kernel, launch, major, multiprocessors, power_of_2, why_not
+from spikedecoder.kernels._launch import (
+    cdiv,
+    kernel,
+    launch,
+    multiprocessors,
+    power_of_2,
+    shared_memory,
+    why_not,
+)
 from spikedecoder.kernels._neuron import (
+    MAX_T,
+    affine,
     as_spikes,
     charge,
     count,
@@ -46,6 +59,7 @@ from spikedecoder.kernels._neuron import (
     neuron_forward,
     reset,
     row_sums,
+    standardised,
     threshold_argument,
     threshold_gradient,
     threshold_partial,
@@ -59,7 +73,8 @@ from spikedecoder.params import ILIFParams, LIFParams
 
 __all__ = ["backward_apply", "backward_layer", "backward_reduce", "forward", "moments", "why_not"]
 
-CHUNK = 4  # timesteps whose potentials the backward kernel keeps in registers
+CHUNK = 4  # times as many rows a tile to an I-LIF
+REGISTERS = 65536  # of a multiprocessor
 MAX_ROW = 4096  # channels whose row statistics a program takes in registers
 CHANNEL, ROW, WIDE_ROW = range(3)  # STATISTICS of channels; of rows, in a tile; of rows, handed in
 
@@ -90,7 +105,6 @@ def _forward_chunk(
             centered = centered + (distance * distance,)
         squares = row_sums(centered, COUNT)
     for i in tl.static_range(COUNT):
-        x = xs[i].to(tl.float32)
         if STATISTICS == 1:
             mean = (sums[i] * share)[:, None]
             rstd = tl.rsqrt(squares[i] * share + eps)
@@ -100,7 +114,7 @@ def _forward_chunk(
         elif STATISTICS == 2:
             mean = tl.load(mean_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
             rstd = tl.load(rstd_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
-        y = times((x - mean) * rstd, weight) + bias
+        y = affine(standardised(xs[i], mean, rstd, STATISTICS), weight, bias, STATISTICS)
         if LEVELS > 0:
             s = count(times(y, tau), LEVELS).to(spikes_ptr.dtype.element_ty)
         else:
@@ -121,7 +135,7 @@ def norm_lif_forward(
     T: tl.constexpr, STATISTICS: tl.constexpr, THRESHOLD: tl.constexpr, CHUNK: tl.constexpr,
     RECIPROCAL: tl.constexpr,
     HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Spikes; STATISTICS 1: and mean and rstd [T, R]."""
     channels = channels * ALIGN
@@ -130,7 +144,7 @@ def norm_lif_forward(
     r = r1[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     c_inside = c < channels
-    inside = (r < rows) & c_inside
+    inside = None if WHOLE else (r < rows) & c_inside
     at = r * channels + c
     timestep = rows.to(tl.int64) * channels
 
@@ -143,77 +157,105 @@ def norm_lif_forward(
         mean = tl.load(mean_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
     v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    LAST: tl.constexpr = (T - 1) // CHUNK * CHUNK
-    for first in range(0, LAST, CHUNK):
+    for first in tl.range(0, T // CHUNK * CHUNK, CHUNK, num_stages=STAGES):
         v = _forward_chunk(
             x_ptr, mean_ptr, rstd_ptr, spikes_ptr, first, v, weight, bias, mean, rstd, threshold, r1, at,
             inside, c_inside, rows, channels, timestep, stride_t, eps, tau, v_reset, CHUNK, STATISTICS,
             RECIPROCAL, HARD, DECAY_INPUT, LEVELS,
         )  # fmt: skip
-    _forward_chunk(
-        x_ptr, mean_ptr, rstd_ptr, spikes_ptr, LAST, v, weight, bias, mean, rstd, threshold, r1, at, inside,
-        c_inside, rows, channels, timestep, stride_t, eps, tau, v_reset, T - LAST, STATISTICS, RECIPROCAL,
-        HARD, DECAY_INPUT, LEVELS,
-    )  # fmt: skip
+    if T % CHUNK > 0:
+        _forward_chunk(
+            x_ptr, mean_ptr, rstd_ptr, spikes_ptr, T // CHUNK * CHUNK, v, weight, bias, mean, rstd, threshold,
+            r1, at, inside, c_inside, rows, channels, timestep, stride_t, eps, tau, v_reset, T % CHUNK,
+            STATISTICS, RECIPROCAL, HARD, DECAY_INPUT, LEVELS,
+        )  # fmt: skip
 
 
-def _tile(
-    channels: int, by_row: bool, p: LIFParams | ILIFParams, a_thread: int, warps: int
-) -> dict[str, int]:
+def _tile(channels: int, by_row: bool, a_thread: int, warps: int) -> dict[str, int]:
     """Tiles of `a_thread` elements a thread and timestep, more in rows too wide for that; at least `warps`
     warps. `by_row`: whole rows."""
     block_c = max(16, power_of_2(channels))
     if not by_row:
         block_c = min(block_c, 256)
     warps = min(16, max(warps, block_c // (32 * a_thread)))
-    block_r = max(1, 32 * warps * a_thread // block_c)
-    if isinstance(p, ILIFParams) and warps <= 8:
-        block_r *= CHUNK
-    return {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
+    return {"BLOCK_R": max(1, 32 * warps * a_thread // block_c), "BLOCK_C": block_c, "num_warps": warps}
 
 
 def _forward_tile(T: int, x: Tensor, statistics: int, p: LIFParams | ILIFParams) -> dict[str, int]:
-    """As measured on an H200 in bfloat16: rows in few warps, which wait for each other at every sum."""
-    a_thread = 16 // x.element_size()
-    if statistics != ROW or isinstance(p, ILIFParams):
-        tile = _tile(x.shape[-1], statistics == ROW, p, a_thread, 4)
-        return {**tile, "CHUNK": min(T, 8 if tile["num_warps"] <= 8 else 4)}
-    return {**_tile(x.shape[-1], True, p, 2 * a_thread, 1), "CHUNK": T if T <= 4 else 2}
+    """As measured on an H200 in bfloat16: rows in few warps, which wait for each other at every sum; a row
+    that is a warp's own takes its timesteps from a pipeline."""
+    a_thread, channels = 16 // x.element_size(), x.shape[-1]
+    if isinstance(p, ILIFParams):
+        tile = _tile(channels, statistics == ROW, a_thread, 4)
+        return {**tile, "BLOCK_R": tile["BLOCK_R"] * (CHUNK if tile["num_warps"] <= 8 else 1), "CHUNK": 1}
+    if statistics != ROW:
+        return {**_tile(channels, False, a_thread, 4), "CHUNK": min(T, 8)}
+    if channels <= 256 and T > 4:
+        return {**_tile(channels, True, a_thread, 1), "CHUNK": min(T, 8)}
+    tile = _tile(channels, True, 2 * a_thread, 1)
+    if tile["num_warps"] == 1 and _whole(x, tile):
+        return {**tile, "CHUNK": 1 if T <= 8 else 2, "STAGES": 4}
+    return {**tile, "CHUNK": T} if T <= 4 else {**tile, "CHUNK": 2, "STAGES": 3}
 
 
 @dataclass(frozen=True)
 class _Backward:
-    """Tile, timesteps whose potentials are kept in registers, registers a thread, programs a multiprocessor
-    that each walk many rows."""
+    """Tile, timesteps whose potentials are kept in registers, registers a thread, rows (or, where timesteps
+    are walked in pieces, pieces) that are on their way at once, the one that is worked on included."""
 
     tile: dict[str, int]
     chunk: int
-    registers: int | None
-    programs: int
+    registers: int
+    stages: int
+
+    def programs(self, size: int, device: torch.device) -> int:
+        """That a multiprocessor holds, each of which walks many rows."""
+        threads, shared = 32 * self.tile["num_warps"], self.shared(size)
+        return max(1, min(REGISTERS // (threads * self.registers), shared_memory(device) // max(1, shared)))
+
+    def shared(self, size: int) -> int:
+        """Bytes of shared memory: x and gradient of what is on its way."""
+        tile = self.tile["BLOCK_R"] * self.tile["BLOCK_C"] * size
+        return 2 * self.chunk * tile * (self.stages - 1)
 
 
 def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams | ILIFParams) -> _Backward:
-    """As measured on an H200 in bfloat16; else what spills nothing. With 128 registers there, of which it
-    then lacks a few, as many programs run side by side as hide each other's waiting: 0.20 ms for 0.34 at
-    C = 1280."""
-    size, wide = x.element_size(), statistics == ROW and x.shape[-1] > 256
-    counts = isinstance(p, ILIFParams)
-    narrow = (statistics == ROW and not wide) or (statistics == CHANNEL and not sums)
-    a_thread = (8 if narrow and not counts else 16) // size
-    tile = _tile(x.shape[-1], statistics == ROW, p, a_thread, 2 if wide and size == 2 else 4)
-    warps = tile["num_warps"]
-    if warps > 8:
-        chunk = 1
+    """As measured on an H200. More elements a thread: fewer sums across threads, but potentials of some 64
+    elements and timesteps are all that registers hold; more registers: fewer programs side by side."""
+    size, channels, rows = x.element_size(), x.shape[-1], statistics == ROW
+    stages, warps = 3, 1 if rows else 2  # at least
+    if isinstance(p, ILIFParams):
+        a_thread, chunk, registers, stages, warps = 16 // size, 1, 128, 4, 4
     elif size == 4:
-        chunk = CHUNK
+        warps = 1 if rows else 4
+        a_thread, chunk, registers = (4, T, 160) if T <= 4 else (4, T, 255) if T <= 8 else (4, 2, 128)
+    elif rows and channels <= 256 and T <= 4:
+        a_thread, chunk, registers = 8, T, 160
+    elif rows:
+        a_thread, chunk, registers = (16, T, 255) if T <= 4 else (8, T, 255) if T <= 8 else (16, 2, 255)
+    elif T <= 8:
+        a_thread, chunk, registers = (8, T, 168) if T <= 4 else (4, T, 128)
+    elif T > MAX_T or statistics == WIDE_ROW:
+        a_thread, chunk, registers, warps = 8, 4, 160, 4
+    elif sums:
+        a_thread, chunk, registers, stages = 4, T, 168, 2
     else:
-        chunk = 2 if T > CHUNK else CHUNK
-    chunk = min(T, chunk)
-    registers = 255 if chunk < T and warps <= 8 else None
-    waits = wide or (sums and statistics == CHANNEL)
-    if waits and major(x.device) == 9 and size == 2 and warps <= 8 and not counts:
-        registers = 128
-    return _Backward(tile, chunk, registers, 8 if warps == 2 or statistics == CHANNEL else 4)
+        a_thread, chunk, registers, warps = 4, T, 255, 4
+    if rows and channels > 256 * a_thread:  # more than 8 warps, whose registers would not suffice
+        a_thread, chunk, registers = 32 // size, min(T, 2), 255
+    if chunk == 2:
+        stages = 4
+    tile = _tile(channels, rows, a_thread, warps)
+    registers = min(registers, REGISTERS // (32 * tile["num_warps"]))
+    way = _Backward(tile, chunk, registers, stages)
+    while way.stages > 1 and way.shared(size) > shared_memory(x.device):
+        way = replace(way, stages=way.stages - 1)
+    return way
+
+
+def _whole(x: Tensor, tile: dict[str, int]) -> bool:
+    """Whether no tile reaches beyond x."""
+    return tile["BLOCK_R"] == 1 and x.shape[-1] % tile["BLOCK_C"] == 0
 
 
 def _sizes(x: Tensor, **strides: int) -> dict[str, int]:
@@ -264,13 +306,13 @@ def forward(
         row_moments(x, eps, mean, rstd)
     T, channels = x.shape[0], x.shape[-1]
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
-    blocks = _forward_tile(T, x, statistics, p)
+    blocks = {"STAGES": 1, **_forward_tile(T, x, statistics, p)}
     grid = (cdiv(x[0].numel() // channels, blocks["BLOCK_R"]), cdiv(channels, blocks["BLOCK_C"]))
     launch(
         norm_lif_forward, grid, x_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=bias.contiguous(),
         threshold_ptr=pointer, mean_ptr=mean, rstd_ptr=rstd, spikes_ptr=spikes, eps=eps, threshold=number,
         T=T, STATISTICS=statistics, THRESHOLD=kind, **_sizes(x, stride_t=_stride(x)),
-        **_neurons(p, neuron_forward), fuse=statistics == ROW, **blocks,
+        **_neurons(p, neuron_forward), fuse=statistics == ROW, WHOLE=_whole(x, blocks), **blocks,
     )  # fmt: skip
     return spikes, mean, rstd
 
@@ -306,11 +348,11 @@ def _backward(
     blocks, chunk = way.tile, way.chunk
     across = cdiv(channels, blocks["BLOCK_C"])
     down = cdiv(x[0].numel() // channels, blocks["BLOCK_R"])
-    if sums or chunk < T or statistics == CHANNEL:  # few programs, each of which walks many rows
-        down = min(down, max(1, way.programs * multiprocessors(x.device) // across))
+    programs = way.programs(x.element_size(), x.device) * multiprocessors(x.device)
+    down = min(down, max(1, programs // across))
     scratch = parts = row_gw = row_gwz = partial = None
     if chunk < T:
-        shape = (down, across, (T - 1) // chunk, blocks["BLOCK_R"], blocks["BLOCK_C"])
+        shape = (down, across, cdiv(T, chunk), blocks["BLOCK_R"], blocks["BLOCK_C"])
         scratch = x.new_empty(shape, dtype=torch.float32)
     if sums:
         parts = x.new_empty((down, 2, channels), dtype=torch.float32)
@@ -325,7 +367,7 @@ def _backward(
         scratch_ptr=scratch, grad_x_ptr=grad_x, sums_ptr=parts, grad_threshold_ptr=partial,
         row_gw_ptr=row_gw, row_gwz_ptr=row_gwz, threshold=number, T=T,
         STATISTICS=statistics, SUMS=sums, THRESHOLD=kind, CHUNK=chunk,
-        maxnreg=way.registers,
+        STAGES=way.stages, WHOLE=_whole(x, blocks), maxnreg=way.registers,
         **_sizes(x, stride_t=_stride(x), grad_stride_t=_stride(grad_spikes)), **_neurons(p, neuron),
         fuse=True, **blocks,
     )  # fmt: skip
