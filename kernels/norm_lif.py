@@ -236,7 +236,7 @@ def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams |
     elif T <= 8:
         a_thread, chunk, registers = (8, T, 168) if T <= 4 else (4, T, 128)
     elif T > MAX_T or statistics == WIDE_ROW:
-        a_thread, chunk, registers, warps = 8, 4, 160, 4
+        a_thread, chunk, registers, warps = 8, 2 if statistics == WIDE_ROW else 4, 160, 4
     elif sums:
         a_thread, chunk, registers, stages = 4, T, 168, 2
     else:
