@@ -323,8 +323,8 @@ Written by `python bench/aot.py` with Triton {triton.__version__}; nothing on th
 ## Code
 
 Access widths in bits; "spills" counts bytes of local memory and instructions that use it. `HMMA`, `HGMMA` and
-`UTC*MMA` are the tensor cores of Ampere, Hopper and Blackwell. What spills on sm_90 asks for 128 registers,
-and was measured to be faster so (bench/results/gpu-h200-tiles.json).
+`UTC*MMA` are the tensor cores of Ampere, Hopper and Blackwell. What spills asks for as many registers and
+elements a thread as were measured to be fastest on an H200 (bench/results/gpu-h200-tiles.json).
 
 {table(results)}
 

@@ -51,7 +51,8 @@ def instructions(code: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def rounds(launch: Launch) -> tuple[int, ...]:
-    """How often the loops of a `lif` or `norm_lif` kernel go round, by their depth."""
+    """How often the loops of a `lif` or `norm_lif` kernel go round, by their depth (the sweep of a backward
+    kernel once less)."""
     a = launch.arguments
     chunks = a["T"] // a["CHUNK"] if "CHUNK" in a else 1
     if launch.kernel.__name__ != "norm_lif_backward":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,30 @@ def test_nor_do_channels_that_are_no_multiple_of_16() -> None:
             k.backward_layer(x, x, weight, weight, mean, rstd, 1.0, P)
         keys.append({launch.key for launch in launches})
     assert all(found == keys[0] for found in keys)
+
+
+@pytest.mark.parametrize("major", [8, 9, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("p", [P, ILIFParams(4)], ids=["lif", "ilif"])
+def test_what_norm_lif_asks_for_is_there(p: Any, dtype: torch.dtype, major: int) -> None:
+    """Registers and shared memory of a multiprocessor, for any width and time."""
+    from spikedecoder.kernels import norm_lif as k
+
+    for T in (1, 2, 4, 5, 8, 9, 16, 17, 64):
+        for channels in (3, 80, 256, 512, 1280, 2048, 4096, 8192):
+            x = torch.empty((T, 64, channels), dtype=dtype, device="meta")
+            for statistics in (k.CHANNEL, k.ROW if channels <= k.MAX_ROW else k.WIDE_ROW):
+                for sums in (False, True):
+                    with _launch.record(major):
+                        way = k._backward_way(T, x, statistics, sums, p)
+                        programs = way.programs(x.element_size(), x.device)
+                        most = _launch.shared_memory(x.device)
+                    threads, case = 32 * way.tile["num_warps"], (T, channels, statistics, sums, way)
+                    assert 1 <= way.chunk <= T and way.stages >= 1, case
+                    assert programs * threads * way.registers <= k.REGISTERS, case
+                    assert threads <= 512 and programs * way.shared(x.element_size()) <= most, case
+                    if statistics == k.ROW:
+                        assert way.tile["BLOCK_C"] >= channels, case
 
 
 @pytest.mark.parametrize("use", [attention, attention_lif], ids=lambda use: use.__name__)
