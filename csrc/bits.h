@@ -52,27 +52,88 @@ SPIKEDECODER_INLINE int64_t first_bit(uint64_t word) {
 #endif
 }
 
-// One step of a transposition: of each two rows that are `apart` from each other, the upper `bits` of every 2 `bits` of
-// the first change places with the lower ones of the second. A row is 8 words, in each of which this is done.
+// Bits of a 64 x 64 matrix are transposed in six steps: in each, of each two rows that are `apart` from each other, the
+// upper `bits` of every 2 `bits` of the first change places with the lower ones of the second.
+template <int bits>
+constexpr uint64_t LOWER = ~uint64_t{0} / ((uint64_t{1} << bits) + 1);
+
+#if defined(SPIKEDECODER_AVX512)
+
+template <int apart, int bits>
+SPIKEDECODER_INLINE void exchange_bits(__m512i* rows) {
+  const __m512i lower = _mm512_set1_epi64(static_cast<int64_t>(LOWER<bits>));
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    if (i & apart) continue;
+    const __m512i upper = _mm512_srli_epi64(rows[i], bits);
+    const __m512i t = _mm512_and_si512(_mm512_xor_si512(upper, rows[i | apart]), lower);
+    rows[i] = _mm512_xor_si512(rows[i], _mm512_slli_epi64(t, bits));
+    rows[i | apart] = _mm512_xor_si512(rows[i | apart], t);
+  }
+}
+
+// Word j of rows[i] becomes word i of rows[j].
+SPIKEDECODER_INLINE void transpose_8(__m512i* rows) {
+  __m512i pairs[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi64(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi64(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int odd = 0; odd < 2; odd++) {
+    const __m512i a = _mm512_shuffle_i64x2(pairs[odd], pairs[2 + odd], 0x88);
+    const __m512i b = _mm512_shuffle_i64x2(pairs[odd], pairs[2 + odd], 0xdd);
+    const __m512i c = _mm512_shuffle_i64x2(pairs[4 + odd], pairs[6 + odd], 0x88);
+    const __m512i d = _mm512_shuffle_i64x2(pairs[4 + odd], pairs[6 + odd], 0xdd);
+    rows[odd] = _mm512_shuffle_i64x2(a, c, 0x88);
+    rows[2 + odd] = _mm512_shuffle_i64x2(b, d, 0x88);
+    rows[4 + odd] = _mm512_shuffle_i64x2(a, c, 0xdd);
+    rows[6 + odd] = _mm512_shuffle_i64x2(b, d, 0xdd);
+  }
+}
+
+// a = the transpose of up to 64 rows of 64 bits, a word every `stride`: bit j of word i becomes bit i of a[j].
+SPIKEDECODER_INLINE void transpose_64(const uint64_t* words, int64_t stride, int64_t rows, uint64_t* a) {
+  const __m512i eighth = _mm512_mullo_epi64(_mm512_set_epi64(56, 48, 40, 32, 24, 16, 8, 0), _mm512_set1_epi64(stride));
+  __m512i at[8];  // rows 8 i + j in lane i of at[j]
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; j++) {
+    const int there = rows > j ? static_cast<int>(rows - j + 7) / 8 : 0;
+    const __mmask8 lanes = static_cast<__mmask8>((1u << there) - 1);
+    at[j] = _mm512_mask_i64gather_epi64(_mm512_setzero_si512(), lanes, eighth, words + j * stride, 8);
+  }
+  exchange_bits<4, 4>(at);
+  exchange_bits<2, 2>(at);
+  exchange_bits<1, 1>(at);
+  transpose_8(at);
+  exchange_bits<4, 32>(at);
+  exchange_bits<2, 16>(at);
+  exchange_bits<1, 8>(at);
+  for (int i = 0; i < 8; i++) _mm512_storeu_si512(a + 8 * i, at[i]);
+}
+
+#else
+
+// A row is 8 words, in each of which this is done.
 template <int apart, int bits>
 SPIKEDECODER_INLINE void exchange_bits(uint64_t (*rows)[8]) {
-  constexpr uint64_t lower = ~uint64_t{0} / ((uint64_t{1} << bits) + 1);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {
     if (i & apart) continue;
     for (int j = 0; j < 8; j++) {
-      const uint64_t t = ((rows[i][j] >> bits) ^ rows[i | apart][j]) & lower;
+      const uint64_t t = ((rows[i][j] >> bits) ^ rows[i | apart][j]) & LOWER<bits>;
       rows[i][j] ^= t << bits;
       rows[i | apart][j] ^= t;
     }
   }
 }
 
-// In place, the transpose of a 64 x 64 matrix of bits: bit j of a[i] becomes bit i of a[j].
-SPIKEDECODER_INLINE void transpose_64(uint64_t* a) {
+// a = the transpose of up to 64 rows of 64 bits, a word every `stride`: bit j of word i becomes bit i of a[j].
+SPIKEDECODER_INLINE void transpose_64(const uint64_t* words, int64_t stride, int64_t rows, uint64_t* a) {
   uint64_t by_eight[8][8], by_one[8][8];  // rows 8 i + j at [i][j], and at [j][i]
   for (int i = 0; i < 8; i++) {
-    for (int j = 0; j < 8; j++) by_one[j][i] = a[8 * i + j];
+    for (int j = 0; j < 8; j++) by_one[j][i] = 8 * i + j < rows ? words[(8 * i + j) * stride] : 0;
   }
   exchange_bits<4, 4>(by_one);
   exchange_bits<2, 2>(by_one);
@@ -85,6 +146,8 @@ SPIKEDECODER_INLINE void transpose_64(uint64_t* a) {
   exchange_bits<1, 8>(by_eight);
   memcpy(a, by_eight, sizeof by_eight);
 }
+
+#endif
 
 }  // namespace SPIKEDECODER_VARIANT
 }  // namespace spikedecoder

@@ -13,9 +13,7 @@ namespace SPIKEDECODER_VARIANT {
 SPIKEDECODER_INLINE void transpose_words(const uint64_t* words, int64_t stride, int64_t rows, uint64_t* out,
                                          int64_t out_stride, int64_t bits) {
   uint64_t a[64];
-  for (int64_t i = 0; i < rows; i++) a[i] = words[i * stride];
-  for (int64_t i = rows; i < 64; i++) a[i] = 0;
-  transpose_64(a);
+  transpose_64(words, stride, rows, a);
   for (int64_t i = 0; i < bits; i++) out[i * out_stride] = a[i];
 }
 
