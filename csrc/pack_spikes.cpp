@@ -8,39 +8,51 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 
-SPIKEDECODER_INLINE uint64_t word_of_bytes(const uint8_t* p, int n) {
+namespace {
+
+SPIKEDECODER_INLINE uint64_t word_of(const uint8_t* p, int n) {
   uint64_t word = 0;
   for (int i = 0; i < n; i++) word |= static_cast<uint64_t>(p[i] != 0) << i;
   return word;
 }
 
-SPIKEDECODER_INLINE uint64_t word_at(const Pack& a, int64_t at, int n) {
-  switch (a.type) {
-    case Element::byte: return word_of_bytes(static_cast<const uint8_t*>(a.values) + at, n);
-    case Element::bfloat16: return word_of_floats(static_cast<const bfloat16*>(a.values) + at, n);
-    default: return word_of_floats(static_cast<const float*>(a.values) + at, n);
-  }
+template <class E>
+SPIKEDECODER_INLINE uint64_t word_of(const E* p, int n) {
+  return word_of_floats(p, n);
 }
 
-void pack(const Pack& a) {
-  const int64_t words = words_for(a.C);
-  const int threads = threads_for(0.2 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
+template <class E>
+void pack_from(const Pack& a, const E* values) {
+  // its own copies: what is stored might change those in `a`
+  const int64_t C = a.C, words = words_for(C);
+  uint64_t* const out = a.words;
+  const int threads = threads_for(0.2 * static_cast<double>(a.rows) * static_cast<double>(C), a.threads);
   int64_t total = 0;
   parallel(threads, [&](int thread, int all) {
     const Range rows = share(a.rows, thread, all);
+    const E* from = values + rows.begin * C;
+    uint64_t* to = out + rows.begin * words;
     int64_t set = 0;
-    for (int64_t r = rows.begin; r < rows.end; r++) {
-      for (int64_t w = 0; w < words; w++) {
-        const int64_t at = r * a.C + 64 * w, left = a.C - 64 * w;
-        const int n = left < 64 ? static_cast<int>(left) : 64;
-        const uint64_t word = word_at(a, at, n);
-        a.words[r * words + w] = word;
+    for (int64_t r = rows.begin; r < rows.end; r++, from += C) {
+      for (int64_t c = 0; c < C; c += 64) {
+        const uint64_t word = word_of(from + c, C - c < 64 ? static_cast<int>(C - c) : 64);
+        *to++ = word;
         set += __builtin_popcountll(word);
       }
     }
     __atomic_fetch_add(&total, set, __ATOMIC_RELAXED);
   });
   if (a.count) *a.count = total;
+}
+
+}  // namespace
+
+void pack(const Pack& a) {
+  switch (a.type) {
+    case Element::byte: return pack_from(a, static_cast<const uint8_t*>(a.values));
+    case Element::bfloat16: return pack_from(a, static_cast<const bfloat16*>(a.values));
+    default: return pack_from(a, static_cast<const float*>(a.values));
+  }
 }
 
 void count_bits(const CountBits& a) {
