@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ops, use_backend
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "layer": {},
@@ -203,8 +203,11 @@ def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches():
     with use_backend("cpu"):
         assert op._bare(s, weight, bias) and op._bare(s, weight, None)
         straight = op.spike_linear(s, weight, bias)
+        words = ops.pack_spikes(s)
+        assert op._bare(words, weight, bias) and not op._bare(weight, words)
+        assert torch.equal(op.spike_linear(words, weight, bias), straight)
         with Watch():
-            assert not op._bare(s, weight, bias)
+            assert not op._bare(s, weight, bias) and not op._bare(words, weight, bias)
             assert torch.equal(op.spike_linear(s, weight, bias), straight)
         assert any("spike_linear" in name for name in seen)
         with torch.autocast("cpu"):

@@ -13,6 +13,11 @@ from spikedecoder.params import LIFParams
 from spikedecoder.reference.lif import compute_dtype
 
 
+def _nothing(x: Tensor) -> Tensor:
+    """In the place of a result that nobody asked for."""
+    return x.new_empty(0, dtype=compute_dtype(x.dtype))
+
+
 def _forward(
     x: Tensor,
     threshold: Tensor | None,
@@ -32,7 +37,7 @@ def _forward(
     # a backend that can leave a state unwritten says so: at T = 4 in bfloat16 it is a fifth of all bytes
     options = {"want_v": return_state} if getattr(impl, "STATES_ON_REQUEST", False) else {}
     spikes, v = impl.forward(x, p.v_threshold if threshold is None else threshold, v_init, p, **options)
-    return spikes, v if return_state else v.new_empty(0)
+    return spikes, v if return_state else _nothing(x)
 
 
 _lif = torch.library.custom_op("spikedecoder::lif", _forward, mutates_args=())
@@ -98,10 +103,10 @@ def _backward(
         grad_spikes, grad_v, x, p.v_threshold if threshold is None else threshold, v_init, p, **options
     )
     if threshold is None:
-        grad_threshold = grad_threshold.new_empty(0)
+        grad_threshold = _nothing(x)
     else:
         grad_threshold = grad_threshold.sum_to_size(threshold.shape).to(threshold.dtype)
-    return grad_x, grad_threshold, grad_v_init.new_empty(0) if v_init is None else grad_v_init
+    return grad_x, grad_threshold, _nothing(x) if v_init is None else grad_v_init
 
 
 _lif_backward = torch.library.custom_op("spikedecoder::lif_backward", _backward, mutates_args=())

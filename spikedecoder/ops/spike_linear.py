@@ -182,7 +182,7 @@ def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
     return weight.to(dtype), None if bias is None else bias.to(dtype), backend
 
 
-def _bare(s: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _bare(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a call's result is all that is wanted: no gradient, no trace, tensors that are what they seem.
 
     Then the dispatcher, which for one token takes as long as the kernel, can be passed by.

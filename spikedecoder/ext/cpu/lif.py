@@ -26,16 +26,16 @@ STATES_ON_REQUEST = True  # forward takes want_v, backward want_grad_v_init
 
 def forward(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Spikes [T, ...] and the final membrane potential [...], empty if not wanted."""
+) -> tuple[Tensor, Tensor | None]:
+    """Spikes [T, ...] and the final membrane potential [...], None if not wanted."""
     x = same(x)
     v_init = None if v_init is None else dense(v_init)
     spikes = empty_like(x)
-    v = empty(x.shape[1:] if want_v else (0,))
+    v = empty(x.shape[1:]) if want_v else None
     t = threshold_of(threshold, x)
     native.lif_forward(
         *(neuron(p), t.native, ELEMENTS[x.dtype], address(x), address(v_init), address(spikes)),
-        *(address(v) if want_v else 0, x.shape[0], t.rows, t.channels, torch.get_num_threads()),
+        *(address(v), x.shape[0], t.rows, t.channels, torch.get_num_threads()),
     )
     return spikes, v
 
@@ -48,9 +48,8 @@ def backward(
     v_init: Tensor | None,
     p: LIFParams,
     want_grad_v_init: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the threshold and of v_init. In the places of those of a threshold that is a number,
-    and of a v_init that is None or not asked for, is an empty tensor."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, of a threshold that is a tensor, and of v_init if there is one and it is asked for."""
     x = same(x)
     grad_spikes = same(grad_spikes, x.dtype)
     v_init = None if v_init is None else dense(v_init)
@@ -72,9 +71,4 @@ def backward(
         *(address(grad_x), address(grad_threshold), address(grad_v_init)),
         *(x.shape[0], t.rows, t.channels, torch.get_num_threads()),
     )
-    nothing = empty((0,))
-    return (
-        grad_x,
-        nothing if grad_threshold is None else grad_threshold,
-        nothing if grad_v_init is None else grad_v_init,
-    )
+    return grad_x, grad_threshold, grad_v_init
