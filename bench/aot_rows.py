@@ -91,7 +91,7 @@ def lif_rows() -> Iterator[Row]:
             TYPES[dtype],
             name,
             3 * size * 64 * MEGA,
-            (*(NARROW if T <= 8 else NARROWEST), "at most 31 instructions"),
+            (*(NARROW if T <= 4 else NARROWEST), "at most 31 instructions"),
             backward(T, dtype, 1.0),
         )
     for label, threshold in (("scalar threshold", scalar), ("threshold per channel", channel)):
@@ -172,7 +172,9 @@ def norm_lif_rows() -> Iterator[Row]:
         if C > norm_lif.MAX_ROW:  # a launch that only sums writes little
             needs = LOADS
         if C == 512:
-            most = {"layer forward": 20, "layer backward": 56, "channel forward": 17}.get(call, 46)
+            most = {"layer forward": 20, "layer backward": 48, "channel forward": 17}.get(
+                call, 34 if T <= 16 else 50
+            )
             needs = (*needs, f"at most {most} instructions")
         minimum = passes * x.numel() * dtype.itemsize + (8 * x.numel() / C if "layer" in call else 0)
         if isinstance(p, ILIFParams):
