@@ -29,6 +29,7 @@ if INTERPRETED:
     from spikedecoder.kernels._interpreter import install
 
     install()
+REGISTERS = 65536  # of a multiprocessor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of A100, H100/H200, B200: used where no device is asked
 _SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}

@@ -8,13 +8,15 @@ bands. x [M, C], b bytes an element: b read, the minimum. Bound by memory bandwi
 Rows too wide for a program's registers: mean and 1 / standard deviation of each, in the same way along it.
 """
 
+# mypy: disable-error-code="assignment,misc,var-annotated", no-warn-unreachable
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import cdiv, kernel, launch, multiprocessors, power_of_2
+from spikedecoder.kernels._launch import REGISTERS, cdiv, kernel, launch, multiprocessors, power_of_2
 
 AT_ONCE, WARPS, PROGRAMS = 16, 2, 6  # loads of a thread, warps, programs a multiprocessor; on an H200
 
@@ -38,7 +40,7 @@ def moments_of_bands(
         xs = ()
         for i in tl.static_range(AT_ONCE):
             r = tl.arange(0, BLOCK_R)[:, None].to(tl.int64) + (first + i * BLOCK_R)
-            xs = xs + (tl.load(x_ptr + r * channels + c, mask=(r < stop) & c_inside, other=0.0),)  # noqa: RUF005
+            xs = xs + (tl.load(x_ptr + r * channels + c, mask=(r < stop) & c_inside, other=0.0),)
         if CENTER:
             r1 = tl.arange(0, BLOCK_R)[:, None].to(tl.int64) + first
             new = tl.minimum(AT_ONCE, (stop - r1 + (BLOCK_R - 1)) // BLOCK_R)
@@ -123,7 +125,8 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     launch(
         moments_of_bands, (bands, across), x_ptr=x, mean_ptr=means, square_ptr=squares, rows=rows,
         channels=channels // align, band=band, CENTER=center, AT_ONCE=AT_ONCE, BLOCK_R=block_r,
-        BLOCK_C=block_c, ALIGN=align, num_warps=WARPS, fuse=True,
+        BLOCK_C=block_c, ALIGN=align, num_warps=WARPS, maxnreg=REGISTERS // (32 * WARPS * PROGRAMS) // 8 * 8,
+        fuse=True,
     )  # fmt: skip
     launch(
         merge_bands, (cdiv(channels, 8),), means_ptr=means, squares_ptr=squares, mean_ptr=mean,

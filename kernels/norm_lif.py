@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikedecoder.kernels._launch import (
+    REGISTERS,
     cdiv,
     kernel,
     launch,
@@ -74,7 +75,6 @@ from spikedecoder.params import ILIFParams, LIFParams
 __all__ = ["backward_apply", "backward_layer", "backward_reduce", "forward", "moments", "why_not"]
 
 CHUNK = 4  # times as many rows a tile to an I-LIF
-REGISTERS = 65536  # of a multiprocessor
 MAX_ROW = 4096  # channels whose row statistics a program takes in registers
 CHANNEL, ROW, WIDE_ROW = range(3)  # STATISTICS of channels; of rows, in a tile; of rows, handed in
 
