@@ -318,7 +318,8 @@ def forward(
 
 
 class Sums(NamedTuple):
-    """What a backward pass sums over rows; `rows`: for wide rows <g weight> and <g weight z> [T, ...]."""
+    """What a backward pass sums over rows, empty what nobody asked for; `rows`: for wide rows <g weight> and
+    <g weight z> [T, ...]."""
 
     weight: Tensor
     bias: Tensor
@@ -336,11 +337,13 @@ def _backward(
     grad_x = None
     if statistics == ROW or not sums:
         grad_x = x if over else torch.empty_like(x, memory_format=torch.contiguous_format)
-    zero, channels = x.new_zeros((), dtype=torch.float32), x.shape[-1]
+    nothing, channels = x.new_empty(0, dtype=torch.float32), x.shape[-1]
     if x.numel() == 0:
         zeros = x.new_zeros(channels, dtype=torch.float32)
-        like = threshold.shape if isinstance(threshold, Tensor) else ()
-        return grad_x, Sums(zeros, zeros.clone(), zero.expand(like), (torch.zeros_like(mean),) * 2)
+        like = threshold.shape if isinstance(threshold, Tensor) else (0,)
+        return grad_x, Sums(
+            zeros, zeros.clone(), x.new_zeros(like, dtype=torch.float32), (torch.zeros_like(mean),) * 2
+        )
     x, grad_spikes = _steps(x, p), _steps(grad_spikes, p)
     T = x.shape[0]
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
@@ -372,12 +375,12 @@ def _backward(
         fuse=True, **blocks,
     )  # fmt: skip
     if parts is None:
-        return grad_x, Sums(zero, zero, zero, ())
+        return grad_x, Sums(nothing, nothing, nothing, ())
     sum_gz, sum_g = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
     sum_parts(parts, sum_gz, sum_g)
     grad_threshold = threshold_gradient(kind, partial, threshold)
     rows = tuple(part.sum(0) / channels for part in (row_gw, row_gwz) if part is not None)
-    return grad_x, Sums(sum_gz, sum_g, zero if grad_threshold is None else grad_threshold, rows)
+    return grad_x, Sums(sum_gz, sum_g, nothing if grad_threshold is None else grad_threshold, rows)
 
 
 def backward_layer(

@@ -105,16 +105,21 @@ def gradients(
     channel: bool, batch_gradient: bool, group: str | None, p: LIFParams | ILIFParams, backend: str,
     over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of x, weight, bias and threshold; `over`: see `backward_over`."""
+    """Of x, weight, bias and threshold (empty where there is none); `over`: see `backward_over`."""
     impl = select("norm_lif", _call(x, mean if channel else None), backend)
     limit = p.v_threshold if threshold is None else threshold
     args = (grad_spikes, x, weight, bias, mean, rstd, limit, p)
     if channel:
-        nothing = torch.zeros_like(rstd)
-        a, b, c = weight * rstd, nothing, nothing
+        a = weight * rstd
         if ema_gz is not None and rstd_batch is not None:  # PowerNorm in training
-            a, b = weight * rstd_batch, (alpha_backward() - 1) * ema_gz * rstd_batch
+            a, b, c = (
+                weight * rstd_batch,
+                (alpha_backward() - 1) * ema_gz * rstd_batch,
+                torch.zeros_like(rstd),
+            )
             batch_gradient = False
+        elif not batch_gradient:
+            b = c = torch.zeros_like(rstd)
         if batch_gradient or not hasattr(impl, "backward_known"):
             grad_weight, grad_bias, grad_threshold = impl.backward_reduce(*args)
             if batch_gradient:  # BatchNorm in training: the statistics are functions of x
@@ -122,20 +127,21 @@ def gradients(
                 if group is not None:
                     sum_gz, sum_g = sync.sum_over(torch.stack([grad_weight, grad_bias]), group)
                 count = x.numel() // x.shape[-1] if rows is None else rows
-                b, c = -a * sum_gz / count, -a * sum_g / count
+                share = a / -count
+                b, c = share * sum_gz, share * sum_g
             grad_x = impl.backward_apply(*args, a, b, c)
         else:
             grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_known(*args, a, b, c)
     else:
         options = {"over": True} if over else {}
         grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_layer(*args, **options)
-    grad_threshold = grad_threshold.sum_to_size(() if threshold is None else threshold.shape)
+    grad_threshold = mean.new_empty(0) if threshold is None else grad_threshold.sum_to_size(threshold.shape)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_threshold
 
 
 def _parameters_fake(grad_spikes, x, weight, bias, mean, rstd, threshold, *_):
     """Gradients of weight, bias and threshold, without values."""
-    grad_threshold = mean.new_empty(() if threshold is None else threshold.shape)
+    grad_threshold = mean.new_empty(0 if threshold is None else threshold.shape)
     return torch.empty_like(weight), torch.empty_like(bias), grad_threshold
 
 

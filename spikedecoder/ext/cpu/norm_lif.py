@@ -128,4 +128,4 @@ def _backward(
         *(address(grad_weight), address(grad_bias), address(grad_threshold)),
         *(*sizes, torch.get_num_threads()),
     )
-    return grad_x, grad_weight, grad_bias, empty(()).zero_() if grad_threshold is None else grad_threshold
+    return grad_x, grad_weight, grad_bias, empty((0,)) if grad_threshold is None else grad_threshold
