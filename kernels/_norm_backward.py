@@ -32,7 +32,7 @@ from spikedecoder.kernels._neuron import (
 
 @triton.jit
 def _affine(
-    xs, mean, rstd, mean_ptr, rstd_ptr, first, r, r_inside, rows, weight, bias,
+    xs, mean, rstd, mean_ptr, rstd_ptr, first, r, inside, rows, weight, bias,
     COUNT: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
     """(y, mean, rstd) of COUNT timesteps, y operation by operation as in forward: the same neurons fire."""
@@ -44,6 +44,7 @@ def _affine(
             rstds = rstds + (rstd,)
     else:
         at = first * rows.to(tl.int64) + r
+        r_inside = None if inside is None else r < rows
         means = load_steps(mean_ptr + at, rows, r_inside, COUNT)
         rstds = load_steps(rstd_ptr + at, rows, r_inside, COUNT)
     ys = ()
@@ -104,19 +105,7 @@ def _backward_chunk(
     xs = load_steps(x_ptr + first * stride_t + at, stride_t, inside, COUNT)
     grad_to = grad_spikes_ptr + (first + COUNT - 1) * grad_stride_t + at
     ys, means, rstds = _affine(
-        xs,
-        mean,
-        rstd,
-        mean_ptr,
-        rstd_ptr,
-        first,
-        r,
-        None if inside is None else r < rows,
-        rows,
-        weight,
-        bias,
-        COUNT,
-        STATISTICS,
+        xs, mean, rstd, mean_ptr, rstd_ptr, first, r, inside, rows, weight, bias, COUNT, STATISTICS
     )
     if LEVELS == 0:
         hs, v = potentials(ys, v, limit, tau, v_reset, COUNT, RECIPROCAL, HARD, DECAY_INPUT)
@@ -235,7 +224,6 @@ def norm_lif_backward(
     for first in tl.range(tl.program_id(0).to(tl.int64) * BLOCK_R, rows, every, num_stages=ROW_STAGES):
         r1 = tl.arange(0, BLOCK_R).to(tl.int64) + first
         r = r1[:, None]
-        r_inside = None if WHOLE else r < rows
         inside = None if WHOLE else (r < rows) & c_inside
         at = r * channels + c
         limit = load_threshold(threshold_ptr, threshold, c, c_inside, at, inside, THRESHOLD)
@@ -255,7 +243,7 @@ def norm_lif_backward(
                     rstd_ptr,
                     begin,
                     r,
-                    r_inside,
+                    inside,
                     rows,
                     weight,
                     bias,

@@ -110,20 +110,17 @@ def linear_norm_lif_forward(
         if STATISTICS == 0:
             mean = tl.load(mean_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
-            y = affine(standardised(x, mean, rstd, STATISTICS), weight, bias, STATISTICS)
         elif STATISTICS == 1:
             row_mean = tl.sum(x.to(tl.float32), 1) / outputs
             centered = tl.where(c_inside, x.to(tl.float32) - row_mean[:, None], 0.0)
             row_rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, 1) / outputs + eps)
             tl.store(mean_ptr + m, row_mean, mask=r < rows)
             tl.store(rstd_ptr + m, row_rstd, mask=r < rows)
-            z = standardised(x, row_mean[:, None], row_rstd[:, None], STATISTICS)
-            y = affine(z, weight, bias, STATISTICS)
+            mean, rstd = row_mean[:, None], row_rstd[:, None]
         else:
-            row_mean = tl.load(mean_ptr + m, mask=r < rows, other=0.0)
-            row_rstd = tl.load(rstd_ptr + m, mask=r < rows, other=0.0)
-            z = standardised(x, row_mean[:, None], row_rstd[:, None], STATISTICS)
-            y = affine(z, weight, bias, STATISTICS)
+            mean = tl.load(mean_ptr + m, mask=r < rows, other=0.0)[:, None]
+            rstd = tl.load(rstd_ptr + m, mask=r < rows, other=0.0)[:, None]
+        y = affine(standardised(x, mean, rstd, STATISTICS), weight, bias, STATISTICS)
         h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
         fired = h >= threshold
         to = spikes_ptr + m[:, None] * outputs + c

@@ -112,11 +112,8 @@ def gradients(
     if channel:
         a = weight * rstd
         if ema_gz is not None and rstd_batch is not None:  # PowerNorm in training
-            a, b, c = (
-                weight * rstd_batch,
-                (alpha_backward() - 1) * ema_gz * rstd_batch,
-                torch.zeros_like(rstd),
-            )
+            a, c = weight * rstd_batch, torch.zeros_like(rstd)
+            b = (alpha_backward() - 1) * ema_gz * rstd_batch
             batch_gradient = False
         elif not batch_gradient:
             b = c = torch.zeros_like(rstd)
