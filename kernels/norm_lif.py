@@ -20,7 +20,7 @@ read twice, and 4 bytes of potentials (2 with statistics of channels) go to a sc
 cache while T is not long.
 To an I-LIF (LEVELS > 0; tau then holds 1 / v_threshold) timesteps are only rows: all of x [..., C] is one,
 in tiles of CHUNK times as many rows, so that as much is on its way.
-Bound by memory bandwidth forward; backward with statistics of rows by instructions, 33 to 44 an element.
+Bound by memory bandwidth forward; backward with statistics of rows by instructions, 35 to 47 an element.
 Sums over rows (gradients of weight, bias, threshold) are kept in registers by a
 fixed number of programs and added in one small reduction: the same result in every run.
 """
