@@ -221,14 +221,14 @@ def _state(v_init: Tensor | None) -> Tensor | None:
 def _forward(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool, *,
     spikes: Tensor | None = None, words: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Write `spikes` or `words` (int32); returns the last potential, an empty tensor without `want_v`."""
+) -> Tensor | None:  # fmt: skip
+    """Write `spikes` or `words` (int32); returns the last potential, None without `want_v`."""
     x, state = steps_contiguous(x), _state(v_init)
-    last = x.new_empty(x.shape[1:] if want_v else (0,), dtype=torch.float32)
+    last = x.new_empty(x.shape[1:], dtype=torch.float32) if want_v else None
     pieces = _pieces(x.shape[0]) if x.numel() else []
     for piece in pieces:
         end = piece is pieces[-1]
-        v = last if end and want_v else None if end else torch.empty_like(x[0], dtype=torch.float32)
+        v = last if end else torch.empty_like(x[0], dtype=torch.float32)
         floats, bits = (None if out is None else out[piece] for out in (spikes, words))
         _walk(x[piece], threshold, state, p, spikes=floats, words=bits, v=v)
         state = v
@@ -237,15 +237,15 @@ def _forward(
 
 def forward(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool = True
-) -> tuple[Tensor, Tensor]:
-    """(spikes [T, ...] in x's dtype, potential [...] in float32; an empty tensor without `want_v`)."""
+) -> tuple[Tensor, Tensor | None]:
+    """(spikes [T, ...] in x's dtype, potential [...] in float32; None without `want_v`)."""
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
     return spikes, _forward(x, threshold, v_init, p, want_v, spikes=spikes)
 
 
 def forward_packed(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool = True
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`forward`, spikes as bits only: int64 [T, ..., ceil(C / 64)], as `pack_spikes` lays them out."""
     words = x.new_empty(*x.shape[:-1], cdiv(x.shape[-1], 64), dtype=torch.int64)
     return words, _forward(x, threshold, v_init, p, want_v, words=words.view(torch.int32))
@@ -281,14 +281,13 @@ def backward(
     v_init: Tensor | None,
     p: LIFParams,
     want_grad_v_init: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, the threshold and v_init, the last two in float32 (empty where there is none)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, the threshold and v_init, the last two in float32; None where there is none."""
     x, grad_spikes = steps_contiguous(x), steps_contiguous(grad_spikes)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    nothing = x.new_empty(0, dtype=torch.float32)
     if x.numel() == 0:
-        shape = threshold.shape if isinstance(threshold, Tensor) else (0,)
-        return grad_x, torch.zeros(shape, device=x.device), torch.zeros_like(x[0], dtype=torch.float32)
+        zeros = torch.zeros(threshold.shape, device=x.device) if isinstance(threshold, Tensor) else None
+        return grad_x, zeros, torch.zeros_like(x[0], dtype=torch.float32) if want_grad_v_init else None
     pieces = _pieces(x.shape[0])
     starts = [_state(v_init)]
     for piece in pieces[:-1]:
@@ -303,4 +302,4 @@ def backward(
         )
         grad_threshold = part if grad_threshold is None or part is None else grad_threshold + part
         carry = before
-    return grad_x, nothing if grad_threshold is None else grad_threshold, nothing if carry is None else carry
+    return grad_x, grad_threshold, carry

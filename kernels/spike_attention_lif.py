@@ -187,10 +187,10 @@ def backward(
     decay: Tensor | None,
     threshold: Tensor | float,
     p: LIFParams,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv laid out heads last, grad_threshold)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv laid out heads last, grad_threshold, None for a number)."""
     if q.numel() == 0:
-        zero = torch.zeros(threshold.shape if isinstance(threshold, Tensor) else (), device=q.device)
+        zero = torch.zeros(threshold.shape, device=q.device) if isinstance(threshold, Tensor) else None
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), zero
     way = Pass(decay, power_table(decay), q.dtype)
     current = _current(way, heads_last(q), heads_last(k), heads_last(v), scale)
@@ -199,10 +199,8 @@ def backward(
         want_grad_v_init=False,
     )  # fmt: skip
     grad = grad.view(current.shape)
-    if isinstance(threshold, Tensor):
+    if grad_threshold is not None and isinstance(threshold, Tensor):
         grad_threshold = grad_threshold.view(threshold.shape)
-    else:
-        grad_threshold = q.new_zeros((), dtype=torch.float32)
     wide = q.shape[-1] > attention.MAX_D
     dq, dk, dv = (reference if wide else attention).backward(
         grad.transpose(2, 3), q, k, v, scale, decay, None

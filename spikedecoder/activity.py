@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spikedecoder import ops
 from spikedecoder.model import SpikeDecoder
-from spikedecoder.nn.attention import AttentionLIF
+from spikedecoder.nn.attention import AttentionLIF, SoftmaxAttention
 from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.nn.linear import LinearNormLIF
 from spikedecoder.nn.neuron import ILIF, LIF
@@ -25,13 +25,15 @@ class Activity:
 
     Of I-LIF neurons, the binary timesteps that their integers stand for.
 
-    scores: by attention layer, q k^T before masking and scaling, summed over T: [B, H, S, S], lower triangle.
+    scores: by attention layer, q k^T before masking and scaling, summed over T: [B, H, S, S], lower triangle;
+        of softmax attention, the weights. score: what a number in them is.
     thresholds: by layer, a float.
     """
 
     spikes: dict[str, Tensor]
     potentials: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
+    score: str = "spikes that coincide"
     thresholds: dict[str, float] = field(default_factory=dict)
 
     def layer(self, name: str | None) -> str:
@@ -57,16 +59,18 @@ def record(
 ) -> Activity:
     """Run the model on tokens [B, S] and keep what its neurons did, on the CPU.
 
-    Raises ValueError where the model has no spiking layer, or fires NaN.
+    Raises ValueError where the model has no spiking layer (and no scores are asked for), or fires NaN.
     """
     if not isinstance(model, SpikeDecoder):
         raise TypeError(f"model: got {type(model).__name__}, takes a SpikeDecoder")
     layers = list(spiking_layers(model))
-    if not layers:
+    softmax = [(n, m) for n, m in model.named_modules() if scores and isinstance(m, SoftmaxAttention)]
+    if not layers and not softmax:
         raise ValueError("model: has no spiking layer, so there are no spikes to show")
     activity = Activity({})
     linears: dict[nn.Module, Tensor] = {}  # what came out of each Linear that neurons follow
     handles = [m.register_forward_hook(_hook(activity, n, linears, potentials, scores)) for n, m in layers]
+    handles += [m.register_forward_hook(_softmax_hook(activity, n)) for n, m in softmax]
     if potentials:
         fused = [m.linear for _, m in layers if isinstance(m, LinearNormLIF)]
         handles += [m.register_forward_hook(lambda m, _, y: linears.update({m: y})) for m in fused]
@@ -96,6 +100,14 @@ def _hook(
             activity.scores[name] = (q @ k.transpose(-1, -2)).tril().sum(0).cpu()
         if potentials:
             activity.potentials[name] = _potentials(_current(module, inputs, linears), lif, threshold).cpu()
+
+    return hook
+
+
+def _softmax_hook(activity: Activity, name: str) -> Any:
+    def hook(module: SoftmaxAttention, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        activity.scores[name] = module.weights(inputs[0]).cpu()
+        activity.score = "attention weight"
 
     return hook
 

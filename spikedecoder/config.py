@@ -132,7 +132,9 @@ class SpikeDecoderConfig:
         for name in ("attention_dropout", "mlp_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a probability in [0, 1)")
-        for name in ("embedding_gain", "embedding_std", "residual_init", "attention_scale"):
+        if not math.isfinite(self.position_bias):
+            raise ValueError(f"position_bias: got {self.position_bias}, takes a finite number")
+        for name in _POSITIVE:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a finite number > 0")
         for name in ("decay_fastest", "decay_slowest"):
@@ -173,6 +175,12 @@ class SpikeDecoderConfig:
             if self.levels is not None:
                 raise ValueError(f"levels: got {self.levels}, takes None with neuron='lif'")
             _ = self.lif  # its own checks
+            rest = self.v_reset or 0.0
+            if self.v_threshold <= rest:
+                raise ValueError(
+                    f"v_threshold: got {self.v_threshold}, takes a number above {rest} (v_reset), "
+                    "or neurons fire whatever they get"
+                )
             return
         if self.levels is None:
             raise ValueError(f"levels: got None, takes 1 to {MAX_LEVELS} with neuron='ilif'")
@@ -339,6 +347,7 @@ def bits(n: int) -> int:
 
 _HINTS: dict[str, Any] = typing.get_type_hints(SpikeDecoderConfig)
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(SpikeDecoderConfig)}
+_POSITIVE = ("embedding_gain", "embedding_std", "residual_init", "attention_scale", "surrogate_alpha")
 _LIF_ONLY = ("tau", "decay_input", "learn_threshold", "surrogate", "surrogate_alpha", "detach_reset")
 
 _ORIGINAL_CHAR: dict[str, Any] = {

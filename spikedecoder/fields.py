@@ -34,7 +34,10 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             return None
         hint = next(h for h in options if h is not type(None))
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{name}: got an integer beyond the range of floats, takes a float") from None
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), takes {hint.__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,20 @@ from torch import Tensor
 from spikedecoder.surrogate import get_surrogate
 
 NORMS = ("layer", "batch", "power")
+_LEAST = math.ulp(0.0)  # of what has to be positive
+
+
+def number(name: str, value: object, takes: str, low: float = -math.inf, high: float = math.inf) -> None:
+    """TypeError where `value` is no number, ValueError where it is not finite or outside of [low, high]."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes {takes}")
+    if not (abs(value) <= sys.float_info.max and low <= value <= high):
+        raise ValueError(f"{name}: got {value!r}, takes {takes}")
+
+
+def switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes True or False")
 
 
 @dataclass(frozen=True)
@@ -38,16 +53,13 @@ class LIFParams:
     detach_reset: bool = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.tau) and self.tau >= 1):
-            raise ValueError(f"tau: got {self.tau!r}, takes a finite number >= 1 (in timesteps)")
-        if not math.isfinite(self.v_threshold):
-            raise ValueError(f"v_threshold: got {self.v_threshold!r}, takes a finite number")
-        if self.v_reset is not None and not math.isfinite(self.v_reset):
-            raise ValueError(
-                f"v_reset: got {self.v_reset!r}, takes a finite number, or None for a soft reset"
-            )
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"alpha: got {self.alpha!r}, takes a finite number > 0")
+        number("tau", self.tau, "a finite number >= 1 (in timesteps)", 1)
+        number("v_threshold", self.v_threshold, "a finite number")
+        if self.v_reset is not None:
+            number("v_reset", self.v_reset, "a finite number, or None for a soft reset")
+        number("alpha", self.alpha, "a finite number > 0", _LEAST)
+        switch("decay_input", self.decay_input)
+        switch("detach_reset", self.detach_reset)
         get_surrogate(self.surrogate)
 
     def flat(self) -> tuple[float, float, float | None, bool, str, float, bool]:
@@ -100,8 +112,7 @@ class ILIFParams:
             raise TypeError(f"levels: got {self.levels!r}, takes an integer from 1 to {MAX_LEVELS}")
         if not 1 <= self.levels <= MAX_LEVELS:
             raise ValueError(f"levels: got {self.levels}, takes 1 to {MAX_LEVELS}")
-        if not (math.isfinite(self.v_threshold) and self.v_threshold > 0):
-            raise ValueError(f"v_threshold: got {self.v_threshold!r}, takes a finite number > 0 with I-LIF")
+        number("v_threshold", self.v_threshold, "a finite number > 0 with I-LIF", _LEAST)
 
     def flat(self) -> tuple[int, float]:
         """The fields in order, for an operator's schema."""
@@ -142,6 +153,8 @@ class NormParams:
     def __post_init__(self) -> None:
         if self.kind not in NORMS:
             raise ValueError(f"norm: got {self.kind!r}, takes one of {', '.join(NORMS)}")
+        number("eps", self.eps, "a finite number >= 0", 0)
+        number("momentum", self.momentum, "a number in [0, 1]", 0, 1)
 
     @property
     def synced(self) -> str | None:

@@ -68,6 +68,16 @@ def test_every_figure(run: Path, capsys, tmp_path: Path, arguments) -> None:
     assert said.out.strip() == str(out) and out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_attention_of_the_baseline(run: Path, capsys, tmp_path: Path) -> None:
+    baseline = SpikeDecoder(SpikeDecoder.from_pretrained(run / "best").config.replace(spike_degree=0))
+    baseline.tokenizer = CharTokenizer.from_text(TEXT)
+    baseline.save_pretrained(tmp_path / "baseline")
+    common = ["-p", TEXT, "-c", tmp_path / "baseline", "-o", tmp_path / "figure.png"]
+    plot(capsys, "attention", "--layer", "blocks.0.attention", *common)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "has no spiking layer" in plot(capsys, "raster", *common, code=2).err
+
+
 def test_bad_input_is_one_line(run: Path, capsys, tmp_path: Path) -> None:
     out = tmp_path / "figure.png"
     for arguments, message in (

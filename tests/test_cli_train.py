@@ -183,6 +183,10 @@ def test_bad_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: 
         (["--set", "blocks"], "takes key=value"),
         (["--set", "norm=group"], "norm: got 'group'"),
         (["--set", "blocks=two"], "blocks: got 'two'"),
+        (["--set", "decay_slowest=1.5"], "decay_slowest: got 1.5, takes a number in (0, 1]"),
+        (["--preset", "default-lif", "--set", "tau=0.5"], "tau: got 0.5, takes a finite number >= 1"),
+        (["--set", "surrogate_alpha=nan"], "surrogate_alpha: got nan"),
+        (["--preset", "default-lif", "--set", "v_threshold=-1"], "v_threshold: got -1.0, takes"),
         (["--heads", "5"], "heads: got 5, takes a divisor of the 96 channels"),
         (["--timesteps", "0"], "timesteps: got 0"),
         (["--max-steps", "0"], "steps: got 0"),
@@ -218,6 +222,8 @@ def test_bad_arguments(
         ("[train]\nbatch = 1\n", "did you mean batch_size?"),
         ("model = 3\n", "takes a table [model]"),
         ("[model]\ntimesteps = 0\n", "timesteps: got 0"),
+        ("[model]\ndecay_fastest = -0.5\n", "decay_fastest: got -0.5, takes a number in (0, 1]"),
+        ('preset = "default-lif"\n[model]\ntau = inf\n', "tau: got inf, takes a finite number >= 1"),
     ],
 )
 def test_bad_config_files(

@@ -77,6 +77,12 @@ def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
         ({"tau": 0.5}, "tau: got 0.5"),
         ({"tau": "2"}, "tau: got '2'"),
         ({"v_threshold": float("inf")}, "v_threshold: got inf"),
+        ({"v_threshold": 0.0}, r"v_threshold: got 0.0, takes a number above 0.0 \(v_reset\)"),
+        ({"v_threshold": -1.0, "v_reset": None}, "v_threshold: got -1.0, takes a number above 0.0"),
+        ({"v_threshold": 0.5, "v_reset": 0.5}, "v_threshold: got 0.5, takes a number above 0.5"),
+        ({"surrogate_alpha": 0.0}, "surrogate_alpha: got 0.0, takes a finite number > 0"),
+        ({"position_bias": float("nan")}, "position_bias: got nan"),
+        ({"tau": 10**400}, "tau: got an integer beyond the range of floats"),
         ({"attention_dropout": 1.0}, "attention_dropout: got 1.0"),
         ({"mlp_dropout": -0.1}, "mlp_dropout: got -0.1"),
         ({"attention_scale": 0.0}, "attention_scale: got 0.0"),
@@ -100,6 +106,10 @@ def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
         ({"decay_fastest": 0.0, "decay_slowest": 0.9}, "decay_fastest: got 0.0"),
         ({"decay_fastest": 0.9, "decay_slowest": 0.5}, "decay_fastest: got 0.9, takes at most decay_slowest"),
         ({"decay_fastest": 0.9}, "both below 1 or both 1"),
+        *(
+            ({"decay_fastest": 0.5, "decay_slowest": value}, r"decay_slowest: got .*, takes a number in \(0")
+            for value in (-0.1, 1.5, float("nan"), float("inf"))
+        ),
         ({"pad_id": 30}, "pad_id: got 30"),
         (
             {"spike_degree": 0, "position_encoding": "binary"},

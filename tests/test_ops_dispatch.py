@@ -291,6 +291,7 @@ def test_outputs_do_not_alias_and_inputs_stay():
 
 Q = torch.ones(2, 1, 2, 4, 8)
 ONES = torch.ones(8)
+NAN, INF = float("nan"), float("inf")
 LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
 
 
@@ -304,6 +305,24 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.lif(X, tau=0.5), ValueError, "tau: got 0.5"),
         (lambda: ops.lif(X, tau=float("nan")), ValueError, "tau: got nan"),
         (lambda: ops.lif(X, alpha=0), ValueError, "alpha: got 0"),
+        *(
+            (lambda n=name, v=value: ops.lif(X, **{n: v}), error, f"^{name}: got .*, takes ")
+            for name in ("tau", "v_threshold", "v_reset", "alpha")
+            for value, error in (
+                *((v, ValueError) for v in (NAN, INF, -INF, 10**400)),
+                *((v, TypeError) for v in ("2", [2.0])),
+            )
+        ),
+        (lambda: ops.lif(X, tau=torch.tensor(2.0)), TypeError, r"tau: got tensor.*takes a finite number"),
+        (lambda: ops.lif(X, v_threshold=None), TypeError, "v_threshold: got None"),
+        (lambda: ops.lif(X, decay_input=0.5), TypeError, r"decay_input: got 0.5 \(float\), takes True or"),
+        (lambda: ops.lif(X, detach_reset="no"), TypeError, "detach_reset: got 'no'"),
+        (lambda: ops.lif(X, v_threshold=torch.tensor(1j)), TypeError, "v_threshold: got dtype torch.complex"),
+        (lambda: ops.lif(X, v_init=0.0), TypeError, "v_init: got float, takes a torch.Tensor"),
+        (lambda: ops.lif(X.to_sparse()), TypeError, "x: got layout torch.sparse_coo"),
+        (lambda: ops.ilif(X, levels=2.0), TypeError, "levels: got 2.0, takes an integer"),
+        (lambda: ops.ilif(X, levels=2, v_threshold="1"), TypeError, "v_threshold: got '1'"),
+        (lambda: ops.ilif(X, levels=2, v_threshold=0), ValueError, "v_threshold: got 0, takes a finite"),
         (lambda: ops.lif(X, surrogate="no"), ValueError, "surrogate: got 'no'"),
         (lambda: ops.lif(X, v_init=torch.ones(3)), ValueError, r"v_init: got shape \(3,\)"),
         (lambda: ops.lif(X, v_threshold=torch.ones(3)), ValueError, r"v_threshold: got shape \(3,\)"),
@@ -318,6 +337,20 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.spike_attention(Q, Q[..., :4], Q), ValueError, "k: got shape"),
         (lambda: ops.spike_attention(Q, Q, Q.double()), TypeError, "v: got dtype torch.float64"),
         (lambda: ops.spike_attention(Q, Q, Q, decay=torch.ones(3)), ValueError, "decay: got shape"),
+        *(
+            (lambda o=operator, v=value: o(decay=torch.tensor([0.5, v])), ValueError, "decay: got .* 1]")
+            for operator in (
+                lambda **k: ops.spike_attention(Q, Q, Q, **k),
+                lambda **k: ops.spike_attention_lif(Q, Q, Q, LIFParams(), **k),
+            )
+            for value in (-0.5, 0.0, 1.5, NAN, INF)
+        ),
+        (lambda: ops.spike_attention(Q, Q, Q, decay=torch.ones(2).int()), TypeError, "decay: got dtype"),
+        (lambda: ops.spike_attention(Q, Q, Q, scale=NAN), ValueError, "scale: got nan"),
+        (lambda: ops.spike_attention(Q, Q, Q, scale="1"), TypeError, "scale: got '1'"),
+        (lambda: ops.spike_attention(Q, Q, Q, levels=1.5), TypeError, "levels: got 1.5"),
+        (lambda: ops.spike_attention(Q, Q, Q, state=1), TypeError, "state: got int"),
+        (lambda: ops.spike_attention_lif(Q, Q, Q, 1.0), TypeError, "p: got float, takes LIFParams"),
         (lambda: ops.spike_attention(Q, Q, Q, state=torch.ones(3)), ValueError, "state: got shape"),
         *(
             (
@@ -344,6 +377,10 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
             r"x: got shape \(8,\), takes at least 2",
         ),
         (lambda: ops.norm_ilif(X.long(), LAYER, ILIFParams(4)), TypeError, "x: got dtype torch.int64"),
+        (lambda: ops.norm_ilif(X, LAYER, LIFParams()), TypeError, "p: got LIFParams, takes ILIFParams"),
+        (lambda: ops.norm_lif(X, None, LIFParams()), TypeError, "n: got NoneType, takes NormParams"),
+        (lambda: NormParams("layer", ONES, ONES, eps=-1.0), ValueError, "eps: got -1.0"),
+        (lambda: NormParams("batch", ONES, ONES, momentum=1.5), ValueError, "momentum: got 1.5, takes a"),
         *(
             (lambda o=operator, n=norm: o(n), error, message)
             for norm, error, message in (

@@ -164,6 +164,35 @@ def test_too_high_a_learning_rate_is_caught(corpus: Corpus, tmp_path: Path) -> N
     assert latest(tmp_path / "run") is None
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_run_that_fails_before_it_has_anything_to_show_leaves_nothing(
+    corpus: Corpus, tmp_path: Path, existed: bool
+) -> None:
+    out, c = tmp_path / "run", settings(eval_every=0, save_every=0, tensorboard=True)
+    if existed:
+        out.mkdir()
+    pytest.importorskip("tensorboard")
+
+    class FailAt(Reporter):
+        def __init__(self, step: int) -> None:
+            self.at = step
+
+        def tick(self, step: int, loss: float | None, tokens_per_second: float) -> None:
+            assert (out / "run.json").is_file() and (out / "tensorboard").is_dir()
+            if step == self.at:
+                raise MemoryError("no memory")
+
+    with pytest.raises(MemoryError):
+        train(tiny(corpus), corpus, c, out=out, reporter=FailAt(2))
+    assert out.exists() == existed and (not existed or not any(out.iterdir()))
+    with pytest.raises(MemoryError):  # from the first line of metrics on there is something to read
+        train(tiny(corpus), corpus, c, out=out, reporter=FailAt(4))
+    assert (out / "metrics.jsonl").read_text().startswith('{"step": 3,')
+    with pytest.raises(MemoryError):  # what was there is never deleted
+        train(tiny(corpus), corpus, c, out=out, resume=True, reporter=FailAt(1))
+    assert (out / "run.json").is_file()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes on Windows")
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     corpus: Corpus, tmp_path: Path, whole_run: TrainResult

@@ -124,6 +124,29 @@ def test_scores_are_q_times_k(model, tokens, activity):
         assert activity.scores["blocks.1.attention.attention_lif"][1, head, 4, 2] == expected
 
 
+@pytest.mark.parametrize("degree", [0, 1])
+def test_softmax_attention_shows_its_weights(model, tokens, degree):
+    config = model.config.replace(spike_degree=degree, token_shift=2)
+    model = SpikeDecoder(config).eval()
+    seen = viz.record(model, tokens, scores=True)
+    name = "blocks.0.attention"
+    weights = seen.scores[name]
+    assert list(seen.scores) == [f"blocks.{i}.attention" for i in range(config.blocks)]
+    assert not seen.spikes and not weights.triu(1).any()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    taken = {}
+    attention = model.get_submodule(name)
+    attention.proj.register_forward_pre_hook(lambda _, inputs: taken.update(out=inputs[0]))
+    attention.v.register_forward_hook(lambda _, inputs, output: taken.update(v=output))
+    model(tokens)
+    v = taken["v"].unflatten(-1, (config.heads, -1)).transpose(1, 2)
+    torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(-2), taken["out"])
+    figure = viz.attention_map(seen)
+    assert "attention weight" in {ax.get_ylabel() for ax in figure.axes}
+    with pytest.raises(ValueError, match="no spiking layer"):
+        viz.record(SpikeDecoder(config.replace(spike_degree=0)), tokens)
+
+
 def test_the_raster_draws_each_spike(activity, tmp_path):
     fig = viz.raster(activity, "blocks.0.mlp.fc1", labels=LABELS, sequence=1)
     panels = [ax for ax in fig.axes if ax.images]

@@ -110,15 +110,25 @@ class SoftmaxAttention(nn.Module):
         self.proj = LinearNorm(e, e, c.norm, levels=None)
 
     def forward(self, x: Tensor, layer: LayerState | None = None, position: Tensor | None = None) -> Tensor:
-        x = token_shift(x, self.shift, layer, "attention.shift")
-        # [B, S, E] -> [B, H, S, d]
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = self._heads(x, layer)
         if layer is not None and position is not None:
             a = self._go_on(q, k, v, layer, position)
         else:
             dropout = self.dropout if self.training else 0.0
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         return self.proj(a.transpose(1, 2).flatten(-2))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d), causal), [B, H, S, S]."""
+        q, k, _ = self._heads(x, None)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        return scores.masked_fill(later, -torch.inf).softmax(-1)
+
+    def _heads(self, x: Tensor, layer: LayerState | None) -> tuple[Tensor, Tensor, Tensor]:
+        x = token_shift(x, self.shift, layer, "attention.shift")
+        # [B, S, E] -> [B, H, S, d]
+        return tuple(f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState, position: Tensor) -> Tensor:
         """With the past's keys and values, [B, H, capacity, d], written from `position` [B] on."""

@@ -66,7 +66,7 @@ def ilif(x: Tensor, *, levels: int, v_threshold: float = 1.0) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    return ilif_params(x, ILIFParams(levels, float(v_threshold)))
+    return ilif_params(x, ILIFParams(levels, v_threshold))
 
 
 def ilif_params(x: Tensor, p: ILIFParams) -> Tensor:

@@ -70,7 +70,8 @@ def _lif_packed(
     impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
     if hasattr(impl, "forward_packed"):
         limit = p.v_threshold if threshold is None else threshold
-        return impl.forward_packed(x, limit, v_init, p, want_v=return_state)
+        words, v = impl.forward_packed(x, limit, v_init, p, want_v=return_state)
+        return words, v if return_state else _nothing(x)
     spikes, v = _lif(x, threshold, v_init, *p.flat(), backend, return_state)
     return _pack(spikes, backend), v
 
@@ -192,7 +193,7 @@ def lif(
     _check.floating("x", x)
     _check.timesteps("x", x)
     threshold = v_threshold if isinstance(v_threshold, Tensor) else None
-    fixed = 1.0 if threshold is not None else float(v_threshold)
+    fixed = 1.0 if isinstance(v_threshold, Tensor) else v_threshold
     p = LIFParams(tau, fixed, v_reset, decay_input, surrogate, alpha, detach_reset)
     return lif_params(x, p, threshold=threshold, v_init=v_init, return_state=return_state, packed=packed)
 
@@ -209,6 +210,9 @@ def lif_params(
     """`lif` with its parameters in one object; `threshold` overrides ``p.v_threshold``."""
     _check.floating("x", x)
     _check.timesteps("x", x)
+    for name, given in (("v_threshold", threshold), ("v_init", v_init)):
+        if given is not None:
+            _check.floating(name, given, min_dims=0)
     _check.same_device(x=x, v_threshold=threshold, v_init=v_init)
     if threshold is not None:
         _check.broadcasts("v_threshold", threshold, x.shape[1:])

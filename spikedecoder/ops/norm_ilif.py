@@ -114,6 +114,8 @@ def norm_ilif(x: Tensor, n: NormParams, p: ILIFParams) -> Tensor:
 
     Source: Ba et al., 2016; Ioffe & Szegedy, 2015; Shen et al., 2020; and the I-LIF's.
     """
+    if not isinstance(p, ILIFParams):
+        raise TypeError(f"p: got {type(p).__name__}, takes ILIFParams")
     check_norm(x, n)
     mean, rstd, _, *rest = flat(statistics(x, n), n, p, None)
     call = _direct if unwatched(x, n.weight, n.bias) else _norm_ilif

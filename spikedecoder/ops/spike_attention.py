@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikedecoder.ops import _check
+from spikedecoder.ops._direct import unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.pack_spikes import _pack, _unpack
-from spikedecoder.params import MAX_LEVELS
+from spikedecoder.params import MAX_LEVELS, number
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.spike_attention import decay_matrix, decay_powers
 
@@ -138,17 +139,18 @@ _spike_attention.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def check_levels(levels: int) -> None:
+    if isinstance(levels, bool) or not isinstance(levels, int):
+        raise TypeError(f"levels: got {levels!r}, takes an integer from 1 to {MAX_LEVELS}")
     if not 1 <= levels <= MAX_LEVELS:
         raise ValueError(f"levels: got {levels}, takes 1 to {MAX_LEVELS}")
 
 
 def check_dropout(dropout: float) -> None:
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: got {dropout}, takes a probability, 0 to 1")
+    number("dropout", dropout, "a probability, 0 to 1", 0, 1)
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> None:
-    """q, k, v alike, [T, B, H, S, d]; decay one value a head."""
+def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None) -> None:
+    """q, k, v alike, [T, B, H, S, d]; decay one value a head, read on the CPU alone: a GPU would stall."""
     _check.floating("q", q, dims=5)
     _check.timesteps("q", q)
     for name, x in (("k", k), ("v", v)):
@@ -156,12 +158,17 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> No
         _check.same_shape("q", q, name, x)
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: got dtype {x.dtype}, takes that of q, {q.dtype}")
-    if decay is not None and not isinstance(decay, Tensor):
-        raise TypeError(f"decay: got {type(decay).__name__}, takes a torch.Tensor")
+    number("scale", scale, "a finite number")
+    if decay is not None:
+        _check.floating("decay", decay)
     _check.same_device(q=q, k=k, v=v, decay=decay)
     heads = q.shape[2]
     if decay is not None and decay.shape != (heads,):
         raise ValueError(f"decay: got shape {tuple(decay.shape)}, takes one value a head, ({heads},)")
+    if decay is not None and decay.device.type == "cpu" and unwatched(decay):
+        for value in decay.tolist():
+            if not 0 < value <= 1:
+                raise ValueError(f"decay: got {value:g}, takes numbers in (0, 1]")
 
 
 def _with_dropout(
@@ -209,9 +216,11 @@ def spike_attention(
 
     Source: Zhou et al., 2023 (Spikformer); decay: Sun et al., 2023 (RetNet).
     """
-    check_attention(q, k, v, decay)
+    check_attention(q, k, v, scale, decay)
     check_levels(levels)
     check_dropout(dropout)
+    if state is not None:
+        _check.floating("state", state)
     _check.same_device(q=q, state=state)
     t, b, h, _, d = q.shape
     if state is not None and state.shape != (t, b, h, d, d):

@@ -80,13 +80,16 @@ def _backward(
     dq, dk, dv, grad_threshold = _impl(q, decay, backend).backward(
         grad_spikes, q, k, v, scale, decay, limit, p
     )
-    grad_threshold = grad_threshold.sum_to_size(() if threshold is None else threshold.shape)
-    return laid_out(dq), laid_out(dk), laid_out(dv), grad_threshold.float()
+    if threshold is None:
+        grad_threshold = q.new_empty(0, dtype=torch.float32)
+    else:
+        grad_threshold = grad_threshold.sum_to_size(threshold.shape).float()
+    return laid_out(dq), laid_out(dk), laid_out(dv), grad_threshold
 
 
 @_backward.register_fake
 def _(grad_spikes, q, k, v, scale, decay, threshold, *_):
-    grad_threshold = q.new_empty(() if threshold is None else threshold.shape, dtype=torch.float32)
+    grad_threshold = q.new_empty(0 if threshold is None else threshold.shape, dtype=torch.float32)
     return heads_last(q), heads_last(q), heads_last(q), grad_threshold
 
 
@@ -131,8 +134,12 @@ def spike_attention_lif(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    check_attention(q, k, v, decay)
+    if not isinstance(p, LIFParams):
+        raise TypeError(f"p: got {type(p).__name__}, takes LIFParams")
+    check_attention(q, k, v, scale, decay)
     check_dropout(dropout)
+    if threshold is not None:
+        _check.floating("v_threshold", threshold, min_dims=0)
     _check.same_device(q=q, v_threshold=threshold)
     if threshold is not None and threshold.dim() > 0:
         by_head = torch.Size((q.shape[2], 1, q.shape[-1]))

@@ -34,7 +34,7 @@ from spikedecoder.training.evaluate import Evaluation, evaluate, health
 from spikedecoder.training.graph import backward_of
 from spikedecoder.training.report import MetricsFile, Reporter, Several, TensorBoard
 from spikedecoder.training.result import TrainingError, TrainResult
-from spikedecoder.training.run_folder import RunInfo, check_same, check_unused, locked
+from spikedecoder.training.run_folder import RunInfo, check_same, check_unused, locked, made
 from spikedecoder.training.signals import Stop, stop_on_signals
 
 _RECENT = 20  # steps whose mean is the reported training loss
@@ -86,7 +86,8 @@ def train(
             outputs = [reporter or Reporter(), MetricsFile(out)]
             if settings.tensorboard:
                 outputs.append(TensorBoard(out))
-            out.mkdir(parents=True, exist_ok=True)
+            if info is None:
+                stack.enter_context(made(out))
             stack.enter_context(locked(out))
         accelerator.wait_for_everyone()
         cuda = [accelerator.device] if accelerator.device.type == "cuda" else []

@@ -16,7 +16,7 @@ from spikedecoder.activity import Activity
 from spikedecoder.checkpoint import write_bytes
 from spikedecoder.training.evaluate import Evaluation
 
-METRICS = "metrics.jsonl"
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class Reporter:
@@ -203,7 +203,7 @@ class TensorBoard(Reporter):
             raise ValueError(
                 "tensorboard: not installed; run pip install 'spikedecoder[tensorboard]', or leave it out"
             ) from None
-        self._open = lambda step: SummaryWriter(str(out / "tensorboard"), purge_step=step or None)
+        self._open = lambda step: SummaryWriter(str(out / TENSORBOARD), purge_step=step or None)
         self._writer: Any = None
 
     def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spikedecoder.checkpoint import CheckpointError, read_json, write_json
 from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.training.checkpoints import CHECKPOINTS, latest
 from spikedecoder.training.config import TrainConfig
+from spikedecoder.training.report import METRICS, TENSORBOARD
 
-RUN = "run.json"
+RUN, _LOCK = "run.json", ".lock"
 _FORMAT = "spikedecoder-run"
 
 
@@ -92,6 +95,26 @@ def free_folder(preset: str, text: str, parent: Path = Path("runs")) -> Path:
 
 
 @contextmanager
+def made(out: Path) -> Iterator[None]:
+    """`out` for a new run; where that fails before it has anything to show, its folder goes again."""
+    existed = out.is_dir()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            figures = out / METRICS
+            if latest(out) is None and not (figures.exists() and figures.stat().st_size):
+                for name in (RUN, METRICS, _LOCK):
+                    (out / name).unlink(missing_ok=True)
+                for name in (CHECKPOINTS, TENSORBOARD):
+                    shutil.rmtree(out / name, ignore_errors=True)
+                if not existed:
+                    out.rmdir()
+        raise
+
+
+@contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keep a second process from training into `out`; the system drops the lock with the process."""
     try:
@@ -99,7 +122,7 @@ def locked(out: Path) -> Iterator[None]:
     except ImportError:  # not on Windows
         yield
         return
-    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(out / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -134,7 +134,8 @@ def attention_map(
     sequence: int = 0,
     heads: Sequence[int] | None = None,
 ) -> Figure:
-    """Causal scores q k^T of one attention layer, summed over the timesteps: one panel for each head."""
+    """Causal scores q k^T of one attention layer, summed over the timesteps, or the weights of a softmax
+    attention: one panel for each head."""
     name = _choose("scores", layer, activity.scores)
     scores = activity.scores[name]
     _check_sequence(sequence, scores.shape[0])
@@ -161,7 +162,7 @@ def attention_map(
             ax.set_ylabel("query" if i % columns == 0 else "")
             token_ticks(ax, labels if s <= 40 else None, s)
             token_ticks(ax, labels if s <= 40 else None, s, axis="y")
-        fig.colorbar(image, ax=axes.tolist(), label="spikes that coincide", shrink=0.8)
+        fig.colorbar(image, ax=axes.tolist(), label=activity.score, shrink=0.8)
         fig.suptitle(f"Attention scores of {name}")
         return fig
 

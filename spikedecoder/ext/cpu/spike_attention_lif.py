@@ -5,7 +5,6 @@ As in `spikedecoder.ext.cpu.spike_attention`, q, k and v must hold spikes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from spikedecoder.ext.cpu import native
@@ -55,8 +54,8 @@ def backward(
     decay: Tensor | None,
     threshold: Tensor | float,
     p: LIFParams,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the threshold (zero for a number)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and of the threshold (None for a number)."""
     dtype = q.dtype
     grad_spikes, q, k, v = (heads_last(x) for x in (grad_spikes, q, k, v))
     decay = None if decay is None else dense(decay)
@@ -68,4 +67,4 @@ def backward(
         *(scale, *map(address, grads), address(grad_threshold), *sizes(q)),
     )
     grad_q, grad_k, grad_v = (g.to(dtype).transpose(2, 3) for g in grads)
-    return grad_q, grad_k, grad_v, torch.zeros(()) if grad_threshold is None else grad_threshold
+    return grad_q, grad_k, grad_v, grad_threshold
