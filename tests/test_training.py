@@ -165,7 +165,10 @@ def test_dead_and_saturated_layers_are_reported_in_words(corpus: Corpus) -> None
     report = health(evaluate(silent, corpus.val, max_tokens=64))  # type: ignore[arg-type]
     assert any(text.startswith("dead") and "blocks.0.attention.input_lif" in text for text in report)
     assert any("embedding_gain" in text for text in report)
-    full = SpikeDecoder(tiny(corpus, v_threshold=-50.0))
+    full = SpikeDecoder(tiny(corpus, learn_threshold=True))
+    for name, parameter in full.named_parameters():
+        if name.endswith("v_threshold"):
+            torch.nn.init.constant_(parameter, -50.0)
     report = health(evaluate(full, corpus.val, max_tokens=64))  # type: ignore[arg-type]
     assert len(report) == 1 and report[0].startswith("saturated") and "v_threshold" in report[0]
     torch.manual_seed(0)
