@@ -193,6 +193,42 @@ def test_a_run_that_fails_before_it_has_anything_to_show_leaves_nothing(
     assert (out / "run.json").is_file()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="knows the free memory on Linux only")
+def test_a_step_larger_than_the_memory_is_refused_before_the_system_ends_it(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    from spikedecoder.training import memory
+
+    free = memory.available()
+    assert free is not None and free > 2**28
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    monkeypatch.setattr(memory, "available", lambda: 2**28)  # 256 MiB, which 20 000 windows exceed
+    with pytest.raises(MemoryError, match=r"^not enough memory on cpu .* 20000 x 16 .*--batch-size.*--max"):
+        train(tiny(corpus), corpus, settings(batch_size=20_000), out=tmp_path / "run")
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before and not (tmp_path / "run").exists()
+    train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run")
+
+
+def test_what_lack_of_memory_is(tmp_path: Path) -> None:
+    from spikedecoder.training import memory
+
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")):
+        assert memory.is_lack_of_memory(error)
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert memory.is_lack_of_memory(refused.value)
+    assert not memory.is_lack_of_memory(RuntimeError("sizes do not match"))
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
+    names = ("memory.max", "memory.current", "inactive_file")
+    assert memory._left(tmp_path, *names) == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._left(tmp_path, *names) == math.inf
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes on Windows")
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     corpus: Corpus, tmp_path: Path, whole_run: TrainResult

@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     from spikedecoder.ops import BackendError
     from spikedecoder.training import TrainingError
+    from spikedecoder.training.memory import is_lack_of_memory
 
     try:
         code = app(arguments, standalone_mode=False)
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = 0
     except TrainingError as error:
         code = _fail(error, 1)
-    except (ValueError, TypeError, OSError, BackendError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, BackendError) as error:
         code = _fail(error, 2)
     except Exception as error:
         # typer brings its own click or takes the installed one, by version: told by what it can do
@@ -87,8 +88,9 @@ def main(arguments: list[str] | None = None) -> None:
         elif type(error).__name__ == "Abort":
             _say("aborted")
             code = 130
-        elif "out of memory" in str(error):
-            code = _fail(MemoryError(f"{error}; try a smaller --batch-size"), 2)
+        elif is_lack_of_memory(error):
+            known = str(error).startswith("not enough memory")
+            code = _fail(error if known else MemoryError(f"not enough memory: {error}"), 2)
         else:
             raise
     sys.exit(code or 0)

@@ -32,6 +32,7 @@ from spikedecoder.training.config import TrainConfig
 from spikedecoder.training.devices import make_accelerator, peak_rss_mib
 from spikedecoder.training.evaluate import Evaluation, evaluate, health
 from spikedecoder.training.graph import backward_of
+from spikedecoder.training.memory import is_lack_of_memory, no_more_than_available
 from spikedecoder.training.report import MetricsFile, Reporter, Several, TensorBoard
 from spikedecoder.training.result import TrainingError, TrainResult
 from spikedecoder.training.run_folder import RunInfo, check_same, check_unused, locked, made
@@ -63,6 +64,7 @@ def train(
 
     Raises ValueError (settings that contradict each other or the text), FileExistsError (`out` is in use),
     CheckpointError (nothing to resume, or broken), OSError (disk full: the last checkpoint stays whole),
+    MemoryError (a step takes more memory than there is, which on Linux it is told before the system ends it),
     TrainingError (the loss became NaN or infinite; nothing is saved over the last checkpoint).
     """
     if not isinstance(corpus, Corpus):
@@ -95,13 +97,29 @@ def train(
         stop = stack.enter_context(stop_on_signals())
         report = Several(*outputs)
         stack.callback(report.close)
-        run = _Run(config, corpus, settings, out, accelerator, report, stop)
-        if info is not None:
-            run.restore()
-        if accelerator.is_main_process:
-            threads, processes = torch.get_num_threads(), accelerator.num_processes
-            RunInfo(config, settings, corpus.fingerprint, threads, processes, source or {}).write(out)
-        return run.train()
+        if accelerator.device.type == "cpu":
+            stack.enter_context(no_more_than_available())
+        try:
+            run = _Run(config, corpus, settings, out, accelerator, report, stop)
+            if info is not None:
+                run.restore()
+            if accelerator.is_main_process:
+                threads, processes = torch.get_num_threads(), accelerator.num_processes
+                RunInfo(config, settings, corpus.fingerprint, threads, processes, source or {}).write(out)
+            return run.train()
+        except (MemoryError, RuntimeError) as error:
+            if not is_lack_of_memory(error):
+                raise
+            raise MemoryError(
+                f"not enough memory on {accelerator.device} for steps of {settings.batch_size} x "
+                f"{config.max_len} tokens ({_first_line(error)}); try a smaller --batch-size (--set "
+                "grad_accum=N sums up the gradients of N batches), a smaller --max-len, or a smaller model"
+                + ("" if config.neuron == "ilif" or settings.recompute else ", or --set recompute=true")
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _check(config: SpikeDecoderConfig, corpus: Corpus) -> None:
