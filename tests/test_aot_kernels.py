@@ -70,6 +70,10 @@ def test_kernels_compile_well_for_hopper(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    tuple(map(int, aot.triton.__version__.split(".")[:2])) < (3, 9),
+    reason="older ones spill on sm_80 and sm_100",
+)
 def test_all_kernels_compile_well_for_all_targets(tmp_path: Path) -> None:
     """Each call for one of the targets in turn; `python bench/aot.py` is for each call and target."""
     compiled = compile_for(aot.TARGETS, tmp_path, "--spread")
