@@ -36,8 +36,11 @@ class CheckpointError(ValueError):
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `path` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -159,6 +159,13 @@ def test_bad_arguments(tmp_path: Path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["gui", "--checkpoint", str(tmp_path / "none")])
     assert exit_.value.code == 2 and "no such folder" in capsys.readouterr().err
+    pytest.importorskip("gradio")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1:{port}: the port is taken; .* --port"):
+            launch([tmp_path], port=port)
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match=r"pip install 'spikedecoder\[app\]'"):
         launch([tmp_path])

@@ -90,6 +90,7 @@ def test_bad_input_is_one_line(run: Path, capsys, tmp_path: Path) -> None:
         (["raster", "-p", TEXT, "--layer", "none", "-c", run, "-o", out], "layer: got 'none', takes one of"),
         (["loss", "-c", tmp_path / "none", "-o", out], "no such file"),
         (["energy", "-p", TEXT, "-c", tmp_path / "none", "-o", out], "no such folder"),
+        (["rates", "-p", TEXT, "-c", run, "-o", run / "metrics.jsonl" / "a.png"], "cannot write"),
     ):
         captured = plot(capsys, *arguments, code=2)
         lines = captured.err.splitlines()

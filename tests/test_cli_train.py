@@ -202,6 +202,7 @@ def test_bad_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: 
         (["--resume", "nowhere"], "nowhere: no such folder"),
         (["--resume", "here", "--preset", "default"], "--preset: not together with --resume"),
         (["--config", "absent.toml"], "absent.toml: no such file"),
+        (["--config", "."], "--config: .: cannot be read (Is a directory)"),
         (["--text", "absent.txt"], "absent.txt: no such file"),
     ],
 )

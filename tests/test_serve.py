@@ -234,6 +234,8 @@ def test_other_paths_methods_and_types(running):
     ):
         got, _, answer = running.ask(*arguments)
         assert got == status and answer["error"]["message"]
+    _, _, answer = running.ask(GOOD, "POST", "/v1/chat/completions")  # what OpenAI's clients ask for most
+    assert "takes POST /v1/completions" in answer["error"]["message"]
     status, _, schema = running.ask(None, "GET", "/openapi.json")
     assert status == 200 and "/v1/completions" in schema["paths"]
 

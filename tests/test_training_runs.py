@@ -318,6 +318,14 @@ def test_the_vocabulary_must_be_the_texts(corpus: Corpus, tmp_path: Path) -> Non
         train(tiny(corpus, max_len=4000), corpus, settings(), out=tmp_path / "run")
 
 
+def test_configurations_of_another_type_are_named(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="config: got dict, takes a SpikeDecoderConfig"):
+        train({}, corpus, out=tmp_path / "run")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="train_config: got dict, takes a TrainConfig"):
+        train(tiny(corpus), corpus, {"steps": 3}, out=tmp_path / "run")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
 def test_metrics_of_lost_steps_are_dropped(corpus: Corpus, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(tiny(corpus), corpus, settings(), out=out, reporter=StopAt(6))

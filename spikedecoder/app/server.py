@@ -43,17 +43,23 @@ def launch(
     matplotlib.use("Agg")
     page = build(paths)
     page.queue(default_concurrency_limit=4)
-    page.launch(
-        server_name=HOST,
-        server_port=port,
-        share=False,
-        inbrowser=browser,
-        show_error=True,
-        quiet=True,
-        prevent_thread_lock=True,
-        ssr_mode=False,
-        **launch_style(page),
-    )
+    try:
+        page.launch(
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            inbrowser=browser,
+            show_error=True,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            **launch_style(page),
+        )
+    except OSError as error:
+        if "empty port" in str(error):  # Gradio's advice is a setting that this function does not read
+            at = f"{HOST}:{port}"
+            raise OSError(f"cannot listen at {at}: the port is taken; choose another --port") from None
+        raise
     if block:
         print(f"spikedecoder at http://{HOST}:{port}; Ctrl-C stops", flush=True)
         page.block_thread()

@@ -51,6 +51,8 @@ def load_toml(path: Path, what: str) -> dict[str, Any]:
         return tomllib.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{what}: {path}: no such file") from None
+    except OSError as error:
+        raise OSError(f"{what}: {path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{what}: {path}: not a TOML file ({error})") from None
 

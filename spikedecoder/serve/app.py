@@ -287,7 +287,10 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(ApiError(error.status_code, str(error.detail)).body, error.status_code)
+        detail = str(error.detail)
+        if error.status_code == 404:
+            detail = "no such path; takes POST /v1/completions, GET /v1/models or GET /health"
+        return JSONResponse(ApiError(error.status_code, detail).body, error.status_code)
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:

@@ -69,6 +69,10 @@ def train(
     """
     if not isinstance(corpus, Corpus):
         raise TypeError(f"corpus: got {type(corpus).__name__}, takes a Corpus, as prepare_corpus makes it")
+    if not isinstance(config, SpikeDecoderConfig):
+        raise TypeError(f"config: got {type(config).__name__}, takes a SpikeDecoderConfig")
+    if not isinstance(train_config, TrainConfig | None):
+        raise TypeError(f"train_config: got {type(train_config).__name__}, takes a TrainConfig or None")
     settings, out = train_config or TrainConfig(), Path(out)
     info = RunInfo.read(out) if resume else None
     if info is not None:
