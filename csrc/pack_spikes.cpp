@@ -21,6 +21,9 @@ SPIKEDECODER_INLINE uint64_t word_of(const E* p, int n) {
   return word_of_floats(p, n);
 }
 
+// How far ahead spikes are asked for: a core alone has too few lines on their way to read at the memory's pace.
+constexpr int64_t AHEAD = 8192;
+
 template <class E>
 void pack_from(const Pack& a, const E* values) {
   // its own copies: what is stored might change those in `a`
@@ -35,6 +38,8 @@ void pack_from(const Pack& a, const E* values) {
     int64_t set = 0;
     for (int64_t r = rows.begin; r < rows.end; r++, from += C) {
       for (int64_t c = 0; c < C; c += 64) {
+        const char* const ahead = reinterpret_cast<const char*>(from + c) + AHEAD;
+        for (size_t i = 0; i < 64 * sizeof(E); i += 64) __builtin_prefetch(ahead + i, 0, 2);
         const uint64_t word = word_of(from + c, C - c < 64 ? static_cast<int>(C - c) : 64);
         *to++ = word;
         set += __builtin_popcountll(word);
