@@ -1,10 +1,39 @@
 // Linear layers on spikes: one call counts bits, chooses among the ways to multiply, and multiplies.
+#include <algorithm>
+
 #include "bindings.h"
 
 namespace {
 
 // In the order of METHODS in spikedecoder/ext/cpu/_cost.py.
 enum class Method : int { gather = 0, subset_sums = 1, tiles = 2, dense = 3 };
+
+// Spikes, and the words of their bits: packed from `values`, or, where these are null, there already.
+struct Spikes {
+  const void* values;
+  Element type;
+  uint64_t* words;
+  int64_t rows, bits;
+
+  // How many bits of rows begin .. begin + n are set, which are ready then. Throws where bits are set beyond the last
+  // channel: kernels take a bit's number for that of a row of the weight.
+  int64_t make_ready(int64_t begin, int64_t n, int threads) const {
+    static constexpr int64_t SIZES[] = {4, 2, 1};  // of an Element
+    int64_t count = 0;
+    uint64_t stray = 0;
+    uint64_t* const to = words + begin * words_for(bits);
+    if (values) {
+      const char* const from = static_cast<const char*>(values) + begin * bits * SIZES[static_cast<int>(type)];
+      kernels().pack({from, type, to, &count, n, bits, threads});
+    } else {
+      kernels().count_bits({to, &count, &stray, n, bits, threads});
+    }
+    refuse(stray);
+    return count;
+  }
+
+  static void refuse(uint64_t stray) { require(!stray, "words: bits are set beyond the last channel"); }
+};
 
 // What is chosen by the number of set bits: gathering up to `most`, else another way.
 struct Choice {
@@ -16,54 +45,72 @@ struct Choice {
     require(other_ >= 0 && other_ <= 3, "method: takes 0 (gather), 1 (subset sums), 2 (tiles) or 3 (dense)");
   }
 
-  // Throws where bits are set beyond the last channel: kernels take a bit's number for that of a row of the weight.
-  Method of(const uint64_t* words, int64_t rows, int64_t bits, int threads) {
-    if (count < 0) {
-      uint64_t stray;
-      kernels().count_bits({words, &count, &stray, rows, bits, threads});
-      require(!stray, "words: bits are set beyond the last channel");
-    }
+  Method of(const Spikes& s, int threads) {
+    if (count < 0) count = s.make_ready(0, s.rows, threads);
     return count <= most ? Method::gather : other;
+  }
+
+  // Gathers while bits are counted, where a few rows say that gathering is it; false if it was not, or they do not.
+  bool gathered(SumRows a, const Spikes& s) {
+    constexpr int64_t VALUES = 16384, ROWS_AT_LEAST = 16, ROWS = 64;
+    constexpr double CLEAR = 0.9;  // of `most`, what they say is below
+    if (count >= 0 || !a.rows || !a.bits || !a.columns) return false;
+    const int64_t wanted = std::clamp(VALUES / a.bits, ROWS_AT_LEAST, ROWS), sample = std::min(wanted, a.rows);
+    int64_t set = 0;
+    for (int64_t i = 0; i < sample; i++) set += s.make_ready(a.rows / sample * i, 1, 1);
+    const double rate = static_cast<double>(set) / static_cast<double>(sample * a.bits);
+    const double likely = rate * static_cast<double>(a.rows) * static_cast<double>(a.bits);
+    if (likely > CLEAR * static_cast<double>(most)) return false;
+    int64_t found = 0;
+    uint64_t stray = 0;
+    const Unready unready{s.values, s.type, s.words, a.bits, &found, &stray, sample, rate};
+    a.unready = &unready;
+    kernels().gather(a);
+    Spikes::refuse(stray);
+    count = found;
+    return count <= most;
   }
 };
 
-// y = s W^T + bias of words [rows, words_for(bits)], whose bits are counted unless `count` is given; weight [columns,
-// bits], or its transpose where it lies by columns, float32.
-void spike_linear(uintptr_t words, int64_t count, int64_t most, int other, uintptr_t weight, bool by_columns,
-                  uintptr_t bias, uintptr_t out, int out_type, int64_t rows, int64_t bits, int64_t columns,
-                  int threads) {
-  const Element type = make_element(out_type, 1);
-  SumRows a{array<const uint64_t>(words, elements({rows, words_for(bits)}), "words"),
-            array<const float>(weight, elements({bits, columns}), "weight"),
-            optional_array<const float>(bias, "bias"),
-            typed_output(out, type, rows, columns, "out"), type, rows, bits, columns, checked_threads(threads)};
+// y = s W^T + bias of words [rows, words_for(bits)], whose bits are counted unless `count` is given, and which are
+// packed from `values` [rows, bits] of `type` unless these are null; weight [columns, bits], or its transpose where it
+// lies by columns, float32.
+void spike_linear(uintptr_t values, int type, uintptr_t words, int64_t count, int64_t most, int other,
+                  uintptr_t weight, bool by_columns, uintptr_t bias, uintptr_t out, int out_type, int64_t rows,
+                  int64_t bits, int64_t columns, int threads) {
+  const Element of_out = make_element(out_type, 1), of_values = make_element(type, 2);
+  const Spikes spikes{values ? typed_array(values, of_values, rows, bits, "values") : nullptr, of_values,
+                      array<uint64_t>(words, elements({rows, words_for(bits)}), "words"), rows, bits};
+  SumRows a{spikes.words, array<const float>(weight, elements({bits, columns}), "weight"),
+            optional_array<const float>(bias, "bias"), typed_output(out, of_out, rows, columns, "out"), of_out,
+            rows, bits, columns, checked_threads(threads)};
   Choice choice(count, most, other);
   py::gil_scoped_release release;
-  const Method method = choice.of(a.words, rows, bits, threads);
   Scratch transposed(by_columns ? 0 : sizeof(float) * static_cast<size_t>(bits * columns));
   if (!by_columns) {
     kernels().transpose({a.source, transposed.floats(), columns, bits, threads});
     a.source = transposed.floats();
   }
-  switch (method) {
+  if (choice.gathered(a, spikes)) return;
+  switch (choice.of(spikes, threads)) {
     case Method::gather: return kernels().gather(a);
     case Method::subset_sums: return kernels().subset_sums(a);
     case Method::tiles: return kernels().tile_sums(a);
     case Method::dense:
-      return kernels().matmul({a.words, a.source, a.bias, a.out, nullptr, Element::bits, Element::float32, type, rows,
-                               bits, columns, threads});
+      return kernels().matmul({a.words, a.source, a.bias, a.out, nullptr, Element::bits, Element::float32, of_out,
+                               rows, bits, columns, threads});
   }
 }
 
 void weight_grad(uintptr_t words, int64_t count, int64_t most, int other, uintptr_t grad, int grad_type,
                  uintptr_t out, int64_t M, int64_t K, int64_t N, int threads) {
   const Element type = make_element(grad_type, 1);
-  const WeightGrad a{array<const uint64_t>(words, elements({M, words_for(K)}), "words"),
-                     typed_array(grad, type, M, N, "grad"), type,
+  const Spikes spikes{nullptr, Element::float32, array<uint64_t>(words, elements({M, words_for(K)}), "words"), M, K};
+  const WeightGrad a{spikes.words, typed_array(grad, type, M, N, "grad"), type,
                      array<float>(out, elements({N, K}), "grad_weight"), M, K, N, checked_threads(threads)};
   Choice choice(count, most, other);
   py::gil_scoped_release release;
-  switch (choice.of(a.words, M, K, threads)) {
+  switch (choice.of(spikes, threads)) {
     case Method::gather: return kernels().gather_weight_grad(a);
     case Method::subset_sums: return kernels().subset_sums_weight_grad(a);
     case Method::tiles: return kernels().tile_weight_grad(a);
@@ -87,11 +134,11 @@ void bind_linear(py::module_& m) {
   m.def("spike_linear", &spike_linear);
   m.def("spike_linear_weight_grad", &weight_grad);
   m.def("count", [](uintptr_t words, int64_t rows, int64_t bits, int threads) {
-    const uint64_t* const first = array<const uint64_t>(words, elements({rows, words_for(bits)}), "words");
-    Choice choice(-1, 0, 0);
+    const Spikes spikes{nullptr, Element::float32, array<uint64_t>(words, elements({rows, words_for(bits)}), "words"),
+                        rows, bits};
+    checked_threads(threads);
     py::gil_scoped_release release;
-    choice.of(first, rows, bits, checked_threads(threads));
-    return choice.count;
+    return spikes.make_ready(0, rows, threads);
   });
   m.def("matmul", [](uintptr_t a, int a_type, uintptr_t b, int b_type, uintptr_t bias, uintptr_t c, int c_type,
                      uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads) {

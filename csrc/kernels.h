@@ -212,6 +212,20 @@ struct AttentionLifBackward {
   int threads;
 };
 
+// Words [rows, words_for(C)] that a kernel makes ready, some rows at a time, when it comes to them: packed from `values`
+// as Pack does, or, where these are null, there already and looked through. `count` and `stray` get what CountBits says
+// of them; rows in which bits are set beyond channel C are left out.
+struct Unready {
+  const void* values;
+  Element type;
+  uint64_t* words;
+  int64_t C;
+  int64_t* count;
+  uint64_t* stray;
+  int64_t sample;  // rows that are ready, evenly apart, ...
+  double rate;     // ... and the share of their bits that are set
+};
+
 // out[r, :] = bias + sum of source[q, :] over the bits q that are set in row r of words.
 // words [rows, words_for(bits)], source [bits, columns], out [rows, columns] float32 or bfloat16 (rounded once
 // every 32768 bits by gather, every 2048 by subset_sums, never before by tile_sums); bias [columns] or null.
@@ -222,6 +236,7 @@ struct SumRows {
   Element out_type;
   int64_t rows, bits, columns;
   int threads;
+  const Unready* unready = nullptr;  // for gathering: the words are not there yet, or have not been looked through
 };
 
 // Packing and gathering of a handful of rows in one: s [rows, bits] -> words (or null), and as SumRows, all float32.

@@ -17,6 +17,7 @@ constexpr int64_t LIST_ROWS = 64, CHUNK = 256;         // rows listed, and rows 
 constexpr int64_t NEAR_BYTES = 512 << 10;              // of a source that stays in the second-level cache as a whole
 constexpr int64_t NEAREST_BYTES = 48 << 10;            // of one that stays in the first-level cache
 constexpr int64_t MOST_WORDS = 4, MOST_COLUMNS = 128;  // of a row that is not listed
+constexpr int64_t WORD_ROWS = 512;                     // of those, made ready and summed in one go
 #if defined(SPIKEDECODER_AVX2)
 constexpr int FEW_VECTORS = 10;  // of a handful of rows, whose source comes from afar
 #else
@@ -27,7 +28,41 @@ template <class E>
 struct Sum : Sums<E> {
   const uint64_t* words;
   int64_t word_stride, rows, bits;
+  const Unready* unready = nullptr;
+  int64_t first = 0;  // of the rows, among all that are unready
 };
+
+// These rows' words are ready then; false where bits are set that no row of the source is for.
+template <class E>
+bool make_ready(const Sum<E>& s, Range rows) {
+  if (!s.unready) return true;
+  const Unready& all = *s.unready;
+  const int64_t begin = s.first + rows.begin, n = rows.end - rows.begin;
+  uint64_t* const words = all.words + begin * words_for(all.C);
+  int64_t count = 0;
+  uint64_t stray = 0;
+  if (all.values) {
+    const int64_t size = all.type == Element::float32 ? 4 : all.type == Element::bfloat16 ? 2 : 1;
+    pack({static_cast<const char*>(all.values) + begin * all.C * size, all.type, words, &count, n, all.C, 1});
+  } else {
+    count_bits({words, &count, &stray, n, all.C, 1});
+  }
+  __atomic_fetch_add(all.count, count, __ATOMIC_RELAXED);
+  __atomic_fetch_or(all.stray, stray, __ATOMIC_RELAXED);
+  return !stray;
+}
+
+template <class E>
+bool has_stray(const Sum<E>& s) {
+  return s.unready && __atomic_load_n(s.unready->stray, __ATOMIC_RELAXED);
+}
+
+// Nanoseconds on one thread.
+template <class E>
+double work_to_make_ready(const Sum<E>& s) {
+  if (!s.unready) return 0;
+  return (s.unready->values ? 0.2 : 0.006) * static_cast<double>(s.rows * s.bits);
+}
 
 // to = all panels of the source, behind each other.
 template <class E>
@@ -51,6 +86,7 @@ template <class E>
 void sum_near(const Sum<E>& s, const Lists& mine, const Plan& plan, Tasks& tasks) {
   for (int64_t task; tasks.next(task);) {
     const int64_t r = task * plan.group, rows = smaller(plan.group, s.rows - r);
+    if (!make_ready(s, {r, r + rows})) continue;
     Sum<E> part = s;
     part.out += r * s.columns;
     mine.fill(s.words + r * s.word_stride, s.word_stride, words_for(s.bits), {0, rows});
@@ -65,9 +101,10 @@ template <class E>
 void sum_by_panels(const Sum<E>& s, const Lists& lists, const Plan& plan, Tasks& list_tasks, Tasks& tasks) {
   for (int64_t task; list_tasks.next(task);) {
     const Range rows{task * plan.group, smaller((task + 1) * plan.group, s.rows)};
-    lists.fill(s.words, s.word_stride, words_for(s.bits), rows);
+    if (make_ready(s, rows)) lists.fill(s.words, s.word_stride, words_for(s.bits), rows);
   }
   barrier();
+  if (has_stray(s)) return;
   const int64_t chunks = (s.rows + plan.chunk - 1) / plan.chunk;
   for (int64_t task; tasks.next(task);) {
     const int64_t begin = task % chunks * plan.chunk;
@@ -82,12 +119,13 @@ template <class E>
 void sum_by_words(const Sum<E>& whole, int most) {
   const Panels panels(whole.columns);
   const int64_t words = words_for(whole.bits), panel_floats = 65 * words * panels.width();
-  const int64_t sample = smaller(256, whole.rows), apart = whole.rows / sample * whole.word_stride;
+  const int64_t sample = whole.unready ? whole.unready->sample : smaller(256, whole.rows);
+  const int64_t apart = whole.rows / sample * whole.word_stride;
   int steps[MOST_WORDS];
   double additions = 0;
   for (int64_t w = 0; w < words; w++) additions += steps[w] = steps_for(whole.words + w, apart, sample);
   const double rows = static_cast<double>(whole.rows * panels.count * panels.vectors);
-  const int threads = threads_for(0.3 * (additions + 1) * rows, most);
+  const int threads = threads_for(0.3 * (additions + 1) * rows + work_to_make_ready(whole), most);
   Scratch copy(sizeof(float) * static_cast<size_t>(panels.count * panel_floats));
   Sum<E> from = whole;
   from.source = copy.floats();
@@ -105,11 +143,15 @@ void sum_by_words(const Sum<E>& whole, int most) {
     }
     barrier();
     const Range mine = share(whole.rows, thread, all, 16);
-    const Words picks{whole.words + mine.begin * whole.word_stride, whole.word_stride, words, steps};
-    Sum<E> part = from;
-    part.out += mine.begin * whole.columns;
-    for (int64_t first = 0; first < whole.columns; first += panels.width()) {
-      sum_panel(part, picks, mine.end - mine.begin, first, panels.vectors);
+    for (int64_t r = mine.begin, end; r < mine.end; r = end) {
+      end = smaller(r + WORD_ROWS, mine.end);
+      if (!make_ready(whole, {r, end})) continue;
+      const Words picks{whole.words + r * whole.word_stride, whole.word_stride, words, steps};
+      Sum<E> part = from;
+      part.out += r * whole.columns;
+      for (int64_t first = 0; first < whole.columns; first += panels.width()) {
+        sum_panel(part, picks, end - r, first, panels.vectors);
+      }
     }
     finish_stores();
   });
@@ -121,8 +163,8 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
   const int64_t segment = smaller(whole.bits, 64 * SEGMENT_WORDS);
   const int64_t rows_at_a_time = smaller(round_up(BITS_AT_A_TIME / segment + 1, CHUNK), whole.rows);
   const double additions = rate * static_cast<double>(whole.rows) * static_cast<double>(whole.bits);
-  const int threads = threads_for(0.4 * (additions + static_cast<double>(whole.rows)) *
-                                      static_cast<double>(vectors_in_all), most);
+  const double sums = 0.4 * (additions + static_cast<double>(whole.rows)) * static_cast<double>(vectors_in_all);
+  const int threads = threads_for(sums + work_to_make_ready(whole), most);
   // so that each thread has some tasks to choose from
   const auto task_rows = [&](int64_t at_most, int64_t tasks_a_row) {
     while (at_most > 8 && rows_at_a_time * tasks_a_row < 4 * threads * at_most) at_most /= 2;
@@ -153,7 +195,8 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
       part.source += bit * whole.columns;
       part.out += r * whole.columns;
       part.accumulate = bit > 0;
-      if (bit) part.bias = nullptr;
+      part.first = r;
+      if (bit) part.bias = nullptr, part.unready = nullptr;
       part.past = whole.bits <= segment && past_cache(whole.out, whole.rows * whole.columns, whole.columns);
       Sum<E> from = part;
       if (copied) {
@@ -173,6 +216,7 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
         }
         finish_stores();
       });
+      if (has_stray(whole)) return;
     }
   }
 }
@@ -184,12 +228,12 @@ void gather_rows(const SumRows& a, E* out) {
     return;
   }
   const Sums<E> sums{a.source, a.columns, 1, a.columns, a.bias, out, false, false};
-  const Sum<E> sum{sums, a.words, words_for(a.bits), a.rows, a.bits};
+  const Sum<E> sum{sums, a.words, words_for(a.bits), a.rows, a.bits, a.unready};
   const bool nearest = a.bits * a.columns * static_cast<int64_t>(sizeof(float)) <= NEAREST_BYTES;
   if (nearest && words_for(a.bits) <= MOST_WORDS && a.columns <= MOST_COLUMNS && a.rows >= 4 * a.bits) {
     sum_by_words(sum, a.threads);
   } else {
-    gather_sum(sum, rate_of(a.words, a.rows, a.bits), a.threads);
+    gather_sum(sum, a.unready ? a.unready->rate : rate_of(a.words, a.rows, a.bits), a.threads);
   }
 }
 

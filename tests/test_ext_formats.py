@@ -109,6 +109,59 @@ def check_whole_numbers(method, shape):
         assert torch.equal(spike_linear.weight_grad(words, k, grad, method), expected_grad), name
 
 
+def any_number(bits: int) -> _cost.Way:
+    """Gathering, whatever rows are looked at first."""
+    return _cost.Way(2 * bits, _cost.METHODS.index("gather"), False)
+
+
+# A weight that stays in the first-level cache, in the second-level one, in neither; more bits than a list.
+GATHERED = [(700, 80, 80), (300, 700, 100), (300, 1000, 512), (40, 33_000, 20)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.float64])
+@pytest.mark.parametrize("shape", GATHERED)
+def test_spikes_are_packed_while_they_are_gathered(shape, dtype):
+    m, k, n = shape
+    s = random_spikes(1, (m, k), 0.01)
+    weight, bias, unknown = torch.randn(n, k), torch.randn(n), spike_linear.UNKNOWN
+    spikes = pack_spikes.packable(s.to(dtype))
+    for name in on_each_variant():
+        expected, words = spike_linear.forward(s, weight, bias, "gather")
+        packed = torch.full_like(words, -1)
+        y = spike_linear.multiply(packed, unknown, weight, bias, any_number(m * k), spikes)
+        assert torch.equal(y, expected) and torch.equal(packed, words), name
+        y = spike_linear.multiply(words, unknown, weight, bias, any_number(m * k))
+        assert torch.equal(y, expected), name
+
+
+@pytest.mark.parametrize("shape", [(4096, 80, 80), (4096, 700, 100)])
+def test_a_few_rows_can_mislead_the_choice(shape):
+    """Rows at the distance of those that are looked at first are empty, all others full."""
+    m, k, n = shape
+    s = torch.ones(m, k)
+    s[:: m // 64] = 0
+    s[:: m // 23] = 0
+    weight, bias = torch.randn(n, k), torch.randn(n)
+    for name in on_each_variant():
+        words = reference.pack(s)
+        method = spike_linear.way_of(words, weight).method(int(s.sum()))
+        expected = spike_linear.forward(s, weight, bias, method)[0]
+        y, packed = spike_linear.forward(s, weight, bias)
+        assert torch.equal(y, expected) and torch.equal(packed, words), name
+        assert torch.equal(spike_linear.from_words(words, k, weight, bias), expected), name
+
+
+@pytest.mark.parametrize("shape", GATHERED)
+def test_bits_beyond_the_last_channel_are_found_while_gathering(shape):
+    m, k, n = shape
+    words = reference.pack(random_spikes(1, (m, k), 0.01))
+    words[m - 3, -1] |= -1 << k % 64
+    for _ in on_each_variant():
+        with pytest.raises(ValueError, match="words: bits are set beyond the last channel"):
+            way = any_number(m * k)
+            spike_linear.multiply(words, spike_linear.UNKNOWN, torch.randn(n, k), None, way)
+
+
 @pytest.mark.parametrize("method", ["gather", "subset_sums", "tiles"])
 def test_a_weight_gradient_does_not_depend_on_threads(method):
     """Rows are summed in slices, of which more are worked on at once with more threads."""

@@ -265,6 +265,19 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
     kernel({words.data(), columns.data(), bias.data(), y16.data(), Element::bfloat16, M, K, N, threads});
     CHECK(close(widened(y16), expected, 4e-3f));
   }
+  for (const bool packs : {false, true}) {
+    const float* const values = packs ? s.data() : nullptr;
+    auto ready = packs ? array<uint64_t>(M * words_for(K)) : words;
+    std::copy_n(words.begin(), std::min(words.size(), static_cast<size_t>(words_for(K))), ready.begin());
+    int64_t count = 0, set = 0;
+    uint64_t stray = 0;
+    for (float spike : s) set += spike != 0;
+    const Unready unready{values, Element::float32, ready.data(), K, &count, &stray, 1, rate};
+    y.assign(y.size(), NAN);
+    kernels().gather({ready.data(), columns.data(), bias.data(), y.data(), Element::float32, M, K, N, threads,
+                      &unready});
+    CHECK(close(y, expected) && (!K || !N || (ready == words && count == set)) && !stray);
+  }
   const std::vector<uint64_t> none(words.size());
   const std::vector<float> minus_zero(static_cast<size_t>(N), -0.f);
   kernels().gather({none.data(), columns.data(), minus_zero.data(), y.data(), Element::float32, M, K, N, threads});

@@ -27,10 +27,7 @@ def pack(spikes: Tensor) -> Tensor:
 
 def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
     """The words, and how many bits in them are set."""
-    if spikes.dtype not in ELEMENTS:
-        spikes = spikes != 0
-    if not spikes.is_contiguous():
-        spikes = spikes.detach().contiguous()
+    spikes = packable(spikes)
     channels = spikes.shape[-1]
     words = torch.empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
     count = native.pack(
@@ -38,6 +35,13 @@ def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
         *(spikes.numel() // channels if channels else 0, channels, torch.get_num_threads()),
     )
     return words, count
+
+
+def packable(spikes: Tensor) -> Tensor:
+    """Spikes as the kernels read them."""
+    if spikes.dtype not in ELEMENTS:
+        spikes = spikes != 0
+    return spikes if spikes.is_contiguous() else spikes.detach().contiguous()
 
 
 def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

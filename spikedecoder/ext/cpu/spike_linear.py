@@ -13,7 +13,7 @@ from torch import Tensor
 from spikedecoder.ext.cpu import _cost, native
 from spikedecoder.ext.cpu._arguments import BITS, ELEMENTS, address, dense, floats_on_cpu, same
 from spikedecoder.ext.cpu._memory import empty
-from spikedecoder.ext.cpu.pack_spikes import pack_and_count, unpack
+from spikedecoder.ext.cpu.pack_spikes import pack_and_count, packable, unpack
 
 why_not = floats_on_cpu
 
@@ -34,8 +34,12 @@ def forward(
     if method is None and _is_few(s, weight):
         words = torch.empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
         return _few_rows(s, weight, bias, words), words
+    way = way_of(s, weight, method)
+    if weight.dtype == torch.float32 and not way.torch_dense:
+        s = packable(s)
+        words = torch.empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
+        return multiply(words, UNKNOWN, weight, bias, way, s), words
     words, count = pack_and_count(s)
-    way = way_of(words, weight, method)
     if way.by_torch(count) and s.dtype == weight.dtype:
         return F.linear(s, weight, bias), words  # what `multiply` would unpack
     return multiply(words, count, weight, bias, way), words
@@ -52,19 +56,27 @@ def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None
     return multiply(words, UNKNOWN, weight, bias, way_of(words, weight))
 
 
-def way_of(words: Tensor, weight: Tensor, method: str | None = None) -> _cost.Way:
-    """The fastest way to multiply all of these words, or that of a method."""
+def way_of(spikes: Tensor, weight: Tensor, method: str | None = None) -> _cost.Way:
+    """The fastest way to multiply all of these spikes, or words of spikes, or that of a method."""
     n, k = weight.shape
     if method is not None:
         return _cost.only(method, weight.dtype)
     return _cost.crossover(
-        native.variant(), _rows(words, k), k, n, False, not _lies_by_columns(weight), weight.dtype
+        native.variant(), _rows(spikes), k, n, False, not _lies_by_columns(weight), weight.dtype
     )
 
 
-def multiply(words: Tensor, count: int, weight: Tensor, bias: Tensor | None, way: _cost.Way) -> Tensor:
+def multiply(
+    words: Tensor,
+    count: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    way: _cost.Way,
+    spikes: Tensor | None = None,
+) -> Tensor:
     """y [..., N] in the weight's dtype, from all words that `way` is for, whose set bits are `count`, or from
-    some rows of them: the same numbers, bit for bit. An UNKNOWN count is for all of them."""
+    some rows of them: the same numbers, bit for bit. An UNKNOWN count is for all of them. `spikes`, from
+    `packable`, are packed into the words on the way, for a float32 weight that torch does not multiply."""
     n, k = weight.shape
     dtype = weight.dtype
     if dtype != torch.float32 or way.torch_dense:  # for us to know
@@ -78,12 +90,13 @@ def multiply(words: Tensor, count: int, weight: Tensor, bias: Tensor | None, way
     shape[-1] = n
     whole = method is None or k <= _ROUNDED_ONCE or method in ("tiles", "dense")
     y = empty(shape, dtype if whole else torch.float32)
-    sizes = (_rows(words, k), k, n, torch.get_num_threads())
+    sizes = (_rows(words), k, n, torch.get_num_threads())
     if method == "dense":
         _matmul(words, BITS, same(weight.t()), bias, y, None, sizes)
     else:
         native.spike_linear(
-            *(address(words), count, way.most, way.other, address(source), by_columns, address(bias)),
+            *(address(spikes), 0 if spikes is None else ELEMENTS[spikes.dtype], address(words), count),
+            *(way.most, way.other, address(source), by_columns, address(bias)),
             *(address(y), ELEMENTS[y.dtype], *sizes),
         )
     return y if whole else y.to(dtype)
@@ -91,11 +104,11 @@ def multiply(words: Tensor, count: int, weight: Tensor, bias: Tensor | None, way
 
 def _count(words: Tensor, channels: int) -> int:
     """How many bits are set, none of them beyond the last channel (ValueError)."""
-    return int(native.count(address(words), _rows(words, channels), channels, torch.get_num_threads()))
+    return int(native.count(address(words), _rows(words), channels, torch.get_num_threads()))
 
 
-def _rows(words: Tensor, channels: int) -> int:
-    return words.numel() // -(-channels // 64) if channels else 0
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1] if x.shape[-1] else 0
 
 
 def _matmul(
@@ -142,7 +155,7 @@ def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor | No
 def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None = None) -> Tensor:
     """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over rows where each channel spiked."""
     words, grad = words.contiguous(), same(grad)
-    rows, n, dtype = _rows(words, channels), grad.shape[-1], grad.dtype
+    rows, n, dtype = _rows(words), grad.shape[-1], grad.dtype
     if method is not None:
         way = _cost.only(method, dtype)
     else:
