@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import spikedecoder
-from spikedecoder import SpikeDecoder
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.cli import main
+from spikedecoder.cli.settings import MODEL_FIELDS, TRAIN_FIELDS, read_toml
+from spikedecoder.training import TrainConfig
 from spikedecoder.training.checkpoints import read_step
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -117,6 +119,23 @@ def test_every_field_can_be_set(story: Path, tmp_path: Path, capsys: pytest.Capt
     assert (model["surrogate"], model["learn_threshold"], model["mlp_token_shift"]) == ("atan", True, 1)
     assert (train["lr"], train["steps"], train["eval_tokens"], train["beta1"]) == (0.5, 2, None, 0.8)
     assert (train["weight_decay"], train["min_lr"]) == (0.0, None)
+
+
+@pytest.mark.parametrize("preset", SpikeDecoderConfig.presets())
+def test_every_setting_as_a_file_that_gives_them_back(
+    preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--blocks", "2", "--set", "embedding_std=0.00003", "--set", "min_lr=none", "--threads", "1"]
+    assert run("train", "--preset", preset, *changes, "--print-config") == 0
+    text = capsys.readouterr().out
+    (tmp_path / "all.toml").write_text(text)
+    read = read_toml(tmp_path / "all.toml")
+    assert {*read.model, *read.train} == {*MODEL_FIELDS, *TRAIN_FIELDS} - {"vocab_size", "pad_id"}
+    expected = SpikeDecoderConfig.preset(preset, blocks=2, embedding_std=3e-5)
+    assert SpikeDecoderConfig.preset(preset, **read.model) == expected
+    assert TrainConfig.preset(preset, **read.train) == TrainConfig.preset(preset, min_lr=None, threads=1)
+    assert run("train", "--config", tmp_path / "all.toml", "--print-config") == 0
+    assert capsys.readouterr().out == text
 
 
 def test_words_and_standard_input(story: Path, tmp_path: Path) -> None:

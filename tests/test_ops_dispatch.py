@@ -378,6 +378,7 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         ),
         (lambda: ops.norm_ilif(X.long(), LAYER, ILIFParams(4)), TypeError, "x: got dtype torch.int64"),
         (lambda: ops.norm_ilif(X, LAYER, LIFParams()), TypeError, "p: got LIFParams, takes ILIFParams"),
+        (lambda: ops.norm_lif(X, LAYER, None), TypeError, "p: got NoneType, takes LIFParams"),
         (lambda: ops.norm_lif(X, None, LIFParams()), TypeError, "n: got NoneType, takes NormParams"),
         (lambda: NormParams("layer", ONES, ONES, eps=-1.0), ValueError, "eps: got -1.0"),
         (lambda: NormParams("batch", ONES, ONES, momentum=1.5), ValueError, "momentum: got 1.5, takes a"),

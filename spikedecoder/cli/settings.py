@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
+_OF_THE_TEXT = ("vocab_size", "pad_id")
 MODEL_FIELDS = tuple(f.name for f in dataclasses.fields(SpikeDecoderConfig))
 TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(TrainConfig))
 
@@ -77,9 +79,23 @@ def read_toml(path: Path) -> Overrides:
     return overrides
 
 
+def to_toml(preset: str, overrides: Overrides) -> str:
+    """The preset with these overrides, a file for `read_toml`: all fields but those that the text decides."""
+    model = SpikeDecoderConfig.preset(preset, **overrides.model)
+    settings = TrainConfig.preset(preset, **overrides.train)
+    lines = [f"preset = {json.dumps(preset)}"]
+    for table, fields, values in (("model", MODEL_FIELDS, model), ("train", TRAIN_FIELDS, settings)):
+        lines += ["", f"[{table}]"]
+        for name in fields:
+            if name not in _OF_THE_TEXT:
+                value = getattr(values, name)
+                lines.append(f"{name} = {json.dumps('none' if value is None else value)}")
+    return "\n".join(lines) + "\n"
+
+
 def model_config(preset: str, changes: Mapping[str, Any], tokenizer: Any) -> SpikeDecoderConfig:
     """The preset with changes; the vocabulary is the tokenizer's."""
-    for name in ("vocab_size", "pad_id"):
+    for name in _OF_THE_TEXT:
         takes = getattr(tokenizer, name)
         if changes.get(name, takes) != takes:
             raise ValueError(

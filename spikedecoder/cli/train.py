@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spikedecoder.cli.settings import Overrides, collect, model_config
+from spikedecoder.cli.settings import Overrides, collect, model_config, to_toml
 from spikedecoder.config import SpikeDecoderConfig
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ def train(
         Path | None,
         typer.Option(help="TOML file with tables model and train, and perhaps a key preset."),
     ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print every setting, as a file for --config, and exit.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="New folder for checkpoints and metrics; default: runs/PRESET-TEXT-N.")
     ] = None,
@@ -146,12 +149,17 @@ def train(
         raise ValueError("--text and --corpus: got both, takes one of them")
     overrides = collect(config, flags, set_ or [])
     if resume is not None:
-        for name, given in (("--preset", preset), ("--config", config), ("--out", out), ("--corpus", corpus)):
+        others = {"--preset": preset, "--config": config, "--out": out, "--corpus": corpus}
+        for name, given in {**others, "--print-config": print_config or None}.items():
             if given is not None:
                 raise ValueError(f"{name}: not together with --resume, which goes on with the run as it is")
         result = _resume(resume, overrides, text, as_json)
     else:
-        result = _new(preset or overrides.preset or "default", overrides, text, corpus, out, as_json)
+        preset = preset or overrides.preset or "default"
+        if print_config:
+            sys.stdout.write(to_toml(preset, overrides))
+            return
+        result = _new(preset, overrides, text, corpus, out, as_json)
     if _first_process():
         _finish(result, as_json)
     if result.interrupted:

@@ -22,6 +22,11 @@ def floating(name: str, x: object, *, dims: int | None = None, min_dims: int = 1
     return x
 
 
+def of_type(name: str, value: object, takes: type) -> None:
+    if not isinstance(value, takes):
+        raise TypeError(f"{name}: got {type(value).__name__}, takes {takes.__name__}")
+
+
 def timesteps(name: str, x: Tensor) -> None:
     if x.shape[0] < 1:
         raise ValueError(f"{name}: got T = 0 timesteps (shape {tuple(x.shape)}), takes T >= 1")

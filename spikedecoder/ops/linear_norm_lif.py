@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, select
 from spikedecoder.ops.norm import statistics
 from spikedecoder.ops.norm_lif import backward as norm_lif_backward
@@ -211,6 +212,7 @@ def linear_norm_lif(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    _check.of_type("p", p, LIFParams)
     check_linear(s, weight, bias)
     product_weight, product_bias, backend = as_product(weight, bias)
     nothing_kept = recompute or not torch.is_grad_enabled()

@@ -84,8 +84,7 @@ def statistics(x: Tensor, n: NormParams) -> Statistics | None:
 
 def check_norm(x: Tensor, n: NormParams) -> None:
     """x [..., C] against the norm's C channels."""
-    if not isinstance(n, NormParams):
-        raise TypeError(f"n: got {type(n).__name__}, takes NormParams")
+    _check.of_type("n", n, NormParams)
     _check.floating("x", x, min_dims=2)
     if n.weight.shape != x.shape[-1:]:
         raise ValueError(f"x: got {x.shape[-1]} channels (shape {tuple(x.shape)}), takes {n.weight.shape[0]}")

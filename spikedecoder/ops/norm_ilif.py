@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikedecoder.ops import _check
 from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import requested_backend
 from spikedecoder.ops.norm import check_norm, statistics
@@ -114,8 +115,7 @@ def norm_ilif(x: Tensor, n: NormParams, p: ILIFParams) -> Tensor:
 
     Source: Ba et al., 2016; Ioffe & Szegedy, 2015; Shen et al., 2020; and the I-LIF's.
     """
-    if not isinstance(p, ILIFParams):
-        raise TypeError(f"p: got {type(p).__name__}, takes ILIFParams")
+    _check.of_type("p", p, ILIFParams)
     check_norm(x, n)
     mean, rstd, _, *rest = flat(statistics(x, n), n, p, None)
     call = _direct if unwatched(x, n.weight, n.bias) else _norm_ilif

@@ -257,6 +257,7 @@ def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None
 
     Source: Ba et al., 2016; Ioffe & Szegedy, 2015; Shen et al., 2020; and the LIF's.
     """
+    _check.of_type("p", p, LIFParams)
     check_norm_lif(x, n, threshold)
     found = statistics(x, n)
     call = _direct if unwatched(x, n.weight, n.bias, threshold) else _norm_lif

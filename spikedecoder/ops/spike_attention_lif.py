@@ -134,8 +134,7 @@ def spike_attention_lif(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if not isinstance(p, LIFParams):
-        raise TypeError(f"p: got {type(p).__name__}, takes LIFParams")
+    _check.of_type("p", p, LIFParams)
     check_attention(q, k, v, scale, decay)
     check_dropout(dropout)
     if threshold is not None:

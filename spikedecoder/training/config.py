@@ -81,6 +81,8 @@ class TrainConfig:
         for name in ("eval_tokens", "threads"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
+        if self.threads is not None and self.threads > 4096:
+            raise ValueError(f"threads: got {self.threads}, takes 1 to 4096")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr: got {self.lr}, takes a finite number > 0")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
