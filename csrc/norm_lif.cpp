@@ -165,7 +165,7 @@ SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E, Grou
 
 // g = dL/dy back through the neurons, and all sums. Where dL/dx = a g + b z + c with known coefficients (Apply), it is
 // written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known.
-template <bool ByRow, bool Sums, bool Apply, class CellType, class E, bool Groups>
+template <bool ByRow, bool Sums, bool Apply, bool Thresholds, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E, Groups>& b,
                                           const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
                                           ThresholdSum& threshold_sum, int64_t first, int64_t width) {
@@ -193,6 +193,10 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
     int64_t out = last;
     for (int64_t t = p.T - 1; t >= 0; t--) {
       F of_row = zero(), of_row_z = zero();
+      if (ByRow) {
+        of_row = load(s.sum_g + t * W);
+        of_row_z = load(s.sum_gz + t * W);
+      }
       for (int u = 0; u < U; u++) {
         const F z = load(normal + u * W), grad_spike = load_up_to(grad + u * W, n);
         __builtin_prefetch(grad + p.stride() * p.C + u * W, 0, 2);
@@ -208,8 +212,8 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
         }
       }
       if (ByRow) {
-        store(s.sum_g + t * W, add(load(s.sum_g + t * W), of_row));
-        store(s.sum_gz + t * W, add(load(s.sum_gz + t * W), of_row_z));
+        store(s.sum_g + t * W, of_row);
+        store(s.sum_gz + t * W, of_row_z);
       }
       grad -= step;
       out -= step;
@@ -220,12 +224,12 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
     for (int u = 0; Sums && u < U; u++) {
       store(s.bias + c + u * W, add(load(s.bias + c + u * W), sum_g[u]));
       store(s.weight + c + u * W, add(load(s.weight + c + u * W), sum_gz[u]));
-      threshold_sum.add_up(row * p.C, c + u * W, n, cell.threshold_gradient(falls[u]));
+      if (Thresholds) threshold_sum.add_up(row * p.C, c + u * W, n, cell.threshold_gradient(falls[u]));
     }
   });
 }
 
-template <bool ByRow, bool Sums, bool Apply, class CellType, class E, bool Groups>
+template <bool ByRow, bool Sums, bool Apply, bool Thresholds, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E, Groups>& b, int64_t row,
                                           const RowScratch& s, ThresholdSum& threshold_sum) {
   const auto& p = b.p.of(row);
@@ -233,37 +237,48 @@ SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E
   for (int64_t c = 0; c < p.C; c += RowScratch::BLOCK) {
     const int64_t width = p.C - c < RowScratch::BLOCK ? p.C - c : RowScratch::BLOCK;
     potentials<ByRow>(cell, b, p, row, s, c, width);
-    back_through_lif<ByRow, Sums, Apply>(cell, b, p, row, s, threshold_sum, c, width);
+    back_through_lif<ByRow, Sums, Apply, Thresholds>(cell, b, p, row, s, threshold_sum, c, width);
   }
 }
 
-// The sums of the lanes of four vectors, over C.
-SPIKEDECODER_INLINE void means_of_four(const float* sums, float C, float* out) {
-  const F vectors[4] = {load(sums), load(sums + W), load(sums + 2 * W), load(sums + 3 * W)};
-  lane_sums(vectors, out);
-  for (int i = 0; i < 4; i++) out[i] /= C;
-}
-
-// The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd, x still in a near cache.
-template <class E, bool Groups>
+// The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd. In short rows (Near) all z are still
+// there; else x is, in a near cache.
+template <bool Near, class E, bool Groups>
 SPIKEDECODER_INLINE void gradient_of_row(const Backward<E, Groups>& b, int64_t row, const RowScratch& s) {
   const auto& p = b.p.of(row);
-  float mean_g[4], mean_gz[4];
-  for (int64_t t = 0; t < p.T; t++) {
-    if (t % 4 == 0) {
-      means_of_four(s.sum_g + t * W, static_cast<float>(p.C), mean_g);
-      means_of_four(s.sum_gz + t * W, static_cast<float>(p.C), mean_gz);
+  const bool past = b.past;
+  const int64_t step = p.step() * p.C;
+  const float over_C = -1 / static_cast<float>(p.C);
+  for (int64_t t = 0; t < p.T; t += 4) {
+    const float *const mean = s.mean + t, *const rstd = s.rstd + t;
+    F of_g[4], of_gz[4];
+    for (int i = 0; i < 4; i++) {
+      of_g[i] = load(s.sum_g + (t + i) * W);
+      of_gz[i] = load(s.sum_gz + (t + i) * W);
     }
-    const float r = s.rstd[t];
-    const F rstd = set1(r), mean = set1(s.mean[t]);
-    const F shift = set1(-r * mean_g[t % 4]), slope = set1(-r * r * mean_gz[t % 4]);
-    const E* const x = p.x + p.at(t, row);
-    const float* const g = s.g + t * s.padded;
-    E* const out = b.grad_x + p.at(t, row);
-    for_channels(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
-      for (int u = 0; u < decltype(vectors)::count; u++, c += W) {
-        const F rest = fma(sub(load_up_to(x + c, n), mean), slope, shift);
-        store_result(out + c, fma(load(g + c), rstd, rest), n, b.past);
+    float shift[4], slope[4];
+    lane_sums(of_g, shift);
+    lane_sums(of_gz, slope);
+    for (int i = 0; i < 4; i++) {
+      const float scale = over_C * rstd[i];
+      shift[i] *= scale;
+      slope[i] *= Near ? scale : scale * rstd[i];
+    }
+    const int steps = p.T - t < 4 ? static_cast<int>(p.T - t) : 4;
+    for_channels_evenly<FORWARD_AT_ONCE>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+      const E* x = p.x + p.at(t, row) + c;
+      E* out = b.grad_x + p.at(t, row) + c;
+      const float *z = s.z + t * RowScratch::BLOCK + c, *g = s.g + t * s.padded + c;
+      for (int i = 0; i < steps; i++) {
+        const F by_g = set1(rstd[i]), by_z = set1(slope[i]), rest = set1(shift[i]);
+        for (int u = 0; u < decltype(vectors)::count; u++) {
+          const F of_z = Near ? load(z + u * W) : sub(load_up_to(x + u * W, n), set1(mean[i]));
+          store_result(out + u * W, fma(load(g + u * W), by_g, fma(of_z, by_z, rest)), n, past);
+        }
+        x += step;
+        out += step;
+        z += RowScratch::BLOCK;
+        g += s.padded;
       }
     });
   }
@@ -288,12 +303,13 @@ void backward(const NormLifBackward& a) {
       for (int64_t row = rows.begin; row < rows.end; row++) {
         switch (a.part) {
           case NormLifPart::whole:
-            back_through_row<true, true, false>(cell, b, row, s, threshold_sum);
-            gradient_of_row(b, row, s);
+            threshold_out ? back_through_row<true, true, false, true>(cell, b, row, s, threshold_sum)
+                          : back_through_row<true, true, false, false>(cell, b, row, s, threshold_sum);
+            a.C <= RowScratch::BLOCK ? gradient_of_row<true>(b, row, s) : gradient_of_row<false>(b, row, s);
             break;
-          case NormLifPart::reduce: back_through_row<false, true, false>(cell, b, row, s, threshold_sum); break;
-          case NormLifPart::apply: back_through_row<false, false, true>(cell, b, row, s, threshold_sum); break;
-          case NormLifPart::known: back_through_row<false, true, true>(cell, b, row, s, threshold_sum); break;
+          case NormLifPart::reduce: back_through_row<false, true, false, true>(cell, b, row, s, threshold_sum); break;
+          case NormLifPart::apply: back_through_row<false, false, true, false>(cell, b, row, s, threshold_sum); break;
+          case NormLifPart::known: back_through_row<false, true, true, true>(cell, b, row, s, threshold_sum); break;
         }
       }
       threshold_sum.end_run();
