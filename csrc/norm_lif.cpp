@@ -164,7 +164,8 @@ SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E, Grou
 }
 
 // g = dL/dy back through the neurons, and all sums. Where dL/dx = a g + b z + c with known coefficients (Apply), it is
-// written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known.
+// written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known. Thresholds:
+// whether theirs is among the sums.
 template <bool ByRow, bool Sums, bool Apply, bool Thresholds, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E, Groups>& b,
                                           const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
