@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from test_model import _model
@@ -59,7 +61,10 @@ def test_a_step_reads_no_value_on_the_host(variant, monkeypatch):
     def refuse(*_):
         raise AssertionError("a value was read on the host")
 
-    monkeypatch.setattr(model, "_check", lambda *_: None)  # looks at ids on the CPU only
+    # what looks at values on the CPU only: ids, decays
+    monkeypatch.setattr(model, "_check", lambda *_: None)
+    attention = sys.modules["spikedecoder.ops.spike_attention"]  # the operator hides its module
+    monkeypatch.setattr(attention, "_check_decay", lambda *_: None)
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     with use_backend("reference"):

@@ -166,9 +166,13 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor
     if decay is not None and decay.shape != (heads,):
         raise ValueError(f"decay: got shape {tuple(decay.shape)}, takes one value a head, ({heads},)")
     if decay is not None and decay.device.type == "cpu" and unwatched(decay):
-        for value in decay.tolist():
-            if not 0 < value <= 1:
-                raise ValueError(f"decay: got {value:g}, takes numbers in (0, 1]")
+        _check_decay(decay)
+
+
+def _check_decay(decay: Tensor) -> None:
+    for value in decay.tolist():
+        if not 0 < value <= 1:
+            raise ValueError(f"decay: got {value:g}, takes numbers in (0, 1]")
 
 
 def _with_dropout(
