@@ -8,32 +8,15 @@ namespace {
 // In the order of METHODS in spikedecoder/ext/cpu/_cost.py.
 enum class Method : int { gather = 0, subset_sums = 1, tiles = 2, dense = 3 };
 
-// Spikes, and the words of their bits: packed from `values`, or, where these are null, there already.
-struct Spikes {
-  const void* values;
-  Element type;
-  uint64_t* words;
-  int64_t rows, bits;
+// Throws where bits are set beyond the last channel: kernels take a bit's number for that of a row of the weight.
+void refuse(uint64_t stray) { require(!stray, "words: bits are set beyond the last channel"); }
 
-  // How many bits of rows begin .. begin + n are set, which are ready then. Throws where bits are set beyond the last
-  // channel: kernels take a bit's number for that of a row of the weight.
-  int64_t make_ready(int64_t begin, int64_t n, int threads) const {
-    static constexpr int64_t SIZES[] = {4, 2, 1};  // of an Element
-    int64_t count = 0;
-    uint64_t stray = 0;
-    uint64_t* const to = words + begin * words_for(bits);
-    if (values) {
-      const char* const from = static_cast<const char*>(values) + begin * bits * SIZES[static_cast<int>(type)];
-      kernels().pack({from, type, to, &count, n, bits, threads});
-    } else {
-      kernels().count_bits({to, &count, &stray, n, bits, threads});
-    }
-    refuse(stray);
-    return count;
-  }
-
-  static void refuse(uint64_t stray) { require(!stray, "words: bits are set beyond the last channel"); }
-};
+// How many bits of n rows from `begin` on are set, which are ready then.
+int64_t ready(const Spikes& s, int64_t begin, int64_t n, int threads) {
+  const Found found = make_ready(s, begin, n, threads, kernels().pack, kernels().count_bits);
+  refuse(found.stray);
+  return found.count;
+}
 
 // What is chosen by the number of set bits: gathering up to `most`, else another way.
 struct Choice {
@@ -45,8 +28,8 @@ struct Choice {
     require(other_ >= 0 && other_ <= 3, "method: takes 0 (gather), 1 (subset sums), 2 (tiles) or 3 (dense)");
   }
 
-  Method of(const Spikes& s, int threads) {
-    if (count < 0) count = s.make_ready(0, s.rows, threads);
+  Method of(const Spikes& s, int64_t rows, int threads) {
+    if (count < 0) count = ready(s, 0, rows, threads);
     return count <= most ? Method::gather : other;
   }
 
@@ -57,16 +40,16 @@ struct Choice {
     if (count >= 0 || !a.rows || !a.bits || !a.columns) return false;
     const int64_t wanted = std::clamp(VALUES / a.bits, ROWS_AT_LEAST, ROWS), sample = std::min(wanted, a.rows);
     int64_t set = 0;
-    for (int64_t i = 0; i < sample; i++) set += s.make_ready(a.rows / sample * i, 1, 1);
+    for (int64_t i = 0; i < sample; i++) set += ready(s, a.rows / sample * i, 1, 1);
     const double rate = static_cast<double>(set) / static_cast<double>(sample * a.bits);
     const double likely = rate * static_cast<double>(a.rows) * static_cast<double>(a.bits);
     if (likely > CLEAR * static_cast<double>(most)) return false;
     int64_t found = 0;
     uint64_t stray = 0;
-    const Unready unready{s.values, s.type, s.words, a.bits, &found, &stray, sample, rate};
+    const Unready unready{s, &found, &stray, sample, rate};
     a.unready = &unready;
     kernels().gather(a);
-    Spikes::refuse(stray);
+    refuse(stray);
     count = found;
     return count <= most;
   }
@@ -80,7 +63,7 @@ void spike_linear(uintptr_t values, int type, uintptr_t words, int64_t count, in
                   int64_t bits, int64_t columns, int threads) {
   const Element of_out = make_element(out_type, 1), of_values = make_element(type, 2);
   const Spikes spikes{values ? typed_array(values, of_values, rows, bits, "values") : nullptr, of_values,
-                      array<uint64_t>(words, elements({rows, words_for(bits)}), "words"), rows, bits};
+                      array<uint64_t>(words, elements({rows, words_for(bits)}), "words"), bits};
   SumRows a{spikes.words, array<const float>(weight, elements({bits, columns}), "weight"),
             optional_array<const float>(bias, "bias"), typed_output(out, of_out, rows, columns, "out"), of_out,
             rows, bits, columns, checked_threads(threads)};
@@ -92,7 +75,7 @@ void spike_linear(uintptr_t values, int type, uintptr_t words, int64_t count, in
     a.source = transposed.floats();
   }
   if (choice.gathered(a, spikes)) return;
-  switch (choice.of(spikes, threads)) {
+  switch (choice.of(spikes, rows, threads)) {
     case Method::gather: return kernels().gather(a);
     case Method::subset_sums: return kernels().subset_sums(a);
     case Method::tiles: return kernels().tile_sums(a);
@@ -105,12 +88,12 @@ void spike_linear(uintptr_t values, int type, uintptr_t words, int64_t count, in
 void weight_grad(uintptr_t words, int64_t count, int64_t most, int other, uintptr_t grad, int grad_type,
                  uintptr_t out, int64_t M, int64_t K, int64_t N, int threads) {
   const Element type = make_element(grad_type, 1);
-  const Spikes spikes{nullptr, Element::float32, array<uint64_t>(words, elements({M, words_for(K)}), "words"), M, K};
+  const Spikes spikes{nullptr, Element::float32, array<uint64_t>(words, elements({M, words_for(K)}), "words"), K};
   const WeightGrad a{spikes.words, typed_array(grad, type, M, N, "grad"), type,
                      array<float>(out, elements({N, K}), "grad_weight"), M, K, N, checked_threads(threads)};
   Choice choice(count, most, other);
   py::gil_scoped_release release;
-  switch (choice.of(spikes, threads)) {
+  switch (choice.of(spikes, M, threads)) {
     case Method::gather: return kernels().gather_weight_grad(a);
     case Method::subset_sums: return kernels().subset_sums_weight_grad(a);
     case Method::tiles: return kernels().tile_weight_grad(a);
@@ -135,10 +118,10 @@ void bind_linear(py::module_& m) {
   m.def("spike_linear_weight_grad", &weight_grad);
   m.def("count", [](uintptr_t words, int64_t rows, int64_t bits, int threads) {
     const Spikes spikes{nullptr, Element::float32, array<uint64_t>(words, elements({rows, words_for(bits)}), "words"),
-                        rows, bits};
+                        bits};
     checked_threads(threads);
     py::gil_scoped_release release;
-    return spikes.make_ready(0, rows, threads);
+    return ready(spikes, 0, rows, threads);
   });
   m.def("matmul", [](uintptr_t a, int a_type, uintptr_t b, int b_type, uintptr_t bias, uintptr_t c, int c_type,
                      uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads) {

@@ -111,6 +111,35 @@ struct CountBits {
   int threads;
 };
 
+// Spikes [rows, C], and the words [rows, words_for(C)] of their bits: packed from `values`, float32, bfloat16 or bytes,
+// or, where these are null, there already.
+struct Spikes {
+  const void* values;
+  Element type;
+  uint64_t* words;
+  int64_t C;
+};
+
+// Of some rows: how many bits are set, and those beyond channel C.
+struct Found {
+  int64_t count;
+  uint64_t stray;
+};
+
+// Packs n rows from `begin` on, or looks through their words, by these kernels.
+static inline Found make_ready(const Spikes& s, int64_t begin, int64_t n, int threads, void (*pack)(const Pack&),
+                               void (*count_bits)(const CountBits&)) {
+  Found found{0, 0};
+  uint64_t* const words = s.words + begin * words_for(s.C);
+  if (s.values) {
+    const int64_t size = s.type == Element::float32 ? 4 : s.type == Element::bfloat16 ? 2 : 1;
+    pack({static_cast<const char*>(s.values) + begin * s.C * size, s.type, words, &found.count, n, s.C, threads});
+  } else {
+    count_bits({words, &found.count, &found.stray, n, s.C, threads});
+  }
+  return found;
+}
+
 struct Unpack {
   const uint64_t* words;
   void* values;
@@ -212,14 +241,10 @@ struct AttentionLifBackward {
   int threads;
 };
 
-// Words [rows, words_for(C)] that a kernel makes ready, some rows at a time, when it comes to them: packed from `values`
-// as Pack does, or, where these are null, there already and looked through. `count` and `stray` get what CountBits says
-// of them; rows in which bits are set beyond channel C are left out.
+// Spikes that a kernel makes ready, some rows at a time, when it comes to them. `count` and `stray` get what is Found in
+// all; rows in which bits are set beyond the last channel are left out.
 struct Unready {
-  const void* values;
-  Element type;
-  uint64_t* words;
-  int64_t C;
+  Spikes spikes;
   int64_t* count;
   uint64_t* stray;
   int64_t sample;  // rows that are ready, evenly apart, ...

@@ -36,20 +36,11 @@ struct Sum : Sums<E> {
 template <class E>
 bool make_ready(const Sum<E>& s, Range rows) {
   if (!s.unready) return true;
-  const Unready& all = *s.unready;
-  const int64_t begin = s.first + rows.begin, n = rows.end - rows.begin;
-  uint64_t* const words = all.words + begin * words_for(all.C);
-  int64_t count = 0;
-  uint64_t stray = 0;
-  if (all.values) {
-    const int64_t size = all.type == Element::float32 ? 4 : all.type == Element::bfloat16 ? 2 : 1;
-    pack({static_cast<const char*>(all.values) + begin * all.C * size, all.type, words, &count, n, all.C, 1});
-  } else {
-    count_bits({words, &count, &stray, n, all.C, 1});
-  }
-  __atomic_fetch_add(all.count, count, __ATOMIC_RELAXED);
-  __atomic_fetch_or(all.stray, stray, __ATOMIC_RELAXED);
-  return !stray;
+  const Found found =
+      make_ready(s.unready->spikes, s.first + rows.begin, rows.end - rows.begin, 1, pack, count_bits);
+  __atomic_fetch_add(s.unready->count, found.count, __ATOMIC_RELAXED);
+  __atomic_fetch_or(s.unready->stray, found.stray, __ATOMIC_RELAXED);
+  return !found.stray;
 }
 
 template <class E>
@@ -61,7 +52,7 @@ bool has_stray(const Sum<E>& s) {
 template <class E>
 double work_to_make_ready(const Sum<E>& s) {
   if (!s.unready) return 0;
-  return (s.unready->values ? 0.2 : 0.006) * static_cast<double>(s.rows * s.bits);
+  return (s.unready->spikes.values ? 0.2 : 0.006) * static_cast<double>(s.rows * s.bits);
 }
 
 // to = all panels of the source, behind each other.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spikedecoder.fields import at_least, check_field, coerce
+from spikedecoder.fields import LEAST, at_least, check_field, coerce, number
 from spikedecoder.params import MAX_LEVELS, NORMS, ILIFParams, LIFParams, binary_timesteps
 from spikedecoder.surrogate import SURROGATES
 
@@ -132,14 +132,11 @@ class SpikeDecoderConfig:
         for name in ("attention_dropout", "mlp_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a probability in [0, 1)")
-        if not math.isfinite(self.position_bias):
-            raise ValueError(f"position_bias: got {self.position_bias}, takes a finite number")
+        number("position_bias", self.position_bias, "a finite number")
         for name in _POSITIVE:
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: got {getattr(self, name)}, takes a finite number > 0")
+            number(name, getattr(self, name), "a finite number > 0", LEAST)
         for name in ("decay_fastest", "decay_slowest"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, takes a number in (0, 1]")
+            number(name, getattr(self, name), "a number in (0, 1]", LEAST, 1)
         if self.decay_fastest > self.decay_slowest or (self.decay_fastest < 1) != (self.decay_slowest < 1):
             raise ValueError(
                 f"decay_fastest: got {self.decay_fastest}, takes at most decay_slowest = "

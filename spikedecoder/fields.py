@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import sys
 import types
 from collections.abc import Collection
 from typing import Any, Literal, get_args, get_origin
+
+LEAST = math.ulp(0.0)  # of what has to be positive
 
 
 def check_field(name: str, known: Collection[str], what: str) -> None:
@@ -20,6 +24,19 @@ def check_field(name: str, known: Collection[str], what: str) -> None:
 def at_least(name: str, value: float, low: int) -> None:
     if value < low:
         raise ValueError(f"{name}: got {value}, takes an integer >= {low}")
+
+
+def number(name: str, value: object, takes: str, low: float = -math.inf, high: float = math.inf) -> None:
+    """TypeError where `value` is no number, ValueError where it is not finite or outside of [low, high]."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes {takes}")
+    if not (abs(value) <= sys.float_info.max and low <= value <= high):
+        raise ValueError(f"{name}: got {value!r}, takes {takes}")
+
+
+def switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes True or False")
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from spikedecoder.fields import LEAST, number, switch
 from spikedecoder.surrogate import get_surrogate
 
 NORMS = ("layer", "batch", "power")
-_LEAST = math.ulp(0.0)  # of what has to be positive
 
 
-def number(name: str, value: object, takes: str, low: float = -math.inf, high: float = math.inf) -> None:
-    """TypeError where `value` is no number, ValueError where it is not finite or outside of [low, high]."""
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes {takes}")
-    if not (abs(value) <= sys.float_info.max and low <= value <= high):
-        raise ValueError(f"{name}: got {value!r}, takes {takes}")
-
-
-def switch(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes True or False")
+def check_levels(levels: object) -> None:
+    if isinstance(levels, bool) or not isinstance(levels, int):
+        raise TypeError(f"levels: got {levels!r}, takes an integer from 1 to {MAX_LEVELS}")
+    if not 1 <= levels <= MAX_LEVELS:
+        raise ValueError(f"levels: got {levels}, takes 1 to {MAX_LEVELS}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ class LIFParams:
         number("v_threshold", self.v_threshold, "a finite number")
         if self.v_reset is not None:
             number("v_reset", self.v_reset, "a finite number, or None for a soft reset")
-        number("alpha", self.alpha, "a finite number > 0", _LEAST)
+        number("alpha", self.alpha, "a finite number > 0", LEAST)
         switch("decay_input", self.decay_input)
         switch("detach_reset", self.detach_reset)
         get_surrogate(self.surrogate)
@@ -108,11 +100,8 @@ class ILIFParams:
     WINDOW: ClassVar[float] = 0.5  # levels below 0 and above D as far as which the gradient passes
 
     def __post_init__(self) -> None:
-        if isinstance(self.levels, bool) or not isinstance(self.levels, int):
-            raise TypeError(f"levels: got {self.levels!r}, takes an integer from 1 to {MAX_LEVELS}")
-        if not 1 <= self.levels <= MAX_LEVELS:
-            raise ValueError(f"levels: got {self.levels}, takes 1 to {MAX_LEVELS}")
-        number("v_threshold", self.v_threshold, "a finite number > 0 with I-LIF", _LEAST)
+        check_levels(self.levels)
+        number("v_threshold", self.v_threshold, "a finite number > 0 with I-LIF", LEAST)
 
     def flat(self) -> tuple[int, float]:
         """The fields in order, for an operator's schema."""

@@ -272,7 +272,7 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
     int64_t count = 0, set = 0;
     uint64_t stray = 0;
     for (float spike : s) set += spike != 0;
-    const Unready unready{values, Element::float32, ready.data(), K, &count, &stray, 1, rate};
+    const Unready unready{{values, Element::float32, ready.data(), K}, &count, &stray, 1, rate};
     y.assign(y.size(), NAN);
     kernels().gather({ready.data(), columns.data(), bias.data(), y.data(), Element::float32, M, K, N, threads,
                       &unready});

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spikedecoder.fields import number
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.pack_spikes import _pack, _unpack
-from spikedecoder.params import MAX_LEVELS, number
+from spikedecoder.params import check_levels
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.spike_attention import decay_matrix, decay_powers
 
@@ -136,13 +137,6 @@ def _state_gradient(grad: Tensor, q: Tensor, scale: float, decay: Tensor | None,
 
 
 _spike_attention.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def check_levels(levels: int) -> None:
-    if isinstance(levels, bool) or not isinstance(levels, int):
-        raise TypeError(f"levels: got {levels!r}, takes an integer from 1 to {MAX_LEVELS}")
-    if not 1 <= levels <= MAX_LEVELS:
-        raise ValueError(f"levels: got {levels}, takes 1 to {MAX_LEVELS}")
 
 
 def check_dropout(dropout: float) -> None:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ops import _check
-from spikedecoder.ops.spike_attention import check_levels, spike_attention
+from spikedecoder.ops.spike_attention import spike_attention
 from spikedecoder.ops.spike_linear import spike_linear
-from spikedecoder.params import binary_timesteps
+from spikedecoder.params import binary_timesteps, check_levels
 
 
 def spike_worths(levels: int) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from spikedecoder.fields import at_least, check_field, coerce
+from spikedecoder.fields import LEAST, at_least, check_field, coerce, number
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,15 @@ class TrainConfig:
             at_least(name, getattr(self, name), 1)
         for name in ("warmup", "eval_every", "save_every"):
             at_least(name, getattr(self, name), 0)
-        for name in ("eval_tokens", "threads"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
-        if self.threads is not None and self.threads > 4096:
-            raise ValueError(f"threads: got {self.threads}, takes 1 to 4096")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr: got {self.lr}, takes a finite number > 0")
+        if self.eval_tokens is not None:
+            at_least("eval_tokens", self.eval_tokens, 1)
+        if self.threads is not None:
+            number("threads", self.threads, "1 to 4096", 1, 4096)
+        number("lr", self.lr, "a finite number > 0", LEAST)
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"min_lr: got {self.min_lr}, takes 0 to lr = {self.lr}, or None for lr / 10")
         for name in ("weight_decay", "clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}: got {getattr(self, name)}, takes a finite number >= 0")
+            number(name, getattr(self, name), "a finite number >= 0", 0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a number in [0, 1)")
