@@ -1,8 +1,7 @@
 // Sums of rows picked by bits, by tables of subset sums: for four rows of the source and one column, the 16
 // sums of their subsets fill one AVX-512 register, and four bits of each of 16 output rows look theirs up in
 // one instruction. Cost does not depend on how many bits are set: one look-up and one addition for every 4
-// bits, 16 rows and column. Only the AVX-512 variant has it; the others
-// gather instead.
+// bits, 16 rows and column. Only the AVX-512 variant has it; subset_tables.cpp is the others'.
 #include "gradient_rows.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -240,11 +239,6 @@ void subset_sums_weight_grad(const WeightGrad& a) {
     add_sums(a.grad_weight, more.floats(), n, count - 1, a.threads);
   }
 }
-
-#else
-
-void subset_sums(const SumRows& a) { gather(a); }
-void subset_sums_weight_grad(const WeightGrad& a) { gather_weight_grad(a); }
 
 #endif
 
