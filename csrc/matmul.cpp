@@ -18,7 +18,7 @@ namespace {
 constexpr int ROWS = 8, VECTORS = 3;  // 24 sums of 32 registers
 #define SPIKEDECODER_DOT __attribute__((target("avx512bf16")))
 #else
-constexpr int ROWS = 4, VECTORS = 2;  // 8 sums of 16 registers
+constexpr int ROWS = 6, VECTORS = 2;  // 12 sums of 16 registers
 #endif
 
 constexpr int64_t CHUNK = 16 * ROWS;  // rows of a whose tiles lie in the cache together, with a panel

@@ -300,6 +300,17 @@ def test_bfloat16_is_dense_sooner_where_the_cpu_multiplies_it(cpu_of):
         assert fastest(*case) != "dense"
 
 
+def test_bfloat16_is_left_to_torch_only_where_torch_is_fast(cpu_of):
+    """Of a CPU with AVX2 alone, torch's product of bfloat16 takes some fifty times as long as of float32."""
+    for vendor in ("amd", "intel"):
+        cpu_of(vendor, "avx2")
+        assert _cost.own_products("avx2", torch.bfloat16)
+        assert not _cost.only("dense", torch.bfloat16).torch_dense
+    assert not _cost.own_products("avx2", torch.float32)  # Intel's, for which torch's BLAS was written
+    cpu_of("intel", "amx", tiles=True)
+    assert not _cost.own_products("amx", torch.bfloat16)
+
+
 def _matrix_unit():
     if "amx" not in native.variants():
         pytest.skip("this CPU has no matrix unit")

@@ -105,11 +105,11 @@ COSTS = {
         "avx512": (_ZEN_4_AVX512, _ZEN_4_AVX512),
         "avx2": (
             Costs(
-                *(0.0513, 1.92, 0.553, 0.0738, 0.0111, 0.0718, 0.158, 0.028, 0.0, 0.0403),
-                walk=34.5,
-                step=0.0262,
+                *(0.0418, 2.67, 0.701, 0.0994, 0.0103, 0.119, 0.186, 0.0263, 0.0, 0.055, 0.186),
+                walk=36.7,
+                step=0.0279,
             ),
-            Costs(0.0722, 0.0, 0.132, 0.318, 0.0109, 0.207, 0.671, 0.0268, 0.0, 0.212, 0.0804, 0.326),
+            Costs(0.0753, 0.0, 0.0992, 0.74, 0.0102, 0.356, 0.92, 0.0281, 0.0, 0.215, 0.782),
         ),
         "baseline": (
             Costs(
@@ -146,8 +146,8 @@ COSTS = {
             Costs(0.0387, 0.0, 0.103, 0.354, 0.00816, 1.31, 0.0132, 0.0161, 0.0, 0.164, 0.369),
         ),
         "avx2": (
-            Costs(0.0463, 0.397, 0.361, 0.113, 0.01, 0.0718, 0.158, 0.0139, 0.0, 0.0535, **_AVX2),
-            Costs(0.0646, 0.0, 0.106, 0.246, 0.0098, 0.207, 0.671, 0.0127, 0.0412, 0.158, 0.274, 0.131),
+            Costs(0.0463, 0.397, 0.361, 0.113, 0.0114, 0.119, 0.186, 0.0139, 0.0, 0.0535, **_AVX2),
+            Costs(0.0646, 0.0, 0.106, 0.246, 0.0088, 0.356, 0.92, 0.0127, 0.0412, 0.158, 0.274, 0.131),
         ),
         "baseline": (
             Costs(0.112, 0.0, 0.577, 0.388, 0.0264, 0.457, 0.527, 0.0176, 0.0, **_BASELINE),
@@ -230,9 +230,14 @@ class Way(NamedTuple):
 
 
 def own_products(variant: str, dtype: torch.dtype) -> bool:
-    """Whether the dense kernel is as fast as torch's: it has been written for AVX-512, and not for the matrix
-    unit that multiplies bfloat16 in some CPUs."""
-    return variant in ("amx", "avx512") and not (dtype == torch.bfloat16 and has_tiles())
+    """Whether the dense kernel is as fast as torch's. With AVX-512 it is, but for the matrix unit that
+    multiplies bfloat16 in some CPUs. With AVX2 it is where torch's BLAS was not written for the CPU (Zen 3:
+    1.0 to 1.4 times as fast), and for bfloat16, which torch multiplies some fifty times more slowly there."""
+    if dtype == torch.bfloat16 and has_tiles():
+        return False
+    if variant == "avx2":
+        return dtype == torch.bfloat16 or _maker() != "intel"
+    return variant in ("amx", "avx512")
 
 
 def only(method: str, dtype: torch.dtype) -> Way:
