@@ -253,6 +253,7 @@ MEASURED = {
         ((8192, 80, 1280), 0.1, False, "gather"),
         ((8192, 80, 1280), 0.5, False, "subset_sums"),
         ((8192, 80, 1280), 0.5, True, "subset_sums"),
+        ((8192, 1280, 80), 0.05, False, "gather"),
         ((8192, 1280, 80), 0.5, True, "subset_sums"),
         ((4096, 2048, 512), 0.05, False, "gather"),
         ((4096, 2048, 512), 0.5, False, "subset_sums"),
