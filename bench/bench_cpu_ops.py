@@ -258,6 +258,18 @@ def spike_linear_weight_grad(m: int, k: int, n: int, rate: float) -> Calls:
     return calls
 
 
+@named("cpu", "torch")
+def spike_linear_dense_grads(m: int, k: int, n: int) -> Calls:
+    """The gradients of the spikes and of the bias."""
+    weight, grad = torch.randn(n, k), torch.randn(m, n)
+    calls: Calls = {
+        "cpu": lambda: spike_linear.input_and_bias_grad(grad, weight),
+        "torch": lambda: (grad @ weight, grad.sum(0)),
+    }
+    assert_same(calls, 1e-2)
+    return calls
+
+
 @named("cpu", "parts")
 def linear_norm_lif_forward(m: int, k: int, n: int, rate: float) -> Calls:
     """Linear, LayerNorm and LIF over 4 timesteps, beside the operators one after the other."""
@@ -297,6 +309,7 @@ def variant(benchmark: Any) -> None:
         *rows(spike_linear_forward, *LINEAR),
         *rows(spike_linear_token, *TOKEN),
         *rows(spike_linear_weight_grad, *LINEAR),
+        *rows(spike_linear_dense_grads, *SHAPES),
         *rows(
             linear_norm_lif_forward,
             *[(8192, *k_n, p) for k_n in ((80, 1280), (512, 2048)) for p in (0.05, 0.2)],
@@ -341,8 +354,8 @@ def _ceiling(make: Callable[..., Calls], case: tuple[Any, ...]) -> Calls:
         a, c = torch.randn(PRODUCT, PRODUCT), torch.empty(PRODUCT, PRODUCT)
         product: Calls = {"product": lambda: torch.mm(a, a, out=c)} if make in ATTENTIONS else {}
         return {"copy": lambda: y.copy_(x), **product}
-    if make in (spike_linear_forward, spike_linear_weight_grad):
-        m, k, n, _ = case
+    if make in (spike_linear_forward, spike_linear_weight_grad, spike_linear_dense_grads):
+        m, k, n = case[:3]
         a, b, c = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
         return {"product": lambda: torch.mm(a, b, out=c)}
     return {}
