@@ -302,7 +302,7 @@ def test_bfloat16_is_dense_sooner_where_the_cpu_multiplies_it(cpu_of):
 
 
 def test_bfloat16_is_left_to_torch_only_where_torch_is_fast(cpu_of):
-    """Of a CPU with AVX2 alone, torch's product of bfloat16 takes some fifty times as long as of float32."""
+    """Of a CPU with AVX2 alone, torch's product of bfloat16 takes a hundred times as long as of float32."""
     for vendor in ("amd", "intel"):
         cpu_of(vendor, "avx2")
         assert _cost.own_products("avx2", torch.bfloat16)
