@@ -96,6 +96,7 @@ _AVX2 = {"walk": 9.0, "step": 0.04}
 _BASELINE = {"walk": 9.0, "step": 0.105}
 
 _ZEN_4_AVX512 = Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0.0378, **_AVX512)
+
 # By maker and variant, of the product and of the weight gradient: one thread, torch 2.13 with its own BLAS,
 # which used AVX-512 for all rows but those of Zen 3, which has AVX2.
 COSTS = {
