@@ -47,7 +47,7 @@ struct Normal {
 
 // Mean and 1 / sqrt(variance + eps) of a row in all timesteps, four of them together, in two passes.
 template <class E, bool Groups>
-SPIKEDECODER_INLINE void row_statistics(const Normal<E, Groups>& p, int64_t row, float eps, float* mean, float* rstd) {
+SPIKEDECODER_OUTLINE void row_statistics(const Normal<E, Groups>& p, int64_t row, float eps, float* mean, float* rstd) {
   const float n = static_cast<float>(p.C);
   for (int64_t t = 0; t < p.T; t += 4) {
     const E* x[4];

@@ -48,26 +48,28 @@ SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward&
   });
 }
 
+// One thread's rows. Statistics are a row ahead, so that their latency hides behind the other row's work.
+template <bool ByRow, class CellType, class E, bool Groups>
+SPIKEDECODER_OUTLINE void forward_rows(const CellType& shared_cell, const NormLifForward& a,
+                                       const Normal<E, Groups>& all, Range rows, E* spikes, bool past) {
+  const auto cell = shared_cell;  // this thread's own stays in registers
+  if (ByRow && rows.begin < rows.end) row_statistics(all.of(rows.begin), rows.begin, a.eps, a.mean, a.rstd);
+  for (int64_t row = rows.begin; row < rows.end; row++) {
+    if (ByRow && row + 1 < rows.end) row_statistics(all.of(row + 1), row + 1, a.eps, a.mean, a.rstd);
+    forward_row<ByRow>(cell, a, all.of(row), row, spikes, past);
+  }
+}
+
 template <class E, bool Groups>
 void forward(const NormLifForward& a) {
   const Normal<E, Groups> all(a);
   E* const spikes = static_cast<E*>(a.spikes);
-  const bool past = past_cache(spikes, a.T * a.spikes_rows * a.C, a.C), by_row = a.kind == NormKind::row;
-  with_neuron<Groups>(a.neuron, [&](const auto& shared_cell) {
+  const bool past = past_cache(spikes, a.T * a.spikes_rows * a.C, a.C);
+  with_neuron<Groups>(a.neuron, [&](const auto& cell) {
     parallel(threads_for(work(a.T, a.rows, a.C, 0.25), a.threads), [&](int thread, int threads) {
-      const auto cell = shared_cell;  // this thread's own stays in registers
       const Range rows = share(all.rows, thread, threads);
-      // statistics are a row ahead, so that their latency hides behind the other row's work
-      if (by_row && rows.begin < rows.end) row_statistics(all.of(rows.begin), rows.begin, a.eps, a.mean, a.rstd);
-      for (int64_t row = rows.begin; row < rows.end; row++) {
-        const auto& p = all.of(row);
-        if (by_row) {
-          if (row + 1 < rows.end) row_statistics(all.of(row + 1), row + 1, a.eps, a.mean, a.rstd);
-          forward_row<true>(cell, a, p, row, spikes, past);
-        } else {
-          forward_row<false>(cell, a, p, row, spikes, past);
-        }
-      }
+      a.kind == NormKind::row ? forward_rows<true>(cell, a, all, rows, spikes, past)
+                              : forward_rows<false>(cell, a, all, rows, spikes, past);
     });
   });
 }
@@ -245,7 +247,7 @@ SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E
 // The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd. In short rows (Near) all z are still
 // there; else x is, in a near cache.
 template <bool Near, class E, bool Groups>
-SPIKEDECODER_INLINE void gradient_of_row(const Backward<E, Groups>& b, int64_t row, const RowScratch& s) {
+SPIKEDECODER_OUTLINE void gradient_of_row(const Backward<E, Groups>& b, int64_t row, const RowScratch& s) {
   const auto& p = b.p.of(row);
   const bool past = b.past;
   const int64_t step = p.step() * p.C;
@@ -285,6 +287,18 @@ SPIKEDECODER_INLINE void gradient_of_row(const Backward<E, Groups>& b, int64_t r
   }
 }
 
+// One thread's rows. A function of its own for each kind of work, since one of them all takes the compiler minutes.
+template <bool ByRow, bool Sums, bool Apply, bool Thresholds, class CellType, class E, bool Groups>
+SPIKEDECODER_OUTLINE void back_through_rows(const CellType& shared_cell, const Backward<E, Groups>& b, Range rows,
+                                            const RowScratch& s, ThresholdSum& threshold_sum) {
+  const auto cell = shared_cell;  // this thread's own stays in registers
+  for (int64_t row = rows.begin; row < rows.end; row++) {
+    back_through_row<ByRow, Sums, Apply, Thresholds>(cell, b, row, s, threshold_sum);
+    if (!ByRow) continue;
+    b.a.C <= RowScratch::BLOCK ? gradient_of_row<true>(b, row, s) : gradient_of_row<false>(b, row, s);
+  }
+}
+
 template <class E, bool Groups>
 void backward(const NormLifBackward& a) {
   const Backward<E, Groups> b(a);
@@ -294,24 +308,22 @@ void backward(const NormLifBackward& a) {
   const bool sums = a.part != NormLifPart::apply;
   float* const threshold_out = sums ? a.grad_threshold : nullptr;
 
-  with_neuron<Groups>(a.neuron, [&](const auto& shared_cell) {
+  with_neuron<Groups>(a.neuron, [&](const auto& cell) {
     parallel(most, [&](int thread, int threads) {
-      const auto cell = shared_cell;  // this thread's own stays in registers
       const FlushDenormals flush;
       const RowScratch s(scratch.floats() + own * thread, b.p.T, a.C);
       ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
       const Range rows = share(b.p.rows, thread, threads);
-      for (int64_t row = rows.begin; row < rows.end; row++) {
-        switch (a.part) {
-          case NormLifPart::whole:
-            threshold_out ? back_through_row<true, true, false, true>(cell, b, row, s, threshold_sum)
-                          : back_through_row<true, true, false, false>(cell, b, row, s, threshold_sum);
-            a.C <= RowScratch::BLOCK ? gradient_of_row<true>(b, row, s) : gradient_of_row<false>(b, row, s);
-            break;
-          case NormLifPart::reduce: back_through_row<false, true, false, true>(cell, b, row, s, threshold_sum); break;
-          case NormLifPart::apply: back_through_row<false, false, true, false>(cell, b, row, s, threshold_sum); break;
-          case NormLifPart::known: back_through_row<false, true, true, true>(cell, b, row, s, threshold_sum); break;
-        }
+      // the usual neuron's work is compiled for just what is asked; the others' may add up more than that
+      constexpr bool more = !std::is_same_v<std::decay_t<decltype(cell)>, Cell<true>>;
+      switch (a.part) {
+        case NormLifPart::whole:
+          more || threshold_out ? back_through_rows<true, true, false, true>(cell, b, rows, s, threshold_sum)
+                                : back_through_rows<true, true, false, more>(cell, b, rows, s, threshold_sum);
+          break;
+        case NormLifPart::reduce: back_through_rows<false, true, false, true>(cell, b, rows, s, threshold_sum); break;
+        case NormLifPart::apply: back_through_rows<false, more, true, more>(cell, b, rows, s, threshold_sum); break;
+        case NormLifPart::known: back_through_rows<false, true, true, true>(cell, b, rows, s, threshold_sum); break;
       }
       threshold_sum.end_run();
     });

@@ -25,6 +25,7 @@
 #define SPIKEDECODER_INLINE static inline __attribute__((always_inline))
 #define SPIKEDECODER_INLINE_MEMBER inline __attribute__((always_inline))
 #define SPIKEDECODER_INLINE_LAMBDA __attribute__((always_inline))
+#define SPIKEDECODER_OUTLINE static __attribute__((noinline))
 
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
