@@ -2,6 +2,8 @@
 // it in. Included by kernels.h.
 #pragma once
 
+#include "integers.h"
+
 namespace spikedecoder {
 
 // How the head joins the timesteps.
@@ -64,8 +66,6 @@ struct Decode {
 };
 
 static constexpr int64_t decode_padded(int64_t n) { return (n + 15) / 16 * 16; }
-
-static constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Inputs of the head's Linear.
 static inline int64_t decode_head_inputs(const Decode& a) {

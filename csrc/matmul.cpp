@@ -25,8 +25,6 @@ constexpr int64_t CHUNK = 16 * ROWS;  // rows of a whose tiles lie in the cache 
 constexpr int64_t DEPTH = 1280;       // of a panel, at most
 constexpr int64_t PACKED = 16;        // rows of b that become parts of all panels in one task
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // One block of the product: `depth` rows of b from row `first` on, as panels.
 struct Block {
   const Matmul& p;

@@ -22,8 +22,6 @@ constexpr int SUMS_AT_ONCE = 16;
 #endif
 constexpr int64_t BITS_AT_A_TIME = 8 << 20;  // bounds the lists: 2 bytes each
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // A row's columns in panels of as many vectors each, but the last.
 struct Panels {
   int64_t count;

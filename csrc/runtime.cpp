@@ -55,24 +55,28 @@ bool has_tiles() {
 const Kernels* find(const char* name) {
 #if defined(SPIKEDECODER_X86)
   __builtin_cpu_init();
+#if defined(SPIKEDECODER_AVX512_BUILT)
   if (!std::strcmp(name, "avx512")) {
     const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512vbmi2");
     return has ? &avx512::kernels : nullptr;
   }
+#endif
 #if defined(SPIKEDECODER_AMX_BUILT)
   if (!std::strcmp(name, "amx")) {
     static const bool has = find("avx512") && __builtin_cpu_supports("avx512vbmi") && has_tiles();
     return has ? &amx_kernels : nullptr;
   }
 #endif
+#if defined(SPIKEDECODER_AVX2_BUILT)
   if (!std::strcmp(name, "avx2")) {
     const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
                      __builtin_cpu_supports("popcnt");
     return has ? &avx2::kernels : nullptr;
   }
+#endif
 #endif
   return std::strcmp(name, "baseline") ? nullptr : &baseline::kernels;
 }

@@ -1,6 +1,7 @@
 // The CPU's variant, threads, scratch memory: what kernels share, compiled once for any CPU.
 #pragma once
 
+#include "integers.h"
 #include "kernels.h"
 
 namespace spikedecoder {
@@ -34,8 +35,6 @@ class Scratch {
  private:
   void* memory_;
 };
-
-static constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // How many floats lie between the scratch of one thread and that of the next, where each needs n: a page more, for a
 // CPU that fetches what follows the lines that it reads would take it out of the cache where it is being written.

@@ -32,8 +32,6 @@ SPIKEDECODER_INLINE void for_tokens(const Layout& l, int64_t at, int64_t begin, 
   }
 }
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 }  // namespace
 
 void attention_lif_forward(const AttentionLifForward& a) {

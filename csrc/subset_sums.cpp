@@ -20,8 +20,6 @@ constexpr int HALF = 8;                // columns summed at a time: 8 x 3 sums i
 constexpr int64_t BITS = 2048;         // of a table: 512 KiB, which stays in the second-level cache
 constexpr int64_t ROWS_AT_LEAST = 512;  // for one build of a table
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Words of bits [rows, words_for(bits)] -> [rows / 16][32-bit words][16 rows]; rows past the last hold 0.
 void interleave(const uint64_t* words, int64_t rows, int64_t bits, uint32_t* out, Range groups) {
   const int64_t stride = words_for(bits);

@@ -30,8 +30,6 @@ constexpr int64_t PART = 1024;        // output rows, at most, whose sums are th
 constexpr int64_t PART_AT_LEAST = 128;  // for one build of the tables
 constexpr int64_t SLICE = 4096;       // rows of a gradient, at most
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // What is summed: rows of the source [bits, columns], picked by the halves of words of bits [halves][rows].
 struct Job {
   const uint32_t* halves;

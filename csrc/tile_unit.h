@@ -15,7 +15,6 @@ constexpr int64_t BLOCKS = 8;              // of a panel, at most, each the colu
 constexpr int64_t ROWS = 4 * SIDE;         // of a block, at most: four tiles of sums hide the unit's latency
 constexpr int64_t RANGE = 1024;            // rows of a task, at most
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t parts_of(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
 // All eight tiles as 16 rows of 64 bytes, on this thread, while this lives.
