@@ -14,7 +14,12 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-constexpr int64_t PANEL_BYTES = 512 << 10;  // of dL/dy; the next panel comes into the cache beside it
+// Of dL/dy; the next panel, and the copy of this one, lie in the cache beside it. AVX-512's: CPUs with it have larger ones.
+#if defined(SPIKEDECODER_AVX512)
+constexpr int64_t PANEL_BYTES = 512 << 10;
+#else
+constexpr int64_t PANEL_BYTES = 128 << 10;
+#endif
 constexpr int SHIFT = 6;                    // 2^SHIFT channels are transposed and listed in one task
 
 // by_channel [channels, N] = the sums of channels first .. first + channels; first is a multiple of 64.
