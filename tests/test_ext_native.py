@@ -15,7 +15,7 @@ from spikedecoder import ext
 # checks by a call in place of code at every access: the same checks, compiled in two thirds of the time
 OUTLINED = "--param=asan-instrumentation-with-call-threshold=0"
 CSRC = Path(__file__).parent.parent / "csrc"
-# those that this CPU can run, where the module for it is built: the others' code would be compiled for nothing
+# those that this CPU can run, where the module is built: the code of others would be compiled for nothing
 VARIANTS = ext.info()["cpu"].get("variants")
 MISSING = [tool for tool in ("cmake", "ninja", "c++", "nm") if shutil.which(tool) is None]
 
