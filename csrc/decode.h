@@ -65,7 +65,7 @@ struct Decode {
   int threads;
 };
 
-static constexpr int64_t decode_padded(int64_t n) { return (n + 15) / 16 * 16; }
+static constexpr int64_t decode_padded(int64_t n) { return round_up(n, 16); }
 
 // Inputs of the head's Linear.
 static inline int64_t decode_head_inputs(const Decode& a) {

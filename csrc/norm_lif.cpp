@@ -314,12 +314,12 @@ void backward(const NormLifBackward& a) {
       const RowScratch s(scratch.floats() + own * thread, b.p.T, a.C);
       ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
       const Range rows = share(b.p.rows, thread, threads);
-      // the usual neuron's work is compiled for just what is asked; the others' may add up more than that
+      // the usual neuron's work is compiled for just what is asked; the others' may add up more, which nobody reads
       constexpr bool more = !std::is_same_v<std::decay_t<decltype(cell)>, Cell<true>>;
       switch (a.part) {
         case NormLifPart::whole:
-          more || threshold_out ? back_through_rows<true, true, false, true>(cell, b, rows, s, threshold_sum)
-                                : back_through_rows<true, true, false, more>(cell, b, rows, s, threshold_sum);
+          threshold_out ? back_through_rows<true, true, false, true>(cell, b, rows, s, threshold_sum)
+                        : back_through_rows<true, true, false, more>(cell, b, rows, s, threshold_sum);
           break;
         case NormLifPart::reduce: back_through_rows<false, true, false, true>(cell, b, rows, s, threshold_sum); break;
         case NormLifPart::apply: back_through_rows<false, more, true, more>(cell, b, rows, s, threshold_sum); break;

@@ -14,7 +14,7 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-// Of dL/dy; the next panel, and the copy of this one, lie in the cache beside it. AVX-512's: CPUs with it have larger ones.
+// Of dL/dy; the next panel, and a copy of this one, lie in the cache beside it, which is larger in CPUs with AVX-512.
 #if defined(SPIKEDECODER_AVX512)
 constexpr int64_t PANEL_BYTES = 512 << 10;
 #else
