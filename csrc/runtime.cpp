@@ -125,6 +125,9 @@ Scratch::Scratch(size_t bytes) : memory_(std::malloc(bytes + 64)) {
 
 Scratch::~Scratch() { std::free(memory_); }
 
+void* Scratch::get() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64); }
+float* Scratch::floats() const { return static_cast<float*>(get()); }
+
 #if defined(__GLIBC__)
 namespace {
 

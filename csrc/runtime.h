@@ -29,8 +29,8 @@ class Scratch {
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  float* floats() const { return static_cast<float*>(get()); }
-  void* get() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64); }
+  float* floats() const;
+  void* get() const;
 
  private:
   void* memory_;

@@ -22,9 +22,14 @@
 #include <emmintrin.h>
 #endif
 
-#define SPIKEDECODER_INLINE static inline __attribute__((always_inline))
-#define SPIKEDECODER_INLINE_MEMBER inline __attribute__((always_inline))
-#define SPIKEDECODER_INLINE_LAMBDA __attribute__((always_inline))
+#if defined(SPIKEDECODER_SANITIZED)  // a fraction of the code to instrument, and the same checks
+#define SPIKEDECODER_ALWAYS_INLINE
+#else
+#define SPIKEDECODER_ALWAYS_INLINE __attribute__((always_inline))
+#endif
+#define SPIKEDECODER_INLINE static inline SPIKEDECODER_ALWAYS_INLINE
+#define SPIKEDECODER_INLINE_MEMBER inline SPIKEDECODER_ALWAYS_INLINE
+#define SPIKEDECODER_INLINE_LAMBDA SPIKEDECODER_ALWAYS_INLINE
 #define SPIKEDECODER_OUTLINE static __attribute__((noinline))
 
 namespace spikedecoder {
@@ -86,6 +91,7 @@ SPIKEDECODER_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
 SPIKEDECODER_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 SPIKEDECODER_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 SPIKEDECODER_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
+SPIKEDECODER_INLINE F minus_abs(F a) { return _mm256_or_ps(_mm256_set1_ps(-0.f), a); }
 SPIKEDECODER_INLINE F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // a 2^n for whole n, where neither a nor the result is 0 or denormal
 SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) {
@@ -126,13 +132,11 @@ SPIKEDECODER_INLINE F load(const float* p) {
 }
 SPIKEDECODER_INLINE F load_n(const float* p, int n) {
   F a = zero();
-  for (int i = 0; i < n; i++) a[i] = p[i];
+  memcpy(&a, p, sizeof(float) * static_cast<size_t>(n));
   return a;
 }
 SPIKEDECODER_INLINE void store(float* p, F a) { memcpy(p, &a, sizeof a); }
-SPIKEDECODER_INLINE void store_n(float* p, F a, int n) {
-  for (int i = 0; i < n; i++) p[i] = a[i];
-}
+SPIKEDECODER_INLINE void store_n(float* p, F a, int n) { memcpy(p, &a, sizeof(float) * static_cast<size_t>(n)); }
 SPIKEDECODER_INLINE void stream(float* p, F a) {
 #if defined(__SSE2__)
   _mm_stream_ps(p, reinterpret_cast<__m128>(a));
@@ -151,6 +155,7 @@ SPIKEDECODER_INLINE F select(Mask m, F a, F b) {
 }
 SPIKEDECODER_INLINE F max(F a, F b) { return select(a > b, a, b); }
 SPIKEDECODER_INLINE F abs(F a) { return bitwise_and(Mask{} + 0x7fffffff, a); }
+SPIKEDECODER_INLINE F minus_abs(F a) { return reinterpret_cast<F>(reinterpret_cast<Mask>(a) | reinterpret_cast<Mask>(set1(-0.f))); }
 // Exact for |a| < 2^22, to the nearest, ties to even: adding 1.5 * 2^23 leaves no fraction bits.
 SPIKEDECODER_INLINE F round(F a) { return (a + set1(12582912.f)) - set1(12582912.f); }
 SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) {
@@ -393,7 +398,7 @@ SPIKEDECODER_INLINE F exp2_of_minus_abs(F a) {
   p = fma(p, r, set1(0.99999994f));
   return _mm512_scalef_ps(p, a);  // p 2^floor(a)
 #else
-  a = max(sub(zero(), abs(a)), set1(-110.f));
+  a = max(minus_abs(a), set1(-110.f));
   const F n = round(a);
   const F r = sub(a, n);  // in [-1/2, 1/2]; polynomial with relative error 1.3e-7
   F p = set1(1.3400432165e-3f);
