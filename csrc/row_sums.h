@@ -27,9 +27,9 @@ struct Panels {
   int64_t count;
   int vectors;
 
-  explicit Panels(int64_t columns) {
+  explicit Panels(int64_t columns, int64_t most = MOST_VECTORS) {
     const int64_t all = (columns + W - 1) / W;
-    count = (all + MOST_VECTORS - 1) / MOST_VECTORS;
+    count = (all + most - 1) / most;
     vectors = static_cast<int>((all + count - 1) / count);
   }
   int64_t width() const { return vectors * W; }

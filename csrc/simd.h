@@ -155,7 +155,9 @@ SPIKEDECODER_INLINE F select(Mask m, F a, F b) {
 }
 SPIKEDECODER_INLINE F max(F a, F b) { return select(a > b, a, b); }
 SPIKEDECODER_INLINE F abs(F a) { return bitwise_and(Mask{} + 0x7fffffff, a); }
-SPIKEDECODER_INLINE F minus_abs(F a) { return reinterpret_cast<F>(reinterpret_cast<Mask>(a) | reinterpret_cast<Mask>(set1(-0.f))); }
+SPIKEDECODER_INLINE F minus_abs(F a) {
+  return reinterpret_cast<F>(reinterpret_cast<Mask>(a) | reinterpret_cast<Mask>(set1(-0.f)));
+}
 // Exact for |a| < 2^22, to the nearest, ties to even: adding 1.5 * 2^23 leaves no fraction bits.
 SPIKEDECODER_INLINE F round(F a) { return (a + set1(12582912.f)) - set1(12582912.f); }
 SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) {

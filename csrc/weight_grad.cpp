@@ -1,10 +1,12 @@
 // The weight gradient of a linear layer on spikes: sums of the rows of dL/dy in which a channel spiked (row_sums.h).
 //
-// Bits are transposed first. Rows are taken in slices, of which a panel of columns stays in a core's second-level cache
+// Where channels are few, their sums stay in the first-level cache and rows are added to them (near_sums.h). Else bits
+// are transposed first. Rows are taken in slices, of which a panel of columns stays in a core's second-level cache
 // while all channels are summed: each value of dL/dy comes from memory once, to one core, and is copied where its rows
 // would share that cache's lines. Memory: dL/dy read once, the sums [channels, columns] read and written per slice.
 #include "gradient_rows.h"
 #include "kernels.h"
+#include "near_sums.h"
 #include "parallel.h"
 #include "row_sums.h"
 #include "simd.h"
@@ -91,6 +93,61 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
   }
 }
 
+// sums [K, N], in panels whose sums stay near (near_sums.h).
+void sum_near(const WeightGrad& a, const Panels& panels, int threads, float* sums) {
+  const Slices slices(a.M, 2 * NEAR_ROWS, panels.count, a.K * a.N, threads);
+  const int64_t n = a.K * a.N, rows_at_once = slices.at_once * slices.rows;
+  const int64_t lists = (slices.rows + NEAR_ROWS - 1) / NEAR_ROWS, room = NEAR_ROWS * a.K + 64;
+  const int64_t own = per_thread(a.K * panels.width());
+  const auto bytes = [](size_t each, int64_t count) { return each * static_cast<size_t>(count); };
+  const GradientRows grad(a, smaller(a.M, rows_at_once));
+  Scratch near(bytes(sizeof(float), own * threads));
+  Scratch spikes(bytes(sizeof(Spike), slices.at_once * lists * room));
+  Scratch counts(bytes(sizeof(int64_t), slices.at_once * lists));
+  Scratch more(bytes(sizeof(float), (slices.at_once - 1) * n));  // sums of all slices but the first
+  for (int64_t m = 0; m < a.M; m += rows_at_once) {
+    const int64_t rows = smaller(rows_at_once, a.M - m), count = (rows + slices.rows - 1) / slices.rows;
+    const float* const source = grad.from(m, rows);
+    Spike* const listed = static_cast<Spike*>(spikes.get());
+    int64_t* const how_many = static_cast<int64_t*>(counts.get());
+    Tasks listing(count * lists), summing(count * panels.count);
+    team(threads, [&](int thread, int) {
+      for (int64_t task; listing.next(task);) {
+        const int64_t slice = task / lists, first = slice * slices.rows + task % lists * NEAR_ROWS;
+        const int64_t end = smaller(rows, (slice + 1) * slices.rows), there = smaller(NEAR_ROWS, end - first);
+        const uint64_t* words = a.words + (m + first) * words_for(a.K);
+        how_many[task] = there > 0 ? list_spikes(words, a.K, there, listed + task * room) : 0;
+      }
+      barrier();
+      float* const own_sums = near.floats() + own * thread;
+      for (int64_t task; summing.next(task);) {
+        const int64_t slice = task / panels.count, column = task % panels.count * panels.width();
+        const int64_t width = smaller(panels.width(), a.N - column), vectors = (width + W - 1) / W;
+        const int last = static_cast<int>(width - (vectors - 1) * W);
+        const AddSpikes add_up = add_spikes_of<MOST_VECTORS>(static_cast<int>(vectors), last == W);
+        memset(own_sums, 0, bytes(sizeof(float), a.K * vectors * W));
+        for (int64_t i = 0; i < lists; i++) {
+          const int64_t list = slice * lists + i, first = slice * slices.rows + i * NEAR_ROWS;
+          if (!how_many[list]) continue;
+          add_up(listed + list * room, how_many[list], source + first * a.N + column, a.N, last, panels.count > 1,
+                 own_sums);
+        }
+        float* const out = (slice ? more.floats() + (slice - 1) * n : sums) + column;
+        const bool accumulate = !slice && m;
+        for (int64_t k = 0; k < a.K; k++) {
+          for (int64_t c = 0; c < width; c += W) {
+            const int there = static_cast<int>(smaller(W, width - c));
+            F sum = load(own_sums + k * vectors * W + c);
+            if (accumulate) sum = add(load_up_to(out + k * a.N + c, there), sum);
+            store_up_to(out + k * a.N + c, sum, there);
+          }
+        }
+      }
+    });
+    add_sums(sums, more.floats(), n, count - 1, threads);
+  }
+}
+
 }  // namespace
 
 void gather_weight_grad(const WeightGrad& a) {
@@ -100,10 +157,16 @@ void gather_weight_grad(const WeightGrad& a) {
   const double additions = rate * static_cast<double>(a.M) * static_cast<double>(a.K);
   const double work = (0.4 * additions + 0.3 * static_cast<double>(a.M)) * static_cast<double>((a.N + W - 1) / W);
   const int threads = threads_for(work, a.threads);
+  Scratch by_channel(sizeof(float) * static_cast<size_t>(a.K * a.N));  // [K, N]
+  const Panels near = near_panels(a.K, a.N);
+  if (a.M && near.count) {
+    sum_near(a, near, threads, by_channel.floats());
+    transpose({by_channel.floats(), a.grad_weight, a.K, a.N, a.threads});
+    return;
+  }
   const Slices slices(a.M, PANEL_BYTES / (64 * 4 * panels.width()) * 64, panels.count, a.K * a.N, threads);
   const int64_t rows = slices.at_once * slices.rows;
   const int64_t channels = BITS_AT_A_TIME / rows / 64 * 64 + 64;
-  Scratch by_channel(sizeof(float) * static_cast<size_t>(a.K * a.N));  // [K, N]
   if (!a.M) memset(by_channel.get(), 0, sizeof(float) * static_cast<size_t>(a.K * a.N));
   const GradientRows grad(a, smaller(a.M, rows));
   for (int64_t k = 0; k < a.K; k += channels) {

@@ -211,3 +211,27 @@ def test_lif_beyond_2_31_elements() -> None:
     x[0, -1000:] = 4
     spikes, _ = k.forward(x, 1.0, None, P, want_v=False)
     assert spikes[0, -1000:].all() and spikes.sum(dtype=torch.float64) == 1000
+
+
+@pytest.mark.triton_interpreter
+def test_the_interpreters_types_are_tritons_own() -> None:
+    """They are remembered; what Triton works out anew is the same."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    remembered, dtype_of = (tl.block_type.__init__, tl.tensor.__init__), interpreter._get_np_dtype
+    for scalar in (tl.float32, tl.bfloat16, tl.int1, tl.int64, tl.pointer_type(tl.float16)):
+        for shape in ([16], [4, 8], [tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)]):
+            for _ in range(2):
+                found, own = tl.block_type(scalar, shape), object.__new__(tl.block_type)
+                remembered[0].__wrapped__(own, scalar, shape)
+                assert found == own and vars(found).keys() == vars(own).keys()
+                assert (str(found), found.numel, list(found.shape)) == (str(own), own.numel, list(own.shape))
+                assert dtype_of(found) == dtype_of.__wrapped__(own)
+                for kind in (found, scalar):
+                    value, same = tl.tensor("handle", kind), object.__new__(tl.tensor)
+                    remembered[1].__wrapped__(same, "handle", kind)
+                    assert vars(value).keys() == vars(same).keys()
+                    for name in ("handle", "type", "dtype", "numel"):
+                        assert getattr(value, name) == getattr(same, name)
+                    assert [size.value for size in value.shape] == [size.value for size in same.shape]
