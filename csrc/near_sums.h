@@ -77,18 +77,6 @@ void add_spikes(const Spike* spikes, int64_t n, const float* panel, int64_t stri
   }
 }
 
-using AddSpikes = void (*)(const Spike*, int64_t, const float*, int64_t, int, bool, float*);
-
-template <int V>
-AddSpikes add_spikes_of(int vectors, bool whole) {
-  if constexpr (V == 0) {
-    return nullptr;
-  } else {
-    if (vectors == V) return whole ? add_spikes<V, true> : add_spikes<V, false>;
-    return add_spikes_of<V - 1>(vectors, whole);
-  }
-}
-
 }  // namespace
 }  // namespace SPIKEDECODER_VARIANT
 }  // namespace spikedecoder

@@ -24,13 +24,14 @@ constexpr int64_t PANEL_BYTES = 128 << 10;
 #endif
 constexpr int SHIFT = 6;                    // 2^SHIFT channels are transposed and listed in one task
 
+size_t bytes(size_t each, int64_t count) { return each * static_cast<size_t>(count); }
+
 // by_channel [channels, N] = the sums of channels first .. first + channels; first is a multiple of 64.
 void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const GradientRows& grad,
                      const Slices& slices, double rate, int threads, float* by_channel) {
   const Panels panels(a.N);
   const int64_t stride = words_for(a.K), groups = words_for(channels), words = slices.rows / 64, n = channels * a.N;
   const int64_t step = (channels + 127) / 128;  // channels, of a panel, between two requests for parts of the next
-  const auto bytes = [](size_t each, int64_t count) { return each * static_cast<size_t>(count); };
   const Lists first_lists{nullptr, nullptr, slices.rows, SHIFT};
   const int64_t entries_each = groups * first_lists.room(), offsets_each = groups * (first_lists.group() + 1);
   const bool copied = a.N % SHARED == 0 && rate * static_cast<double>(channels) >= 4;  // sums that a row is part of
@@ -99,7 +100,6 @@ void sum_near(const WeightGrad& a, const Panels& panels, int threads, float* sum
   const int64_t n = a.K * a.N, rows_at_once = slices.at_once * slices.rows;
   const int64_t lists = (slices.rows + NEAR_ROWS - 1) / NEAR_ROWS, room = NEAR_ROWS * a.K + 64;
   const int64_t own = per_thread(a.K * panels.width());
-  const auto bytes = [](size_t each, int64_t count) { return each * static_cast<size_t>(count); };
   const GradientRows grad(a, smaller(a.M, rows_at_once));
   Scratch near(bytes(sizeof(float), own * threads));
   Scratch spikes(bytes(sizeof(Spike), slices.at_once * lists * room));
@@ -124,13 +124,15 @@ void sum_near(const WeightGrad& a, const Panels& panels, int threads, float* sum
         const int64_t slice = task / panels.count, column = task % panels.count * panels.width();
         const int64_t width = smaller(panels.width(), a.N - column), vectors = (width + W - 1) / W;
         const int last = static_cast<int>(width - (vectors - 1) * W);
-        const AddSpikes add_up = add_spikes_of<MOST_VECTORS>(static_cast<int>(vectors), last == W);
         memset(own_sums, 0, bytes(sizeof(float), a.K * vectors * W));
         for (int64_t i = 0; i < lists; i++) {
           const int64_t list = slice * lists + i, first = slice * slices.rows + i * NEAR_ROWS;
-          if (!how_many[list]) continue;
-          add_up(listed + list * room, how_many[list], source + first * a.N + column, a.N, last, panels.count > 1,
-                 own_sums);
+          const float* const panel = source + first * a.N + column;
+          with_vectors<MOST_VECTORS>(vectors, 0, [&](auto known, int64_t, int) {
+            constexpr int V = decltype(known)::count;
+            (last == W ? add_spikes<V, true> : add_spikes<V, false>)(listed + list * room, how_many[list], panel, a.N,
+                                                                     last, panels.count > 1, own_sums);
+          });
         }
         float* const out = (slice ? more.floats() + (slice - 1) * n : sums) + column;
         const bool accumulate = !slice && m;
@@ -157,7 +159,7 @@ void gather_weight_grad(const WeightGrad& a) {
   const double additions = rate * static_cast<double>(a.M) * static_cast<double>(a.K);
   const double work = (0.4 * additions + 0.3 * static_cast<double>(a.M)) * static_cast<double>((a.N + W - 1) / W);
   const int threads = threads_for(work, a.threads);
-  Scratch by_channel(sizeof(float) * static_cast<size_t>(a.K * a.N));  // [K, N]
+  Scratch by_channel(bytes(sizeof(float), a.K * a.N));  // [K, N]
   const Panels near = near_panels(a.K, a.N);
   if (a.M && near.count) {
     sum_near(a, near, threads, by_channel.floats());

@@ -233,7 +233,7 @@ class Way(NamedTuple):
 def own_products(variant: str, dtype: torch.dtype) -> bool:
     """Whether the dense kernel is as fast as torch's. With AVX-512 it is, but for the matrix unit that
     multiplies bfloat16 in some CPUs. With AVX2 it is where torch's BLAS was not written for the CPU (Zen 3:
-    1.0 to 1.3 times as fast), and for bfloat16, which torch multiplies a hundred times more slowly there."""
+    0.9 to 1.6 times as fast), and for bfloat16, which torch multiplies a hundred times more slowly there."""
     if dtype == torch.bfloat16 and has_tiles():
         return False
     if variant == "avx2":
