@@ -267,20 +267,26 @@ def test_the_gil_is_released():
     from spikedecoder.ext.cpu import lif
 
     x = torch.randn(64, 1 << 18)
-    spent = []
 
-    def work():
-        start = time.perf_counter()
-        lif.forward(x, 1.0, None, LIFParams())
-        spent.append(time.perf_counter() - start)
+    def longest_pause() -> float:
+        """Of this thread while another runs the kernel, in parts of the kernel's time."""
+        spent = []
 
-    thread = threading.Thread(target=work)
-    longest, last = 0.0, time.perf_counter()
-    thread.start()
-    while thread.is_alive():
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    assert longest < 0.8 * spent[0]
+        def work():
+            start = time.perf_counter()
+            lif.forward(x, 1.0, None, LIFParams())
+            spent.append(time.perf_counter() - start)
+
+        thread = threading.Thread(target=work)
+        longest, last = 0.0, time.perf_counter()
+        thread.start()
+        while thread.is_alive():
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+        return longest / spent[0]
+
+    # other processes make pauses too, but not in every one of five runs; a held GIL does
+    assert min(longest_pause() for _ in range(5)) < 0.8
 
 
 @needs_extension
