@@ -5,16 +5,21 @@ puts them there anew at every launch and every call of a device function, lookin
 which takes more time than all else, and takes them away after the launch. Here they stay: with
 TRITON_INTERPRET=1 nothing in the process compiles kernels.
 
-What then takes longest are the types and shapes of values, of which there are few: each is worked out once.
+What then takes longest are the types and shapes of values, of which there are few: each is made once, and
+what is the same object is equal. Next come the checks of every sum of integers for overflow, which no GPU
+makes: `unchecked` is without.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import triton.language as tl
+from triton.language import semantic
 from triton.runtime import interpreter
 
 
@@ -36,32 +41,56 @@ def _sizes(shape: Any) -> tuple[Any, ...]:
     return tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
 
 
+class _Shapes:
+    """Each shape once: the same sizes are the same object, by whose identity the rest is found."""
+
+    def __init__(self) -> None:
+        self.by_sizes: dict[tuple[Any, ...], Any] = {}
+        self.by_id: dict[int, Any] = {}
+
+    def holds(self, shape: Any) -> bool:
+        return self.by_id.get(id(shape)) is shape
+
+    def like(self, shape: Any) -> Any:
+        return shape if self.by_id.get(id(shape)) is shape else self.by_sizes.get(_sizes(shape))
+
+    def keep(self, shape: Any) -> Any:
+        kept = self.by_sizes.setdefault(_sizes(shape), shape)
+        return self.by_id.setdefault(id(kept), kept)
+
+
+_shapes = _Shapes()
+
+
 def _remember_block_types(init: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
-    known: dict[tuple[object, ...], dict[str, Any]] = {}
+    known: dict[tuple[str, int], dict[str, Any]] = {}
 
     @functools.wraps(init)
     def remembering(self: Any, element_ty: Any, shape: Any) -> None:
-        if type(element_ty) is not tl.dtype:  # of pointers there is no end
-            init(self, element_ty, shape)
+        of_numbers = type(element_ty) is tl.dtype  # of pointers there is no end
+        if of_numbers and (found := known.get((element_ty.name, id(_shapes.like(shape))))):
+            vars(self).update(found)
             return
-        key = (element_ty.name, *_sizes(shape))
-        if key not in known:
-            init(self, element_ty, shape)
-            known[key] = dict(vars(self))
-        vars(self).update(known[key])
+        init(self, element_ty, shape)
+        self.shape = _shapes.keep(self.shape)
+        if of_numbers:
+            known[element_ty.name, id(self.shape)] = dict(vars(self))
 
     return remembering
 
 
 def _remember_shapes(init: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+    known: dict[int | None, dict[str, Any]] = {}
 
     @functools.wraps(init)
     def remembering(self: Any, handle: Any, type: Any) -> None:
-        key = _sizes(type.shape) if type.is_block() else ()
-        if key not in known:
+        shape = type.shape if type.is_block() else None
+        key = None if shape is None else id(shape)
+        if key not in known or not (shape is None or _shapes.holds(shape)):
             init(self, handle, type)
-            known[key] = {n: value for n, value in vars(self).items() if n not in ("handle", "type", "dtype")}
+            if shape is None or _shapes.holds(shape):
+                known[key] = {n: v for n, v in vars(self).items() if n not in ("handle", "type", "dtype")}
+            return
         vars(self).update(known[key], handle=handle, type=type, dtype=type.scalar)
 
     return remembering
@@ -82,6 +111,57 @@ def _remember_np_dtypes(np_dtype: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return remembering
 
 
+def _same_is_equal(eq: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    @functools.wraps(eq)
+    def equal(self: Any, other: Any) -> Any:
+        return True if self is other else eq(self, other)
+
+    return equal
+
+
+def _same_shape_stays(broadcast: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    @functools.wraps(broadcast)
+    def broadcast_values(self: Any, lhs: Any, rhs: Any) -> Any:
+        shape = getattr(lhs.type, "shape", None)  # scalars have none
+        return (lhs, rhs) if getattr(rhs.type, "shape", None) is shape else broadcast(self, lhs, rhs)
+
+    return broadcast_values
+
+
+def _unwrap_at_once(unwrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(unwrap)
+    def unwrapped(o: Any) -> Any:
+        kind = type(o)
+        if kind is tl.tensor or kind is int or kind is tl.dtype:
+            return o
+        return o.value if kind is tl.constexpr else unwrap(o)
+
+    return unwrapped
+
+
+def _is_its_own_ir(to_ir: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    @functools.wraps(to_ir)
+    def own(self: Any, builder: Any) -> Any:
+        return self if isinstance(builder, interpreter.InterpreterBuilder) else to_ir(self, builder)
+
+    return own
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Integers wrap without a word, as on a GPU: looking at every sum of them takes a sixth of the time."""
+    builder: Any = getattr(interpreter, "interpreter_builder", None)
+    options: Any = getattr(builder, "options", None)
+    if not hasattr(options, "sanitize_overflow"):
+        yield
+        return
+    builder.options = dataclasses.replace(options, sanitize_overflow=False)
+    try:
+        yield
+    finally:
+        builder.options = options
+
+
 def install() -> None:
     """Replace Triton's functions; a Triton that has none of these names is left as it is."""
     patch_lang = getattr(interpreter, "_patch_lang", None)
@@ -91,6 +171,11 @@ def install() -> None:
         (tl.block_type, "__init__", _remember_block_types),
         (tl.tensor, "__init__", _remember_shapes),
         (interpreter, "_get_np_dtype", _remember_np_dtypes),
+        (tl.dtype, "__eq__", _same_is_equal),
+        (tl.tuple, "__eq__", _same_is_equal),
+        (tl.block_type, "to_ir", _is_its_own_ir),
+        (tl.core, "_unwrap_if_constexpr", _unwrap_at_once),
+        (semantic.TritonSemantic, "broadcast_impl_value", _same_shape_stays),
     ):
         if hasattr(owner, name):
             setattr(owner, name, remember(getattr(owner, name)))

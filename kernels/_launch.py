@@ -26,7 +26,7 @@ from spikedecoder.ops._dispatch import Call
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 if INTERPRETED:
-    from spikedecoder.kernels._interpreter import install
+    from spikedecoder.kernels._interpreter import install, unchecked
 
     install()
 REGISTERS = 65536  # of a multiprocessor
@@ -119,7 +119,7 @@ def launch(
         return
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
+    with on_device, unchecked() if INTERPRETED else contextlib.nullcontext():
         kernel[grid](**arguments, **options)
 
 

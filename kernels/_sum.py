@@ -7,10 +7,11 @@ program's threads share out the parts, by memory (mostly the cache that they wer
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, power_of_2
+from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, major, power_of_2
 
 
 @kernel
@@ -34,11 +35,13 @@ def add_parts(
         tl.store(to, sums.to(second_ptr.dtype.element_ty), mask=(n >= split) & (n < size))
 
 
-def _tile(size: int) -> dict[str, int]:
+def _tile(size: int, device: torch.device) -> dict[str, int]:
     """Programs enough for a GPU where there are sums enough, 32 bytes of each part at the least.
 
-    16 values a thread, so four 128-bit loads are on their way at a time.
+    16 values a thread, so four 128-bit loads are on their way at a time. Interpreted, few programs.
     """
+    if not major(device):
+        return {"BLOCK_P": 4, "BLOCK_N": min(2048, power_of_2(size)), "num_warps": 4}
     block_n = min(128, max(8, power_of_2(cdiv(size, 256))))
     warps = 8 if block_n <= 16 else 4
     return {"BLOCK_P": 512 * warps // block_n, "BLOCK_N": block_n, "num_warps": warps}
@@ -48,8 +51,9 @@ def sum_parts(parts: Tensor, first: Tensor, second: Tensor | None = None) -> Non
     """Write the sums over dim 0 of parts [P, ...], float32, to first and then second, one after the other."""
     size, split = parts[0].numel(), first.numel()
     align = alignment(size, split)
+    tile = _tile(size, parts.device)
     launch(
-        add_parts, (cdiv(size, (tile := _tile(size))["BLOCK_N"]),), parts_ptr=parts, first_ptr=first,
+        add_parts, (cdiv(size, tile["BLOCK_N"]),), parts_ptr=parts, first_ptr=first,
         second_ptr=second, parts=parts.shape[0], size=size // align, split=split // align, ALIGN=align,
         **tile,
     )  # fmt: skip

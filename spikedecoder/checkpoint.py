@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -117,24 +115,78 @@ def read_config(path: Path) -> SpikeDecoderConfig:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-class FolderMixin(ModelHubMixin):
+_CARD = """---
+library_name: spikedecoder
+pipeline_tag: text-generation
+tags:
+- spiking-neural-network
+---
+
+# {name}
+
+A language model of spiking neurons, trained with `spikedecoder`:
+
+```python
+from spikedecoder import SpikeDecoder
+
+model = SpikeDecoder.from_pretrained("{repo_id}")
+```
+"""
+
+
+class FolderMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` over the files above.
 
     `from_pretrained` takes a folder, which needs no network, or a name on the Hugging Face hub. Of a training
     run's folder it takes the best model, or else the last.
     """
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        save_folder(cast("SpikeDecoder", self), Path(save_directory))
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model's files into `folder`, which is made where it is not there."""
+        save_folder(cast("SpikeDecoder", self), Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        commit_message: str = "Upload model",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the model's files as `repo_id` (OWNER/NAME or NAME), made where it is not there.
+
+        A repository without a README.md gets a model card. Returns the address of the commit.
+        """
+        from huggingface_hub import HfApi  # half a second, which few need
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if not api.file_exists(repo_id, "README.md", revision=branch):
+                card = _CARD.format(name=repo_id.rpartition("/")[2], repo_id=repo_id)
+                write_bytes(Path(folder) / "README.md", card.encode())
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=branch,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        return str(commit)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device = "cpu", **hub: Any
     ) -> SpikeDecoder:
         """The model in folder `name`, or of that name on the hub (`hub`: revision, token, cache_dir, ...)."""
         get = _local(Path(name)) if Path(name).is_dir() else _remote(str(name), hub)
         config = read_config(get(CONFIG))
-        model = cast("SpikeDecoder", cls(config))
+        model = cast("Callable[[SpikeDecoderConfig], SpikeDecoder]", cls)(config)
         weights = get(WEIGHTS)
         tensors = read_tensors(weights)
         if "head.linear.weight" in tensors:
@@ -157,6 +209,9 @@ def _local(folder: Path) -> Callable[..., Path]:
 
 
 def _remote(name: str, hub: dict[str, Any]) -> Callable[..., Path]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
     owner, slash, _ = name.partition("/")
     if not slash or Path(owner).exists():  # a slip in a path: the hub would be asked again and again
         raise CheckpointError(f"{name}: no such folder (a name on the hub is OWNER/NAME)")

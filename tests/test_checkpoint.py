@@ -5,6 +5,9 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +56,56 @@ def test_works_offline_by_folder_and_says_why_a_hub_name_fails():
     assert os.environ.get("HF_HUB_OFFLINE") == "1"
     with pytest.raises(CheckpointError, match=r"nobody/nothing: no such folder here, and config\.json could"):
         SpikeDecoder.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_push_to_hub_uploads_the_files(saved, monkeypatch, card):
+    import huggingface_hub
+
+    model, folder = saved
+    calls, files = [], {}
+
+    class Api:
+        def __init__(self, token=None):
+            calls.append(("api", token))
+
+        def create_repo(self, repo_id, **options):
+            calls.append(("create", repo_id, options))
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/somebody/{repo_id}")
+
+        def create_branch(self, repo_id, **options):
+            calls.append(("branch", repo_id, options))
+
+        def file_exists(self, repo_id, name, **options):
+            return card
+
+        def upload_folder(self, *, repo_id, folder_path, **options):
+            calls.append(("upload", repo_id, options))
+            files.update((path.name, path.read_bytes()) for path in Path(folder_path).iterdir())
+            return "https://huggingface.co/somebody/small/commit/1"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    url = model.push_to_hub("small", private=True, token="t", branch="next", commit_message="m")
+    assert url == "https://huggingface.co/somebody/small/commit/1"
+    assert calls == [
+        ("api", "t"),
+        ("create", "small", {"private": True, "exist_ok": True}),
+        ("branch", "somebody/small", {"branch": "next", "exist_ok": True}),
+        ("upload", "somebody/small", {"revision": "next", "commit_message": "m", "create_pr": False}),
+    ]
+    readme = files.pop("README.md", None)
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    if card:
+        assert readme is None  # theirs stays
+    else:
+        assert b'from_pretrained("somebody/small")' in readme and b"library_name: spikedecoder" in readme
+
+
+def test_the_hub_is_imported_by_those_who_need_it():
+    names = ("huggingface_hub", "typer", "rich")
+    code = f"import spikedecoder, sys; print([n for n in {names} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_runs_folder_stands_for_its_best_model(tmp_path):
