@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -54,8 +55,14 @@ class LIFParams:
         switch("detach_reset", self.detach_reset)
         get_surrogate(self.surrogate)
 
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(*flat: Any) -> LIFParams:
+        """``LIFParams(*flat)``, checked the first time: at every call of an operator that would be felt."""
+        return LIFParams(*flat)
+
     def flat(self) -> tuple[float, float, float | None, bool, str, float, bool]:
-        """The fields in order, for an operator's schema; ``LIFParams(*p.flat())`` is p again."""
+        """The fields in order, for an operator's schema; ``LIFParams.of(*p.flat())`` is p again."""
         return (
             self.tau,
             self.v_threshold,

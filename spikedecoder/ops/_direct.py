@@ -28,24 +28,35 @@ def unwatched(*tensors: Tensor | None) -> bool:
 
 
 def direct(
-    forward: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    tensors: int | None = None,
 ) -> Callable[..., Any]:
     """An operator as an autograd function, for calls that nothing watches: a training step of a small model
     feels what the dispatcher takes.
 
     Args: what the operator is registered with, but functions in place of operators.
+        tensors: so many of its arguments, the first, may be tensors; autograd, which looks at each argument,
+            is handed the others as one. None: any may.
     """
+    once = once_differentiable(lambda ctx, *grads: backward(ctx, *grads))
 
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
+            if tensors is not None:
+                inputs = (*inputs[:tensors], *inputs[tensors])
             output = forward(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
+            # only a gradient that is to be differentiated again needs the guard against it
+            found = (once if torch.is_grad_enabled() else backward)(ctx, *grads)
+            return found if tensors is None else (*found[:tensors], None)
 
-    return Direct.apply
+    if tensors is None:
+        return Direct.apply
+    return lambda *inputs: Direct.apply(*inputs[:tensors], inputs[tensors:])

@@ -18,6 +18,16 @@ def _nothing(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=compute_dtype(x.dtype))
 
 
+def _run(
+    x: Tensor, threshold: Tensor | None, v_init: Tensor | None, p: LIFParams, backend: str, return_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
+    # a backend that can leave a state unwritten says so: at T = 4 in bfloat16 it is a fifth of all bytes
+    options = {"want_v": return_state} if getattr(impl, "STATES_ON_REQUEST", False) else {}
+    spikes, v = impl.forward(x, p.v_threshold if threshold is None else threshold, v_init, p, **options)
+    return spikes, v if return_state else None
+
+
 def _forward(
     x: Tensor,
     threshold: Tensor | None,
@@ -32,12 +42,9 @@ def _forward(
     backend: str,
     return_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
-    # a backend that can leave a state unwritten says so: at T = 4 in bfloat16 it is a fifth of all bytes
-    options = {"want_v": return_state} if getattr(impl, "STATES_ON_REQUEST", False) else {}
-    spikes, v = impl.forward(x, p.v_threshold if threshold is None else threshold, v_init, p, **options)
-    return spikes, v if return_state else _nothing(x)
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    spikes, v = _run(x, threshold, v_init, p, backend, return_state)
+    return spikes, _nothing(x) if v is None else v
 
 
 _lif = torch.library.custom_op("spikedecoder::lif", _forward, mutates_args=())
@@ -66,7 +73,7 @@ def _lif_packed(
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """(words, v), without gradients."""
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
     if hasattr(impl, "forward_packed"):
         limit = p.v_threshold if threshold is None else threshold
@@ -80,6 +87,27 @@ def _lif_packed(
 def _(x, threshold, v_init, *rest):
     words = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // WORD), dtype=torch.int64)
     return words, x.new_empty(x.shape[1:] if rest[8] else (0,), dtype=compute_dtype(x.dtype))
+
+
+def _run_back(
+    grad_spikes: Tensor,
+    grad_v: Tensor | None,
+    x: Tensor,
+    threshold: Tensor | None,
+    v_init: Tensor | None,
+    p: LIFParams,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
+    options = {"want_grad_v_init": v_init is not None} if getattr(impl, "STATES_ON_REQUEST", False) else {}
+    grad_x, grad_threshold, grad_v_init = impl.backward(
+        grad_spikes, grad_v, x, p.v_threshold if threshold is None else threshold, v_init, p, **options
+    )
+    if threshold is None:
+        grad_threshold = None
+    else:
+        grad_threshold = grad_threshold.sum_to_size(threshold.shape).to(threshold.dtype)
+    return grad_x, grad_threshold, None if v_init is None else grad_v_init
 
 
 def _backward(
@@ -97,17 +125,10 @@ def _backward(
     detach_reset: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
-    options = {"want_grad_v_init": v_init is not None} if getattr(impl, "STATES_ON_REQUEST", False) else {}
-    grad_x, grad_threshold, grad_v_init = impl.backward(
-        grad_spikes, grad_v, x, p.v_threshold if threshold is None else threshold, v_init, p, **options
-    )
-    if threshold is None:
-        grad_threshold = _nothing(x)
-    else:
-        grad_threshold = grad_threshold.sum_to_size(threshold.shape).to(threshold.dtype)
-    return grad_x, grad_threshold, _nothing(x) if v_init is None else grad_v_init
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    grad_x, *others = _run_back(grad_spikes, grad_v, x, threshold, v_init, p, backend)
+    grad_threshold, grad_v_init = (_nothing(x) if grad is None else grad for grad in others)
+    return grad_x, grad_threshold, grad_v_init
 
 
 _lif_backward = torch.library.custom_op("spikedecoder::lif_backward", _backward, mutates_args=())
@@ -122,30 +143,33 @@ def _(grad_spikes, grad_v, x, threshold, v_init, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    x, threshold, v_init, *rest = inputs
+    x, threshold, v_init, *ctx.neuron, return_state = inputs
     ctx.save_for_backward(x, threshold, v_init)
-    ctx.rest = tuple(rest)
     ctx.set_materialize_grads(False)
-    if output[1].shape != x.shape[1:]:  # no state was asked for
+    if not return_state and output[1] is not None:
         ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, grad_spikes, grad_v, backward):
+    """Of (x, threshold, v_init)."""
     x, threshold, v_init = ctx.saved_tensors
-    nothing = (None,) * (3 + len(ctx.rest))
     if grad_spikes is None and grad_v is None:
-        return nothing
+        return None, None, None
     if grad_spikes is None:
         grad_spikes = torch.zeros_like(x)
-    grads = backward(grad_spikes, grad_v, x, threshold, v_init, *ctx.rest[:8])
+    grads = backward(grad_spikes, grad_v, x, threshold, v_init, *ctx.neuron)
     wanted = (True, threshold is not None, v_init is not None)
-    return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *nothing[3:])
+    return tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
 
 
-_lif.register_autograd(
-    lambda ctx, grad, grad_v: _gradients(ctx, grad, grad_v, _lif_backward), setup_context=_setup_context
+def _autograd(ctx, grad_spikes, grad_v):
+    return *_gradients(ctx, grad_spikes, grad_v, _lif_backward), *(None,) * (len(ctx.neuron) + 1)
+
+
+_lif.register_autograd(_autograd, setup_context=_setup_context)
+_direct = direct(
+    _run, _setup_context, lambda ctx, grad, grad_v=None: _gradients(ctx, grad, grad_v, _run_back), tensors=3
 )
-_direct = direct(_forward, _setup_context, lambda ctx, *grads: _gradients(ctx, grads[0], grads[1], _backward))
 
 
 def lif(
@@ -223,6 +247,10 @@ def lif_params(
     if packed:
         _check.floating("x", x, min_dims=2)
         _check.no_gradient("packed", x=x, v_threshold=threshold, v_init=v_init)
-    operator = _lif_packed if packed else _direct if unwatched(x, threshold, v_init) else _lif
-    spikes, v = operator(x, threshold, v_init, *p.flat(), requested_backend(), return_state)
+    tensors = (x, threshold, v_init)
+    if not packed and unwatched(*tensors):
+        spikes, v = _direct(*tensors, p, requested_backend(), return_state)
+    else:
+        operator = _lif_packed if packed else _lif
+        spikes, v = operator(*tensors, *p.flat(), requested_backend(), return_state)
     return (spikes, v) if return_state else spikes

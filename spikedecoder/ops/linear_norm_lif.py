@@ -8,8 +8,8 @@ from torch import Tensor
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, select
 from spikedecoder.ops.norm import statistics
+from spikedecoder.ops.norm_lif import as_tensors, backward_over, check_norm_lif, flat, forward, norm_lif
 from spikedecoder.ops.norm_lif import backward as norm_lif_backward
-from spikedecoder.ops.norm_lif import backward_over, check_norm_lif, flat, forward, norm_lif
 from spikedecoder.ops.pack_spikes import WORD
 from spikedecoder.ops.spike_linear import _spike_linear, as_product, check_linear, from_words, spike_linear
 from spikedecoder.ops.spike_linear import backward as linear_backward
@@ -46,8 +46,8 @@ def _linear_norm_lif(
     linear_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`current`, the Linear's result, comes in for forward and is let go; gradients pass by it, to s."""
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    return forward(current, weight, bias, mean, rstd, threshold, eps, p, backend)
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    return as_tensors(current, *forward(current, weight, bias, mean, rstd, threshold, eps, p, backend))
 
 
 @_linear_norm_lif.register_fake
@@ -127,7 +127,7 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(spikes, row mean, row rstd, words of s), of a backend that has all of it in one; row statistics empty
     where those of channels are handed in."""
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     call = Call(s.device, linear_weight.dtype, (*s.shape[:-1], linear_weight.shape[0]))
     impl = select("linear_norm_lif", call, backend)
     limit = p.v_threshold if threshold is None else threshold
@@ -225,7 +225,7 @@ def linear_norm_lif(
     with torch.no_grad():
         current, words = _spike_linear(s, weight, bias, backend)
     check_norm_lif(current, n, threshold)
-    settings = flat(statistics(current, n), n, p, threshold)
+    settings = (*flat(statistics(current, n), n, threshold), *p.flat())
     spikes, _, _ = _linear_norm_lif(
         s, current, words, weight, bias, n.weight, n.bias, *settings, requested_backend(), backend
     )

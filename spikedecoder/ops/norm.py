@@ -57,11 +57,13 @@ _RUNNING = {
 }
 
 
-@torch.no_grad()
 def statistics(x: Tensor, n: NormParams) -> Statistics | None:
     """Of BatchNorm and PowerNorm, whose running ones move on in training; None for LayerNorm (rows' own)."""
-    if n.kind == "layer":
-        return None
+    return None if n.kind == "layer" else _of_channels(x, n)
+
+
+@torch.no_grad()
+def _of_channels(x: Tensor, n: NormParams) -> Statistics:
     if not n.training:
         if n.kind == "power":
             return Statistics(torch.zeros_like(n.running[0]), (n.running[0] + n.eps).rsqrt())

@@ -9,7 +9,7 @@ from spikedecoder.ops import _check
 from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import requested_backend
 from spikedecoder.ops.norm import check_norm, statistics
-from spikedecoder.ops.norm_lif import flat, forward, forward_fake, gradients, keep, move_ema
+from spikedecoder.ops.norm_lif import as_tensors, flat, forward, forward_fake, gradients, keep, move_ema
 from spikedecoder.params import ILIFParams, NormParams
 
 
@@ -29,7 +29,8 @@ def _forward(
     v_threshold: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(x, weight, bias, mean, rstd, None, eps, ILIFParams(levels, v_threshold), backend)
+    p = ILIFParams(levels, v_threshold)
+    return as_tensors(x, *forward(x, weight, bias, mean, rstd, None, eps, p, backend))
 
 
 _norm_ilif = torch.library.custom_op("spikedecoder::norm_ilif", _forward, mutates_args=())
@@ -54,6 +55,10 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     settings = (channel, batch_gradient, group, ILIFParams(levels, v_threshold), backend)
+    return _run_back(grad, x, weight, bias, mean, rstd, rstd_batch, ema_gz, rows, *settings)
+
+
+def _run_back(grad, x, weight, bias, mean, rstd, rstd_batch, ema_gz, rows, *settings):
     return gradients(grad, x, weight, bias, mean, rstd, None, rstd_batch, ema_gz, rows, *settings)[:3]
 
 
@@ -72,6 +77,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grad, backward):
+    """Of the tensors, in order."""
     x, weight, bias, mean, rstd, _, rstd_batch, rows = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = backward(
         grad, x, weight, bias, mean, rstd, rstd_batch, ctx.ema_gz, rows, ctx.channel, *ctx.rest
@@ -79,17 +85,21 @@ def _gradients(ctx, grad, backward):
     if ctx.ema_gz is not None:
         _, group, *_ = ctx.rest
         move_ema(ctx.ema_gz, x, weight, rstd, rstd_batch, rows, ctx.eps, grad_weight, group)
-    return grad_x, grad_weight, grad_bias, *(None,) * (6 + len(ctx.rest))
+    return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _autograd(ctx, grad, _grad_mean, _grad_rstd):
-    return _gradients(ctx, grad, _norm_ilif_backward)
+    return *_gradients(ctx, grad, _norm_ilif_backward), None, *(None,) * len(ctx.rest)
 
 
 _norm_ilif.register_autograd(_autograd, setup_context=_setup_context)
 
 
-_direct = direct(_forward, _setup_context, lambda ctx, grad, *_: _gradients(ctx, grad, _backward))
+def _run(x, weight, bias, mean, rstd, rstd_batch, ema_gz, rows, eps, batch_gradient, group, p, backend):
+    return forward(x, weight, bias, mean, rstd, None, eps, p, backend)
+
+
+_direct = direct(_run, _setup_context, lambda ctx, grad, *_: _gradients(ctx, grad, _run_back), tensors=8)
 
 
 def norm_ilif(x: Tensor, n: NormParams, p: ILIFParams) -> Tensor:
@@ -117,6 +127,8 @@ def norm_ilif(x: Tensor, n: NormParams, p: ILIFParams) -> Tensor:
     """
     _check.of_type("p", p, ILIFParams)
     check_norm(x, n)
-    mean, rstd, _, *rest = flat(statistics(x, n), n, p, None)
-    call = _direct if unwatched(x, n.weight, n.bias) else _norm_ilif
-    return call(x, n.weight, n.bias, mean, rstd, *rest, requested_backend())[0]
+    mean, rstd, _, *rest = flat(statistics(x, n), n, None)
+    tensors = (x, n.weight, n.bias, mean, rstd)
+    if unwatched(*tensors):
+        return _direct(*tensors, *rest, p, requested_backend())[0]
+    return _norm_ilif(*tensors, *rest, *p.flat(), requested_backend())[0]

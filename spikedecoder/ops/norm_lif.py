@@ -39,21 +39,24 @@ def _forward(
     detach_reset: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    return forward(x, weight, bias, mean, rstd, threshold, eps, p, backend)
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    return as_tensors(x, *forward(x, weight, bias, mean, rstd, threshold, eps, p, backend))
 
 
 _norm_lif = torch.library.custom_op("spikedecoder::norm_lif", _forward, mutates_args=())
 
 
 def forward(x, weight, bias, mean, rstd, threshold, eps, p, backend):
-    """(spikes, row mean, row rstd), the last two empty where statistics were handed in."""
+    """(spikes, row mean, row rstd), the last two None where statistics were handed in."""
     impl = select("norm_lif", _call(x, mean), backend)
     limit = p.v_threshold if threshold is None else threshold
     spikes, row_mean, row_rstd = impl.forward(x, weight, bias, mean, rstd, eps, limit, p)
-    if mean is None:
-        return spikes, row_mean, row_rstd
-    return spikes, x.new_empty(0), x.new_empty(0)
+    return spikes, *((row_mean, row_rstd) if mean is None else (None, None))
+
+
+def as_tensors(like: Tensor, *found: Tensor | None) -> Any:
+    """What a registered operator, which gives tensors alone, says None with: empty ones."""
+    return tuple(like.new_empty(0) if x is None else x for x in found)
 
 
 def _call(x: Tensor, mean: Tensor | None) -> Call:
@@ -92,9 +95,9 @@ def _backward(
     detach_reset: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    settings = (channel, batch_gradient, group, p, backend)
-    return gradients(grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, *settings)
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    known = (weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows)
+    return as_tensors(mean, *gradients(grad_spikes, x, *known, channel, batch_gradient, group, p, backend))
 
 
 _norm_lif_backward = torch.library.custom_op("spikedecoder::norm_lif_backward", _backward, mutates_args=())
@@ -104,8 +107,8 @@ def gradients(
     grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows,
     channel: bool, batch_gradient: bool, group: str | None, p: LIFParams | ILIFParams, backend: str,
     over: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of x, weight, bias and threshold (empty where there is none); `over`: see `backward_over`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Of x, weight, bias and threshold (None where there is none); `over`: see `backward_over`."""
     impl = select("norm_lif", _call(x, mean if channel else None), backend)
     limit = p.v_threshold if threshold is None else threshold
     args = (grad_spikes, x, weight, bias, mean, rstd, limit, p)
@@ -132,7 +135,7 @@ def gradients(
     else:
         options = {"over": True} if over else {}
         grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_layer(*args, **options)
-    grad_threshold = mean.new_empty(0) if threshold is None else grad_threshold.sum_to_size(threshold.shape)
+    grad_threshold = None if threshold is None else grad_threshold.sum_to_size(threshold.shape)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_threshold
 
 
@@ -166,9 +169,11 @@ def _norm_lif_backward_over(
     detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_backward` for row statistics; the gradient of x takes the place of x."""
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     known = (weight, bias, mean, rstd, threshold, None, None, None)
-    return gradients(grad_spikes, x, *known, False, False, None, p, "triton", over=True)[1:]
+    return as_tensors(
+        mean, *gradients(grad_spikes, x, *known, False, False, None, p, "triton", over=True)[1:]
+    )
 
 
 _norm_lif_backward_over.register_fake(_parameters_fake)
@@ -201,7 +206,7 @@ def keep(ctx, output, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz
     ctx.ema_gz, ctx.eps = ema_gz, eps
     ctx.save_for_backward(x, weight, bias, mean, rstd, threshold, rstd_batch, rows)
     ctx.rest = rest
-    ctx.mark_non_differentiable(row_mean, row_rstd)
+    ctx.mark_non_differentiable(*(x for x in (row_mean, row_rstd) if x is not None))
 
 
 def backward(grad_spikes, saved, ema_gz, eps, channel, rest, operator=_norm_lif_backward):
@@ -226,16 +231,27 @@ def move_ema(ema_gz, x, weight, rstd, rstd_batch, rows, eps, grad_weight, group:
 
 
 def _gradients(ctx, grad_spikes, operator):
+    """Of the tensors, in order."""
     grad_x, grad_weight, grad_bias, grad_threshold = backward(
         grad_spikes, ctx.saved_tensors, ctx.ema_gz, ctx.eps, ctx.channel, ctx.rest, operator
     )
-    return grad_x, grad_weight, grad_bias, None, None, grad_threshold, *(None,) * (4 + len(ctx.rest))
+    return grad_x, grad_weight, grad_bias, None, None, grad_threshold, None, None, None
 
 
-_norm_lif.register_autograd(
-    lambda ctx, grad, *_: _gradients(ctx, grad, _norm_lif_backward), setup_context=_setup_context
-)
-_direct = direct(_forward, _setup_context, lambda ctx, grad, *_: _gradients(ctx, grad, _backward))
+def _autograd(ctx, grad_spikes, _grad_mean, _grad_rstd):
+    return *_gradients(ctx, grad_spikes, _norm_lif_backward), None, *(None,) * len(ctx.rest)
+
+
+_norm_lif.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _run(
+    x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, eps, batch_gradient, group, p, backend
+):
+    return forward(x, weight, bias, mean, rstd, threshold, eps, p, backend)
+
+
+_direct = direct(_run, _setup_context, lambda ctx, grad, *_: _gradients(ctx, grad, gradients), tensors=9)
 
 
 def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None = None) -> Tensor:
@@ -259,9 +275,10 @@ def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None
     """
     _check.of_type("p", p, LIFParams)
     check_norm_lif(x, n, threshold)
-    found = statistics(x, n)
-    call = _direct if unwatched(x, n.weight, n.bias, threshold) else _norm_lif
-    return call(x, n.weight, n.bias, *flat(found, n, p, threshold), requested_backend())[0]
+    settings = flat(statistics(x, n), n, threshold)
+    if unwatched(x, n.weight, n.bias, threshold):
+        return _direct(x, n.weight, n.bias, *settings, p, requested_backend())[0]
+    return _norm_lif(x, n.weight, n.bias, *settings, *p.flat(), requested_backend())[0]
 
 
 def check_norm_lif(x: Tensor, n: NormParams, threshold: Tensor | None) -> None:
@@ -272,12 +289,10 @@ def check_norm_lif(x: Tensor, n: NormParams, threshold: Tensor | None) -> None:
         _check.broadcasts("v_threshold", threshold, x.shape[1:])
 
 
-def flat(
-    found: Statistics | None, n: NormParams, p: LIFParams | ILIFParams, threshold: Tensor | None
-) -> tuple[Any, ...]:
-    """What the operators take after weight and bias, in order, but for the backend."""
+def flat(found: Statistics | None, n: NormParams, threshold: Tensor | None) -> tuple[Any, ...]:
+    """What the operators take between weight and bias, and the neurons, in order."""
     mean = rstd = rstd_batch = ema_gz = rows = None
     if found is not None:
         mean, rstd, rstd_batch, ema_gz = found.mean, found.rstd, found.rstd_batch, found.ema_gz
         rows = found.rows
-    return (mean, rstd, threshold, rstd_batch, ema_gz, rows, n.eps, n.training, n.synced, *p.flat())
+    return (mean, rstd, threshold, rstd_batch, ema_gz, rows, n.eps, n.training, n.synced)

@@ -42,7 +42,7 @@ def _spike_attention_lif(
     backend: str,
 ) -> Tensor:
     """threshold: a scalar or [H, d]."""
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     limit = p.v_threshold if threshold is None else threshold
     return laid_out(_impl(q, decay, backend).forward(q, k, v, scale, decay, limit, p))
 
@@ -75,7 +75,7 @@ def _backward(
     detach_reset: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p = LIFParams(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
+    p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     limit = p.v_threshold if threshold is None else threshold
     dq, dk, dv, grad_threshold = _impl(q, decay, backend).backward(
         grad_spikes, q, k, v, scale, decay, limit, p
