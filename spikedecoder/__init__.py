@@ -8,12 +8,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from spikedecoder import ops
+from spikedecoder._version import __version__
 from spikedecoder.checkpoint import CheckpointError
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.model import SpikeDecoder
 from spikedecoder.ops import BackendError, use_backend
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendError",

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from spikedecoder._version import __version__
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data.tokenizers import tokenizer_from_dict
 
@@ -98,7 +99,7 @@ def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) 
 
 def save_folder(model: SpikeDecoder, folder: Path) -> None:
     """Write the model's files; the weights last, so that a folder with weights is complete."""
-    write_json(folder / CONFIG, {"format": _FORMAT, **model.config.to_dict()})
+    write_json(folder / CONFIG, {"format": _FORMAT, "version": __version__, **model.config.to_dict()})
     if model.tokenizer is not None:
         write_json(folder / TOKENIZER, model.tokenizer.to_dict())
     write_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
@@ -106,13 +107,15 @@ def save_folder(model: SpikeDecoder, folder: Path) -> None:
 
 def read_config(path: Path) -> SpikeDecoderConfig:
     values = read_json(path)
-    version = values.pop("format", None)
-    if version != _FORMAT:
-        raise CheckpointError(f"{path}: got format {version!r}, takes {_FORMAT}: not a spikedecoder config")
+    found, version = values.pop("format", None), values.pop("version", __version__)
+    other = "" if version == __version__ else f" (written by spikedecoder {version}, this is {__version__})"
+    if found != _FORMAT:
+        what = other or ": not a spikedecoder config"
+        raise CheckpointError(f"{path}: got format {found!r}, takes {_FORMAT}{what}")
     try:
         return SpikeDecoderConfig.from_dict(values)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {error}{other}") from None
 
 
 _CARD = """---

@@ -176,6 +176,8 @@ def _config(**changes):
         (_config(heads=5), "config.json: heads: got 5"),
         (_config(shiny=1), "config.json: config: unknown field 'shiny'"),
         (_config(blocks=2), "missing blocks.1"),
+        (_config(shiny=1, version="9.0"), r"unknown field 'shiny'.* \(written by spikedecoder 9.0, this is"),
+        (_config(format=2, version="9.0"), r"format 2, takes 1 \(written by spikedecoder 9.0, this is 0"),
     ],
 )
 def test_damaged_checkpoints(saved, damage, message):
