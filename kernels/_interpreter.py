@@ -52,7 +52,8 @@ class _Shapes:
         return self.by_id.get(id(shape)) is shape
 
     def like(self, shape: Any) -> Any:
-        return shape if self.by_id.get(id(shape)) is shape else self.by_sizes.get(_sizes(shape))
+        """The shape kept for the same sizes, or None."""
+        return shape if self.holds(shape) else self.by_sizes.get(_sizes(shape))
 
     def keep(self, shape: Any) -> Any:
         kept = self.by_sizes.setdefault(_sizes(shape), shape)
@@ -80,18 +81,19 @@ def _remember_block_types(init: Callable[[Any, Any, Any], None]) -> Callable[[An
 
 
 def _remember_shapes(init: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
-    known: dict[int | None, dict[str, Any]] = {}
+    known: dict[int, dict[str, Any]] = {}
 
     @functools.wraps(init)
     def remembering(self: Any, handle: Any, type: Any) -> None:
         shape = type.shape if type.is_block() else None
-        key = None if shape is None else id(shape)
-        if key not in known or not (shape is None or _shapes.holds(shape)):
+        found = known.get(id(shape)) if shape is None or _shapes.holds(shape) else None
+        if found is None:
             init(self, handle, type)
             if shape is None or _shapes.holds(shape):
-                known[key] = {n: v for n, v in vars(self).items() if n not in ("handle", "type", "dtype")}
-            return
-        vars(self).update(known[key], handle=handle, type=type, dtype=type.scalar)
+                own = ("handle", "type", "dtype")
+                known[id(shape)] = {name: value for name, value in vars(self).items() if name not in own}
+        else:
+            vars(self).update(found, handle=handle, type=type, dtype=type.scalar)
 
     return remembering
 
@@ -149,7 +151,7 @@ def _is_its_own_ir(to_ir: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Integers wrap without a word, as on a GPU: looking at every sum of them takes a sixth of the time."""
+    """Integers wrap without a word, as on a GPU: looking at every sum of them takes long."""
     builder: Any = getattr(interpreter, "interpreter_builder", None)
     options: Any = getattr(builder, "options", None)
     if not hasattr(options, "sanitize_overflow"):

@@ -6,16 +6,11 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ops import _check
-from spikedecoder.ops._direct import direct, unwatched
+from spikedecoder.ops._direct import as_tensors, direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, select
 from spikedecoder.ops.pack_spikes import WORD, _pack
 from spikedecoder.params import LIFParams
 from spikedecoder.reference.lif import compute_dtype
-
-
-def _nothing(x: Tensor) -> Tensor:
-    """In the place of a result that nobody asked for."""
-    return x.new_empty(0, dtype=compute_dtype(x.dtype))
 
 
 def _run(
@@ -44,7 +39,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     spikes, v = _run(x, threshold, v_init, p, backend, return_state)
-    return spikes, _nothing(x) if v is None else v
+    return as_tensors(x, spikes, v, dtype=compute_dtype(x.dtype))
 
 
 _lif = torch.library.custom_op("spikedecoder::lif", _forward, mutates_args=())
@@ -78,7 +73,7 @@ def _lif_packed(
     if hasattr(impl, "forward_packed"):
         limit = p.v_threshold if threshold is None else threshold
         words, v = impl.forward_packed(x, limit, v_init, p, want_v=return_state)
-        return words, v if return_state else _nothing(x)
+        return as_tensors(x, words, v if return_state else None, dtype=compute_dtype(x.dtype))
     spikes, v = _lif(x, threshold, v_init, *p.flat(), backend, return_state)
     return _pack(spikes, backend), v
 
@@ -126,9 +121,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    grad_x, *others = _run_back(grad_spikes, grad_v, x, threshold, v_init, p, backend)
-    grad_threshold, grad_v_init = (_nothing(x) if grad is None else grad for grad in others)
-    return grad_x, grad_threshold, grad_v_init
+    grads = _run_back(grad_spikes, grad_v, x, threshold, v_init, p, backend)
+    return as_tensors(x, *grads, dtype=compute_dtype(x.dtype))
 
 
 _lif_backward = torch.library.custom_op("spikedecoder::lif_backward", _backward, mutates_args=())

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ops import _check
-from spikedecoder.ops._direct import direct, unwatched
+from spikedecoder.ops._direct import as_tensors, direct, unwatched
 from spikedecoder.ops._dispatch import requested_backend
 from spikedecoder.ops.norm import check_norm, statistics
-from spikedecoder.ops.norm_lif import as_tensors, flat, forward, forward_fake, gradients, keep, move_ema
+from spikedecoder.ops.norm_lif import flat, forward, forward_fake, gradients, keep, move_ema
 from spikedecoder.params import ILIFParams, NormParams
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spikedecoder import sync
 from spikedecoder.ops import _check
-from spikedecoder.ops._direct import direct, unwatched
+from spikedecoder.ops._direct import as_tensors, direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.norm import Statistics, check_norm, statistics
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
@@ -52,11 +52,6 @@ def forward(x, weight, bias, mean, rstd, threshold, eps, p, backend):
     limit = p.v_threshold if threshold is None else threshold
     spikes, row_mean, row_rstd = impl.forward(x, weight, bias, mean, rstd, eps, limit, p)
     return spikes, *((row_mean, row_rstd) if mean is None else (None, None))
-
-
-def as_tensors(like: Tensor, *found: Tensor | None) -> Any:
-    """What a registered operator, which gives tensors alone, says None with: empty ones."""
-    return tuple(like.new_empty(0) if x is None else x for x in found)
 
 
 def _call(x: Tensor, mean: Tensor | None) -> Call:
