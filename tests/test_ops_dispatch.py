@@ -267,6 +267,61 @@ def test_spike_linear_of_words_is_that_of_their_spikes(shape, backend):
     )
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(5, 2, 0, 3), (40, 0, 16), (5, 7, 0), (0, 0, 3), (7, 3), (130, 16), (0, 3)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_spike_linear_of_no_channels_and_of_one_row(dtype, shape, with_bias, packed, backend):
+    *rows, channels, outputs = shape
+    generator = torch.Generator().manual_seed(0)
+    s = (torch.rand(*rows, channels, generator=generator) < 0.5).to(dtype)
+    weight = torch.randint(-8, 9, (outputs, channels), generator=generator).to(dtype)
+    bias = torch.randint(-8, 9, (outputs,), generator=generator).to(dtype) if with_bias else None
+    upstream = torch.randint(-8, 9, (*rows, outputs), generator=generator).to(dtype)
+
+    def run(call, spikes):
+        leaves = [None if x is None else x.clone().requires_grad_() for x in (spikes, weight, bias)]
+        leaves = [x for x in leaves if x is not None]
+        arguments = [pack(leaves[0]), *leaves[1:]]
+        y = call(*arguments)
+        return y.detach(), *torch.autograd.grad(y, leaves[1:] if packed else leaves, upstream)
+
+    def pack(spikes):
+        return ops.pack_spikes(spikes.detach()) if packed else spikes
+
+    wanted = run(lambda spikes, *rest: torch.nn.functional.linear(s if packed else spikes, *rest), s)
+    with use_backend(backend):
+        found = run(ops.spike_linear, s)
+        with torch.no_grad():
+            alone = ops.spike_linear(pack(s), weight, bias)
+    for got, expected in zip((*found, alone), (*wanted, wanted[0]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_neurons_of_an_empty_timestep_take_any_threshold(backend):
+    x = torch.ones(4, 0, 3, 8, requires_grad=True)
+    layer = NormParams("layer", torch.ones(8), torch.zeros(8))
+    for shape in ((), (8,), (3, 1), (0, 3, 8)):
+        threshold = torch.ones(shape, requires_grad=True)
+        with use_backend(backend):
+            for spikes in (
+                ops.lif(x, v_threshold=threshold),
+                ops.norm_lif(x, layer, LIFParams(), threshold=threshold),
+            ):
+                (grad,) = torch.autograd.grad(spikes.sum(), threshold)
+                assert spikes.shape == x.shape and grad.shape == shape and not grad.any()
+    q = torch.ones(4, 0, 3, 5, 8, requires_grad=True)
+    threshold = torch.ones(3, 1, 8, requires_grad=True)
+    with use_backend(backend):
+        spikes = ops.spike_attention_lif(q, q, q, LIFParams(), threshold=threshold)
+    (grad,) = torch.autograd.grad(spikes.sum(), threshold)
+    assert spikes.shape == q.shape and not grad.any()
+
+
 def test_spike_linear_refuses_words_of_more_channels():
     """A bit's number is that of a row of the weight: one that there is not is never read."""
     weight = torch.ones(3, 70)
@@ -291,6 +346,7 @@ def test_outputs_do_not_alias_and_inputs_stay():
 
 Q = torch.ones(2, 1, 2, 4, 8)
 ONES = torch.ones(8)
+EYE = torch.eye(8)
 NAN, INF = float("nan"), float("inf")
 LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
 
@@ -330,6 +386,9 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.lif(X, v_init=torch.ones(2, 8, device="meta")), ValueError, "different devices"),
         (lambda: ops.lif(torch.ones(4), packed=True), ValueError, r"x: got shape \(4,\), takes at least 2"),
         (lambda: ops.binarize(X, alpha=-1), ValueError, "alpha: got -1"),
+        (lambda: ops.binarize(X, alpha="2"), TypeError, "alpha: got '2'"),
+        (lambda: ops.lif_params(X, ILIFParams(4)), TypeError, "p: got ILIFParams, takes LIFParams"),
+        (lambda: ops.ilif_params(X, LIFParams()), TypeError, "p: got LIFParams, takes ILIFParams"),
         (lambda: ops.pack_spikes(torch.ones(())), TypeError, "spikes: takes a tensor"),
         (lambda: ops.unpack_spikes(torch.ones(2, 1), 3), TypeError, "words: takes an int64 tensor"),
         (lambda: ops.unpack_spikes(torch.ones(2, 1).long(), 65), ValueError, "channels: got 65 for 1 words"),
@@ -361,6 +420,8 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
             for shape in ((3,), (2, 8), (2, 4, 8), (1, 2, 1, 8))
         ),
         (lambda: ops.spike_linear(X, torch.ones(3, 9)), ValueError, "s: got 8 channels"),
+        (lambda: ops.spike_linear(None, torch.ones(3, 8)), TypeError, "s: got NoneType, takes a torch"),
+        (lambda: ops.spike_linear(X, None), TypeError, "weight: got NoneType, takes a torch"),
         (lambda: ops.spike_linear(X.int(), torch.ones(3, 8)), TypeError, "s: got dtype torch.int32"),
         (lambda: ops.spike_linear(X.long(), torch.ones(3, 8)), ValueError, "takes floats, or words"),
         (lambda: ops.spike_linear(X, torch.ones(3, 8), torch.ones(2)), ValueError, r"bias: got shape \(2,\)"),
@@ -380,6 +441,24 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.norm_ilif(X, LAYER, LIFParams()), TypeError, "p: got LIFParams, takes ILIFParams"),
         (lambda: ops.norm_lif(X, LAYER, None), TypeError, "p: got NoneType, takes LIFParams"),
         (lambda: ops.norm_lif(X, None, LIFParams()), TypeError, "n: got NoneType, takes NormParams"),
+        *(
+            (lambda t=threshold: ops.norm_lif(X, LAYER, LIFParams(), threshold=t), TypeError, message)
+            for threshold, message in (
+                (0.5, "v_threshold: got float, takes a torch.Tensor"),
+                (torch.tensor(1), "v_threshold: got dtype torch.int64"),
+            )
+        ),
+        (lambda: ops.linear_norm(X, EYE, None, None), TypeError, "n: got NoneType, takes NormParams"),
+        (
+            lambda: ops.linear_norm_lif(X, EYE, None, None, LIFParams()),
+            TypeError,
+            "n: got NoneType, takes NormParams",
+        ),
+        (
+            lambda: ops.linear_norm_lif(X, EYE, None, LAYER, LIFParams(), threshold=0.5),
+            TypeError,
+            "v_threshold: got float",
+        ),
         (lambda: NormParams("layer", ONES, ONES, eps=-1.0), ValueError, "eps: got -1.0"),
         (lambda: NormParams("batch", ONES, ONES, momentum=1.5), ValueError, "momentum: got 1.5, takes a"),
         *(
@@ -391,6 +470,7 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
                     r"bias: got shape \(7,\), takes that of",
                 ),
                 (NormParams("layer", ONES, ONES.to("meta")), ValueError, "different devices"),
+                (NormParams("layer", None, ONES), TypeError, "weight: got NoneType, takes a torch.Tensor"),
                 (NormParams("layer", ONES.long(), ONES), TypeError, "weight: got dtype torch.int64"),
                 (
                     NormParams("batch", ONES, ONES),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikedecoder.fields import LEAST, number
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, requested_backend, select
 
@@ -48,6 +49,5 @@ def binarize(x: Tensor, alpha: float = 2.0) -> Tensor:
     x: any shape, float. Returns spikes in x's dtype. Kept for backward: x.
     """
     _check.floating("x", x, min_dims=0)
-    if not alpha > 0:
-        raise ValueError(f"alpha: got {alpha!r}, takes a number > 0")
+    number("alpha", alpha, "a finite number > 0", LEAST)
     return _binarize(x, float(alpha), requested_backend())

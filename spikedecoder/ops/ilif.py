@@ -71,6 +71,7 @@ def ilif(x: Tensor, *, levels: int, v_threshold: float = 1.0) -> Tensor:
 
 def ilif_params(x: Tensor, p: ILIFParams) -> Tensor:
     """`ilif` with its parameters in one object."""
+    _check.of_type("p", p, ILIFParams)
     _check.floating("x", x, min_dims=0)
     want_mask = torch.is_grad_enabled() and x.requires_grad
     return _ilif(x, p.levels, p.v_threshold, want_mask, requested_backend())[0]

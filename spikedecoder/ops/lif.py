@@ -226,6 +226,7 @@ def lif_params(
     packed: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`lif` with its parameters in one object; `threshold` overrides ``p.v_threshold``."""
+    _check.of_type("p", p, LIFParams)
     _check.floating("x", x)
     _check.timesteps("x", x)
     for name, given in (("v_threshold", threshold), ("v_init", v_init)):

@@ -213,6 +213,7 @@ def linear_norm_lif(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    _check.of_type("n", n, NormParams)
     _check.of_type("p", p, LIFParams)
     check_linear(s, weight, bias)
     product_weight, product_bias, backend = as_product(weight, bias)

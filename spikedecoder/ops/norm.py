@@ -88,9 +88,9 @@ def check_norm(x: Tensor, n: NormParams) -> None:
     """x [..., C] against the norm's C channels."""
     _check.of_type("n", n, NormParams)
     _check.floating("x", x, min_dims=2)
+    _check.floating("weight", n.weight, dims=1)
     if n.weight.shape != x.shape[-1:]:
         raise ValueError(f"x: got {x.shape[-1]} channels (shape {tuple(x.shape)}), takes {n.weight.shape[0]}")
-    _check.floating("weight", n.weight)
     _check.floating("bias", n.bias)
     names = _RUNNING[n.kind]
     if len(n.running) != len(names):

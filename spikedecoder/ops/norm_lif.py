@@ -279,6 +279,8 @@ def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None
 def check_norm_lif(x: Tensor, n: NormParams, threshold: Tensor | None) -> None:
     check_norm(x, n)
     _check.timesteps("x", x)
+    if threshold is not None:
+        _check.floating("v_threshold", threshold, min_dims=0)
     _check.same_device(x=x, v_threshold=threshold)
     if threshold is not None:
         _check.broadcasts("v_threshold", threshold, x.shape[1:])

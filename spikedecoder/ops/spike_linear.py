@@ -102,7 +102,7 @@ def backward(grad, words, weight, channels, dtype, backend, wanted, parts=_OPERA
     elif wanted[1]:
         grad_weight = weight_grad(words, channels, grad, backend)
     if wanted[2] and grad_bias is None:
-        grad_bias = grad.flatten(0, -2).sum(0)
+        grad_bias = grad.unsqueeze(0).flatten(0, -2).sum(0)  # of one row, too
     return None if grad_s is None else grad_s.to(dtype), grad_weight, grad_bias if wanted[2] else None
 
 
@@ -187,7 +187,7 @@ def _bare(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
     Then the dispatcher, which for one token takes as long as the kernel, can be passed by.
     """
-    if not unwatched(s, weight, bias) or torch.is_autocast_enabled("cpu"):
+    if not unwatched(s, weight, bias) or torch.is_autocast_enabled("cpu") or s is None or weight is None:
         return False
     learns = torch.is_grad_enabled()
     for x in (s, weight, bias):

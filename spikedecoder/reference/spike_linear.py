@@ -25,5 +25,5 @@ def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor) -> Tensor:
     """dW = dy^T s, [N, K], from bits."""
-    s = unpack(words, channels, grad.dtype).reshape(-1, channels)
-    return grad.reshape(-1, grad.shape[-1]).transpose(0, 1) @ s
+    s = unpack(words, channels, grad.dtype).unsqueeze(0).flatten(0, -2)
+    return grad.unsqueeze(0).flatten(0, -2).transpose(0, 1) @ s

@@ -79,6 +79,8 @@ def multiply(
     `packable`, are packed into the words on the way, for a float32 weight that torch does not multiply."""
     n, k = weight.shape
     dtype = weight.dtype
+    if not k:  # words of no channels do not say how many rows there are
+        return F.linear(unpack(words, k, dtype), weight, bias)
     if dtype != torch.float32 or way.torch_dense:  # for us to know
         count = _count(words, k) if count == UNKNOWN else count
         if way.by_torch(count):
@@ -135,7 +137,7 @@ def _lies_by_columns(weight: Tensor) -> bool:
 
 
 def _is_few(s: Tensor, weight: Tensor) -> bool:
-    return s.numel() <= FEW_ROWS * s.shape[-1] and _is_by_columns(weight)
+    return 0 < s.numel() <= FEW_ROWS * s.shape[-1] and _is_by_columns(weight)
 
 
 def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor | None) -> Tensor:
@@ -174,8 +176,8 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
 def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(grad [..., N] times weight [N, K], the sum of grad over its rows [N]) in grad's dtype, in one pass."""
     n, k = weight.shape
-    if not _cost.own_products(native.variant(), grad.dtype):
-        return grad @ weight.to(grad.dtype), grad.flatten(0, -2).sum(0)
+    if not weight.numel() or not _cost.own_products(native.variant(), grad.dtype):
+        return grad @ weight.to(grad.dtype), grad.unsqueeze(0).flatten(0, -2).sum(0)
     grad, weight = same(grad), same(weight, grad.dtype)
     grad_s, grad_bias = empty((*grad.shape[:-1], k), grad.dtype), torch.empty(n)
     sizes = (grad.numel() // n if n else 0, n, k, torch.get_num_threads())
