@@ -180,6 +180,46 @@ def test_a_training_step_asks_the_device_for_nothing(variant: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_the_defaults_of_torch_change_no_tensor_of_a_model(default: Any) -> None:
+    """torch.set_default_dtype and set_default_device are for tensors that the user makes."""
+    models = [make(blocks=1, **VARIANTS[name]) for name in ("layer", "ilif", "decay")]
+    s, weight = (torch.rand(300, 70) < 0.2).float(), torch.randn(8, 70)
+    words, by_columns = ops.pack_spikes(s), weight.t().contiguous().t()
+    read = tokens()
+    q, threshold = torch.ones(2, 1, 2, 5, 8), torch.full((), 0.5, requires_grad=True)
+    x = torch.ones(4, 3, 8, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        found = [ops.spike_linear(s, weight), ops.spike_linear(s[:3], by_columns)]
+        found += [ops.pack_spikes(s), ops.unpack_spikes(words, 70), ops.spike_linear(words, weight)]
+        found += ops.spike_attention(q, q, q, return_state=True)
+        spikes, v = ops.lif(x, v_threshold=threshold, return_state=True)
+        found += [spikes, v, *torch.autograd.grad(spikes.sum() + v.sum(), (x, threshold))]
+        for model in models:
+            model.train()
+            found += step(model, model.loss, read).values()
+            model.eval()
+            logits, state = model.prefill(read)
+            found += [logits, model.step(read[:, 0], state)[0]]
+            for options in ({"temperature": 0.0}, {"seed": 1}, {"seed": 1, "past": "slide"}):
+                found.append(model.generate(read[:, :5], 12, **options))
+        return found
+
+    wanted = results()
+    try:
+        if isinstance(default, str):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        found = results()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches():
     """What `spike_linear` gives without a gradient, and all that keeps it on the dispatcher's way."""
     import importlib

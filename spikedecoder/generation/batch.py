@@ -78,7 +78,8 @@ class Continuation:
     def uniform(self) -> float:
         """The sequence's next random number."""
         if not self._numbers:  # a call for each would cost more than all the rest of drawing a token
-            self._numbers = torch.rand(_AT_ONCE, generator=self.rng, dtype=torch.float64).tolist()[::-1]
+            numbers = torch.rand(_AT_ONCE, generator=self.rng, dtype=torch.float64, device="cpu")
+            self._numbers = numbers.tolist()[::-1]
         return self._numbers.pop()
 
     def take(self, token: int) -> tuple[Finish | None, str]:

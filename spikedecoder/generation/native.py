@@ -58,7 +58,7 @@ class Native(Recurrent):
     def _advance(self, tokens: Sequence[int], state: DecoderState) -> tuple[Tensor, DecoderState]:
         if not self.decoder.takes(state):
             return super()._advance(tokens, state)
-        return self.decoder.step(torch.tensor(tokens), state)
+        return self.decoder.step(torch.tensor(tokens, device="cpu"), state)
 
     def _read_part(self, part: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
         if state is not None and not self.decoder.takes(state, part.shape[1]):

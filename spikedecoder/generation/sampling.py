@@ -129,7 +129,7 @@ def distribution(scores: Floats, params: SamplingParams, seen: Any = None) -> Fl
 
 def uniform(generator: Sequence[torch.Generator]) -> list[float]:
     """The next number in [0, 1) of each."""
-    return [torch.rand(1, generator=g, dtype=torch.float64).item() for g in generator]
+    return [torch.rand(1, generator=g, dtype=torch.float64, device=g.device).item() for g in generator]
 
 
 def draw(probabilities: Floats, numbers: Sequence[float]) -> list[int]:

@@ -102,4 +102,5 @@ class Window:
         tokens = torch.tensor(padded, device=self.model.device)
         with evaluating(self.modules):
             logits = self.model(tokens)
-        return logits[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
+        last = torch.tensor(lengths, device=logits.device) - 1
+        return logits[torch.arange(len(lengths), device=logits.device), last]

@@ -97,5 +97,5 @@ def grad_threshold_like(threshold: Tensor | float, t: Threshold) -> Tensor | Non
     if not isinstance(threshold, Tensor):
         return None
     if t.values is None:
-        return torch.zeros(threshold.shape, dtype=torch.float32)
+        return threshold.new_zeros(threshold.shape, dtype=torch.float32)
     return torch.zeros_like(t.values)

@@ -27,7 +27,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """An uninitialised tensor that cannot be resized in place, since its memory is not torch's."""
     if cpu.KEEPS_FREED_MEMORY and dtype in _TYPES:
         return _from_dlpack(native.result(shape, _TYPES[dtype]))
-    return torch.empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Decoder:
         with torch.no_grad():
             self._weights = _in_huge_pages([part.reshape(-1) for part in _weights(model)])
             self._thresholds, self._present = _neurons(model)
-        self._decay = None if c.decays is None else torch.tensor(c.decays)
+        self._decay = None if c.decays is None else _floats(c.decays)
         assert isinstance(model.embedding, Embedding)
         self._embedding = _Embedding(model.embedding)
         self._native = native.DecodeModel(
@@ -116,10 +116,10 @@ class Decoder:
             present=address(self._present),
             decay=address(self._decay),
         )
-        self._scratch = torch.empty(0)
+        self._scratch = _empty(0)
         self._room = 0  # threads that it is for
         self._known: list[Tensor] = []  # the state's tensors whose addresses these are
-        self._addresses = torch.empty(0)
+        self._addresses = _empty(0)
         self._exact_tokens = c.exact_tokens
         self._bounded = c.position_encoding != "static" or c.token_encoding == "one-hot"
 
@@ -139,7 +139,7 @@ class Decoder:
                 out of range; a state for which `takes` is false.
         """
         self._check("token", token, 1, state)
-        logits = torch.empty(len(token), self.config.vocab_size)
+        logits = _empty(len(token), self.config.vocab_size)
         with self._lock:
             table = self._embedding.position_rows(state)
             if table is None:
@@ -167,7 +167,7 @@ class Decoder:
             state = DecoderState.empty(self.config, batch, torch.device("cpu"))
         self._check("tokens", tokens, 2, state)
         b, s = tokens.shape
-        logits = torch.empty((b, self.config.vocab_size) if last_only else (b, s, self.config.vocab_size))
+        logits = _empty(*((b,) if last_only else (b, s)), self.config.vocab_size)
         with self._lock:
             self._read(tokens, state, logits, last_only)
         state.position = state.position + s
@@ -200,7 +200,7 @@ class Decoder:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(f"tokens: got ids from {low} to {high}, takes 0 to {self.config.vocab_size - 1}")
-        embedded = self._embedding(tokens, state.position[:, None] + torch.arange(tokens.shape[1]))
+        embedded = self._embedding(tokens, state.position[:, None] + _numbers(tokens.shape[1]))
         self._native.read_embedded(
             *(address(embedded), self._point_to(state), address(logits), last_only),
             *(self._room_for_threads(), *tokens.shape, torch.get_num_threads()),
@@ -210,7 +210,7 @@ class Decoder:
         """The address of scratch memory."""
         threads = torch.get_num_threads()
         if threads > self._room:
-            self._scratch = torch.empty(self._native.scratch_bytes(threads) // 4)
+            self._scratch = _empty(self._native.scratch_bytes(threads) // 4)
             self._room = threads
         return address(self._scratch)
 
@@ -231,13 +231,13 @@ class Decoder:
             for name, shape in shapes.items():
                 tensor = layer.get(name)
                 if tensor is None:
-                    tensor = torch.zeros(shape)
+                    tensor = _empty(*shape).zero_()
                 if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
                     got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
                     raise ValueError(f"state: {name}: got {got}, takes {shape} torch.float32 on the CPU")
                 layer[name] = tensor.contiguous()
         addresses = [[address(layer.get(name)) for name in _STATE] for layer in state.layers]
-        self._addresses = torch.tensor(addresses, dtype=torch.int64)
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         self._known = [tensor for layer in state.layers for tensor in layer.values()]
         return address(self._addresses)
 
@@ -248,11 +248,11 @@ class _Embedding:
     def __init__(self, embedding: Embedding) -> None:
         self._module = copy.deepcopy(embedding).requires_grad_(False)
         c = self.config = embedding.config
-        self.token_rows = torch.empty(0)
+        self.token_rows = _empty(0)
         self._near: Tensor | None = None
-        self._far, self._first = torch.empty(0), 0
+        self._far, self._first = _empty(0), 0
         if c.position_width:  # else they are added, or one
-            tokens = torch.arange(c.vocab_size)[None]
+            tokens = _numbers(c.vocab_size)[None]
             self.token_rows = self(tokens, torch.zeros_like(tokens))[0, :, : c.token_width].contiguous()
             self._near = self._rows(0, c.max_len)
 
@@ -262,7 +262,7 @@ class _Embedding:
             return self._module(tokens, positions, torch.float32).contiguous()
 
     def _rows(self, first: int, count: int) -> Tensor:
-        positions = torch.arange(first, first + count)[None]
+        positions = first + _numbers(count)[None]
         return self(torch.zeros_like(positions), positions)[0, :, self.config.token_width :].contiguous()
 
     def position_rows(self, state: DecoderState) -> tuple[Tensor, int] | None:
@@ -278,6 +278,21 @@ class _Embedding:
         if not self._first <= lowest <= state.longest < self._first + len(self._far):
             self._far, self._first = self._rows(lowest, _POSITIONS), lowest
         return self._far, self._first
+
+
+# What the kernel reads and writes is float32 on the CPU whatever torch's defaults are.
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _floats(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+def _numbers(n: int) -> Tensor:
+    return torch.arange(n, device="cpu")
 
 
 def _lifs(model: SpikeDecoder) -> list[LIF]:
@@ -299,7 +314,7 @@ def _neurons(model: SpikeDecoder) -> tuple[Tensor, Tensor]:
         for lif in neurons
     ]
     present = [lif is not None for lif in neurons]
-    return torch.tensor(thresholds), torch.tensor(present, dtype=torch.uint8)
+    return _floats(thresholds), torch.tensor(present, dtype=torch.uint8, device="cpu")
 
 
 def _weights(model: SpikeDecoder) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ def forward(x: Tensor, p: ILIFParams, want_mask: bool) -> tuple[Tensor, Tensor |
     dtype = x.dtype
     x = dense(x)
     out = empty_like(x)
-    mask = torch.empty(x.shape, dtype=torch.uint8) if want_mask else None
+    mask = x.new_empty(x.shape, dtype=torch.uint8) if want_mask else None
     native.ilif_forward(
         *(address(x), address(out), address(mask), 1 / p.v_threshold, float(p.levels), *p.window),
         *(x.numel(), torch.get_num_threads()),

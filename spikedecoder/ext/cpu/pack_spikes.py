@@ -29,7 +29,7 @@ def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
     """The words, and how many bits in them are set."""
     spikes = packable(spikes)
     channels = spikes.shape[-1]
-    words = torch.empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
+    words = spikes.new_empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
     count = native.pack(
         *(address(spikes), ELEMENTS[spikes.dtype], address(words)),
         *(spikes.numel() // channels if channels else 0, channels, torch.get_num_threads()),

@@ -43,7 +43,7 @@ def forward(
     state = None if state is None else dense(state)
     t, b, _, h, d = q.shape
     out = empty_like(q)
-    final = torch.empty(t, b, h, d, d) if return_state else None
+    final = q.new_empty(t, b, h, d, d) if return_state else None
     native.attention_forward(
         *(address(q), address(k), address(v), address(decay), address(state), scale, levels > 1),
         *(address(out), address(final), *sizes(q)),

@@ -32,12 +32,12 @@ def forward(
     which for a handful of rows costs more than the product itself.
     """
     if method is None and _is_few(s, weight):
-        words = torch.empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
+        words = s.new_empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
         return _few_rows(s, weight, bias, words), words
     way = way_of(s, weight, method)
     if weight.dtype == torch.float32 and not way.torch_dense:
         s = packable(s)
-        words = torch.empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
+        words = s.new_empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
         return multiply(words, UNKNOWN, weight, bias, way, s), words
     words, count = pack_and_count(s)
     if way.by_torch(count) and s.dtype == weight.dtype:
@@ -144,7 +144,7 @@ def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor | No
     """Packing (where `words` are wanted) and gathering in one call: each microsecond counts."""
     s = dense(s)
     out_channels, channels = weight.shape
-    y = torch.empty((*s.shape[:-1], out_channels))
+    y = s.new_empty((*s.shape[:-1], out_channels))
     if bias is not None:
         bias = dense(bias)
     native.gather_few(
@@ -179,7 +179,7 @@ def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if not weight.numel() or not _cost.own_products(native.variant(), grad.dtype):
         return grad @ weight.to(grad.dtype), grad.unsqueeze(0).flatten(0, -2).sum(0)
     grad, weight = same(grad), same(weight, grad.dtype)
-    grad_s, grad_bias = empty((*grad.shape[:-1], k), grad.dtype), torch.empty(n)
+    grad_s, grad_bias = empty((*grad.shape[:-1], k), grad.dtype), weight.new_empty(n, dtype=torch.float32)
     sizes = (grad.numel() // n if n else 0, n, k, torch.get_num_threads())
     _matmul(grad, ELEMENTS[grad.dtype], weight, None, grad_s, grad_bias, sizes)
     return grad_s, grad_bias.to(grad.dtype)
