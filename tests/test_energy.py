@@ -142,7 +142,7 @@ def brute_force(model, ids, mode):
             handles.append(module.register_forward_hook(lif(name, module.lif.params)))
         elif kind == "SoftmaxAttention":
             handles.append(module.register_forward_hook(softmax(name)))
-        elif kind == "LIF":  # those inside fused layers are not called by themselves
+        elif kind == "LIF" and not name.endswith((".q.lif", ".k.lif", ".v.lif", ".fc1.lif", "n_lif.lif")):
             handles.append(module.register_forward_hook(lif(name, module.params)))
     with torch.no_grad():
         model(ids)

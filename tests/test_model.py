@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.nn.embedding import binary_code, sinusoid
@@ -302,3 +304,65 @@ def test_static_positions_go_on_past_the_context():
 def test_config_must_be_a_config():
     with pytest.raises(TypeError, match="config: got dict"):
         SpikeDecoder({"vocab_size": 3})
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("default", {}),
+        ("default-lif", {}),
+        ("default-lif", {"norm": "layer"}),
+        ("default-lif", {"attention_norm": True}),
+    ],
+)
+def test_hooks_on_every_module_see_what_passes_it(preset, changes, recompute):
+    """Operators that hold several modules together give way to the modules: the same numbers."""
+    torch.manual_seed(0)
+    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, **changes}
+    model = SpikeDecoder(SpikeDecoderConfig.preset(preset, **small)).double()
+    model.recompute_activations(recompute and preset == "default-lif")
+    tokens = torch.randint(0, 30, (2, 8))
+    running = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    wanted = {name for name, _ in model.named_modules()} - {"blocks"}
+    results, forward, backward = [], [], set()
+    for hooked in (False, True):
+        for name, module in model.named_modules() if hooked else ():
+            module.register_forward_hook(functools.partial(lambda n, *_: forward.append(n), name))
+            module.register_full_backward_hook(functools.partial(lambda n, *_: backward.add(n), name))
+        model.train()
+        model.load_state_dict(running, strict=False)
+        model.zero_grad()
+        loss = model.loss(tokens, tokens.roll(-1, 1))
+        assert sorted(forward) == sorted(wanted if hooked else ())
+        loss.backward()
+        assert backward == (wanted if hooked else set())
+        forward.clear()
+        with torch.no_grad():
+            logits = model.eval()(tokens)
+        assert sorted(forward) == sorted(wanted if hooked else ())
+        results.append([loss.detach(), logits, *(p.grad.clone() for p in model.parameters())])
+    for alone, watched in zip(*results, strict=True):
+        torch.testing.assert_close(watched, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_pruned_weights_are_those_of_each_step():
+    """torch.nn.utils.prune masks a weight in a hook before its module."""
+    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "norm": "layer"}
+    tokens = torch.randint(0, 30, (2, 8), generator=torch.Generator().manual_seed(0))
+    losses = {}
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", **small))
+        for layer in (model.blocks[0].mlp.fc1.linear, model.blocks[0].mlp.fc2.linear):
+            prune.l1_unstructured(layer, "weight", 0.5)
+        model.recompute_activations(recompute)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        losses[recompute] = []
+        for _ in range(3):
+            loss = model.loss(tokens, tokens.roll(-1, 1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[recompute].append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5) and len(set(losses[True])) == 3

@@ -124,10 +124,11 @@ class Recorder:
             return None
         if isinstance(module, (Embedding, FloatEmbedding)):
             self._has_embedding = True
-        if method == self._lif:
+        if method in (self._lif, self._norm):
             above = self.model.get_submodule(parent) if name else None
             if isinstance(above, (LinearNormLIF, AttentionLIF)):
                 return None  # fused there
+        if method == self._lif:
             layer = name or "LIF"
 
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

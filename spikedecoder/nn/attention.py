@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.linear import LinearNorm, LinearNormLIF
-from spikedecoder.nn.neuron import neurons
+from spikedecoder.nn.neuron import neurons, watched
 from spikedecoder.nn.norm import Norm
 from spikedecoder.nn.shift import token_shift
 from spikedecoder.nn.state import LayerState, grow
@@ -64,7 +64,7 @@ class AttentionLIF(nn.Module):
         # [T, B, S, E] -> [T, B, H, S, d]
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        if layer is None and self.norm is None and self.lif.fused:
+        if layer is None and self.norm is None and self.lif.fused and not watched(self.lif):
             p, threshold = self.lif.params, self.lif.v_threshold
             a = ops.spike_attention_lif(
                 q, k, v, p, self.scale, self.decay, threshold=threshold, dropout=dropout
@@ -72,7 +72,9 @@ class AttentionLIF(nn.Module):
             return a.transpose(2, 3).flatten(-2)
         current = self.current(q, k, v, dropout) if layer is None else self._go_on(q, k, v, layer)
         current = current.transpose(2, 3).flatten(-2)
-        return self.lif(current) if self.norm is None else self.lif.of_norm(current, self.norm.params())
+        if self.norm is None or watched(self.norm):
+            return self.lif(current if self.norm is None else self.norm(current))
+        return self.lif.of_norm(current, self.norm.params())
 
     def current(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         """The attention itself, before norm and neurons: [T, B, H, S, d] for q, k, v of that shape."""

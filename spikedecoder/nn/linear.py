@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
-from spikedecoder.nn.neuron import neurons
+from spikedecoder.nn.neuron import neurons, watched
 from spikedecoder.nn.norm import Norm
 
 
@@ -55,7 +55,8 @@ class LinearNorm(nn.Module):
         self.recompute = False  # see SpikeDecoder.recompute_activations
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and isinstance(self.linear, SpikeLinear) and torch.is_grad_enabled():
+        parts = not isinstance(self.linear, SpikeLinear) or watched(self.linear, self.norm)
+        if self.recompute and not parts and torch.is_grad_enabled():
             return ops.linear_norm(x, self.linear.weight, self.linear.bias, self.norm.params())
         return self.norm(self.linear(x))
 
@@ -72,11 +73,12 @@ class LinearNormLIF(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         learns = torch.is_grad_enabled()
-        # else in one operator too, unless someone wants the Linear's result
-        watched = self.linear._forward_hooks or self.linear._forward_pre_hooks
-        if self.lif.fused and (self.recompute if learns else not watched):
+        parts = not self.lif.fused or watched(self.linear, self.norm, self.lif)
+        if not parts and (self.recompute or not learns):
             return ops.linear_norm_lif(
                 s, self.linear.weight, self.linear.bias, self.norm.params(), self.lif.params,
                 threshold=self.lif.v_threshold, recompute=learns,
             )  # fmt: skip
+        if watched(self.norm):
+            return self.lif(self.norm(self.linear(s)))
         return self.lif.of_norm(self.linear(s), self.norm.params())

@@ -10,6 +10,14 @@ from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 
+def watched(*modules: nn.Module) -> bool:
+    """Whether a hook waits on one of them, so that it has to be called by itself."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
+
+
 class LIF(nn.Module):
     """Multi-timestep LIF over dim 0; stateless: every call starts at rest.
 
@@ -32,6 +40,8 @@ class LIF(nn.Module):
 
     def of_norm(self, x: Tensor, n: NormParams) -> Tensor:
         """self(norm(x))."""
+        if watched(self):  # someone wants the current, or the spikes
+            return self(ops.norm(x, n))
         return ops.norm_lif(x, n, self.params, threshold=self.v_threshold)
 
     def extra_repr(self) -> str:
@@ -52,7 +62,7 @@ class ILIF(LIF):
         return ops.ilif_params(x, self.params)
 
     def of_norm(self, x: Tensor, n: NormParams) -> Tensor:
-        if self._forward_hooks or self._forward_pre_hooks:  # someone wants the current
+        if watched(self):
             return self(ops.norm(x, n))
         return ops.norm_ilif(x, n, self.params)
 
