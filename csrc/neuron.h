@@ -37,7 +37,7 @@ SPIKEDECODER_INLINE F surrogate_derivative(Surrogate surrogate, F u, F alpha) {
     case Surrogate::sigmoid: return sigmoid_derivative(u, alpha);
     case Surrogate::atan: return atan_derivative(u, alpha);
     case Surrogate::rectangular: return keep(ge(set1(0.5f), mul(abs(u), alpha)), alpha);
-    case Surrogate::triangle: return mul(alpha, max(sub(one, mul(alpha, abs(u))), zero()));
+    case Surrogate::triangle: return mul(alpha, max(zero(), sub(one, mul(alpha, abs(u)))));
     case Surrogate::fast_sigmoid: break;
   }
   const F d = add(one, mul(alpha, abs(u)));

@@ -162,7 +162,7 @@ SPIKEDECODER_INLINE F minus_abs(F a) {
 SPIKEDECODER_INLINE F round(F a) { return (a + set1(12582912.f)) - set1(12582912.f); }
 SPIKEDECODER_INLINE F scale_by_exp2(F a, F n) {
   Mask exponent;
-  for (int i = 0; i < W; i++) exponent[i] = static_cast<int32_t>(n[i]) * (1 << 23);
+  for (int i = 0; i < W; i++) exponent[i] = n[i] == n[i] ? static_cast<int32_t>(n[i]) * (1 << 23) : 0;
   return reinterpret_cast<F>(reinterpret_cast<Mask>(a) + exponent);
 }
 SPIKEDECODER_INLINE float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
@@ -386,11 +386,11 @@ SPIKEDECODER_INLINE void for_channels_evenly(int64_t C, const Body& body) {
   if (c < C) body(Vectors<1>{}, c, static_cast<int>(C - c));
 }
 
-// 2^-|a|. It stops falling at 2^-110, which keeps denormal numbers (slow) out of what is multiplied with it. For
-// gradients: it contracts.
+// 2^-|a|. It stops falling at 2^-110, which keeps denormal numbers (slow) out of what is multiplied with it. A NaN
+// stays one: max gives its second argument there. For gradients: it contracts.
 SPIKEDECODER_INLINE F exp2_of_minus_abs(F a) {
 #if defined(SPIKEDECODER_AVX512)
-  a = _mm512_range_ps(a, set1(110.f), 0xe);                                     // -min(|a|, 110)
+  a = max(set1(-110.f), _mm512_or_ps(set1(-0.f), a));
   const F r = _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // a - floor(a)
   F p = set1(1.8775766948e-3f);  // polynomial with relative error 1.5e-7
   p = fma(p, r, set1(8.9893406257e-3f));
@@ -400,7 +400,7 @@ SPIKEDECODER_INLINE F exp2_of_minus_abs(F a) {
   p = fma(p, r, set1(0.99999994f));
   return _mm512_scalef_ps(p, a);  // p 2^floor(a)
 #else
-  a = max(minus_abs(a), set1(-110.f));
+  a = max(set1(-110.f), minus_abs(a));
   const F n = round(a);
   const F r = sub(a, n);  // in [-1/2, 1/2]; polynomial with relative error 1.3e-7
   F p = set1(1.3400432165e-3f);

@@ -7,6 +7,7 @@ import torch
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ext, ops
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
+from spikedecoder.surrogate import SURROGATES
 from spikedecoder.testing import Case, cases, flipped, make_inputs, run, spikes
 
 if not ext.is_built():
@@ -263,6 +264,25 @@ def test_norm_ilif_takes_what_is_strided_and_what_is_no_number(variant):
         found[backend] = out.detach(), *torch.autograd.grad(out, leaf, upstream)
     torch.testing.assert_close(found["cpu"], found["reference"], rtol=0, atol=1e-5, equal_nan=True)
     assert found["cpu"][0][2, 3, 4:7].tolist()[1:] == [4, 0] and found["cpu"][0][2, 3, 4].isnan()
+
+
+@pytest.mark.parametrize("surrogate", list(SURROGATES))
+@pytest.mark.parametrize("options", [{}, {"v_reset": None}, {"detach_reset": False}], ids=str)
+def test_what_is_no_number_stays_so_in_gradients(options, surrogate, variant):
+    """A run that diverged must not look sound."""
+    x = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).repeat_interleave(9, 1)
+    x[:, :7] = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e-42, 0.0])
+    x[1, 0] = x[0, 30] = 1.0
+    found = {}
+    for backend in ("cpu", "reference"):
+        leaf, threshold = x.clone().requires_grad_(), torch.full((63,), 0.75, requires_grad=True)
+        with ops.use_backend(backend):
+            out = ops.lif(leaf, v_threshold=threshold, surrogate=surrogate, **options)
+        found[backend] = out.detach(), *torch.autograd.grad(out.sum(), (leaf, threshold))
+    for got, want in zip(found["cpu"], found["reference"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if surrogate != "rectangular":  # 0 there, by its definition
+        assert found["cpu"][1][:, 0].isnan().any()
 
 
 @pytest.mark.parametrize("shape", [(70, 33, 20), (300, 80, 130), (40, 2100, 40), (5, 64, 16)], ids=str)
