@@ -95,7 +95,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
         return self.head(x)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = self.embedding(tokens, positions, self.dtype)
+        x = self.embedding(tokens.long(), positions, self.dtype)
         # the same input at every timestep
         return x.expand(self.config.timesteps, *x.shape) if self.config.spiking_attention else x
 
@@ -145,8 +145,12 @@ class SpikeDecoder(nn.Module, FolderMixin):
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats over targets [B, S], those of -100 and of `pad_id` left out.
 
-        targets: for each token the one that follows it. Raises ValueError where their shape is another.
+        targets: for each token the one that follows it. Raises TypeError where they are no integers, and
+        ValueError where their shape is another.
         """
+        if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+            got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+            raise TypeError(f"targets: got {got}, takes an int64 tensor [B, S]")
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"targets: got shape {tuple(targets.shape)}, takes that of tokens, {tuple(tokens.shape)}"
@@ -155,7 +159,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
             targets = targets.masked_fill(targets == self.config.pad_id, IGNORE)
         logits = self(tokens).flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
+        return F.cross_entropy(logits, targets.flatten().long(), ignore_index=IGNORE)
 
     def generate(
         self,

@@ -297,6 +297,26 @@ def test_targets_of_another_shape():
         SpikeDecoder(_config()).loss(tokens, tokens[:, 1:])
 
 
+@pytest.mark.parametrize("token_encoding", ["learned", "one-hot", "two-hot", "binary"])
+def test_ids_of_32_bits_are_those_of_64(token_encoding):
+    model = SpikeDecoder(_config(token_encoding=token_encoding, vocab_size=7, heads=1)).eval()
+    tokens = torch.randint(0, 7, (2, 6))
+    narrow = tokens.int()
+    assert torch.equal(model(narrow), model(tokens))
+    assert torch.equal(model.loss(narrow, narrow.roll(-1, 1)), model.loss(tokens, tokens.roll(-1, 1)))
+    for ids in (narrow, tokens):
+        logits, state = model.prefill(ids[:, :5])
+        torch.testing.assert_close(logits, model(tokens[:, :5]))
+        torch.testing.assert_close(model.step(ids[:, 5], state)[0], model(tokens)[:, 5])
+
+
+@pytest.mark.parametrize("targets", [torch.ones(2, 3), [1, 2], None], ids=repr)
+def test_targets_of_another_kind(targets):
+    model, tokens = SpikeDecoder(_config()), torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"targets: got (torch.float32|list|NoneType), takes an int64 tensor"):
+        model.loss(tokens, targets)
+
+
 def test_static_positions_go_on_past_the_context():
     assert SpikeDecoder(_config())(torch.zeros(1, 40).long()).shape == (1, 40, 11)
 
