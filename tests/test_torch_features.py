@@ -220,6 +220,24 @@ def test_the_defaults_of_torch_change_no_tensor_of_a_model(default: Any) -> None
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_shapes_without_values(variant: str) -> None:
+    """On the meta device, in training, recomputed and read."""
+    model, empty = make(**VARIANTS[variant]), make(**VARIANTS[variant]).to("meta")
+    read = tokens().to("meta")
+    for recompute in {False, model.config.neuron == "lif"}:
+        empty.recompute_activations(recompute)
+        loss = empty.loss(read, read)
+        loss.backward()
+        assert loss.is_meta and loss.shape == ()
+    for name, parameter in empty.named_parameters():
+        assert parameter.grad is not None and parameter.grad.is_meta, name
+    with torch.no_grad():
+        logits, state = empty.eval().prefill(read)
+    wanted, read_state = model.eval().prefill(tokens())
+    assert logits.is_meta and logits.shape == wanted.shape and state.nbytes == read_state.nbytes
+
+
 def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches():
     """What `spike_linear` gives without a gradient, and all that keeps it on the dispatcher's way."""
     import importlib

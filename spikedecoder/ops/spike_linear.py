@@ -177,7 +177,8 @@ def _check_bias(s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, str]:
     """(weight, bias, backend) in the dtype that the product runs in: autocast's where that is on."""
     device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch has none there, and raises
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     backend = resolve("spike_linear", device, dtype, requested_backend())
     return weight.to(dtype), None if bias is None else bias.to(dtype), backend
 
