@@ -7,12 +7,15 @@ from torch import Tensor
 
 from spikedecoder.fields import LEAST, number
 from spikedecoder.ops import _check
+from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, select
 
 
-@torch.library.custom_op("spikedecoder::binarize", mutates_args=())
-def _binarize(x: Tensor, alpha: float, backend: str) -> Tensor:
+def _run(x: Tensor, alpha: float, backend: str) -> Tensor:
     return select("binarize", Call(x.device, x.dtype, tuple(x.shape)), backend).forward(x, alpha)
+
+
+_binarize = torch.library.custom_op("spikedecoder::binarize", _run, mutates_args=())
 
 
 @_binarize.register_fake
@@ -20,9 +23,11 @@ def _(x, alpha, backend):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("spikedecoder::binarize_backward", mutates_args=())
-def _binarize_backward(grad: Tensor, x: Tensor, alpha: float, backend: str) -> Tensor:
+def _run_back(grad: Tensor, x: Tensor, alpha: float, backend: str) -> Tensor:
     return select("binarize", Call(x.device, x.dtype, tuple(x.shape)), backend).backward(grad, x, alpha)
+
+
+_binarize_backward = torch.library.custom_op("spikedecoder::binarize_backward", _run_back, mutates_args=())
 
 
 @_binarize_backward.register_fake
@@ -35,12 +40,15 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x)
 
 
-def _autograd(ctx, grad):
+def _gradients(ctx, grad, backward):
     (x,) = ctx.saved_tensors
-    return _binarize_backward(grad, x, ctx.alpha, ctx.backend), None, None
+    return backward(grad, x, ctx.alpha, ctx.backend), None, None
 
 
-_binarize.register_autograd(_autograd, setup_context=_setup_context)
+_binarize.register_autograd(
+    lambda ctx, grad: _gradients(ctx, grad, _binarize_backward), setup_context=_setup_context
+)
+_direct = direct(_run, _setup_context, lambda ctx, grad: _gradients(ctx, grad, _run_back))
 
 
 def binarize(x: Tensor, alpha: float = 2.0) -> Tensor:
@@ -50,4 +58,5 @@ def binarize(x: Tensor, alpha: float = 2.0) -> Tensor:
     """
     _check.floating("x", x, min_dims=0)
     number("alpha", alpha, "a finite number > 0", LEAST)
-    return _binarize(x, float(alpha), requested_backend())
+    operator = _direct if unwatched(x) else _binarize
+    return operator(x, float(alpha), requested_backend())

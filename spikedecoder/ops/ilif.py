@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ops import _check
+from spikedecoder.ops._direct import as_tensors, direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, select
 from spikedecoder.params import ILIFParams
 
@@ -14,10 +15,13 @@ def _impl(x: Tensor, backend: str):
     return select("ilif", Call(x.device, x.dtype, tuple(x.shape)), backend)
 
 
+def _run(x: Tensor, p: ILIFParams, want_mask: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+    return _impl(x, backend).forward(x.contiguous(), p, want_mask)
+
+
 @torch.library.custom_op("spikedecoder::ilif", mutates_args=())
 def _ilif(x: Tensor, levels: int, v_threshold: float, want_mask: bool, backend: str) -> tuple[Tensor, Tensor]:
-    counts, mask = _impl(x, backend).forward(x.contiguous(), ILIFParams(levels, v_threshold), want_mask)
-    return counts, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+    return as_tensors(x, *_run(x, ILIFParams(levels, v_threshold), want_mask, backend), dtype=torch.uint8)
 
 
 @_ilif.register_fake
@@ -26,9 +30,13 @@ def _(x, levels, v_threshold, want_mask, backend):
     return counts, x.new_empty(x.shape if want_mask else (0,), dtype=torch.uint8)
 
 
+def _run_back(grad: Tensor, mask: Tensor, p: ILIFParams, backend: str) -> Tensor:
+    return _impl(grad, backend).backward(grad.contiguous(), mask, p)
+
+
 @torch.library.custom_op("spikedecoder::ilif_backward", mutates_args=())
 def _ilif_backward(grad: Tensor, mask: Tensor, levels: int, v_threshold: float, backend: str) -> Tensor:
-    return _impl(grad, backend).backward(grad.contiguous(), mask, ILIFParams(levels, v_threshold))
+    return _run_back(grad, mask, ILIFParams(levels, v_threshold), backend)
 
 
 @_ilif_backward.register_fake
@@ -37,17 +45,23 @@ def _(grad, mask, levels, v_threshold, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    _, *ctx.rest, _, ctx.backend = inputs
+    _, *neuron, _, backend = inputs
+    ctx.rest = (*neuron, backend)
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    if output[1] is not None:
+        ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _grad_mask):
+def _gradient(ctx, grad, backward):
     (mask,) = ctx.saved_tensors
-    return _ilif_backward(grad, mask, *ctx.rest, ctx.backend), None, None, None, None
+    return backward(grad, mask, *ctx.rest)
 
 
-_ilif.register_autograd(_autograd, setup_context=_setup_context)
+_ilif.register_autograd(
+    lambda ctx, grad, _: (_gradient(ctx, grad, _ilif_backward), None, None, None, None),
+    setup_context=_setup_context,
+)
+_direct = direct(_run, _setup_context, lambda ctx, grad, *_: (_gradient(ctx, grad, _run_back),), tensors=1)
 
 
 def ilif(x: Tensor, *, levels: int, v_threshold: float = 1.0) -> Tensor:
@@ -74,4 +88,6 @@ def ilif_params(x: Tensor, p: ILIFParams) -> Tensor:
     _check.of_type("p", p, ILIFParams)
     _check.floating("x", x, min_dims=0)
     want_mask = torch.is_grad_enabled() and x.requires_grad
-    return _ilif(x, p.levels, p.v_threshold, want_mask, requested_backend())[0]
+    if unwatched(x):
+        return _direct(x, p, want_mask, requested_backend())[0]
+    return _ilif(x, *p.flat(), want_mask, requested_backend())[0]

@@ -11,9 +11,12 @@ from spikedecoder.ops._dispatch import Call, requested_backend, select
 WORD = 64
 
 
-@torch.library.custom_op("spikedecoder::pack_spikes", mutates_args=())
-def _pack(spikes: Tensor, backend: str) -> Tensor:
+def pack(spikes: Tensor, backend: str) -> Tensor:
+    """`pack_spikes`, for calls that nothing watches."""
     return select("pack_spikes", Call(spikes.device, spikes.dtype, tuple(spikes.shape)), backend).pack(spikes)
+
+
+_pack = torch.library.custom_op("spikedecoder::pack_spikes", pack, mutates_args=())
 
 
 @_pack.register_fake
@@ -21,10 +24,13 @@ def _(spikes, backend):
     return spikes.new_empty(*spikes.shape[:-1], -(-spikes.shape[-1] // WORD), dtype=torch.int64)
 
 
-@torch.library.custom_op("spikedecoder::unpack_spikes", mutates_args=())
-def _unpack(words: Tensor, channels: int, dtype: torch.dtype, backend: str) -> Tensor:
+def unpack(words: Tensor, channels: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """`unpack_spikes`, for calls that nothing watches."""
     call = Call(words.device, dtype, (*words.shape[:-1], channels))
     return select("pack_spikes", call, backend).unpack(words, channels, dtype)
+
+
+_unpack = torch.library.custom_op("spikedecoder::unpack_spikes", unpack, mutates_args=())
 
 
 @_unpack.register_fake

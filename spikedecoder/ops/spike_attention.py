@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from spikedecoder.fields import number
 from spikedecoder.ops import _check
-from spikedecoder.ops._direct import unwatched
+from spikedecoder.ops._direct import as_tensors, direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
-from spikedecoder.ops.pack_spikes import _pack, _unpack
+from spikedecoder.ops.pack_spikes import _pack, _unpack, pack, unpack
 from spikedecoder.params import check_levels
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.spike_attention import decay_matrix, decay_powers
@@ -29,6 +29,16 @@ def laid_out(x: Tensor) -> Tensor:
     return x.transpose(2, 3).contiguous().transpose(2, 3)
 
 
+def by_token(x: Tensor) -> Tensor:
+    """x, laid out so, as [T, B, S, H, d] and no view: one that an autograd function made must not be changed
+    in place."""
+    x = x.transpose(2, 3)
+    base = x._base
+    if base is None:  # nothing is recorded
+        return x
+    return base if base.shape == x.shape and base.is_contiguous() else x.clone()
+
+
 def _impl(q: Tensor, decay: Tensor | None, backend: str, levels: int):
     options = {"decay": decay is not None, **_integers(levels)}
     return select("spike_attention", Call(q.device, q.dtype, tuple(q.shape), options), backend)
@@ -38,8 +48,7 @@ def _integers(levels: int) -> dict[str, int]:
     return {} if levels == 1 else {"levels": levels}
 
 
-@torch.library.custom_op("spikedecoder::spike_attention", mutates_args=())
-def _spike_attention(
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -54,7 +63,10 @@ def _spike_attention(
     impl = _impl(q, decay, backend, levels)
     with torch.autocast(q.device.type, enabled=False):  # or torch's products would round the sums
         out, final = impl.forward(q, k, v, scale, decay, state, return_state, **_integers(levels))
-    return laid_out(out), q.new_empty(0) if final is None else final
+    return as_tensors(q, laid_out(out), final)
+
+
+_spike_attention = torch.library.custom_op("spikedecoder::spike_attention", _run, mutates_args=())
 
 
 @_spike_attention.register_fake
@@ -64,8 +76,7 @@ def _(q, k, v, scale, decay, state, words, return_state, backend, levels):
     return heads_last(q), q.new_empty(t, b, h, d, d, dtype=dtype) if return_state else q.new_empty(0)
 
 
-@torch.library.custom_op("spikedecoder::spike_attention_backward", mutates_args=())
-def _spike_attention_backward(
+def _run_back(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -82,18 +93,23 @@ def _spike_attention_backward(
     return laid_out(dq), laid_out(dk), laid_out(dv)
 
 
+_spike_attention_backward = torch.library.custom_op(
+    "spikedecoder::spike_attention_backward", _run_back, mutates_args=()
+)
+
+
 @_spike_attention_backward.register_fake
 def _(grad, q, k, v, *_):
     return heads_last(q), heads_last(q), heads_last(q)
 
 
-def as_words(q: Tensor, k: Tensor, v: Tensor, backend: str) -> list[Tensor]:
+def as_words(q: Tensor, k: Tensor, v: Tensor, backend: str, pack: Callable[..., Tensor]) -> list[Tensor]:
     """Bits [T, B, S, ceil(H d / 64)] of q, k, v; none where backward keeps them as they are."""
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not wanted or backend == "reference":
         return []
     with torch.no_grad():
-        return [_pack(x.transpose(2, 3).flatten(-2), "auto") for x in (q, k, v)]
+        return [pack(x.transpose(2, 3).flatten(-2), "auto") for x in (q, k, v)]
 
 
 def keep(ctx, qkv, words, first, second):
@@ -103,12 +119,12 @@ def keep(ctx, qkv, words, first, second):
     ctx.save_for_backward(*(words or qkv), first, second)
 
 
-def kept(ctx):
+def kept(ctx, unpack):
     """What `keep` was given but for the words; q, k, v laid out heads last where they were bits."""
     *qkv, first, second = ctx.saved_tensors
     if ctx.packed:
         _, _, h, _, d = ctx.size
-        spikes = (_unpack(x, h * d, ctx.dtype, "auto") for x in qkv)
+        spikes = (unpack(x, h * d, ctx.dtype, "auto") for x in qkv)
         qkv = [x.unflatten(-1, (h, d)).transpose(2, 3) for x in spikes]
     return *qkv, first, second
 
@@ -120,12 +136,18 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _grad_state):
-    q, k, v, decay, state = kept(ctx)
-    dq, dk, dv = _spike_attention_backward(grad, q, k, v, ctx.scale, decay, state, *ctx.rest)
+def _gradients(ctx, grad, unpack, backward):
+    """Of (q, k, v, scale, decay, state)."""
+    q, k, v, decay, state = kept(ctx, unpack)
+    dq, dk, dv = backward(grad, q, k, v, ctx.scale, decay, state, *ctx.rest)
     wanted = state is not None and ctx.needs_input_grad[5]
     grad_state = _state_gradient(grad, q, ctx.scale, decay, state) if wanted else None
-    return dq, dk, dv, None, None, grad_state, ctx.no_words_grad, None, None, None
+    return dq, dk, dv, None, None, grad_state
+
+
+def _autograd(ctx, grad, _grad_state):
+    of_tensors = _gradients(ctx, grad, _unpack, _spike_attention_backward)
+    return *of_tensors, ctx.no_words_grad, None, None, None
 
 
 def _state_gradient(grad: Tensor, q: Tensor, scale: float, decay: Tensor | None, state: Tensor) -> Tensor:
@@ -137,6 +159,18 @@ def _state_gradient(grad: Tensor, q: Tensor, scale: float, decay: Tensor | None,
 
 
 _spike_attention.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _run_by_token(*inputs):
+    out, final = _run(*inputs)
+    return by_token(out), final
+
+
+def _gradients_by_token(ctx, grad, _grad_state):
+    return *_gradients(ctx, grad.transpose(2, 3), unpack, _run_back), *(None,) * 4
+
+
+_by_token = direct(_run_by_token, _setup_context, _gradients_by_token)
 
 
 def check_dropout(dropout: float) -> None:
@@ -228,8 +262,12 @@ def spike_attention(
             raise ValueError("dropout: takes 0 where the state is given or asked for")
         return _with_dropout(q, k, v, scale, decay, dropout)
     backend = requested_backend()
-    words = (
-        [] if levels > 1 else as_words(q, k, v, resolve("spike_attention", q.device.type, q.dtype, backend))
-    )
-    out, final = _spike_attention(q, k, v, float(scale), decay, state, words, return_state, backend, levels)
+    free = unwatched(q, k, v, decay, state)
+    words = []
+    if levels == 1:
+        found = resolve("spike_attention", q.device.type, q.dtype, backend)
+        words = as_words(q, k, v, found, pack if free else _pack)
+    operator = _by_token if free else _spike_attention
+    out, final = operator(q, k, v, float(scale), decay, state, words, return_state, backend, levels)
+    out = out.transpose(2, 3) if free else out
     return (out, final) if return_state else out

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ops import _check
+from spikedecoder.ops._direct import as_tensors, direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
 from spikedecoder.ops.lif import lif_params
+from spikedecoder.ops.pack_spikes import _pack, _unpack, pack, unpack
 from spikedecoder.ops.spike_attention import (
     as_words,
+    by_token,
     check_attention,
     check_dropout,
     heads_last,
@@ -21,6 +24,11 @@ from spikedecoder.ops.spike_attention import (
     spike_attention,
 )
 from spikedecoder.params import LIFParams
+
+
+def _run(q, k, v, scale, decay, threshold, words, p: LIFParams, backend: str) -> Tensor:
+    limit = p.v_threshold if threshold is None else threshold
+    return laid_out(_impl(q, decay, backend).forward(q, k, v, scale, decay, limit, p))
 
 
 @torch.library.custom_op("spikedecoder::spike_attention_lif", mutates_args=())
@@ -43,8 +51,7 @@ def _spike_attention_lif(
 ) -> Tensor:
     """threshold: a scalar or [H, d]."""
     p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    limit = p.v_threshold if threshold is None else threshold
-    return laid_out(_impl(q, decay, backend).forward(q, k, v, scale, decay, limit, p))
+    return _run(q, k, v, scale, decay, threshold, words, p, backend)
 
 
 def _impl(q: Tensor, decay: Tensor | None, backend: str):
@@ -55,6 +62,17 @@ def _impl(q: Tensor, decay: Tensor | None, backend: str):
 @_spike_attention_lif.register_fake
 def _(q, *_):
     return heads_last(q)
+
+
+def _run_back(grad_spikes, q, k, v, scale, decay, threshold, p: LIFParams, backend: str):
+    """Gradients of q, k, v and threshold, the last None where there is none."""
+    limit = p.v_threshold if threshold is None else threshold
+    dq, dk, dv, grad_threshold = _impl(q, decay, backend).backward(
+        grad_spikes, q, k, v, scale, decay, limit, p
+    )
+    if threshold is not None:
+        grad_threshold = grad_threshold.sum_to_size(threshold.shape).float()
+    return laid_out(dq), laid_out(dk), laid_out(dv), None if threshold is None else grad_threshold
 
 
 @torch.library.custom_op("spikedecoder::spike_attention_lif_backward", mutates_args=())
@@ -76,15 +94,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    limit = p.v_threshold if threshold is None else threshold
-    dq, dk, dv, grad_threshold = _impl(q, decay, backend).backward(
-        grad_spikes, q, k, v, scale, decay, limit, p
-    )
-    if threshold is None:
-        grad_threshold = q.new_empty(0, dtype=torch.float32)
-    else:
-        grad_threshold = grad_threshold.sum_to_size(threshold.shape).float()
-    return laid_out(dq), laid_out(dk), laid_out(dv), grad_threshold
+    grads = _run_back(grad_spikes, q, k, v, scale, decay, threshold, p, backend)
+    return as_tensors(q, *grads, dtype=torch.float32)
 
 
 @_backward.register_fake
@@ -99,14 +110,24 @@ def _setup_context(ctx, inputs, output):
     keep(ctx, (q, k, v), words, decay, threshold)
 
 
+def _gradients(ctx, grad_spikes, unpack, backward):
+    """Of (q, k, v, scale, decay, threshold)."""
+    q, k, v, decay, threshold = kept(ctx, unpack)
+    dq, dk, dv, grad_threshold = backward(grad_spikes, q, k, v, ctx.scale, decay, threshold, *ctx.rest)
+    return dq, dk, dv, None, None, None if threshold is None else grad_threshold.to(threshold.dtype)
+
+
 def _autograd(ctx, grad_spikes):
-    q, k, v, decay, threshold = kept(ctx)
-    dq, dk, dv, grad_threshold = _backward(grad_spikes, q, k, v, ctx.scale, decay, threshold, *ctx.rest)
-    threshold_grad = None if threshold is None else grad_threshold.to(threshold.dtype)
-    return dq, dk, dv, None, None, threshold_grad, ctx.no_words_grad, *(None,) * len(ctx.rest)
+    of_tensors = _gradients(ctx, grad_spikes, _unpack, _backward)
+    return *of_tensors, ctx.no_words_grad, *(None,) * len(ctx.rest)
 
 
 _spike_attention_lif.register_autograd(_autograd, setup_context=_setup_context)
+_by_token = direct(
+    lambda *inputs: by_token(_run(*inputs)),
+    _setup_context,
+    lambda ctx, grad: (*_gradients(ctx, grad.transpose(2, 3), unpack, _run_back), None, None, None),
+)
 
 
 def spike_attention_lif(
@@ -151,5 +172,8 @@ def spike_attention_lif(
         spikes = lif_params(current.transpose(2, 3), p, threshold=threshold)
         assert isinstance(spikes, Tensor)
         return spikes.transpose(2, 3)
-    words = as_words(q, k, v, backend)
-    return _spike_attention_lif(q, k, v, float(scale), decay, threshold, words, *p.flat(), backend)
+    free = unwatched(q, k, v, decay, threshold)
+    inputs = (q, k, v, float(scale), decay, threshold, as_words(q, k, v, backend, pack if free else _pack))
+    if free:
+        return _by_token(*inputs, p, backend).transpose(2, 3)
+    return _spike_attention_lif(*inputs, *p.flat(), backend)
