@@ -11,7 +11,12 @@ from torch import Tensor
 from spikedecoder.fields import LEAST, number, switch
 from spikedecoder.surrogate import get_surrogate
 
-NORMS = ("layer", "batch", "power")
+RUNNING = {  # what each kind of norm keeps from pass to pass
+    "layer": (),
+    "batch": ("running_mean", "running_var"),
+    "power": ("running_phi", "ema_gz", "iters"),
+}
+NORMS = tuple(RUNNING)
 
 
 def check_levels(levels: object) -> None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from spikedecoder import ops, sync
-from spikedecoder.params import NormParams
+from spikedecoder.params import RUNNING, NormParams
 
 
 class Norm(nn.Module):
     """LayerNorm, BatchNorm or PowerNorm over the last dimension."""
+
+    num_batches_tracked: Tensor
 
     def __init__(self, kind: str, channels: int) -> None:
         super().__init__()
@@ -32,13 +34,8 @@ class Norm(nn.Module):
     def params(self) -> NormParams:
         """The tensors and settings of one pass; counts the pass where the norm keeps count."""
         if self.kind == "batch" and self.training:
-            self.get_buffer("num_batches_tracked").add_(1)
-        running = {
-            "layer": (),
-            "batch": ("running_mean", "running_var"),
-            "power": ("running_phi", "ema_gz", "iters"),
-        }[self.kind]
-        tensors = tuple(self.get_buffer(name) for name in running)
+            self.num_batches_tracked.add_(1)
+        tensors = tuple(getattr(self, name) for name in RUNNING[self.kind])
         return NormParams(
             self.kind, self.weight, self.bias, training=self.training, running=tensors, group=self.group
         )

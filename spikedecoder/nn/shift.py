@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spikedecoder.nn.state import LayerState
@@ -17,12 +20,25 @@ def token_shift(x: Tensor, n: int, layer: LayerState | None = None, key: str = "
     """
     if n == 1:
         return x
-    past = None if layer is None else layer.get(key)
+    if layer is None:
+        return torch.cat([_moved(group, i) for i, group in enumerate(_groups(x, n))], dim=-1)
+    past = layer.get(key)
     if past is None:
         past = x.new_zeros(*x.shape[:-2], n - 1, x.shape[-1])
     extended = torch.cat([past, x], dim=-2)
-    if layer is not None:
-        layer[key] = extended[..., -(n - 1) :, :].clone()
+    layer[key] = extended[..., -(n - 1) :, :].clone()
     s = x.shape[-2]
-    groups = extended.tensor_split(n, dim=-1)
+    groups = _groups(extended, n)
     return torch.cat([group[..., n - 1 - i : n - 1 - i + s, :] for i, group in enumerate(groups)], dim=-1)
+
+
+def _groups(x: Tensor, n: int) -> Sequence[Tensor]:
+    """x.tensor_split(n, dim=-1), whose gradient would be zeros of all of x for each group."""
+    wide, first = divmod(x.shape[-1], n)
+    return x.split([wide + (i < first) for i in range(n)], dim=-1)
+
+
+def _moved(group: Tensor, i: int) -> Tensor:
+    """group [..., S, C], i places later; zeros come in, and the last ones go."""
+    i = min(i, group.shape[-2])
+    return F.pad(group, (0, 0, i, -i)) if i else group

@@ -33,11 +33,10 @@ def timesteps(name: str, x: Tensor) -> None:
 
 
 def same_device(**tensors: Tensor | None) -> None:
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
-        raise ValueError(
-            "got tensors on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items())
-        )
+    devices = [t.device for t in tensors.values() if t is not None]
+    if any(device != devices[0] for device in devices):
+        where = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
+        raise ValueError(f"got tensors on different devices: {where}")
 
 
 def same_shape(a_name: str, a: Tensor, b_name: str, b: Tensor) -> None:

@@ -11,7 +11,7 @@ from spikedecoder import sync
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, resolve, select
-from spikedecoder.params import NormParams
+from spikedecoder.params import RUNNING, NormParams
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.norm import move_running
 from spikedecoder.reference.norm import norm as _reference
@@ -50,13 +50,6 @@ class Statistics:
     rows: Tensor | None = None
 
 
-_RUNNING = {
-    "layer": (),
-    "batch": ("running_mean", "running_var"),
-    "power": ("running_phi", "ema_gz", "iters"),
-}
-
-
 def statistics(x: Tensor, n: NormParams) -> Statistics | None:
     """Of BatchNorm and PowerNorm, whose running ones move on in training; None for LayerNorm (rows' own)."""
     return None if n.kind == "layer" else _of_channels(x, n)
@@ -92,7 +85,7 @@ def check_norm(x: Tensor, n: NormParams) -> None:
     if n.weight.shape != x.shape[-1:]:
         raise ValueError(f"x: got {x.shape[-1]} channels (shape {tuple(x.shape)}), takes {n.weight.shape[0]}")
     _check.floating("bias", n.bias)
-    names = _RUNNING[n.kind]
+    names = RUNNING[n.kind]
     if len(n.running) != len(names):
         raise ValueError(f"running: got {len(n.running)} tensors, takes ({', '.join(names)})")
     of_channels = dict(zip(("bias", *names), (n.bias, *n.running), strict=True))
