@@ -2,9 +2,10 @@
 
     python -m pytest bench/bench_model.py --benchmark-json=result.json
 
-B = 8, S = 256, T = 4. One row per backend that can run here; the rows of a run share the machine's mood, so
-compare rows, not runs. Peak memory is the most of three processes, whose only work is two such steps each;
-that of the compiled operators also under the system's memory allocator as it is.
+B = 8, S = 256, T = 4; and a training step of the default model, B = 8, S = 128. One row per backend that can
+run here; the rows of a run share the machine's mood, so compare rows, not runs. Peak memory is the most of
+three processes, whose only work is two such steps each; that of the compiled operators also under the
+system's memory allocator as it is.
 
 The group "in turns" steps each way to train in a process of its own, round by round: the reference under the
 system's memory allocator as it is, and as this package sets it; the compiled operators; and those in
@@ -39,13 +40,15 @@ def _backends() -> list[str]:
 
 
 def training_step(
-    backend: str, dtype: torch.dtype = torch.float32
+    backend: str, dtype: torch.dtype = torch.float32, default: bool = False
 ) -> tuple[SpikeDecoder, Callable[[], None], Callable[[], None]]:
-    """(model, forward, step) on fixed random tokens."""
+    """(model, forward, step) on fixed random tokens; of the default model, as it is for the built-in text."""
     torch.manual_seed(0)
-    model = SpikeDecoder(SpikeDecoderConfig.preset("original-char")).to(DEVICE)
+    preset: dict[str, Any] = {"name": "default", "vocab_size": 105} if default else {"name": "original-char"}
+    model = SpikeDecoder(SpikeDecoderConfig.preset(**preset)).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.95), fused=True)
-    tokens = torch.randint(0, 30, (BATCH, LENGTH), device=DEVICE)
+    length = model.config.max_len if default else LENGTH
+    tokens = torch.randint(0, 30, (BATCH, length), device=DEVICE)
 
     def forward() -> None:
         with torch.no_grad(), _backend(backend):
@@ -115,6 +118,14 @@ def test_training_step(benchmark: Any, backend: str) -> None:
         for name, recompute in (("", False), ("recomputed_", True)):
             peak = _peak_memory(backend, recompute, tune_malloc=False)
             benchmark.extra_info[f"peak_memory_{name}system_allocator_mib"] = round(peak)
+
+
+@pytest.mark.benchmark(group="default training step")
+def test_default_step(benchmark: Any, backend: str) -> None:
+    model, _, step = training_step(backend, default=True)
+    benchmark.pedantic(step, rounds=40, warmup_rounds=5)
+    tokens = BATCH * model.config.max_len
+    benchmark.extra_info["tokens_per_second"] = round(tokens / benchmark.stats.stats.median)
 
 
 class Worker:

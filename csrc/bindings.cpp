@@ -89,6 +89,30 @@ void bind_lif(py::module_& m) {
   });
 }
 
+constexpr int BATCH = 4;  // a part of its own here: reduce, then apply
+
+// Of BatchNorm in training, whose statistics are functions of x: dL/dx = a (g - its mean - z times the mean of g z),
+// a = weight rstd.
+void batch_norm_lif_backward(const NormLifBackward& reduce) {
+  kernels().norm_lif_backward(reduce);
+  const int64_t C = reduce.C;
+  const float rows = static_cast<float>(reduce.T * reduce.rows);
+  std::vector<float> coefficients(3 * static_cast<size_t>(C));
+  float *const of_g = coefficients.data(), *const of_z = of_g + C, *const of_1 = of_z + C;
+  for (int64_t c = 0; c < C; c++) {
+    of_g[c] = reduce.weight[c] * reduce.rstd[c];
+    const float share = of_g[c] / -rows;
+    of_z[c] = share * reduce.grad_weight[c];
+    of_1[c] = share * reduce.grad_bias[c];
+  }
+  NormLifBackward apply = reduce;
+  apply.part = NormLifPart::apply;
+  apply.a = of_g;
+  apply.b = of_z;
+  apply.c = of_1;
+  kernels().norm_lif_backward(apply);
+}
+
 void bind_norm_lif(py::module_& m) {
   m.def("moments", [](int type, uintptr_t x, bool center, uintptr_t mean, uintptr_t var, int64_t rows, int64_t C,
                       int threads) {
@@ -122,10 +146,11 @@ void bind_norm_lif(py::module_& m) {
           const Element of_x = make_element(type, 1);
           const int64_t step = elements({rows, C}), statistics = kind ? C : elements({T, rows});
           require(T == 1 || neuron.levels == 0, "T: takes 1 with an integer neuron");
-          require(part >= 0 && part <= 3, "part: takes 0 (whole), 1 (reduce), 2 (apply) or 3 (known)");
+          require(part >= 0 && part <= BATCH, "part: takes 0 (whole), 1 (reduce), 2 (apply), 3 (known) or 4 (batch)");
           require((part == 0) == (kind == 0), "part: whole is for row statistics, the others are for those of channels");
-          const int64_t sums = part == 2 ? 0 : C, coefficients = part >= 2 ? C : 0;
-          NormLifBackward a{neuron, threshold, make_kind(kind), static_cast<NormLifPart>(part), of_x,
+          const int64_t sums = part == 2 ? 0 : C, coefficients = part == 2 || part == 3 ? C : 0;
+          const NormLifPart first = part == BATCH ? NormLifPart::reduce : static_cast<NormLifPart>(part);
+          NormLifBackward a{neuron, threshold, make_kind(kind), first, of_x,
                             typed_array(grad_spikes, of_x, T, step, "grad_spikes"), typed_array(x, of_x, T, step, "x"),
                             array<const float>(weight, C, "weight"), array<const float>(bias, C, "bias"),
                             array<const float>(mean, statistics, "mean"), array<const float>(rstd, statistics, "rstd"),
@@ -135,7 +160,7 @@ void bind_norm_lif(py::module_& m) {
                             array<float>(grad_weight, sums, "grad_weight"), array<float>(grad_bias, sums, "grad_bias"),
                             optional_array<float>(grad_threshold, "grad_threshold"), T, rows, C,
                             checked_threads(threads)};
-          run(kernels().norm_lif_backward, a);
+          run(part == BATCH ? batch_norm_lif_backward : kernels().norm_lif_backward, a);
         });
 }
 

@@ -8,12 +8,13 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikedecoder import BackendError, ops, use_backend
 from spikedecoder.ops import _dispatch
 from spikedecoder.ops.norm import statistics
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
-from spikedecoder.testing import CASES, cases, make_inputs, run
+from spikedecoder.testing import CALLS, CASES, cases, leaves, make_inputs, run
 
 X = torch.ones(4, 2, 8)
 
@@ -342,6 +343,45 @@ def test_outputs_do_not_alias_and_inputs_stay():
         run(case, inputs)
         for name, value in before.items():
             assert torch.equal(inputs[name], value), f"{case}: {name} was changed"
+
+
+ONE_OF_EACH = [next(c for c in CASES if c.operator == name) for name in CALLS if name != "pack_spikes"]
+
+
+class _Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_what_passes_the_dispatcher_by_is_what_it_gives(case, backend):
+    with use_backend(backend):
+        alone = run(case, make_inputs(case))
+        with _Watch():
+            watched = run(case, make_inputs(case))
+    assert alone.keys() == watched.keys()
+    for name, value in alone.items():
+        assert torch.equal(value, watched[name]), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+def test_a_result_can_be_changed_in_place(case, backend):
+    """Autograd forbids it for a view that was made inside of its function."""
+
+    def gradients(change):
+        inputs = make_inputs(case)
+        out = CALLS[case.operator](**inputs)
+        loss = out.square().sum()
+        if change:
+            out += 1
+            loss = (out - 1).square().sum()
+        return torch.autograd.grad(loss, list(leaves(inputs).values()))
+
+    with use_backend(backend):
+        for changed, expected in zip(gradients(True), gradients(False), strict=True):
+            torch.testing.assert_close(changed, expected)
 
 
 Q = torch.ones(2, 1, 2, 4, 8)

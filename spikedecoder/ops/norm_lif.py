@@ -107,7 +107,9 @@ def gradients(
     impl = select("norm_lif", _call(x, mean if channel else None), backend)
     limit = p.v_threshold if threshold is None else threshold
     args = (grad_spikes, x, weight, bias, mean, rstd, limit, p)
-    if channel:
+    if channel and batch_gradient and ema_gz is None and group is None and hasattr(impl, "backward_batch"):
+        grad_x, grad_weight, grad_bias, grad_threshold = impl.backward_batch(*args)
+    elif channel:
         a = weight * rstd
         if ema_gz is not None and rstd_batch is not None:  # PowerNorm in training
             a, c = weight * rstd_batch, torch.zeros_like(rstd)

@@ -24,7 +24,7 @@ from spikedecoder.params import ILIFParams, LIFParams
 why_not = floats_on_cpu
 
 _ROW, _CHANNEL = 0, 1
-_WHOLE, _REDUCE, _APPLY, _KNOWN = 0, 1, 2, 3
+_WHOLE, _REDUCE, _APPLY, _KNOWN, _BATCH = 0, 1, 2, 3, 4
 
 
 def _sizes(x: Tensor, p: LIFParams | ILIFParams) -> tuple[int, int, int]:
@@ -98,6 +98,11 @@ def backward_apply(*inputs: Any) -> Tensor:
 def backward_known(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`backward_reduce` and `backward_apply` at once: (grad_x, sum of g z, sum of g, grad_threshold)."""
     return _backward(_CHANNEL, _KNOWN, *inputs)
+
+
+def backward_batch(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward_reduce`, then `backward_apply` for statistics that are those of x's own rows."""
+    return _backward(_CHANNEL, _BATCH, *inputs)
 
 
 def _backward(
