@@ -110,9 +110,11 @@ def test_evaluation_and_hooks_see_the_linear_as_ever() -> None:
     seen: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, n=name: seen.append(n))
-    with torch.no_grad():
-        model(torch.zeros(1, 3, dtype=torch.int64))
-    assert "blocks.0.mlp.fc1.linear" in seen
+    for grad in (False, True):
+        seen.clear()
+        with torch.set_grad_enabled(grad):
+            model(torch.zeros(1, 3, dtype=torch.int64))
+        assert {"blocks.0.mlp.fc1.linear", "blocks.0.mlp.fc2.linear", "blocks.0.mlp.fc2.norm"} <= {*seen}
     model.recompute_activations(False)
     assert not any(getattr(module, "recompute", False) for module in model.modules())
 
