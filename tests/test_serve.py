@@ -5,8 +5,10 @@
 import asyncio
 import http.client
 import json
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -223,6 +225,25 @@ def test_bad_requests(running, body, status, param, why):
     error = answer["error"]
     assert got == status and error["param"] == param and re.search(why, error["message"]), answer
     assert error["type"] == "invalid_request_error" and len(error["message"]) < 400
+
+
+def test_texts_that_are_too_many_are_not_read(running, monkeypatch):
+    from spikedecoder.serve import app
+
+    monkeypatch.setattr(app, "encode_prompt", lambda *_: pytest.fail("read"))
+    status, _, answer = running.ask({"prompt": ["the"] * 17})
+    assert status == 400 and "takes at most 16 texts" in answer["error"]["message"]
+
+
+def test_a_client_that_goes_while_it_asks_is_no_fault(running, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
+    with socket.create_connection(("127.0.0.1", running.port)) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        connection.sendall(f'{head}content-length: 100\r\n\r\n{{"prompt"'.encode())
+        time.sleep(0.2)  # it is being read
+    time.sleep(0.2)
+    status, _, _ = running.ask({**GOOD, "max_tokens": 1})
+    assert status == 200 and not caplog.records
 
 
 def test_other_paths_methods_and_types(running):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from spikedecoder.generation.batch import Continuation, GeneratedToken
 from spikedecoder.generation.detokenize import TextStream
@@ -57,12 +58,12 @@ class Completion:
         self.engine, self.name, self.request = engine, name, request
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self.tokenizer = own_tokenizer(engine.model, None)
-        self.prompts = [self._encode(p, limits) for p in request.prompts]
-        n = request.n or 1
-        if n * len(self.prompts) > engine.max_batch:
+        n, asked = request.n or 1, len(request.prompts)
+        if n * asked > engine.max_batch:  # before they are read, which would hold up everybody's streams
             raise bad_request(
-                f"n: got {n} for {len(self.prompts)} prompts, takes at most {engine.max_batch} texts together"
+                f"n: got {n} for {asked} prompts, takes at most {engine.max_batch} texts together"
             )
+        self.prompts = [self._encode(p, limits) for p in request.prompts]
         most = limits.max_tokens
         wanted = min(DEFAULT_TOKENS, most) if request.max_tokens is None else request.max_tokens
         if wanted > most:
@@ -355,10 +356,13 @@ async def _read(request: Request) -> bytes:
     if kind != "application/json":
         raise ApiError(415, f"content-type: got {kind or 'none'!r}, takes 'application/json'")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > BODY:
-            raise ApiError(413, f"the body is longer than {BODY} bytes")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > BODY:
+                raise ApiError(413, f"the body is longer than {BODY} bytes")
+    except ClientDisconnect:  # nobody is left to read this
+        raise ApiError(400, "the client has gone") from None
     return bytes(body)
 
 
