@@ -38,6 +38,8 @@ class Activity:
 
     def layer(self, name: str | None) -> str:
         """`name`, or the first layer where it is None; ValueError naming the layers there are."""
+        if not self.spikes:
+            raise ValueError("activity: holds no spikes, as its model has no spiking layer")
         return _choose("layer", name, self.spikes)
 
     def rates(self) -> dict[str, Tensor]:

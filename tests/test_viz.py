@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -143,6 +144,9 @@ def test_softmax_attention_shows_its_weights(model, tokens, degree):
     torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(-2), taken["out"])
     figure = viz.attention_map(seen)
     assert "attention weight" in {ax.get_ylabel() for ax in figure.axes}
+    for picture in (viz.raster, viz.spike_rates):
+        with pytest.raises(ValueError, match="activity: holds no spikes"):
+            picture(seen)
     with pytest.raises(ValueError, match="no spiking layer"):
         viz.record(SpikeDecoder(config.replace(spike_degree=0)), tokens)
 
@@ -214,6 +218,14 @@ def test_loss_curves_read_runs(tmp_path):
     drawn = [line.get_xydata().tolist() for line in fig.axes[0].lines]
     assert [[1.0, 3.0]] in drawn and [[2.0, 2.5]] in drawn and [[1.0, 2.0], [2.0, 1.5]] in drawn
     png(fig, tmp_path)
+    (tmp_path / "more" / "one").mkdir(parents=True)
+    shutil.copy(tmp_path / "two" / "metrics.jsonl", tmp_path / "more" / "one")
+    same = [tmp_path / "one", tmp_path / "two", tmp_path / "more" / "one", f"{tmp_path}/one/"]
+    fig = viz.loss_curves(same)  # a last part that two runs share hides none of them
+    drawn = [line.get_xydata().tolist() for line in fig.axes[0].lines]
+    assert [[1.0, 3.0]] in drawn and drawn.count([[1.0, 2.0], [2.0, 1.5]]) == 2
+    names = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert names == [str(tmp_path / "one"), "two", str(tmp_path / "more" / "one")]
     with pytest.raises(FileNotFoundError, match=r"runs: .*none"):
         viz.loss_curves({"x": tmp_path / "none"})
     (tmp_path / "empty.jsonl").write_text("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,9 +142,10 @@ def energy_bars(comparison: Comparison) -> Figure:
 def loss_curves(runs: Mapping[str, str | Path] | Sequence[str | Path]) -> Figure:
     """Training loss (thin) and held-out loss (dots) of several runs, from each one's metrics.jsonl.
 
-    runs: folders of training runs, or their metrics.jsonl; a mapping gives them names.
+    runs: folders of training runs, or their metrics.jsonl; a mapping gives them names, else they are called
+        by their last part, or where several share that by the whole path.
     """
-    named = dict(runs) if isinstance(runs, Mapping) else {Path(r).name: r for r in runs}
+    named = dict(runs) if isinstance(runs, Mapping) else _named(runs)
     if not named:
         raise ValueError("runs: got none, takes at least one")
     read = {name: read_metrics(path) for name, path in named.items()}
@@ -165,6 +167,12 @@ def loss_curves(runs: Mapping[str, str | Path] | Sequence[str | Path]) -> Figure
         ax.set_title("thin: training; dots: held-out text")
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return fig
+
+
+def _named(runs: Sequence[str | Path]) -> dict[str, Path]:
+    paths = list(dict.fromkeys(map(Path, runs)))
+    last = Counter(path.name for path in paths)
+    return {path.name if path.name and last[path.name] == 1 else str(path): path for path in paths}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -60,6 +60,7 @@ def raster(
 
 def spike_rates(activity: Activity) -> Figure:
     """Rate of each layer at each timestep, with the share of dead and of saturated neurons."""
+    activity.layer(None)  # there is one
     rates = activity.rates()
     names = list(rates)
     longest = max(len(r) for r in rates.values())
