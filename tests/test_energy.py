@@ -342,6 +342,24 @@ def test_memory_can_be_placed_by_hand():
         ledger.joules(memory=3)
 
 
+def test_a_spike_is_one_bit_whatever_the_format():
+    layer = SpikeLinear(40_000, 2)
+    with energy.Recorder(layer) as recorder:
+        layer(torch.ones(4, 1, 1, 40_000))  # 20 kB of spikes
+    for number_format in ("fp32", "fp16", "int8"):
+        estimate = recorder.ledger().joules(memory=True, number_format=number_format)
+        assert estimate.placement["activations"] == "sram_32kB"
+
+
+def test_a_model_that_recomputes_is_counted_in_full():
+    model = small()
+    want = energy.measure(model, tokens())
+    model.eval().recompute_activations()
+    with energy.Recorder(model) as recorder:  # gradients are on
+        model(tokens())
+    assert recorder.ledger().rows == want.rows
+
+
 def test_generation_fetches_weights_for_each_token_only_of_inputs_that_spiked():
     model, ids = small(), tokens(1)
     prompt, token = (energy.measure(model, ids, mode=mode) for mode in ("prompt", "token"))

@@ -195,10 +195,10 @@ class Ledger:
                 raise ValueError(
                     f"memory: got {kind!r}: {where!r}, takes {', '.join(CLASSES)} in {', '.join(MEMORIES)}"
                 )
-        widest = max((r.activation_words + r.activation_bits / 32) / self.tokens for r in self.rows)
+        widest = max(r.activation_words * bits["activations"] + r.activation_bits for r in self.rows)
         held = {
             "weights": self.parameters * bits["weights"] / 8,
-            "activations": widest * bits["activations"] / 8,
+            "activations": widest / self.tokens / 8,
             "state": sum(r.held for r in self.rows) * bits["state"] / 8,
         }
         return {kind: chosen.get(kind) or EnergyTable.smallest_memory(held[kind]) for kind in CLASSES}
