@@ -101,6 +101,22 @@ def test_the_library_finds_what_is_there_and_notices_what_changes(runs: Path):
         library.get(str(runs / "group" / "ann"))
 
 
+def test_models_of_two_folders_that_share_a_name_are_told_apart(runs: Path, tmp_path: Path):
+    pytest.importorskip("gradio")
+    pytest.importorskip("matplotlib")
+    from spikedecoder.app.handlers import Handlers, Session
+
+    other = save(tmp_path / "more" / "spiking", "fully spiking", seed=1)
+    library = Library([runs, tmp_path / "more"])
+    labels = {m.path: m.label for m in library.find()}
+    both = [str(runs / "spiking"), str(other)]
+    assert [labels[path] for path in both] == both and labels[str(runs / "words")] == "words"
+    assert [library.get(path).label for path in both] == both
+    session = Session()
+    list(Handlers(library).compare(session, both, "the", False, 3, 0.8, None, 1, False))
+    assert list(session.ledgers) == both  # none took the other's place
+
+
 def test_what_is_shown_is_what_the_text_cost(runs: Path):
     pytest.importorskip("matplotlib")
     from spikedecoder.app.writing import Settings, observe, write

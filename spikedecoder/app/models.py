@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from spikedecoder.checkpoint import CONFIG, TOKENIZER, WEIGHTS, CheckpointError, read_config, read_json
@@ -70,7 +70,9 @@ class Library:
                 model = _look(folder, root)
                 if model is not None:
                     found.setdefault(model.path, model)
-        models = sorted(found.values(), key=lambda m: m.label)
+        same = Counter(m.label for m in found.values())  # two roots may each have a folder of that name
+        named = (replace(m, label=m.path) if same[m.label] > 1 else m for m in found.values())
+        models = sorted(named, key=lambda m: m.label)
         return [m for m in models if kind in (None, m.kind) and tokens in (None, m.tokens)]
 
     def get(self, path: str | None) -> Loaded:
@@ -95,6 +97,7 @@ class Library:
                         f"checkpoint: {folder} has no {TOKENIZER}, so its tokens cannot become text"
                     )
                 label = next((_label(Path(path), root) for root in self.roots if _below(path, root)), path)
+                label = next((m.label for m in self.find() if m.path == path), label)
                 known = stamp, Loaded(model, copy.deepcopy(model), path, label)
             self._loaded[path] = known
             self._loaded.move_to_end(path)
