@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,6 +177,28 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_trial_is_given_up_after_three_kills_and_after_no_number_of_stops(
+    story, tmp_path, monkeypatch, killed
+):
+    from spikedecoder.sweep import worker
+
+    def ends(*_, **__):
+        if killed:
+            raise SystemExit
+        return SimpleNamespace(interrupted="SIGINT")
+
+    whole = search("[space]\nseed = { choices = [1] }\n[study]\nsampler = 'grid'", steps=2)
+    go = functools.partial(sweep, whole, tmp_path / "sweep", texts=[str(story)], say=lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "train", ends)
+        for _ in range(3):
+            with pytest.raises(SystemExit) if killed else contextlib.nullcontext():
+                assert go().interrupted
+    [trial] = go().trials
+    assert trial["folder"] == "0000" and trial["state"] == ("fail" if killed else "complete")
 
 
 @pytest.mark.slow

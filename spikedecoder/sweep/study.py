@@ -176,13 +176,13 @@ def requeue_stale(study: Any, out: Path) -> list[int]:
         with locked(trial_lock(out, folder), wait=False) as free:
             if not free:
                 continue
-            attempt = int(trial.user_attrs.get("attempt", 1))
+            attempt = int(trial.user_attrs.get("attempt", 1)) + (not trial.user_attrs.get("stopped"))
             own = o.trial.Trial(study, trial._trial_id)
             own.set_user_attr("error", "its process ended before it did")
             # a process that died before it had chosen any value left nothing to go on with
-            if trial.params and attempt < _ATTEMPTS:
+            if trial.params and attempt <= _ATTEMPTS:
                 own.set_user_attr("went_on", True)
-                study.enqueue_trial(trial.params, user_attrs={"folder": folder, "attempt": attempt + 1})
+                study.enqueue_trial(trial.params, user_attrs={"folder": folder, "attempt": attempt})
             elif not trial.params:
                 own.set_user_attr("went_on", True)
             study.tell(trial.number, state=o.trial.TrialState.FAIL)

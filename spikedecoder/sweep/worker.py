@@ -106,6 +106,7 @@ def _run(
         say(f"{name}: failed: {error}")
         return None
     if result.interrupted:
+        trial.set_user_attr("stopped", True)  # in order, so that it is no failed attempt
         return result.interrupted
     bits = result.best["val_bits_per_token"]
     rates = list(result.evaluation.spike_rates.values()) if result.evaluation else []
