@@ -110,6 +110,20 @@ def test_a_grid_from_file_to_a_config_that_trains_the_same(story, tmp_path, caps
     assert len(result["trials"]) == 4 and result["best"]["bits"] == float(best["bits"])
 
 
+def test_a_large_grid_is_queued_once_without_a_look_at_all_trials_for_each_point(tmp_path, monkeypatch):
+    from spikedecoder.sweep.study import fill_grid, open_study
+
+    space = "lr = { low = 1e-3, high = 1e-2, log = true, points = 3 }\nv_reset = { choices = [0.0, 'none'] }"
+    whole = search(f"[space]\n{space}\n[study]\nsampler = 'grid'")
+    study, looks = open_study(tmp_path / "sweep", whole, "text"), []
+    real = study.get_trials
+    monkeypatch.setattr(study, "get_trials", lambda *a, **k: looks.append(1) or real(*a, **k))
+    fill_grid(study, whole)
+    study.ask()  # one is no longer waiting
+    fill_grid(study, whole)
+    assert len(looks) == 2 and len(real()) == 6
+
+
 SPACE = """
 [space]
 lr = { low = 1e-3, high = 1e-2, log = true }

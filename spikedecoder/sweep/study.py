@@ -192,8 +192,13 @@ def requeue_stale(study: Any, out: Path) -> list[int]:
 
 def fill_grid(study: Any, search: Search) -> None:
     """Put every point of the grid in the queue, once. Under `claiming`."""
+    names = [dimension.name for dimension in search.space]
+    trials = study.get_trials(deepcopy=False)  # once, not for each point
+    queued = [trial.system_attrs.get("fixed_params", trial.params) for trial in trials]
+    known = {tuple(params.get(name) for name in names) for params in queued}
     for point in search.grid():
-        study.enqueue_trial(point, skip_if_exists=True)
+        if tuple(point.values()) not in known:
+            study.enqueue_trial(point)
 
 
 def claim(study: Any, search: Search) -> Any:
