@@ -76,21 +76,23 @@ void attention_lif_forward(const AttentionLifForward& a) {
 void attention_lif_backward(const AttentionLifBackward& a) {
   const Layout l{a.B, a.S, a.H, a.d};
   const int64_t heads = a.B * a.H, size = state_size(a.d), stride = l.stride();
-  // per thread: a state a timestep, dL/d(result) of a head, potentials of a vector, share of dL/dthreshold
+  // per thread: a state a timestep, dL/d(result) of a head, potentials of a vector
   const int64_t result = round_up(a.S * a.d, 16), potentials = round_up(a.T * W, 16);
-  const int64_t before_threshold = a.T * (size + result) + potentials;
-  const int64_t own = per_thread(before_threshold + ThresholdSum::size(a.threshold, a.d));
+  const int64_t own = per_thread(a.T * (size + result) + potentials);
   const int threads = threads_for(
       0.4 * static_cast<double>(a.T * heads * a.S) * static_cast<double>(a.d * a.d) / W, a.threads);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * threads));
+  // dL/dthreshold of each head, so that it does not depend on which thread took it
+  const int64_t of_head = ThresholdSum::size(a.threshold, a.d);
+  Scratch thresholds(sizeof(float) * static_cast<size_t>(of_head * heads));
   Tasks tasks(heads);
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads, [&](int thread, int) {
       const FlushDenormals flush;
       float* const states = scratch.floats() + own * thread;
       float *const g = states + a.T * size, *const hs = g + a.T * result;  // g: first the result itself
-      ThresholdSum sum(a.threshold, a.d, a.grad_threshold, states + before_threshold);
       for (int64_t head; tasks.next(head);) {
+        ThresholdSum sum(a.threshold, a.d, a.grad_threshold, thresholds.floats() + of_head * head);
         clear(states, a.T * size);
         const float decay = a.decay ? a.decay[head % a.H] : 1;
         for (int64_t begin = 0; begin < a.S; begin += CHUNK) {
@@ -120,6 +122,7 @@ void attention_lif_backward(const AttentionLifBackward& a) {
             sum.add_up(row, c, n, cell.threshold_gradient(falls));
           });
         }
+        sum.end_run();
         for (int64_t t = 0; t < a.T; t++) {
           const int64_t at = t * l.timestep() + l.at(head);
           const Tokens<const float> q{a.q + at, stride}, k{a.k + at, stride}, v{a.v + at, stride};
@@ -133,10 +136,9 @@ void attention_lif_backward(const AttentionLifBackward& a) {
           scan<true, false>(Scan{grad, q, v, dk, states, a.d, decay, a.scale, true}, 0, a.S);
         }
       }
-      sum.end_run();
     });
   });
-  ThresholdSum::combine(a.threshold, a.d, a.grad_threshold, scratch.floats() + before_threshold, own, threads);
+  ThresholdSum::combine(a.threshold, a.d, a.grad_threshold, thresholds.floats(), of_head, heads);
 }
 
 }  // namespace SPIKEDECODER_VARIANT

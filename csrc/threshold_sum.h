@@ -1,4 +1,4 @@
-// Sums dL/dthreshold: per thread where neurons share a threshold, in place where each has its own.
+// Sums dL/dthreshold: in parts, of a thread or a head, where neurons share a threshold, in place where each has its own.
 #pragma once
 
 #include "kernels.h"
@@ -10,12 +10,12 @@ namespace SPIKEDECODER_VARIANT {
 
 class ThresholdSum {
  public:
-  // Floats of scratch that each thread needs.
+  // Floats of scratch that each part needs.
   static int64_t size(const Threshold& t, int64_t C) {
     return t.kind == ThresholdKind::channel ? round_up(C, 16) : 16;
   }
 
-  // `out` is null where no gradient is wanted; `scratch` is this thread's own.
+  // `out` is null where no gradient is wanted; `scratch` is this part's own.
   ThresholdSum(const Threshold& t, int64_t C, float* out, float* scratch)
       : kind_(t.kind), out_(out), sums_(scratch), run_(zero()), run_length_(0) {
     for (int64_t i = 0; i < size(t, C); i++) sums_[i] = 0;
@@ -42,14 +42,14 @@ class ThresholdSum {
     run_length_ = 0;
   }
 
-  // After the threads have ended: their sums, which lie `stride` apart from `scratch` on, into `out`.
-  static void combine(const Threshold& t, int64_t C, float* out, const float* scratch, int64_t stride, int threads) {
+  // After the threads have ended: the parts' sums, which lie `stride` apart from `scratch` on, into `out`.
+  static void combine(const Threshold& t, int64_t C, float* out, const float* scratch, int64_t stride, int64_t parts) {
     if (!out || t.kind == ThresholdKind::element) return;
     const bool scalar = t.kind == ThresholdKind::scalar;
     for (int64_t c = 0; c < (scalar ? 1 : C); c++) {
       double total = 0;
-      for (int thread = 0; thread < threads; thread++) {
-        for (int i = 0; i < (scalar ? W : 1); i++) total += static_cast<double>(scratch[thread * stride + c + i]);
+      for (int64_t part = 0; part < parts; part++) {
+        for (int i = 0; i < (scalar ? W : 1); i++) total += static_cast<double>(scratch[part * stride + c + i]);
       }
       out[c] = static_cast<float>(total);
     }

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikedecoder import ext, ops
+from spikedecoder.params import LIFParams
 from spikedecoder.reference import pack_spikes as reference
 
 if not ext.is_built():
@@ -193,6 +194,25 @@ def test_a_bias_gradient_does_not_depend_on_which_thread_took_what():
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(found[0], grad.sum(0), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1, 16)], ids=str)
+def test_a_threshold_gradient_behind_attention_does_not_depend_on_which_thread_took_what(shape):
+    heads = 1 if shape else 8
+    q, k, v = (random_spikes(seed, (4, 32 // heads, heads, 64, 16), 0.3) for seed in (1, 2, 3))
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for n in (1, *(2,) * 20):
+            torch.set_num_threads(n)
+            threshold = torch.full(shape, 0.3, requires_grad=True)
+            with ops.use_backend("cpu"):
+                ops.spike_attention_lif(q, k, v, LIFParams(), threshold=threshold).backward(grad)
+            found.append(threshold.grad)
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].abs().min() > 0
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
