@@ -135,6 +135,16 @@ def test_spikes_are_packed_while_they_are_gathered(shape, dtype):
         assert torch.equal(y, expected), name
 
 
+@pytest.mark.parametrize("channels", [65_536, 65_537])
+def test_a_row_of_more_channels_than_a_list_can_name(channels):
+    """By columns, as weights lie in generation; the last channel alone spikes."""
+    s = torch.zeros(1, channels)
+    s[0, -1] = 1
+    weight = torch.arange(2.0 * channels).view(channels, 2).t()
+    for name in on_each_variant():
+        assert torch.equal(spike_linear.product(s, weight, None), weight[:, -1:].t()), name
+
+
 @pytest.mark.parametrize("shape", [(4096, 80, 80), (4096, 700, 100)])
 def test_a_few_rows_can_mislead_the_choice(shape):
     """Rows at the distance of those that are looked at first are empty, all others full."""

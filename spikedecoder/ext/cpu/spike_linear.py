@@ -18,6 +18,7 @@ from spikedecoder.ext.cpu.pack_spikes import pack_and_count, packable, unpack
 why_not = floats_on_cpu
 
 FEW_ROWS = 32
+_FEW_CHANNELS = 65536  # that a list of 16-bit numbers can name
 UNKNOWN = -1  # how many bits are set, which the kernel's caller then counts
 _ROUNDED_ONCE = 2048  # channels up to which a kernel's bfloat16 output was summed in float32 throughout
 
@@ -137,7 +138,8 @@ def _lies_by_columns(weight: Tensor) -> bool:
 
 
 def _is_few(s: Tensor, weight: Tensor) -> bool:
-    return 0 < s.numel() <= FEW_ROWS * s.shape[-1] and _is_by_columns(weight)
+    channels = s.shape[-1]
+    return 0 < s.numel() <= FEW_ROWS * channels and channels <= _FEW_CHANNELS and _is_by_columns(weight)
 
 
 def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor | None) -> Tensor:
