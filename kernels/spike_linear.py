@@ -167,7 +167,7 @@ def _parameter_grads(words: Tensor, inputs: int, grad: Tensor, bias: bool) -> tu
     outputs = grad.shape[-1]
     out, out_bias = grad.new_empty(outputs, inputs), grad.new_empty(outputs) if bias else None
     if out.numel() == 0 or grad.numel() == 0:
-        return out.zero_(), grad.flatten(0, -2).sum(0) if bias else None
+        return out.zero_(), grad[None].flatten(0, -2).sum(0) if bias else None
     rows = grad.numel() // outputs
     blocks = grad_tile(grad.dtype, grad.device)
     tiles = cdiv(outputs, blocks["BLOCK_N"]) * cdiv(inputs, WORD)

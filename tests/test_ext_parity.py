@@ -109,6 +109,26 @@ def test_spike_linear(case, variant):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wanted", ["s weight bias", "weight bias", "bias"])
+@pytest.mark.parametrize(
+    "shape", [((70,), 5), ((0,), 3), ((4, 0), 3), ((4, 70), 0), ((2, 0, 70), 5)], ids=str
+)
+def test_spike_linear_of_one_vector_and_of_no_channels(shape, wanted, variant):
+    (*lead, k), n = shape
+    generator = torch.Generator().manual_seed(0)
+    given = {"s": spikes((*lead, k), generator, 0.3), "weight": torch.randn(n, k, generator=generator)}
+    given["bias"] = torch.randn(n, generator=generator)
+    found = []
+    for backend in ("cpu", "reference"):
+        leaves = {name: x.clone().requires_grad_(name in wanted.split()) for name, x in given.items()}
+        with ops.use_backend(backend):
+            y = ops.spike_linear(**leaves)
+            packed = ops.spike_linear(ops.pack_spikes(given["s"]), given["weight"], given["bias"])
+        gradients = torch.autograd.grad(y, [leaves[name] for name in wanted.split()], torch.ones_like(y))
+        found.append((y.detach(), packed, *gradients))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", cases("spike_attention"), ids=str)
 def test_attention(case, variant):
     actual, expected = both(case)

@@ -182,6 +182,6 @@ def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return grad @ weight.to(grad.dtype), grad.unsqueeze(0).flatten(0, -2).sum(0)
     grad, weight = same(grad), same(weight, grad.dtype)
     grad_s, grad_bias = empty((*grad.shape[:-1], k), grad.dtype), weight.new_empty(n, dtype=torch.float32)
-    sizes = (grad.numel() // n if n else 0, n, k, torch.get_num_threads())
+    sizes = (grad.numel() // n, n, k, torch.get_num_threads())
     _matmul(grad, ELEMENTS[grad.dtype], weight, None, grad_s, grad_bias, sizes)
     return grad_s, grad_bias.to(grad.dtype)
