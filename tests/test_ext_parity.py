@@ -78,6 +78,23 @@ def test_lif_takes_strided_and_expanded_input(variant):
         assert torch.equal(actual, ops.lif(x, v_threshold=torch.full((9, 1), 0.5)))
 
 
+@pytest.mark.parametrize("threshold", [(4,), (3, 4)], ids=str)
+def test_no_neurons_of_learned_thresholds(threshold, variant):
+    gradients = []
+    for shape, operator in (
+        ((2, 0, *threshold), lambda x, t: ops.lif(x, v_threshold=t)),
+        ((2, 0, 3, 5, 4), lambda x, t: ops.spike_attention_lif(x, x, x, LIFParams(), threshold=t)),
+    ):
+        x = torch.zeros(shape, requires_grad=True)
+        of_heads = (3, 1, 4) if len(shape) == 5 and len(threshold) == 2 else threshold
+        leaf = torch.ones(of_heads, requires_grad=True)
+        with ops.use_backend("cpu"):
+            spikes_of_none = operator(x, leaf)
+        assert spikes_of_none.shape == shape
+        gradients += torch.autograd.grad(spikes_of_none.sum(), (x, leaf))
+    assert all((g == 0).all() for g in gradients)
+
+
 def test_lif_gradients_of_many_neurons(variant):
     """Enough for several threads and for the blocks that sum the scalar threshold's gradient."""
     case = Case("lif", "large", (4, 40, 1000), {"threshold": (), "surrogate": "atan"})

@@ -75,8 +75,10 @@ def threshold_of(threshold: Tensor | float, x: Tensor) -> Threshold:
     n = x.numel() // max(1, x.shape[0])
     if not isinstance(threshold, Tensor):
         return Threshold(_scalar(float(threshold)), None, 1, n)
-    if threshold.numel() == 1 or not n:
-        return Threshold(_scalar(threshold.item() if n else 0.0), None, 1, n)
+    if n == 0:  # nothing is compared
+        return Threshold(_scalar(0.0), None, 1, 0)
+    if threshold.numel() == 1:
+        return Threshold(_scalar(threshold.item()), None, 1, n)
     values, timestep = dense(threshold), x.shape[1:]
     channels = timestep[-1]
     if threshold.numel() == channels == threshold.shape[-1]:
