@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +76,39 @@ def test_without_a_gpu_the_reason_is_given():
         assert reason is None or not ext.is_cuda_built()
     else:
         assert reason == (NO_GPU if ext.is_cuda_built() else ext.CUDA_NOT_BUILT)
+
+
+def test_a_kernel_is_queued_on_the_device_of_its_tensor_and_the_current_one_stays(monkeypatch):
+    """A GPU that is not there: the runtime's calls are recorded."""
+    from spikedecoder.ext.cuda import _arguments
+
+    current, queued = [0], []
+
+    @contextlib.contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    def kernel(*arguments):
+        queued.append((*arguments, current[0]))
+        current[0] = arguments[-2]  # as cudaSetDevice leaves it
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7 + device))
+    _arguments.launch(kernel, SimpleNamespace(device=1, get_device=lambda: 1), 40, 2)
+    assert queued == [(40, 2, 1, 8, 1)]
+    assert current == [0]
+
+
+@pytest.mark.gpu
+@needs_module
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one():
+    s, weight = torch.ones(3, 70, device="cuda:1"), torch.ones(5, 70, device="cuda:1")
+    with torch.cuda.device(0), ops.use_backend("cuda"):
+        assert torch.equal(ops.spike_linear(s, weight), s @ weight.t())
+        assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu

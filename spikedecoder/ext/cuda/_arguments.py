@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def queue(x: Tensor) -> tuple[int, int]:
-    """What every kernel ends with: x's device and the stream in force there."""
-    return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
+def launch(kernel: Callable[..., None], x: Tensor, *arguments: int) -> None:
+    """Queue a kernel on x's device, in the stream in force there. The caller's current device stays."""
+    with torch.cuda.device(x.device):
+        kernel(*arguments, x.get_device(), torch.cuda.current_stream(x.device).cuda_stream)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ext.cuda import native
-from spikedecoder.ext.cuda._arguments import TYPES, address, on_a_gpu, queue
+from spikedecoder.ext.cuda._arguments import TYPES, address, launch, on_a_gpu
 from spikedecoder.ops._dispatch import Call
 
 
@@ -19,7 +19,7 @@ def pack(spikes: Tensor) -> Tensor:
     channels = spikes.shape[-1]
     words = spikes.new_empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
     rows = spikes.numel() // channels if channels else 0
-    native.pack(address(spikes), TYPES[spikes.dtype], address(words), rows, channels, *queue(spikes))
+    launch(native.pack, spikes, address(spikes), TYPES[spikes.dtype], address(words), rows, channels)
     return words
 
 
@@ -27,12 +27,12 @@ def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     words = words.contiguous()
     values = words.new_empty(*words.shape[:-1], channels, dtype=dtype)
     rows = values.numel() // channels if channels else 0
-    native.unpack(address(words), address(values), TYPES[dtype], rows, channels, *queue(words))
+    launch(native.unpack, words, address(words), address(values), TYPES[dtype], rows, channels)
     return values
 
 
 def transpose_bits(words: Tensor, rows: int, channels: int) -> Tensor:
     """words [rows, ceil(C / 64)] -> [C, ceil(rows / 64)]."""
     out = words.new_empty(channels, -(-rows // 64))
-    native.transpose_bits(address(words), address(out), rows, channels, *queue(words))
+    launch(native.transpose_bits, words, address(words), address(out), rows, channels)
     return out

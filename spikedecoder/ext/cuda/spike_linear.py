@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spikedecoder.ext.cuda import native
-from spikedecoder.ext.cuda._arguments import TYPES, address, on_a_gpu, queue
+from spikedecoder.ext.cuda._arguments import TYPES, address, launch, on_a_gpu
 from spikedecoder.ext.cuda.pack_spikes import pack, transpose_bits
 
 why_not = on_a_gpu
@@ -24,11 +24,11 @@ def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     channels, out_channels = s.shape[-1], weight.shape[0]
     columns = weight.detach().t().contiguous()
     bias = None if bias is None else bias.detach().to(weight.dtype).contiguous()
-    rows = s.numel() // channels if channels else 0
+    rows = s.shape[:-1].numel()
     y = weight.new_empty(*s.shape[:-1], out_channels)
-    native.gather(
-        *(address(words), address(columns), address(bias), address(y), TYPES[weight.dtype]),
-        *(rows, channels, out_channels, *queue(s)),
+    launch(
+        *(native.gather, s, address(words), address(columns), address(bias), address(y)),
+        *(TYPES[weight.dtype], rows, channels, out_channels),
     )
     return y, words
 
@@ -40,8 +40,8 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor) -> Tensor:
     rows = words.numel() // words.shape[-1] if words.shape[-1] else 0
     by_channel = grad.new_empty(channels, out_channels)
     bits = transpose_bits(words.contiguous(), rows, channels)
-    native.gather(
-        *(address(bits), address(grad), 0, address(by_channel), TYPES[grad.dtype]),
-        *(channels, rows, out_channels, *queue(grad)),
+    launch(
+        *(native.gather, grad, address(bits), address(grad), 0, address(by_channel)),
+        *(TYPES[grad.dtype], channels, rows, out_channels),
     )
     return by_channel.t().contiguous()
