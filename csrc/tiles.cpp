@@ -38,11 +38,11 @@ struct Job {
   int64_t ranges() const { return parts_of(rows, RANGE); }
 };
 
-// What a thread needs for a task.
+// What a thread needs for a task, in memory of `bytes` that is its own.
 class Room {
  public:
-  Room() : memory_(sums_at + static_cast<size_t>(RANGE * BLOCKS * SIDE) * sizeof(float)) {}
-  char* spikes() const { return static_cast<char*>(memory_.get()); }
+  explicit Room(char* memory) : memory_(memory) {}
+  char* spikes() const { return memory_; }
   char* source() const { return spikes() + source_at; }
   float* units() const { return reinterpret_cast<float*>(spikes() + units_at); }
   Counts& counts() const { return *reinterpret_cast<Counts*>(spikes() + counts_at); }
@@ -53,7 +53,11 @@ class Room {
   static constexpr size_t units_at = source_at + DEPTH / STEP * BLOCKS * PARTS * TILE + 4096;
   static constexpr size_t counts_at = units_at + BLOCKS * SIDE * sizeof(float);
   static constexpr size_t sums_at = counts_at + sizeof(Counts) + 4096;
-  Scratch memory_;
+  char* const memory_;
+
+ public:
+  static constexpr size_t bytes = sums_at + static_cast<size_t>(RANGE * BLOCKS * SIDE) * sizeof(float) + 4096;
+  static_assert(bytes % 64 == 0, "each thread's is aligned");
 };
 
 bool in_digits(const float* source, int64_t stride, int64_t rows, int64_t columns, int alike, const Room& room) {
@@ -138,8 +142,9 @@ void sum_all(const Job<S>& job, int64_t groups, const float* bias, bool past, in
   const int64_t range = round_up(parts_of(job.rows, ranges), SIDE);
   ranges = parts_of(job.rows, range);
   Tasks tasks(groups * ranges * panels);
-  team(threads, [&](int, int) {
-    const Room room;
+  Scratch rooms(Room::bytes * static_cast<size_t>(threads));  // not in the team, out of which nothing can be thrown
+  team(threads, [&](int thread, int) {
+    const Room room(static_cast<char*>(rooms.get()) + Room::bytes * static_cast<size_t>(thread));
     const Tiles tiles;
     for (int64_t task; tasks.next(task);) {
       const int64_t r = task / panels % ranges * range, c = task % panels * width, group = task / panels / ranges;
