@@ -299,6 +299,14 @@ def test_bad_searches_are_named(rest, message):
     assert message in str(error.value)
 
 
+def test_any_folder_name_goes_on(story, tmp_path, capsys):
+    file, out = search_file(tmp_path, SPACE + "trials = 1\n", steps=1), tmp_path / "new" / "lr? 50% #1 {a}"
+    for trials in ("1", "2"):
+        run(capsys, "sweep", file, "--text", story, "--out", out, "--trials", trials)
+    assert (out / "results.csv").read_text().count("complete") == 2
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
 def test_a_study_of_another_schema_space_or_text(story, tmp_path, capsys):
     rest, quick = SPACE + "trials = 1\n", 1
     file, out = search_file(tmp_path, rest, steps=quick), tmp_path / "sweep"

@@ -69,11 +69,13 @@ def open_study(out: Path, search: Search, fingerprint: str) -> Any:
 
 
 def _storage(o: Any, path: Path) -> Any:
-    try:
+    def connect() -> sqlite3.Connection:
         # other processes write too: wait for them
-        return o.storages.RDBStorage(
-            f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 100}}
-        )
+        return sqlite3.connect(path.resolve(), timeout=100, check_same_thread=False)
+
+    try:
+        # in the address ?, % and { of a folder's name would mean something
+        return o.storages.RDBStorage(f"sqlite:///{STUDY}", engine_kwargs={"creator": connect})
     except Exception as error:  # optuna's own, SQLAlchemy's and sqlite's, by version
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -85,7 +87,7 @@ def _storage(o: Any, path: Path) -> Any:
 def _check_file(path: Path) -> None:
     """ValueError where the file is no SQLite database of Optuna's."""
     try:
-        with sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True) as database:
+        with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as database:
             tables = {name for (name,) in database.execute("select name from sqlite_master")}
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path}: not a study file ({error}); takes a new --out") from None
