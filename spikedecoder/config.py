@@ -332,7 +332,7 @@ class SpikeDecoderConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SpikeDecoderConfig:
         """A named configuration, with some fields changed: ``preset("original-char", blocks=2)``."""
-        if name not in PRESETS:
+        if name not in cls.presets():  # of any type: files hold lists too
             raise ValueError(f"preset: got {name!r}, takes one of {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **changes})
 

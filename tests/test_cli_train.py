@@ -241,6 +241,7 @@ def test_bad_arguments(
         ("[model]\nlr = 1\n", "unknown field 'lr'"),
         ("[train]\nbatch = 1\n", "did you mean batch_size?"),
         ("model = 3\n", "takes a table [model]"),
+        ("preset = ['default']\n", "preset: got ['default'], takes one of default"),
         ("[model]\ntimesteps = 0\n", "timesteps: got 0"),
         ("[model]\ndecay_fastest = -0.5\n", "decay_fastest: got -0.5, takes a number in (0, 1]"),
         ('preset = "default-lif"\n[model]\ntau = inf\n', "tau: got inf, takes a finite number >= 1"),
@@ -251,6 +252,11 @@ def test_bad_config_files(
 ) -> None:
     (tmp_path / "c.toml").write_text(content)
     assert message in fails(capsys, "train", "--text", story, "--config", tmp_path / "c.toml")
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nlr = 0.5\r\n")
+    assert read_toml(tmp_path / "c.toml").train == {"lr": 0.5}
 
 
 def test_an_existing_run_is_not_overwritten(
@@ -400,6 +406,10 @@ def test_convert_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:500])
     assert "truncated" in fails(capsys, "convert", tmp_path / "cut.pt", tmp_path / "m", "--set", "heads=2")
+    (tmp_path / "empty.pt").touch()
+    assert "truncated (nothing in it)" in fails(
+        capsys, "convert", tmp_path / "empty.pt", tmp_path / "m", "--set", "heads=2"
+    )
     assert "options: missing" in fails(capsys, "convert", checkpoint, tmp_path / "m")
     assert "unknown option" in fails(capsys, "convert", checkpoint, tmp_path / "m", "--set", "hedas=2")
     assert "not empty" in fails(capsys, "convert", checkpoint, tmp_path, "--set", "heads=2")

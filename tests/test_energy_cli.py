@@ -114,12 +114,22 @@ def test_token_mode_and_a_table_of_ones_own(folders, capsys, tmp_path):
     assert "dram: got -1" in fails(capsys, "-c", folders[0], *flags)
 
 
+def test_a_byte_order_mark_is_no_text(folders, capsys, tmp_path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfthe cat")
+    read = [
+        json.loads(run(capsys, "-c", folders[0], *flags, "--json").out)["models"][str(folders[0])]
+        for flags in (["--text", tmp_path / "marked.txt"], ["--prompt", "the cat"])
+    ]
+    assert read[0] == read[1]
+
+
 def test_bad_input_is_one_line(folders, capsys, tmp_path):
     spiking = folders[0]
     assert "got neither, takes one" in fails(capsys, "-c", spiking)
     assert "got both, takes one" in fails(capsys, "-c", spiking, "--prompt", "a", "--text", "b")
     assert "no such file" in fails(capsys, "-c", spiking, "--text", tmp_path / "none.txt")
     assert "no such folder" in fails(capsys, "-c", "./nowhere", "--prompt", "a")
+    assert "--device: got 'meta'" in fails(capsys, "-c", spiking, "--prompt", "a", "--device", "meta")
     assert "--mode: got 'x'" in fails(capsys, "-c", spiking, "--prompt", "cat", "--mode", "x")
     assert "takes horowitz-45nm, jouppi-7nm" in fails(capsys, "-c", spiking, "--prompt", "a", "--table", "x")
     assert "--prompt: 1 character(s) outside the model's" in fails(capsys, "-c", spiking, "--prompt", "QQ")

@@ -109,7 +109,7 @@ def energy(
 def read_text(path: Path | None) -> str:
     assert path is not None
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # as in training, a byte order mark is no text
     except FileNotFoundError:
         raise FileNotFoundError(f"--text: {path}: no such file") from None
     except UnicodeDecodeError as error:

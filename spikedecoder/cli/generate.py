@@ -129,7 +129,7 @@ def load(checkpoint: str, device: str) -> tuple[SpikeDecoder, str]:
     where = find_checkpoint(checkpoint)
     try:
         target = torch.device(device)
-        torch.empty(0, device=target)
+        torch.empty(1, device=target).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: got {device!r}, which this machine cannot use ({reason})") from None

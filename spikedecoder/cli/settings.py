@@ -50,7 +50,7 @@ def collect(file: Path | None, flags: Mapping[str, Any], assignments: Iterable[s
 
 def load_toml(path: Path, what: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{what}: {path}: no such file") from None
     except OSError as error:

@@ -302,7 +302,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on to how to run foreign code
+        # an empty file has no message; torch goes on to how to run foreign code
+        reason = (str(error) or "nothing in it").splitlines()[0].partition(". ")[0]
         raise CheckpointError(
             f"{path}: not a PyTorch checkpoint of tensors alone, or truncated ({reason})"
         ) from None

@@ -115,7 +115,7 @@ class EnergyTable:
     @classmethod
     def _parse(cls, data: bytes, where: str, name: str) -> EnergyTable:
         try:
-            values = tomllib.loads(data.decode("utf-8"))
+            values = tomllib.loads(data.decode("utf-8-sig"))
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"table: {where}: not a TOML file ({error})") from None
         for key in values:

@@ -115,7 +115,7 @@ class TrainConfig:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TrainConfig:
         """The values that belong to the model preset of that name, with some fields changed."""
-        if name not in TRAIN_PRESETS:
+        if name not in tuple(TRAIN_PRESETS):
             raise ValueError(f"preset: got {name!r}, takes one of {', '.join(TRAIN_PRESETS)}")
         return cls.from_dict({**TRAIN_PRESETS[name], **changes})
 
