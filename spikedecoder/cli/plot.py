@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FIGURES = ("raster", "rates", "potentials", "attention", "predictions", "energy", "loss")
 _SEVERAL = ("energy", "loss")
+_OF_LAYERS = ("raster", "potentials", "attention")
 
 
 def plot(
@@ -61,6 +62,8 @@ def plot(
         raise ValueError(f"figure: got {figure!r}, takes one of {', '.join(FIGURES)}")
     if len(checkpoint) > 1 and figure not in _SEVERAL:
         raise ValueError(f"--checkpoint: got {len(checkpoint)}, {figure} takes one")
+    if layer and figure not in _OF_LAYERS:
+        raise ValueError(f"--layer: got {layer[0]!r}, {figure} takes none; {', '.join(_OF_LAYERS)} do")
     viz.check_picture(out)
     if figure == "loss":
         fig = viz.loss_curves(list(dict.fromkeys(checkpoint)))
