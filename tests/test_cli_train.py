@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,24 @@ def test_a_finished_run_can_be_prolonged(
     again = result(capsys, "train", "--resume", out)
     assert (again["steps"], again["val_loss"]) == (3, first["val_loss"])
     assert result(capsys, "train", "--resume", out, "--max-steps", "6")["steps"] == 6
+
+
+def test_a_run_killed_around_its_first_checkpoint_goes_on(
+    story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    result(capsys, "train", "--text", story, "--out", out, "--max-steps", "3", *SMALL)
+    weights = (out / "last" / "model.safetensors").read_bytes()
+    for link in ("last", "best"):
+        (out / link).unlink()
+    assert run("train", "--resume", out) == 0  # written, not linked yet
+    assert "has done its 3 steps" in capsys.readouterr().err
+    for link in ("last", "best"):
+        (out / link).unlink(missing_ok=True)
+    shutil.rmtree(out / "checkpoints")
+    assert run("train", "--resume", out) == 0  # not even written
+    assert "the run has no checkpoint yet; it starts again" in capsys.readouterr().err
+    assert (out / "last" / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.parametrize(
@@ -459,6 +478,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "spikedecoder", "--version"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert said == f"spikedecoder {spikedecoder.__version__}\n"
+
+
+def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run("train", "--print-config") == 0
+    assert run("train", "--set", "blocks") == 2
 
 
 def test_no_such_command(capsys: pytest.CaptureFixture[str]) -> None:

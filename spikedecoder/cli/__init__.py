@@ -66,6 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     from spikedecoder.training import TrainingError
     from spikedecoder.training.memory import is_lack_of_memory
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         code = app(arguments, standalone_mode=False)
     except KeyboardInterrupt:

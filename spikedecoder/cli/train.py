@@ -212,7 +212,7 @@ def _new(
 def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json: bool) -> TrainResult:
     from spikedecoder import training
     from spikedecoder.data import prepare_corpus
-    from spikedecoder.training.checkpoints import LAST, read_step
+    from spikedecoder.training.checkpoints import latest, read_step
 
     info = training.RunInfo.read(folder)
     config = info.config.replace(**overrides.model)
@@ -231,7 +231,8 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
     )
     _use_threads(settings.threads or info.threads)
     heading = f"going on with the run in {folder}"
-    if read_step(folder / LAST) == settings.steps:
+    last = latest(folder)  # None where the run ended before its first checkpoint
+    if last is not None and read_step(last) == settings.steps:
         heading = f"the run in {folder} has done its {settings.steps} steps; --max-steps N trains longer"
     reporter = training.ScreenReporter(not as_json, [heading])
     return training.train(config, data, settings, out=folder, resume=True, reporter=reporter)
