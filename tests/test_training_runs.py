@@ -329,8 +329,8 @@ def test_configurations_of_another_type_are_named(corpus: Corpus, tmp_path: Path
 def test_metrics_of_lost_steps_are_dropped(corpus: Corpus, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(tiny(corpus), corpus, settings(), out=out, reporter=StopAt(6))
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 9, "loss": 1.0}\n{"step": 6, "lo')
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 9, "loss": 1.0}\n\0\xff\n{"step": 6, "lo')
     train(tiny(corpus), corpus, settings(), out=out, resume=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12]

@@ -213,7 +213,7 @@ def test_loss_curves_read_runs(tmp_path):
     ):
         (tmp_path / name).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo'
-        (tmp_path / name / "metrics.jsonl").write_text(text)
+        (tmp_path / name / "metrics.jsonl").write_bytes(text.encode() + b"\xff\0\n")
     fig = viz.loss_curves([tmp_path / "one", tmp_path / "two" / "metrics.jsonl"])
     drawn = [line.get_xydata().tolist() for line in fig.axes[0].lines]
     assert [[1.0, 3.0]] in drawn and [[2.0, 2.5]] in drawn and [[1.0, 2.0], [2.0, 1.5]] in drawn

@@ -157,12 +157,12 @@ class MetricsFile(Reporter):
         """Drop the lines of steps that a killed run had done after its last checkpoint."""
         kept = []
         if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
-                    pass  # a line cut short by the kill
+                    pass  # a line cut short by the kill, or garbled by a power cut
         write_bytes(self.path, "".join(f"{line}\n" for line in kept).encode())
 
     def step(self, step: int, metrics: dict[str, float]) -> None:

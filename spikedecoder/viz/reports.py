@@ -176,10 +176,10 @@ def _named(runs: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that a kill cut short is left out."""
+    """The lines of a run's metrics.jsonl; one that a kill cut short, or a crash garbled, is left out."""
     file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise FileNotFoundError(f"runs: {file}: no such file; takes a training run's folder") from None
     lines = []
