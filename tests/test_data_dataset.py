@@ -192,6 +192,14 @@ def test_failure_leaves_nothing_behind(book: Path, tmp_path: Path, monkeypatch: 
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_corpus([book], cache_dir=tmp_path)
+    monkeypatch.setattr("spikedecoder.data._files.os.access", lambda *_: False)
+    prepare_corpus([book], cache_dir=tmp_path)  # it is there already
+    with pytest.raises(OSError, match=r"set SPIKEDECODER_CACHE to another folder.*: .*tokens"):
+        prepare_corpus([book], cache_dir=tmp_path, tokenizer="word")
+
+
 def test_text_that_changes_meanwhile(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = dataset._tokenizer
 

@@ -61,3 +61,14 @@ def default_cache_dir() -> Path:
     import pooch
 
     return Path(pooch.os_cache("spikedecoder"))
+
+
+def make_cache_dir(folder: Path) -> None:
+    """``folder`` in the cache, made if it is not there; an OSError that says what to do if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = f"cannot write to the cache ({error.strerror}); set SPIKEDECODER_CACHE to another folder"
+        raise OSError(error.errno, reason, str(folder)) from None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ._files import BLOCK_BYTES, atomic_writer, default_cache_dir, sha256_of_file
+from ._files import BLOCK_BYTES, atomic_writer, default_cache_dir, make_cache_dir, sha256_of_file
 
 STDIN = "-"
 
@@ -170,7 +170,7 @@ def _download(name: str, url: str, sha256: str | None, raw: Path, record: Path, 
     import requests
 
     help_text = f"Would be cached at {raw}. To train on a text of your own, pass --text FILE"
-    raw.parent.mkdir(parents=True, exist_ok=True)
+    make_cache_dir(raw.parent)
     # In a folder of its own until its checksum is recorded: a file at `raw` is always a verifiable one.
     with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".download-") as folder:
         try:

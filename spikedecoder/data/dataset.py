@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._files import atomic_writer, default_cache_dir, sha256_of_file
+from ._files import atomic_writer, default_cache_dir, make_cache_dir, sha256_of_file
 from .corpora import CORPORA, STDIN, builtin_text, download_corpus, read_text_files
 from .text import original_dictionary
 from .tokenizers import CharTokenizer, Tokenizer, WordTokenizer, tokenizer_from_dict
@@ -124,6 +124,7 @@ def prepare_corpus(
         path = folder / "tokens" / f"{key}.bin"
         found = _load(path)
         if found is None:
+            make_cache_dir(path.parent)
             made = _tokenizer(tokenizer, min_count, chunks, cut)
             _write(path, made, (chunks(0, cut), chunks(cut, characters)), digest.hexdigest())
             found = _load(path)
