@@ -1,5 +1,6 @@
 """The commands train, convert and doctor, as a user meets them."""
 
+import io
 import json
 import os
 import random
@@ -91,6 +92,15 @@ def test_a_person_sees_progress_and_text(
     assert captured.out.startswith("The ")
     for word in ("held-out", "bits per token", "trigram", "tokens/s", "spike rate", str(tmp_path / "run")):
         assert word in captured.err
+
+
+def test_output_that_lacks_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").write_text("\u00e9\u6f22 " * 200, encoding="utf-8")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    arguments = ["--text", tmp_path / "text", "--out", tmp_path / "run", "--max-steps", "1", *SMALL]
+    assert run("train", *arguments) == 0
+    assert out.buffer.getvalue().count(b"?") > 20  # type: ignore[attr-defined]
 
 
 def test_nothing_is_said_of_spikes_where_there_are_none(

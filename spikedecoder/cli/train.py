@@ -282,7 +282,9 @@ def _finish(result: TrainResult, as_json: bool) -> None:
         report.message(f"{speed}peak memory {result.peak_rss_mib:,.0f} MiB; checkpoint: {result.checkpoint}")
         values["sample"] = _sample(result)
         if not as_json:
-            print(values["sample"])
+            from spikedecoder.cli.generate import _print
+
+            _print(values["sample"] + "\n")
     if as_json:
         print(json.dumps(values))
     sys.stdout.flush()
