@@ -299,6 +299,20 @@ def test_bad_searches_are_named(rest, message):
     assert message in str(error.value)
 
 
+def test_stopped_as_often_as_one_likes_it_makes_the_same_trials(story, tmp_path, monkeypatch):
+    wanted, options = search(SPACE + "trials = 3\n"), {"texts": [str(story)], "say": lambda _: None}
+    whole = sweep(wanted, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "spikedecoder.sweep.worker._Watcher.tick", lambda *_: os.kill(os.getpid(), signal.SIGINT)
+        )
+        for _ in range(5):
+            assert sweep(wanted, tmp_path / "stopped", **options).interrupted
+    stopped = sweep(wanted, tmp_path / "stopped", **options)
+    rows = [[(t["state"], t["params"], t["bits"]) for t in result.trials] for result in (whole, stopped)]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+
+
 def test_any_folder_name_goes_on(story, tmp_path, capsys):
     file, out = search_file(tmp_path, SPACE + "trials = 1\n", steps=1), tmp_path / "new" / "lr? 50% #1 {a}"
     for trials in ("1", "2"):

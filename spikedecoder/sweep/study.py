@@ -211,7 +211,7 @@ def claim(study: Any, search: Search) -> Any:
     if not waiting and (search.sampler == "grid" or len(trials) >= search.trials):
         return None
     # seeded anew for each trial: a study that was stopped goes on as one that was not
-    seed = (search.seed * 1_000_003 + len(study.get_trials(deepcopy=False))) % 2**32
+    seed = (search.seed * 1_000_003 + len(trials)) % 2**32
     if search.sampler == "tpe":
         study.sampler = o.samplers.TPESampler(seed=seed, n_startup_trials=search.startup)
     else:
