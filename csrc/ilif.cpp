@@ -35,7 +35,10 @@ void ilif_backward(const IlifBackward& a) {
     const float* __restrict grad = a.grad;
     const uint8_t* __restrict mask = a.mask;
     float* __restrict out = a.out;
-    for (int64_t i = mine.begin; i < mine.end; i++) out[i] = grad[i] * (scale * static_cast<float>(mask[i]));
+    for (int64_t i = mine.begin; i < mine.end; i++) {
+      const float through = grad[i] * scale;  // that of an infinite gradient with 0 would be NaN
+      out[i] = mask[i] ? through : 0;
+    }
   });
 }
 

@@ -78,6 +78,13 @@ def test_lif_takes_strided_and_expanded_input(variant):
         assert torch.equal(actual, ops.lif(x, v_threshold=torch.full((9, 1), 0.5)))
 
 
+def test_an_infinite_gradient_ends_where_an_ilif_is_saturated(variant):
+    x = torch.tensor([100.0, 0.5] * 20, requires_grad=True)
+    with ops.use_backend("cpu"):
+        ops.ilif_params(x, ILIFParams(4)).backward(torch.full_like(x, float("inf")))
+    assert x.grad.tolist() == [0.0, float("inf")] * 20
+
+
 @pytest.mark.parametrize("threshold", [(4,), (3, 4)], ids=str)
 def test_no_neurons_of_learned_thresholds(threshold, variant):
     gradients = []
