@@ -14,7 +14,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nothing traces, transforms or records a call, and its tensors are what they seem."""
+    """Whether nothing traces, transforms or records a call, and its tensors are what they seem, of values."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -24,7 +24,9 @@ def unwatched(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    return all(x is None or (type(x) in _PLAIN and x.layout == torch.strided) for x in tensors)
+    return all(
+        x is None or (type(x) in _PLAIN and x.layout == torch.strided and not x.is_meta) for x in tensors
+    )
 
 
 def as_tensors(like: Tensor, *found: Tensor | None, dtype: torch.dtype | None = None) -> Any:
