@@ -36,8 +36,12 @@ void ilif_backward(const IlifBackward& a) {
     const uint8_t* __restrict mask = a.mask;
     float* __restrict out = a.out;
     for (int64_t i = mine.begin; i < mine.end; i++) {
-      const float through = grad[i] * scale;  // that of an infinite gradient with 0 would be NaN
-      out[i] = mask[i] ? through : 0;
+      // its bits or none: a product of an infinite gradient with 0 is NaN, and a branch keeps this from being vectors
+      const float through = grad[i] * scale;
+      uint32_t bits;
+      memcpy(&bits, &through, sizeof bits);
+      bits &= 0 - static_cast<uint32_t>(mask[i]);
+      memcpy(out + i, &bits, sizeof bits);
     }
   });
 }
