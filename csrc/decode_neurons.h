@@ -130,8 +130,9 @@ class Neurons {
         store(spikes + c, cell_(input(load(y.start + c), statistics_[0])));
       }
     } else {
-      a_.T == 4 ? spike_with<Input, 4>(y, C, threshold, spikes, words, norm)
-                : spike_with<Input, 0>(y, C, threshold, spikes, words, norm);
+      constexpr int KNOWN = usual<Kind> ? 4 : 0;
+      a_.T == KNOWN ? spike_with<Input, KNOWN>(y, C, threshold, spikes, words, norm)
+                    : spike_with<Input, 0>(y, C, threshold, spikes, words, norm);
     }
   }
 

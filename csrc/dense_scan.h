@@ -72,12 +72,12 @@ static void scan_all(const Scan& s, int64_t S) {
     for (int64_t column = 0; column < s.d; column += MOST_COLUMNS * W) {
       const int64_t left = s.d - column, vectors = left >= MOST_COLUMNS * W ? MOST_COLUMNS : (left + W - 1) / W;
       const int last = static_cast<int>(left < vectors * W ? left - (vectors - 1) * W : W);
-      with_vectors<MOST_COLUMNS>(vectors, column, [&](auto part, int64_t, int) {
+      with_vectors<MOST_COLUMNS>(vectors, [&](auto part) {
         constexpr int V = decltype(part)::count, ROWS = STATE_VECTORS / V;
         // parts of like size
         for (int64_t row = 0, parts = (s.d + ROWS - 1) / ROWS; row < s.d; parts--) {
           const int64_t rows = (s.d - row + parts - 1) / parts;
-          with_vectors<ROWS>(rows, row, [&](auto of_rows, int64_t, int) {
+          with_vectors<ROWS>(rows, [&](auto of_rows) {
             scan_part<V, decltype(of_rows)::count, DECAYS>(s, first, n, row, column, last);
           });
           row += rows;

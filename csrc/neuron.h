@@ -3,6 +3,8 @@
 // operations is kept, so that the same input gives the same spikes to the bit.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -147,6 +149,10 @@ SPIKEDECODER_INLINE void with_cell(const Neuron& neuron, const Body& body) {
   }
 }
 
+// Whether a cell is the usual one, whose work is compiled for just what is asked.
+template <class CellType>
+constexpr bool usual = std::is_same_v<CellType, Cell<true>>;
+
 // An integer neuron in the place of a Cell: its h is the input in units, and nothing is left for the next step.
 struct IntegerCell {
   F scale, levels, low, high;
@@ -166,14 +172,16 @@ struct IntegerCell {
   SPIKEDECODER_INLINE_MEMBER F threshold_gradient(F falls) const { return falls; }
 };
 
-// body(Cell or IntegerCell) with the kind known at compile time.
-template <bool Integers, class Body>
-SPIKEDECODER_INLINE void with_neuron(const Neuron& neuron, const Body& body) {
-  if constexpr (Integers) {
-    body(IntegerCell(neuron));
-  } else {
-    with_cell(neuron, body);
-  }
+template <class CellType>
+constexpr bool integers = std::is_same_v<CellType, IntegerCell>;
+
+// body(Cell or IntegerCell, float or bfloat16) with both known at compile time.
+template <class Body>
+SPIKEDECODER_INLINE void with_neuron(const Neuron& neuron, Element type, const Body& body) {
+  const auto with_type = [&](const auto& cell) {
+    type == Element::float32 ? body(cell, float{}) : body(cell, bfloat16{});
+  };
+  neuron.levels > 0 ? with_type(IntegerCell(neuron)) : with_cell(neuron, with_type);
 }
 
 // How many timesteps there are, if it is known at compile time; else 0.

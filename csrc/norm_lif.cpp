@@ -15,17 +15,19 @@ double work(int64_t T, int64_t rows, int64_t C, double per_element) {
   return per_element * static_cast<double>(T * rows) * static_cast<double>(C);
 }
 
+// Vectors at once, of which the usual neuron's steps are short, and wait for each other.
 #if defined(SPIKEDECODER_AVX512)
-constexpr int FORWARD_AT_ONCE = 5;
+constexpr int MOST_AT_ONCE = 5;
 #else
-constexpr int FORWARD_AT_ONCE = 2;
+constexpr int MOST_AT_ONCE = 2;
 #endif
 
 template <bool ByRow, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward& a, const Normal<E, Groups>& p,
                                      int64_t row, E* spikes, bool past) {
   const int64_t step = p.step() * p.C, spikes_step = (Groups ? 1 : a.spikes_rows) * p.C;
-  for_channels_evenly<FORWARD_AT_ONCE>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+  constexpr int MOST = usual<CellType> ? MOST_AT_ONCE : 2;
+  for_channels_evenly<MOST>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, c, n);
     F threshold[U], v[U];
@@ -60,17 +62,16 @@ SPIKEDECODER_OUTLINE void forward_rows(const CellType& shared_cell, const NormLi
   }
 }
 
-template <class E, bool Groups>
-void forward(const NormLifForward& a) {
+template <class E, class CellType>
+void forward(const NormLifForward& a, const CellType& cell) {
+  constexpr bool Groups = integers<CellType>;
   const Normal<E, Groups> all(a);
   E* const spikes = static_cast<E*>(a.spikes);
   const bool past = past_cache(spikes, a.T * a.spikes_rows * a.C, a.C);
-  with_neuron<Groups>(a.neuron, [&](const auto& cell) {
-    parallel(threads_for(work(a.T, a.rows, a.C, 0.25), a.threads), [&](int thread, int threads) {
-      const Range rows = share(all.rows, thread, threads);
-      a.kind == NormKind::row ? forward_rows<true>(cell, a, all, rows, spikes, past)
-                              : forward_rows<false>(cell, a, all, rows, spikes, past);
-    });
+  parallel(threads_for(work(a.T, a.rows, a.C, 0.25), a.threads), [&](int thread, int threads) {
+    const Range rows = share(all.rows, thread, threads);
+    a.kind == NormKind::row ? forward_rows<true>(cell, a, all, rows, spikes, past)
+                            : forward_rows<false>(cell, a, all, rows, spikes, past);
   });
 }
 
@@ -142,7 +143,8 @@ template <bool ByRow, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E, Groups>& b, const Normal<E, Groups>& p,
                                     int64_t row, const RowScratch& s, int64_t first, int64_t width) {
   const int64_t step = p.step() * p.C;
-  for_channels_evenly(width, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+  constexpr int MOST = usual<CellType> ? AT_ONCE : 2;
+  for_channels_evenly<MOST>(width, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, first + c, n);
     F threshold[U], v[U];
@@ -174,6 +176,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
                                           ThresholdSum& threshold_sum, int64_t first, int64_t width) {
   const NormLifBackward& a = b.a;
   const int64_t step = p.step() * p.C;
+  const bool apply = Apply && (usual<CellType> || a.part != NormLifPart::reduce);
   for_channels_evenly<BACK_AT_ONCE>(width, [&](auto vectors, int64_t at, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const int64_t c = first + at, last = p.at(p.T - 1, row) + c;
@@ -182,7 +185,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
     for (int u = 0; u < U; u++) {
       const int64_t channel = c + u * W;
       if (ByRow) weight[u] = load_up_to(p.weight + channel, n);
-      if (Apply) {
+      if (apply) {
         of_g[u] = load_up_to(a.a + channel, n);
         of_z[u] = load_up_to(a.b + channel, n);
         of_1[u] = load_up_to(a.c + channel, n);
@@ -204,7 +207,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
         const F z = load(normal + u * W), grad_spike = load_up_to(grad + u * W, n);
         __builtin_prefetch(grad + p.stride() * p.C + u * W, 0, 2);
         const F g = cell.back(load(h + u * W), threshold[u], grad_spike, carry[u], falls[u]);
-        if (Apply) store_result(b.grad_x + out + u * W, fma(of_g[u], g, fma(of_z[u], z, of_1[u])), n, b.past);
+        if (apply) store_result(b.grad_x + out + u * W, fma(of_g[u], g, fma(of_z[u], z, of_1[u])), n, b.past);
         if (Sums) sum_g[u] = add(sum_g[u], g);
         if (Sums) sum_gz[u] = fma(g, z, sum_gz[u]);
         if (ByRow) {
@@ -233,9 +236,9 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
 }
 
 template <bool ByRow, bool Sums, bool Apply, bool Thresholds, class CellType, class E, bool Groups>
-SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E, Groups>& b, int64_t row,
-                                          const RowScratch& s, ThresholdSum& threshold_sum) {
-  const auto& p = b.p.of(row);
+SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E, Groups>& b,
+                                          const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
+                                          ThresholdSum& threshold_sum) {
   if (ByRow) s.start_row(p, row);
   for (int64_t c = 0; c < p.C; c += RowScratch::BLOCK) {
     const int64_t width = p.C - c < RowScratch::BLOCK ? p.C - c : RowScratch::BLOCK;
@@ -246,13 +249,11 @@ SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E
 
 // The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd. In short rows (Near) all z are still
 // there; else x is, in a near cache.
-template <bool Near, class E, bool Groups>
-SPIKEDECODER_OUTLINE void gradient_of_row(const Backward<E, Groups>& b, int64_t row, const RowScratch& s) {
-  const auto& p = b.p.of(row);
-  const bool past = b.past;
-  const int64_t step = p.step() * p.C;
-  const float over_C = -1 / static_cast<float>(p.C);
-  for (int64_t t = 0; t < p.T; t += 4) {
+template <bool Near, class E>
+SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t step, int64_t C, bool past,
+                                          const RowScratch& s) {
+  const float over_C = -1 / static_cast<float>(C);
+  for (int64_t t = 0; t < T; t += 4, x += 4 * step, out += 4 * step) {
     const float *const mean = s.mean + t, *const rstd = s.rstd + t;
     F of_g[4], of_gz[4];
     for (int i = 0; i < 4; i++) {
@@ -267,19 +268,19 @@ SPIKEDECODER_OUTLINE void gradient_of_row(const Backward<E, Groups>& b, int64_t 
       shift[i] *= scale;
       slope[i] *= Near ? scale : scale * rstd[i];
     }
-    const int steps = p.T - t < 4 ? static_cast<int>(p.T - t) : 4;
-    for_channels_evenly<FORWARD_AT_ONCE>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
-      const E* x = p.x + p.at(t, row) + c;
-      E* out = b.grad_x + p.at(t, row) + c;
+    const int steps = T - t < 4 ? static_cast<int>(T - t) : 4;
+    for_channels_evenly<MOST_AT_ONCE>(C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
+      const E* from = x + c;
+      E* to = out + c;
       const float *z = s.z + t * RowScratch::BLOCK + c, *g = s.g + t * s.padded + c;
       for (int i = 0; i < steps; i++) {
         const F by_g = set1(rstd[i]), by_z = set1(slope[i]), rest = set1(shift[i]);
         for (int u = 0; u < decltype(vectors)::count; u++) {
-          const F of_z = Near ? load(z + u * W) : sub(load_up_to(x + u * W, n), set1(mean[i]));
-          store_result(out + u * W, fma(load(g + u * W), by_g, fma(of_z, by_z, rest)), n, past);
+          const F of_z = Near ? load(z + u * W) : sub(load_up_to(from + u * W, n), set1(mean[i]));
+          store_result(to + u * W, fma(load(g + u * W), by_g, fma(of_z, by_z, rest)), n, past);
         }
-        x += step;
-        out += step;
+        from += step;
+        to += step;
         z += RowScratch::BLOCK;
         g += s.padded;
       }
@@ -293,14 +294,17 @@ SPIKEDECODER_OUTLINE void back_through_rows(const CellType& shared_cell, const B
                                             const RowScratch& s, ThresholdSum& threshold_sum) {
   const auto cell = shared_cell;  // this thread's own stays in registers
   for (int64_t row = rows.begin; row < rows.end; row++) {
-    back_through_row<ByRow, Sums, Apply, Thresholds>(cell, b, row, s, threshold_sum);
+    const auto& p = b.p.of(row);
+    back_through_row<ByRow, Sums, Apply, Thresholds>(cell, b, p, row, s, threshold_sum);
     if (!ByRow) continue;
-    b.a.C <= RowScratch::BLOCK ? gradient_of_row<true>(b, row, s) : gradient_of_row<false>(b, row, s);
+    const auto second_pass = p.C <= RowScratch::BLOCK ? gradient_of_row<true, E> : gradient_of_row<false, E>;
+    second_pass(p.x + p.at(0, row), b.grad_x + p.at(0, row), p.T, p.step() * p.C, p.C, b.past, s);
   }
 }
 
-template <class E, bool Groups>
-void backward(const NormLifBackward& a) {
+template <class E, class CellType>
+void backward(const NormLifBackward& a, const CellType& cell) {
+  constexpr bool Groups = integers<CellType>;
   const Backward<E, Groups> b(a);
   const int most = threads_for(work(a.T, a.rows, a.C, 0.6), a.threads);
   const int64_t own = per_thread(RowScratch::size(a.threshold, b.p.T, a.C));
@@ -308,25 +312,23 @@ void backward(const NormLifBackward& a) {
   const bool sums = a.part != NormLifPart::apply;
   float* const threshold_out = sums ? a.grad_threshold : nullptr;
 
-  with_neuron<Groups>(a.neuron, [&](const auto& cell) {
-    parallel(most, [&](int thread, int threads) {
-      const FlushDenormals flush;
-      const RowScratch s(scratch.floats() + own * thread, b.p.T, a.C);
-      ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
-      const Range rows = share(b.p.rows, thread, threads);
-      // the usual neuron's work is compiled for just what is asked; the others' may add up more, which nobody reads
-      constexpr bool more = !std::is_same_v<std::decay_t<decltype(cell)>, Cell<true>>;
-      switch (a.part) {
-        case NormLifPart::whole:
-          threshold_out ? back_through_rows<true, true, false, true>(cell, b, rows, s, threshold_sum)
-                        : back_through_rows<true, true, false, more>(cell, b, rows, s, threshold_sum);
-          break;
-        case NormLifPart::reduce: back_through_rows<false, true, false, true>(cell, b, rows, s, threshold_sum); break;
-        case NormLifPart::apply: back_through_rows<false, more, true, more>(cell, b, rows, s, threshold_sum); break;
-        case NormLifPart::known: back_through_rows<false, true, true, true>(cell, b, rows, s, threshold_sum); break;
-      }
-      threshold_sum.end_run();
-    });
+  parallel(most, [&](int thread, int threads) {
+    const FlushDenormals flush;
+    const RowScratch s(scratch.floats() + own * thread, b.p.T, a.C);
+    ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
+    const Range rows = share(b.p.rows, thread, threads);
+    // the usual neuron's work is compiled for just what is asked; the others' may add up more, which nobody reads
+    constexpr bool more = !usual<CellType>;
+    switch (a.part) {
+      case NormLifPart::whole:
+        threshold_out ? back_through_rows<true, true, false, true>(cell, b, rows, s, threshold_sum)
+                      : back_through_rows<true, true, false, more>(cell, b, rows, s, threshold_sum);
+        break;
+      case NormLifPart::reduce: back_through_rows<false, true, more, true>(cell, b, rows, s, threshold_sum); break;
+      case NormLifPart::apply: back_through_rows<false, more, true, more>(cell, b, rows, s, threshold_sum); break;
+      case NormLifPart::known: back_through_rows<false, true, true, true>(cell, b, rows, s, threshold_sum); break;
+    }
+    threshold_sum.end_run();
   });
 
   if (!sums) return;
@@ -348,21 +350,11 @@ void backward(const NormLifBackward& a) {
 }  // namespace
 
 void norm_lif_forward(const NormLifForward& a) {
-  const bool narrow = a.type != Element::float32;
-  if (a.neuron.levels > 0) {
-    (narrow ? forward<bfloat16, true> : forward<float, true>)(a);
-  } else {
-    (narrow ? forward<bfloat16, false> : forward<float, false>)(a);
-  }
+  with_neuron(a.neuron, a.type, [&](const auto& cell, auto element) { forward<decltype(element)>(a, cell); });
 }
 
 void norm_lif_backward(const NormLifBackward& a) {
-  const bool narrow = a.type != Element::float32;
-  if (a.neuron.levels > 0) {
-    (narrow ? backward<bfloat16, true> : backward<float, true>)(a);
-  } else {
-    (narrow ? backward<bfloat16, false> : backward<float, false>)(a);
-  }
+  with_neuron(a.neuron, a.type, [&](const auto& cell, auto element) { backward<decltype(element)>(a, cell); });
 }
 
 }  // namespace SPIKEDECODER_VARIANT

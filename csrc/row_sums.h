@@ -1,4 +1,4 @@
-// Sums of rows picked by lists of their numbers, inside kernels.
+// Sums of rows picked by lists of their numbers, inside kernels (row_sums.cpp).
 //
 // Bits become lists of row numbers once; then, for a panel of a few vectors of columns, the sum of each output row is
 // held in registers while its list is walked. Where the rows are near and the bits few, the bits are walked themselves.
@@ -11,14 +11,13 @@
 
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
-namespace {
 
 #if defined(SPIKEDECODER_AVX2)
 constexpr int MOST_VECTORS = 10;  // of 16 registers
-constexpr int SUMS_AT_ONCE = 12;  // of several rows, where that many are
+constexpr int FEW_VECTORS = 10;   // of a handful of rows, whose source comes from afar
 #else
 constexpr int MOST_VECTORS = 8;
-constexpr int SUMS_AT_ONCE = 16;
+constexpr int FEW_VECTORS = 16;
 #endif
 constexpr int64_t BITS_AT_A_TIME = 8 << 20;  // bounds the lists: 2 bytes each
 
@@ -44,64 +43,8 @@ struct Panel {
   bool past;        // see past_cache
 };
 
-// The sum of some rows of a panel of V vectors, in registers. Every loop over the sums is unrolled before the compiler
-// decides where they live: one that is not would keep them in memory, and store all of them at each row.
-template <int V, bool Whole>
-struct PanelSum {
-  F sums[V];
-
-  SPIKEDECODER_INLINE_MEMBER void start(const Panel& p) {
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++) sums[j] = p.bias ? load_up_to(p.bias + j * W, lanes(p, j)) : zero();
-  }
-  SPIKEDECODER_INLINE_MEMBER void add_row(const Panel& p, const float* row) {
-#pragma GCC unroll 16
-    for (int j = 0; j < V; j++) {
-      sums[j] = add(sums[j], (Whole || j < V - 1) ? load(row + j * W) : load_n(row + j * W, p.lanes));
-    }
-  }
-  template <class E>
-  SPIKEDECODER_INLINE_MEMBER void write(const Panel& p, E* out) {
-    if (p.accumulate) {
-#pragma GCC unroll 16
-      for (int j = 0; j < V; j++) sums[j] = add(load_up_to(out + j * W, lanes(p, j)), sums[j]);
-    }
-    if (p.past) {
-#pragma GCC unroll 16
-      for (int j = 0; j < V; j++) stream(out + j * W, sums[j]);
-    } else {
-#pragma GCC unroll 16
-      for (int j = 0; j < V; j++) store_up_to(out + j * W, sums[j], lanes(p, j));
-    }
-  }
-
- private:
-  static SPIKEDECODER_INLINE_MEMBER int lanes(const Panel& p, int vector) {
-    return Whole || vector < V - 1 ? W : p.lanes;
-  }
-};
-
-// out[0 .. V vectors] = sum of the rows of the panel in list.
-template <int V, bool Whole, class E>
-void sum_list(const uint16_t* list, int64_t n, const Panel& p, E* out) {
-  PanelSum<V, Whole> sum;
-  sum.start(p);
-  for (int64_t i = 0; i < n; i++) sum.add_row(p, p.source + list[i] * p.stride);
-  sum.write(p, out);
-}
-
-template <class E>
-using SumList = void (*)(const uint16_t*, int64_t, const Panel&, E*);
-
-template <int V, class E>
-SumList<E> sum_list_of(int vectors, bool whole) {
-  if constexpr (V == 0) {
-    return nullptr;
-  } else {
-    if (vectors == V) return whole ? sum_list<V, true, E> : sum_list<V, false, E>;
-    return sum_list_of<V - 1, E>(vectors, whole);
-  }
-}
+// out = the sum of a panel's rows in a list of n.
+using SumList = void (*)(const uint16_t* list, int64_t n, const Panel& panel, float* out);
 
 // Lists of the set bits of rows, those of a group of rows packed behind each other.
 struct Lists {
@@ -157,55 +100,6 @@ inline int steps_for(const uint64_t* words, int64_t stride, int64_t n) {
   return static_cast<int>(steps);
 }
 
-// R rows at once, because the additions to one wait for each other.
-template <int R, int V, bool Whole, class E>
-SPIKEDECODER_INLINE void sum_words(const Words& s, const uint64_t* words, const Panel& p, E* out, int64_t out_stride) {
-  PanelSum<V, Whole> sum[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++) sum[r].start(p);
-  const float* source = p.source;
-  for (int64_t w = 0; w < s.n; w++, source += 65 * p.stride) {
-    uint64_t left[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) left[r] = words[r * s.stride + w];
-    for (int i = s.steps[w]; i; i--) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        sum[r].add_row(p, source + first_bit(left[r]) * p.stride);
-        left[r] &= left[r] - 1;
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      for (; left[r]; left[r] &= left[r] - 1) sum[r].add_row(p, source + first_bit(left[r]) * p.stride);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++) sum[r].write(p, out + r * out_stride);
-}
-
-template <int V, bool Whole, class E>
-void sum_rows_of_words(const Words& s, int64_t rows, const Panel& p, E* out, int64_t out_stride) {
-  constexpr int R = V <= SUMS_AT_ONCE / 4 ? 4 : V <= SUMS_AT_ONCE / 2 ? 2 : 1;
-  const uint64_t* words = s.words;
-  int64_t r = 0;
-  for (; r + R <= rows; r += R) sum_words<R, V, Whole>(s, words + r * s.stride, p, out + r * out_stride, out_stride);
-  for (; R > 1 && r < rows; r++) sum_words<1, V, Whole>(s, words + r * s.stride, p, out + r * out_stride, out_stride);
-}
-
-template <class E>
-using SumWords = void (*)(const Words&, int64_t, const Panel&, E*, int64_t);
-
-template <int V, class E>
-SumWords<E> sum_words_of(int vectors, bool whole) {
-  if constexpr (V == 0) {
-    return nullptr;
-  } else {
-    if (vectors == V) return whole ? sum_rows_of_words<V, true, E> : sum_rows_of_words<V, false, E>;
-    return sum_words_of<V - 1, E>(vectors, whole);
-  }
-}
-
 // What is summed, and where to: rows of the source [.., columns] to rows of out [.., columns]. The panel of the source
 // from column c on begins at source + c * panel_stride, and its rows are `stride` apart.
 template <class E>
@@ -227,24 +121,14 @@ struct Sums {
 
 // Rows begin..end of out, of the panel of `vectors` vectors from column `first` on.
 template <class E>
-void sum_panel(const Sums<E>& s, const Lists& lists, int64_t begin, int64_t end, int64_t first, int vectors) {
-  int used;
-  const Panel panel = s.panel(first, vectors, used);
-  const SumList<E> sum = sum_list_of<MOST_VECTORS, E>(used, panel.lanes == W);
-  for (int64_t r = begin; r < end; r++) {
-    int64_t n;
-    const uint16_t* list = lists.list(r, n);
-    sum(list, n, panel, s.out + r * s.columns + first);
-  }
-}
+void sum_panel(const Sums<E>& s, const Lists& lists, int64_t begin, int64_t end, int64_t first, int vectors);
 
 // Rows 0..rows of out, which words pick.
 template <class E>
-void sum_panel(const Sums<E>& s, const Words& words, int64_t rows, int64_t first, int vectors) {
-  int used;
-  const Panel panel = s.panel(first, vectors, used);
-  sum_words_of<MOST_VECTORS, E>(used, panel.lanes == W)(words, rows, panel, s.out + first, s.columns);
-}
+void sum_panel(const Sums<E>& s, const Words& words, int64_t rows, int64_t first, int vectors);
+
+// The sum for `vectors` vectors, up to MOST_VECTORS or FEW_VECTORS; whole: all lanes of the last one are there.
+SumList sum_list_of(int vectors, bool whole);
 
 // Columns of rows that lie a multiple of SHARED floats apart share lines of a cache: a panel then has a quarter of them
 // or less, whatever the cache's size, unless it is copied, its rows behind each other.
@@ -256,7 +140,7 @@ inline void end_panel(const Panels& panels, float* to) {
 }
 
 // `rows` rows of a panel, of which `width` columns are there, `stride` apart -> to, panels.width() apart.
-void copy_panel(const float* from, int64_t stride, int64_t rows, int64_t width, const Panels& panels, float* to) {
+inline void copy_panel(const float* from, int64_t stride, int64_t rows, int64_t width, const Panels& panels, float* to) {
   for (int64_t r = 0; r < rows; r++, from += stride, to += panels.width()) {
     for (int64_t c = 0; c < width; c += W) {
       const int there = static_cast<int>(smaller(W, width - c));
@@ -266,7 +150,7 @@ void copy_panel(const float* from, int64_t stride, int64_t rows, int64_t width, 
 }
 
 // The share of bits that are set, from a sample where there are many: enough to decide on threads.
-double rate_of(const uint64_t* words, int64_t rows, int64_t bits) {
+inline double rate_of(const uint64_t* words, int64_t rows, int64_t bits) {
   int64_t set = 0;
   const int64_t n = rows * words_for(bits);
   const int64_t step = n > 4096 ? n / 4096 : 1;
@@ -275,6 +159,5 @@ double rate_of(const uint64_t* words, int64_t rows, int64_t bits) {
   return seen ? static_cast<double>(set) / static_cast<double>(64 * seen) : 0;
 }
 
-}  // namespace
 }  // namespace SPIKEDECODER_VARIANT
 }  // namespace spikedecoder

@@ -352,15 +352,15 @@ constexpr int AT_ONCE = 4, BACK_AT_ONCE = 2;
 constexpr int AT_ONCE = 2, BACK_AT_ONCE = 2;  // of half as many registers
 #endif
 
-// body(Vectors<vectors>, c, W), where vectors <= Most is known at run time only.
+// body(Vectors<vectors>), where vectors <= Most is known at run time only.
 template <int Most, class Body>
-SPIKEDECODER_INLINE void with_vectors(int64_t vectors, int64_t c, const Body& body) {
+SPIKEDECODER_INLINE void with_vectors(int64_t vectors, const Body& body) {
   if constexpr (Most == 1) {
-    body(Vectors<1>{}, c, W);
+    body(Vectors<1>{});
   } else if (vectors == Most) {
-    body(Vectors<Most>{}, c, W);
+    body(Vectors<Most>{});
   } else {
-    with_vectors<Most - 1>(vectors, c, body);
+    with_vectors<Most - 1>(vectors, body);
   }
 }
 
@@ -376,14 +376,14 @@ SPIKEDECODER_INLINE void for_channels(int64_t C, const Body& body) {
 // The same, in parts of like size: one vector alone waits for its own results, so five are taken as three and two.
 template <int Most = AT_ONCE, class Body>
 SPIKEDECODER_INLINE void for_channels_evenly(int64_t C, const Body& body) {
-  int64_t c = 0;
-  for (int64_t left = C / W; left;) {
-    const int64_t vectors = left >= 2 * Most || left == Most ? Most : left > Most ? (left + 1) / 2 : left;
-    with_vectors<Most>(vectors, c, body);
+  for (int64_t c = 0; c < C;) {
+    const int64_t left = (C - c) / W;  // whole ones
+    const int64_t vectors = left >= 2 * Most || left == Most ? Most : left > Most ? (left + 1) / 2 : left ? left : 1;
+    with_vectors<Most>(vectors, [&](auto known) SPIKEDECODER_INLINE_LAMBDA {
+      body(known, c, decltype(known)::count > 1 || left ? W : static_cast<int>(C - c));
+    });
     c += vectors * W;
-    left -= vectors;
   }
-  if (c < C) body(Vectors<1>{}, c, static_cast<int>(C - c));
 }
 
 // 2^-|a|. It stops falling at 2^-110, which keeps denormal numbers (slow) out of what is multiplied with it. A NaN

@@ -18,11 +18,6 @@ constexpr int64_t NEAR_BYTES = 512 << 10;              // of a source that stays
 constexpr int64_t NEAREST_BYTES = 48 << 10;            // of one that stays in the first-level cache
 constexpr int64_t MOST_WORDS = 4, MOST_COLUMNS = 128;  // of a row that is not listed
 constexpr int64_t WORD_ROWS = 512;                     // of those, made ready and summed in one go
-#if defined(SPIKEDECODER_AVX2)
-constexpr int FEW_VECTORS = 10;  // of a handful of rows, whose source comes from afar
-#else
-constexpr int FEW_VECTORS = 16;
-#endif
 
 template <class E>
 struct Sum : Sums<E> {
@@ -269,8 +264,7 @@ void gather_few(const GatherFew& a) {
       const int used = static_cast<int>((width + W - 1) / W);
       const Panel panel{a.source + first, a.columns, static_cast<int>(width - (used - 1) * W),
                         a.bias ? a.bias + first : nullptr, false, false};
-      const SumList<float> sum =
-          wide ? sum_list<FEW_VECTORS, true, float> : sum_list_of<MOST_VECTORS, float>(used, panel.lanes == W);
+      const SumList sum = sum_list_of(used, panel.lanes == W);
       for (int64_t r = 0; r < a.rows; r++) sum(lists + at[r], at[r + 1] - at[r], panel, a.out + r * a.columns + first);
       first += width;
     }

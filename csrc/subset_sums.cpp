@@ -21,7 +21,7 @@ constexpr int64_t BITS = 2048;         // of a table: 512 KiB, which stays in th
 constexpr int64_t ROWS_AT_LEAST = 512;  // for one build of a table
 
 // Words of bits [rows, words_for(bits)] -> [rows / 16][32-bit words][16 rows]; rows past the last hold 0.
-void interleave(const uint64_t* words, int64_t rows, int64_t bits, uint32_t* out, Range groups) {
+SPIKEDECODER_OUTLINE void interleave(const uint64_t* words, int64_t rows, int64_t bits, uint32_t* out, Range groups) {
   const int64_t stride = words_for(bits);
   for (int64_t g = groups.begin; g < groups.end; g++) {
     for (int64_t w = 0; w < stride; w++) {

@@ -128,7 +128,7 @@ void sum_near(const WeightGrad& a, const Panels& panels, int threads, float* sum
         for (int64_t i = 0; i < lists; i++) {
           const int64_t list = slice * lists + i, first = slice * slices.rows + i * NEAR_ROWS;
           const float* const panel = source + first * a.N + column;
-          with_vectors<MOST_VECTORS>(vectors, 0, [&](auto known, int64_t, int) {
+          with_vectors<MOST_VECTORS>(vectors, [&](auto known) {
             constexpr int V = decltype(known)::count;
             (last == W ? add_spikes<V, true> : add_spikes<V, false>)(listed + list * room, how_many[list], panel, a.N,
                                                                      last, panels.count > 1, own_sums);
