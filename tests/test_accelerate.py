@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -79,6 +80,19 @@ def test_same_outputs_gradients_and_keys(old, options):
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5)
     assert [r.reason for r in accelerate(ours)] == [None] * 3  # asking twice changes nothing
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["0.0.0.0.14", "2.0"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_an_accelerated_model_is_copied_and_saved_whole(old, copied):
+    model = _network(old, tau=3.0)
+    accelerate(model)
+    x = torch.rand(6, 3, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 3
+    with torch.no_grad():
+        model(x)  # there is a memory to keep
+    other = copied(model)
+    assert type(other[1]) is type(model[1]) and other[1] is not model[1]
+    assert torch.equal(other(x), model(x))
 
 
 @pytest.mark.parametrize("surrogate", ["Sigmoid", "ATan", "PiecewiseQuadratic", "Rect"])

@@ -29,6 +29,10 @@ def variant(request):
     native.use_variant(before)
 
 
+class Watched(torch.Tensor):
+    """A tensor that may be more than its values."""
+
+
 def both(case: Case, seed: int = 0) -> tuple[dict, dict]:
     with ops.use_backend("cpu"):
         actual = run(case, make_inputs(case, seed=seed))
@@ -308,6 +312,34 @@ def test_norm_ilif_takes_what_is_strided_and_what_is_no_number(variant):
         found[backend] = out.detach(), *torch.autograd.grad(out, leaf, upstream)
     torch.testing.assert_close(found["cpu"], found["reference"], rtol=0, atol=1e-5, equal_nan=True)
     assert found["cpu"][0][2, 3, 4:7].tolist()[1:] == [4, 0] and found["cpu"][0][2, 3, 4].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["as a rule", "double", "apart", "watched"])
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0])
+def test_running_statistics_move_as_in_the_reference(variant, momentum, kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(4, 5, 7, 37, generator=generator) * 1.5 + 0.3).to(dtype)
+
+    def run_of(backend):
+        running = [torch.full((37,), 0.5), torch.full((37,), 2.0)]
+        if kind == "double":
+            running = [r.double() for r in running]
+        elif kind == "apart":
+            running = [r.repeat(2, 1).t()[:, 0] for r in running]
+        elif kind == "watched":
+            running = [r.as_subclass(Watched) for r in running]
+        n = NormParams("batch", torch.ones(37), torch.zeros(37), running=tuple(running), momentum=momentum)
+        versions = [r._version for r in running]
+        with ops.use_backend(backend):
+            out = ops.norm_lif(x, n, LIFParams())
+        assert all(r._version > v for r, v in zip(running, versions, strict=True))
+        return out, [r.as_subclass(torch.Tensor) for r in running]
+
+    actual, moved = run_of("cpu")
+    expected, moved_reference = run_of("reference")
+    assert flipped(actual, expected) < 1e-3
+    torch.testing.assert_close(moved, moved_reference, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("surrogate", list(SURROGATES))

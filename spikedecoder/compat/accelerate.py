@@ -14,6 +14,7 @@ a call, so that there is no loop over time to fuse.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -76,9 +77,8 @@ def accelerate(model: nn.Module) -> list[Replacement]:
     return report
 
 
-def _entry(module: nn.Module) -> str | None:
+def _entry(cls: type) -> str | None:
     """The method of the exact class that walks the timesteps; None for a class that we do not know."""
-    cls = type(module)
     for (package, name), method in _MULTI_STEP.items():
         if cls.__name__ == name and cls.__module__.startswith(package):
             return method
@@ -86,7 +86,7 @@ def _entry(module: nn.Module) -> str | None:
 
 
 def _why_not(module: Any) -> str | None:
-    if _entry(module) is None:
+    if _entry(type(module)) is None:
         return f"{type(module).__name__} is not a multi-step LIF neuron"
     if getattr(module, "step_mode", "m") != "m":
         return "it is in single-step mode: functional.set_step_mode(model, 'm') first"
@@ -139,10 +139,26 @@ class _Fused:
         self.v = v.to(x_seq.dtype)
         return spikes
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # pickle finds a class by its name, and only the neuron's own has one
+        made: Any = super().__reduce_ex__(protocol)
+        return _unpickled, (type(self).__bases__[1],), *made[2:]
+
+
+@cache
+def _fused(cls: Any) -> Any:
+    method = _entry(cls)
+    assert method is not None
+    return type(
+        f"Fused{cls.__name__}", (_Fused, cls), {method: _Fused._all_timesteps, "__module__": __name__}
+    )
+
+
+def _unpickled(cls: type) -> Any:
+    fused = _fused(cls)
+    return fused.__new__(fused)
+
 
 def _replace(module: Any) -> None:
-    cls, method = type(module), _entry(module)
-    assert method is not None
-    fused = type(f"Fused{cls.__name__}", (_Fused, cls), {method: _Fused._all_timesteps})
-    fused.__module__ = __name__
-    module.__class__ = fused
+    cls: Any = type(module)
+    module.__class__ = _fused(cls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,15 @@ from spikedecoder.reference.norm import move_running
 from spikedecoder.reference.norm import norm as _reference
 
 
+def _of_backend(x: Tensor, backend: str) -> Any:
+    return select("norm_lif", Call(x.device, x.dtype, tuple(x.shape), {"rows": False}), backend)
+
+
 def _moments_of(x: Tensor, center: bool, backend: str) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:  # a process without rows, among others
         nothing = x.new_zeros(x.shape[-1], dtype=compute_dtype(x.dtype))
         return nothing, nothing.clone()
-    return select("norm_lif", Call(x.device, x.dtype, tuple(x.shape), {"rows": False}), backend).moments(
-        x, center
-    )
+    return _of_backend(x, backend).moments(x, center)
 
 
 _moments = torch.library.custom_op("spikedecoder::moments", _moments_of, mutates_args=())
@@ -61,7 +64,13 @@ def _of_channels(x: Tensor, n: NormParams) -> Statistics:
         if n.kind == "power":
             return Statistics(torch.zeros_like(n.running[0]), (n.running[0] + n.eps).rsqrt())
         return Statistics(n.running[0].clone(), (n.running[1] + n.eps).rsqrt())
-    moments = _moments_of if unwatched(x) else _moments
+    plain = unwatched(x, *n.running)
+    if n.kind == "batch" and n.synced is None and plain and x.numel():
+        at_once = getattr(_of_backend(x, requested_backend()), "batch_statistics", None)
+        found = at_once and at_once(x, n)
+        if found:
+            return Statistics(*found)
+    moments = _moments_of if plain else _moments
     mean, var = moments(x.detach(), n.kind == "batch", requested_backend())
     rows, count = None, x.numel() // x.shape[-1]
     if n.synced is not None:

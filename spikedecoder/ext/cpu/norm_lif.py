@@ -19,7 +19,7 @@ from spikedecoder.ext.cpu._arguments import (
     threshold_of,
 )
 from spikedecoder.ext.cpu._memory import empty, empty_like
-from spikedecoder.params import ILIFParams, LIFParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 why_not = floats_on_cpu
 
@@ -44,6 +44,25 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
         *(x.numel() // channels, channels, torch.get_num_threads()),
     )
     return mean, var
+
+
+def batch_statistics(x: Tensor, n: NormParams) -> tuple[Tensor, Tensor] | None:
+    """Mean and 1 / sqrt(variance + eps) [C] of x for BatchNorm in training; moves the running ones of n on.
+
+    None where these are not what the kernel takes.
+    """
+    if any(r.dtype != torch.float32 or not r.is_contiguous() for r in n.running):
+        return None
+    x = same(x)
+    channels = x.shape[-1]
+    mean, rstd = empty((channels,)), empty((channels,))
+    native.batch_statistics(
+        *(ELEMENTS[x.dtype], address(x), *map(address, n.running), n.momentum, n.eps),
+        *(address(mean), address(rstd), x.numel() // channels, channels, torch.get_num_threads()),
+    )
+    for running in n.running:  # changed, autograd is to know
+        torch.autograd.graph.increment_version(running)
+    return mean, rstd
 
 
 def forward(
