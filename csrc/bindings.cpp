@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "batch_norm.h"
 #include "bindings.h"
 
 namespace {
@@ -89,56 +90,7 @@ void bind_lif(py::module_& m) {
   });
 }
 
-// As torch's lerp, rounded where it is.
-float between(float from, float to, float weight) {
-  return weight < 0.5f ? std::fma(weight, to - from, from) : std::fma(weight - 1, to - from, to);
-}
-
-// A pass of BatchNorm in training: mean and 1 / sqrt(variance + eps) [C] of x, by which the running mean and
-// variance, that one unbiased, move on.
-void batch_statistics(int type, uintptr_t x, uintptr_t running_mean, uintptr_t running_var, double momentum, double eps,
-                      uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t C, int threads) {
-  const Element of_x = make_element(type, 1);
-  require(rows > 1, "rows: takes at least 2");
-  const Moments a{of_x, typed_array(x, of_x, rows, C, "x"), true, array<float>(mean, C, "mean"),
-                  array<float>(rstd, C, "rstd"), rows, C, checked_threads(threads)};
-  float *const of_mean = array<float>(running_mean, C, "running_mean"),
-               *const of_var = array<float>(running_var, C, "running_var");
-  const float weight = static_cast<float>(momentum), more = static_cast<float>(eps);
-  const float unbiased = static_cast<float>(static_cast<double>(rows) / static_cast<double>(rows - 1));
-  py::gil_scoped_release release;
-  kernels().moments(a);
-  for (int64_t c = 0; c < C; c++) {
-    const float var = a.var[c];
-    of_mean[c] = between(of_mean[c], a.mean[c], weight);
-    of_var[c] = between(of_var[c], var * unbiased, weight);
-    a.var[c] = 1 / std::sqrt(var + more);
-  }
-}
-
 constexpr int BATCH = 4;  // a part of its own here: reduce, then apply
-
-// Of BatchNorm in training, whose statistics are functions of x: dL/dx = a (g - its mean - z times the mean of g z),
-// a = weight rstd.
-void batch_norm_lif_backward(const NormLifBackward& reduce) {
-  kernels().norm_lif_backward(reduce);
-  const int64_t C = reduce.C;
-  const float rows = static_cast<float>(reduce.T * reduce.rows);
-  std::vector<float> coefficients(3 * static_cast<size_t>(C));
-  float *const of_g = coefficients.data(), *const of_z = of_g + C, *const of_1 = of_z + C;
-  for (int64_t c = 0; c < C; c++) {
-    of_g[c] = reduce.weight[c] * reduce.rstd[c];
-    const float share = of_g[c] / -rows;
-    of_z[c] = share * reduce.grad_weight[c];
-    of_1[c] = share * reduce.grad_bias[c];
-  }
-  NormLifBackward apply = reduce;
-  apply.part = NormLifPart::apply;
-  apply.a = of_g;
-  apply.b = of_z;
-  apply.c = of_1;
-  kernels().norm_lif_backward(apply);
-}
 
 void bind_norm_lif(py::module_& m) {
   m.def("moments", [](int type, uintptr_t x, bool center, uintptr_t mean, uintptr_t var, int64_t rows, int64_t C,
@@ -149,7 +101,17 @@ void bind_norm_lif(py::module_& m) {
               array<float>(var, C, "var"), rows, C, checked_threads(threads)};
     run(kernels().moments, a);
   });
-  m.def("batch_statistics", &batch_statistics);
+  m.def("batch_statistics", [](int type, uintptr_t x, uintptr_t running_mean, uintptr_t running_var, double momentum,
+                               double eps, uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t C, int threads) {
+    const Element of_x = make_element(type, 1);
+    require(rows > 1, "rows: takes at least 2");
+    float* const var = array<float>(rstd, C, "rstd");  // takes its place
+    BatchStatistics a{{of_x, typed_array(x, of_x, rows, C, "x"), true, array<float>(mean, C, "mean"), var, rows, C,
+                       checked_threads(threads)},
+                      array<float>(running_mean, C, "running_mean"), array<float>(running_var, C, "running_var"),
+                      static_cast<float>(momentum), static_cast<float>(eps)};
+    run(batch_statistics, a);
+  });
   m.def("norm_lif_forward",
         [](const Neuron& neuron, const Threshold& threshold, int kind, int type, uintptr_t x, uintptr_t weight,
            uintptr_t bias, double eps, uintptr_t mean, uintptr_t rstd, uintptr_t spikes, int64_t T, int64_t rows,

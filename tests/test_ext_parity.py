@@ -326,7 +326,8 @@ def test_running_statistics_move_as_in_the_reference(variant, momentum, kind, dt
         if kind == "double":
             running = [r.double() for r in running]
         elif kind == "apart":
-            running = [r.repeat(2, 1).t()[:, 0] for r in running]
+            running = [torch.stack([r, r], 1)[:, 0] for r in running]
+            assert not running[0].is_contiguous()
         elif kind == "watched":
             running = [r.as_subclass(Watched) for r in running]
         n = NormParams("batch", torch.ones(37), torch.zeros(37), running=tuple(running), momentum=momentum)

@@ -19,6 +19,7 @@ from spikedecoder.reference.norm import norm as _reference
 
 
 def _of_backend(x: Tensor, backend: str) -> Any:
+    """The module that takes the statistics of channels."""
     return select("norm_lif", Call(x.device, x.dtype, tuple(x.shape), {"rows": False}), backend)
 
 
@@ -66,9 +67,9 @@ def _of_channels(x: Tensor, n: NormParams) -> Statistics:
         return Statistics(n.running[0].clone(), (n.running[1] + n.eps).rsqrt())
     plain = unwatched(x, *n.running)
     if n.kind == "batch" and n.synced is None and plain and x.numel():
-        at_once = getattr(_of_backend(x, requested_backend()), "batch_statistics", None)
-        found = at_once and at_once(x, n)
-        if found:
+        impl = _of_backend(x, requested_backend())
+        found = impl.batch_statistics(x, n) if hasattr(impl, "batch_statistics") else None
+        if found is not None:
             return Statistics(*found)
     moments = _moments_of if plain else _moments
     mean, var = moments(x.detach(), n.kind == "batch", requested_backend())
