@@ -78,6 +78,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"GPU tests not run: {count} ({cause})", yellow=True)
 
 
+@pytest.fixture(scope="session")
+def workers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all of pytest-xdist's workers, for what takes long enough to be made once."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 def _is_operator_test(path: Path) -> bool:
     return path.stem.removeprefix("test_").startswith((*OPERATOR_TESTS, *OPERATORS))
 

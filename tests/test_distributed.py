@@ -1,11 +1,13 @@
 """Two processes on the CPU (gloo) against one on the joined batch: norms that share statistics, DDP, FSDP.
 
-The processes are started once and do everything; the tests look at what they brought back.
+The processes are started once, for all of pytest-xdist's workers, and do everything; the tests look at what
+they brought back.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from filelock import FileLock
 from torch import Tensor
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ops, sync, use_backend
@@ -169,10 +172,15 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, Tensor]]]:
+def both(workers_folder: Path) -> list[dict[Any, dict[str, Tensor]]]:
     """What each process found."""
-    folder = tmp_path_factory.mktemp("processes")
-    mp.start_processes(work, (str(folder),), nprocs=2, start_method="spawn")
+    folder = workers_folder / "two-processes"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # another worker's that failed
+            folder.mkdir()
+            mp.start_processes(work, (str(folder),), nprocs=2, start_method="spawn")
+            (folder / "done").touch()
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,0 +1,78 @@
+"""What `bench/aot.py` keeps of a kernel's machine code, and where it is not what its row needs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+CAPPED = 64  # bytes of local memory, at the most, where registers are as many as were measured to be fastest
+OPCODES = re.compile(r"\b((?:FFMA|LDG\.E|LDGSTS|STG\.E|LDL|STL)[.\w]*|(?:[HIQ]G?|UTC\w*)MMA\b(?:\.\w+)*)")
+_WITHOUT_PRODUCT = (
+    "scan_segments",
+    "pack_kernel",
+    "lif_forward",
+    "norm_lif_forward",
+    "moments_of_rows",
+    "add_parts",
+)  # kernels beside those with the product
+
+
+@dataclass
+class Compiled:
+    """One kernel of a row on one target."""
+
+    operator: str
+    call: str
+    dtype: str
+    size: str
+    needs: tuple[str, ...]
+    kernel: str
+    target: int
+    registers: int
+    shared: int
+    local: int
+    opcodes: dict[str, int]
+    moved: float
+    capped: bool  # asks for so many registers: with more, or fewer elements a thread, it was slower
+    instructions: dict[str, float]  # an element, by kind; of the neurons' kernels on sm_90 alone
+    made_of: str  # a number of all that decides the machine code
+
+    def widths(self, *names: str) -> list[int]:
+        """Widths in bits of the global accesses whose opcode starts with one of `names`."""
+        found = set()
+        for opcode in self.opcodes:
+            if opcode.startswith(names):
+                widths = [int(w) for w in re.findall(r"\.[US]?(16|32|64|128|256)\b", opcode)]
+                found.add(max(widths, default=8 if re.search(r"\.[US]8\b", opcode) else 32))
+        return sorted(found)
+
+    @property
+    def tensor_core(self) -> list[str]:
+        return sorted({re.sub(r"\..*", "", o) for o in self.opcodes if "MMA" in o})
+
+    @property
+    def spills(self) -> int:
+        return self.local + sum(n for o, n in self.opcodes.items() if o.startswith(("LDL", "STL")))
+
+
+def faults(c: Compiled) -> list[str]:
+    """Where the compiled code is not what its row needs; empty if it is."""
+    wrong = []
+    if c.shared > (limit := {80: 163, 90: 227, 100: 227}[c.target] * 1024):
+        wrong.append(f"{c.shared} bytes of shared memory, a program has {limit}")
+    if "no spill" in c.needs and (c.local > CAPPED if c.capped else c.spills):
+        wrong.append(f"spills: {c.local} bytes of local memory")
+    if "no FFMA" in c.needs and any(opcode.startswith("FFMA") for opcode in c.opcodes):
+        wrong.append("multiplies and adds with one rounding, so that spikes depend on the compiler")
+    most = min((int(n.split()[2]) for n in c.needs if n.endswith(" instructions")), default=0)
+    if most and c.instructions and (count := sum(c.instructions.values())) > most:
+        wrong.append(f"{count:.1f} instructions an element, {most} are enough")
+    few = c.kernel == "add_parts"  # of what it reads it writes one in the number of parts
+    for kind, names in (("load", ("LDG", "LDGSTS")), ("store", ("STG",))):
+        least = max((int(n.split("-")[0]) for n in c.needs if n.endswith(f"-bit {kind}s")), default=0)
+        widest = max(c.widths(*names), default=0)
+        if widest < least and not (few and kind == "store"):
+            wrong.append(f"widest {kind} is {widest} bits")
+    if "tensor core" in c.needs and not c.tensor_core and c.kernel not in _WITHOUT_PRODUCT:
+        wrong.append("no tensor-core instruction")
+    return wrong
