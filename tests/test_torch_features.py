@@ -123,6 +123,28 @@ def test_an_overflow_skips_the_step_and_halves_the_scale() -> None:
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_in_half_precision_learns(variant: str, dtype: torch.dtype) -> None:
+    model = make(**VARIANTS[variant]).to(dtype)
+    loss = model.loss(tokens(), tokens().roll(-1, 1))
+    loss.backward()
+    assert loss.item() == pytest.approx(make(**VARIANTS[variant]).loss(tokens(), tokens()).item(), rel=0.2)
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_create_graph_gives_the_same_gradients_and_no_second_ones(variant: str) -> None:
+    model, plain = make(**VARIANTS[variant]), make(**VARIANTS[variant])
+    plain.loss(tokens(), tokens().roll(-1, 1)).backward()
+    loss = model.loss(tokens(), tokens().roll(-1, 1))
+    found = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    for got, want in zip(found, plain.parameters(), strict=True):
+        assert torch.equal(got, want.grad)
+    with pytest.raises(RuntimeError, match="twice"):
+        sum(g.square().sum() for g in found).backward()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("variant", ["layer", "residuals", "decay"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 def test_activation_checkpointing_gives_the_same_gradients(variant: str, recompute: bool) -> None:

@@ -62,6 +62,8 @@ def direct(
         def backward(ctx: Any, *grads: Any) -> Any:
             # only a gradient that is to be differentiated again needs the guard against it
             found = (once if torch.is_grad_enabled() else backward)(ctx, *grads)
+            if isinstance(found, Tensor):  # what `once` makes of a tuple of one
+                found = (found,)
             return found if tensors is None else (*found[:tensors], None)
 
     if tensors is None:

@@ -76,7 +76,8 @@ class _PowerNorm(torch.autograd.Function):
         running_phi.copy_(alpha * phi + (1 - alpha) * var)
         ctx.save_for_backward(x, weight, z_scale, (var + eps).rsqrt())
         ctx.ema_gz, ctx.group = ema_gz, group
-        return x * (z_scale * weight) + bias
+        y = x * (z_scale * weight) + bias  # z_scale is wider than 16 bits
+        return y.to(torch.promote_types(x.dtype, weight.dtype))
 
     @staticmethod
     def backward(ctx, grad):
