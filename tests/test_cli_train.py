@@ -308,6 +308,18 @@ def test_a_failed_training_exits_with_1(
     assert code == 1 and error.startswith("error: ") and "became" in error and "--lr" in error
 
 
+def test_what_is_said_where_several_processes_train(
+    story: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spikedecoder.cli.train import _heading
+    from spikedecoder.data import prepare_corpus
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "--text: got -, takes files" in fails(capsys, "train", "--text", "-")
+    data, settings = prepare_corpus([story]), TrainConfig(batch_size=4, grad_accum=2)
+    assert " steps of 24 x 256 tokens" in _heading(SpikeDecoderConfig(), data, settings, Path("run"))[1]
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPIKEDECODER_DEBUG", "1")
     with pytest.raises(ValueError, match="takes key=value"):

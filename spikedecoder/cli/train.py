@@ -145,6 +145,10 @@ def train(
         "max_len": max_len,
         "norm": norm,
     }
+    if text and "-" in text and _processes() > 1:
+        raise ValueError(
+            "--text: got -, takes files where several processes train: they would part the input"
+        )
     if text and corpus:
         raise ValueError("--text and --corpus: got both, takes one of them")
     overrides = collect(config, flags, set_ or [])
@@ -243,6 +247,10 @@ def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _use_threads(threads: int | None) -> None:
     if threads is not None:
         import torch
@@ -257,7 +265,8 @@ def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, fo
         f"model: {config.blocks} blocks, {config.embed_dim} channels, {config.heads} heads, "
         + (f"{config.binary_timesteps} timesteps, " if config.spike_degree else "")
         + f"spike degree {config.spike_degree}; {settings.steps} steps of "
-        f"{settings.batch_size * settings.grad_accum} x {config.max_len} tokens; output in {folder}",
+        f"{settings.batch_size * settings.grad_accum * _processes()} x {config.max_len} tokens; "
+        f"output in {folder}",
     ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,33 @@ def check_device(name: str) -> None:
         raise ValueError(f"device: got {name!r}, but torch finds no MPS device here; takes auto or cpu")
 
 
+@contextmanager
+def own_accelerate_state() -> Iterator[None]:
+    """Accelerate keeps device, precision and accumulation for the life of the process: inside they are those
+    of one run, and behind it those of the caller's own Accelerator again."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    kinds: tuple[Any, ...] = (AcceleratorState, GradientState, PartialState)
+    before = [dict(kind._shared_state) for kind in kinds]
+    try:
+        for kind in kinds:
+            if kind is not PartialState or not torch.distributed.is_initialized():
+                kind._shared_state.clear()
+        yield
+    finally:
+        for kind, state in zip(kinds, before, strict=True):
+            if kind is not PartialState or not torch.distributed.is_initialized():
+                kind._shared_state.clear()
+                kind._shared_state.update(state)
+
+
 def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False) -> Any:
-    """Accelerate's Accelerator for these settings, whatever an earlier run in this process used."""
+    """Accelerate's Accelerator for these settings, inside of `own_accelerate_state`."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     check_device(settings.device)
     accelerator: Any = None
-    # Accelerate keeps device and precision for the life of the process; each run here has its own
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     chosen = settings.device if settings.device not in ("auto", "cpu") else None
     # where it is not told, Accelerate lets several processes on CPUs train apart, each as if alone
     cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
@@ -45,7 +64,8 @@ def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=settings.mixed_precision,
-            gradient_accumulation_steps=settings.grad_accum,
+            # as a plugin: an environment variable of Accelerate's would override the plain argument
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.grad_accum),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
     finally:

@@ -29,7 +29,7 @@ from spikedecoder.training.checkpoints import (
     save_checkpoint,
 )
 from spikedecoder.training.config import TrainConfig
-from spikedecoder.training.devices import make_accelerator, peak_rss_mib
+from spikedecoder.training.devices import make_accelerator, own_accelerate_state, peak_rss_mib
 from spikedecoder.training.evaluate import Evaluation, evaluate, health
 from spikedecoder.training.graph import backward_of
 from spikedecoder.training.memory import is_lack_of_memory, no_more_than_available
@@ -54,10 +54,11 @@ def train(
 ) -> TrainResult:
     """Train a model on a corpus, writing checkpoints and metrics into `out`.
 
-    config: its vocab_size and pad_id are those of corpus.tokenizer. out: a folder that is new or empty; with
-    `resume`, one that holds a run of this config and corpus, which goes on from its last checkpoint and on a
-    CPU with the same number of threads ends bit for bit as if it had never stopped. reporter: told of what
-    happens; None: nobody. source: kept in run.json.
+    config: its vocab_size and pad_id are those of corpus.tokenizer. corpus: with several processes the same
+    in each; they share its batches. out: a folder that is new or empty; with `resume`, one that holds a run
+    of this config and corpus, which goes on from its last checkpoint and on a CPU with the same number of
+    threads and processes ends bit for bit as if it had never stopped. reporter: told of what happens; None:
+    nobody. source: kept in run.json.
 
     SIGINT and SIGTERM finish the step, save, and return with `interrupted` set; a second one ends at once.
     Everything random is a function of (seed, step), so a checkpoint needs no generator state.
@@ -81,7 +82,9 @@ def train(
     _check(config, corpus)
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.enter_context(own_accelerate_state())
         accelerator = make_accelerator(settings, find_unused_parameters=not config.learn_positions)
+        _check_shared(corpus, accelerator)
         threads = settings.threads or (info.threads if info else None)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -101,6 +104,13 @@ def train(
         stop = stack.enter_context(stop_on_signals())
         report = Several(*outputs)
         stack.callback(report.close)
+        if info is not None and info.processes != accelerator.num_processes:
+            then, now = info.processes, accelerator.num_processes
+            windows = settings.batch_size * settings.grad_accum
+            report.message(
+                f"warning: the run in {out} had {then} processes and has {now} now, so that a step takes "
+                f"{windows * now} windows of text in place of {windows * then}"
+            )
         if accelerator.device.type == "cpu":
             stack.enter_context(no_more_than_available())
         try:
@@ -132,6 +142,19 @@ def _check(config: SpikeDecoderConfig, corpus: Corpus) -> None:
         if got != takes:
             raise ValueError(f"{name}: got {got}, takes that of the text's tokenizer, {takes}")
     check_context(corpus, config.max_len)
+
+
+def _check_shared(corpus: Corpus, accelerator: Any) -> None:
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    found = gather_object([corpus.fingerprint])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"corpus: got {len(set(found))} different ones in {len(found)} processes, takes the same one in "
+            "each: they share its batches"
+        )
 
 
 class _Run:
@@ -298,6 +321,9 @@ class _Run:
             return False
         self._read_losses()
         alone = self.accelerator.num_processes == 1
+        if not alone:  # each has moved its running statistics on; a checkpoint holds the first one's
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
         evaluation = evaluate(
             self.model,
             self.corpus.val,
