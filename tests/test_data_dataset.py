@@ -22,6 +22,7 @@ import spikedecoder.data.dataset as dataset
 from spikedecoder.data import (
     CharTokenizer,
     Corpus,
+    Tokenizer,
     WindowSampler,
     WordTokenizer,
     builtin_text,
@@ -222,7 +223,22 @@ def test_bad_arguments(book: Path, tmp_path: Path) -> None:
     fails("texts: expected at least one file, got none", [])
     fails("corpus: expected one of builtin, war-and-peace, got 'bible'", corpus="bible")
     fails("tokenizer: expected one of char, .*, got 'bpe'", [book], tokenizer="bpe")
-    fails("tokenizer: expected a name or a Tokenizer, got int", [book], tokenizer=3, error=TypeError)
+    takes = "tokenizer: expected a name, a CharTokenizer or a WordTokenizer, got "
+    fails(f"{takes}int", [book], tokenizer=3, error=TypeError)
+
+    class Bytes(Tokenizer):  # of which a cache or a checkpoint could make no object again
+        kind, pad_id, unk_id = "bytes", 0, 1
+
+        def unknown(self, text: str) -> list[str]:
+            return []
+
+        def _encode_stream(self, chunks, errors):  # type: ignore[no-untyped-def]
+            return (np.frombuffer(chunk.encode(), np.uint8).astype(self.dtype) for chunk in chunks)
+
+        def _decode(self, ids: np.ndarray) -> str:
+            return ids.astype(np.uint8).tobytes().decode()
+
+    fails(f"{takes}Bytes", [book], tokenizer=Bytes(list("abc") * 100), error=TypeError)
     fails("min_count: .* got 0", [book], min_count=0)
     fails(r"val_fraction: .* got 1\.5", [book], val_fraction=1.5)
     fails("max_chars: .* got 0", [book], max_chars=0)

@@ -75,7 +75,7 @@ def prepare_corpus(
       vocabulary that knew them would hide the unknown words and flatter the held-out figures.
     * "original-word": the whole text, as in the original.
 
-    ``min_count`` applies to words. A ``Tokenizer`` object is used as it is.
+    ``min_count`` applies to words. A ``CharTokenizer`` or ``WordTokenizer`` is used as it is.
 
     The text is streamed, never held in memory, into a file in ``cache_dir`` (see ``default_cache_dir``) named
     by a hash of content, tokenizer and split. A cached file is used only if its length and checksum are
@@ -92,8 +92,10 @@ def prepare_corpus(
         raise ValueError("texts: expected at least one file, got none")
     if isinstance(tokenizer, str) and tokenizer not in TOKENIZER_KINDS:
         raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZER_KINDS)}, got {tokenizer!r}")
-    if not isinstance(tokenizer, (str, Tokenizer)):
-        raise TypeError(f"tokenizer: expected a name or a Tokenizer, got {type(tokenizer).__name__}")
+    if not isinstance(tokenizer, (str, CharTokenizer, WordTokenizer)):  # no other can be read back
+        raise TypeError(
+            f"tokenizer: expected a name, a CharTokenizer or a WordTokenizer, got {type(tokenizer).__name__}"
+        )
     if not isinstance(min_count, int) or min_count < 1:
         raise ValueError(f"min_count: expected an integer of 1 or more, got {min_count!r}")
     if not 0.0 < val_fraction < 1.0:
