@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from training import STORY, Messages, StopAt, corpus, files, settings, tiny  # n
 from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.data import Corpus, held_out_batches, prepare_corpus
 from spikedecoder.training import (
+    Evaluation,
     Reporter,
     TrainingError,
     TrainResult,
@@ -71,6 +73,37 @@ def test_a_seed_makes_a_run_repeatable(corpus: Corpus, tmp_path: Path) -> None:
         train(dropping(corpus), corpus, settings(steps=3, seed=seed), out=tmp_path / name)
         runs[name] = (tmp_path / name / "last" / "model.safetensors").read_bytes()
     assert runs["a"] == runs["b"] != runs["c"]
+
+
+def test_runs_of_several_threads_are_those_of_one(corpus: Corpus, tmp_path: Path) -> None:
+    def run(name: str, seed: int, reporter: Reporter | None = None) -> dict[str, bytes]:
+        c = settings(steps=4, seed=seed, grad_accum=2)
+        return files(train(dropping(corpus), corpus, c, out=tmp_path / name, reporter=reporter).checkpoint)
+
+    class Meanwhile(Reporter):
+        """Lets another thread begin a run, and begins one itself."""
+
+        def evaluated(self, step: int, evaluation: Evaluation) -> None:
+            found["inside"] = run("inside", 2)
+
+        def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
+            other.start()
+            assert waiting.said.wait(60)
+
+    class Waiting(Reporter):
+        said = threading.Event()
+
+        def message(self, text: str) -> None:
+            if "waits for the run of another thread" in text:
+                self.said.set()
+
+    found: dict[str, dict[str, bytes]] = {}
+    waiting = Waiting()
+    other = threading.Thread(target=lambda: found.update(other=run("other", 1, waiting)))
+    found["one"] = run("one", 0, Meanwhile())
+    other.join()
+    for seed, name in enumerate(("one", "other", "inside")):
+        assert found[name] == run(f"{name}-alone", seed), name
 
 
 def test_the_reported_figures_are_the_checkpoints(corpus: Corpus, whole_run: TrainResult) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -40,6 +41,7 @@ from spikedecoder.training.signals import Stop, stop_on_signals
 
 _RECENT = 20  # steps whose mean is the reported training loss
 _WATCHED = 2  # windows on which each neuron is watched at an evaluation
+_ONE = threading.RLock()  # held by the run that has the process's generator, threads, limits and Accelerate
 
 
 def train(
@@ -61,7 +63,8 @@ def train(
     nobody. source: kept in run.json.
 
     SIGINT and SIGTERM finish the step, save, and return with `interrupted` set; a second one ends at once.
-    Everything random is a function of (seed, step), so a checkpoint needs no generator state.
+    Everything random is a function of (seed, step), so a checkpoint needs no generator state. The generator
+    is the process's: where another thread trains, the call waits for its run to end.
 
     Raises ValueError (settings that contradict each other or the text), FileExistsError (`out` is in use),
     CheckpointError (nothing to resume, or broken), OSError (disk full: the last checkpoint stays whole),
@@ -81,6 +84,10 @@ def train(
         source = info.source if source is None else source
     _check(config, corpus)
     with contextlib.ExitStack() as stack:
+        if not _ONE.acquire(blocking=False):
+            (reporter or Reporter()).message(f"{out}: waits for the run of another thread to end")
+            _ONE.acquire()
+        stack.callback(_ONE.release)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.enter_context(own_accelerate_state())
         accelerator = make_accelerator(settings, find_unused_parameters=not config.learn_positions)
