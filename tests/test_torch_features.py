@@ -133,6 +133,24 @@ def test_a_model_in_half_precision_learns(variant: str, dtype: torch.dtype) -> N
     assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
 
 
+@pytest.mark.parametrize("variant", ["batch", "power"])
+@pytest.mark.parametrize("levels", [None, 4])
+def test_parameters_in_half_precision_beside_statistics_in_float32(variant: str, levels: int | None) -> None:
+    """What FSDP's mixed precision makes of a model."""
+    ilif = VARIANTS["ilif"] if levels else {}
+    model = make(**{**VARIANTS[variant], **ilif, "learn_threshold": False})
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    loss = model.loss(tokens(), tokens().roll(-1, 1))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(b.dtype in (torch.float32, torch.int64) for b in model.buffers())
+    model.eval()
+    with torch.no_grad():
+        evaluated = model.loss(tokens(), tokens().roll(-1, 1))
+    assert evaluated.item() == pytest.approx(loss.item(), rel=0.3)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_create_graph_gives_the_same_gradients_and_no_second_ones(variant: str) -> None:
     model, plain = make(**VARIANTS[variant]), make(**VARIANTS[variant])

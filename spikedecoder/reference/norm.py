@@ -137,11 +137,13 @@ def norm(x: Tensor, p: NormParams) -> Tensor:
         return _SyncedBatchNorm.apply(x, p.weight, p.bias, mean, (var + p.eps).rsqrt(), count, p.synced)
     if p.kind == "batch":
         rows = x.reshape(-1, x.shape[-1])
-        y = F.batch_norm(rows, p.running[0], p.running[1], p.weight, p.bias, p.training, p.momentum, p.eps)
-        return y.view_as(x)
+        mean, var = p.running  # wider than the parameters where these alone are cast, as FSDP does
+        weight, bias = p.weight.to(mean.dtype), p.bias.to(mean.dtype)
+        return F.batch_norm(rows, mean, var, weight, bias, p.training, p.momentum, p.eps).view_as(x)
     running_phi, ema_gz, iters = p.running
     if p.training:
         return _PowerNorm.apply(
             x, p.weight, p.bias, running_phi, ema_gz, iters, p.eps, 1 - p.momentum, p.warmup, p.synced
         )
-    return x * (running_phi + p.eps).rsqrt() * p.weight + p.bias
+    y = x * (running_phi + p.eps).rsqrt() * p.weight + p.bias
+    return y.to(torch.promote_types(x.dtype, p.weight.dtype))
