@@ -366,6 +366,43 @@ def test_hooks_on_every_module_see_what_passes_it(preset, changes, recompute):
         torch.testing.assert_close(watched, alone, rtol=1e-9, atol=1e-9)
 
 
+class _Adapter(torch.nn.Module):
+    """In a Linear's place, with its attributes, as adapters of low rank are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.change = torch.nn.Parameter(torch.randn_like(base.weight))
+
+    def forward(self, x):
+        return self.base(x) + torch.nn.functional.linear(x, self.change)
+
+
+@pytest.mark.parametrize("preset", ["default", "default-lif"])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_a_module_in_anothers_place_is_called(preset, norm):
+    torch.manual_seed(0)
+    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "attention_scale": 1.0}
+    model = SpikeDecoder(SpikeDecoderConfig.preset(preset, norm=norm, **small)).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("norm.bias"):  # every layer fires
+            p.data += 0.9
+    tokens = torch.randint(0, 28, (2, 8))
+    for layer in (model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2, model.head):
+        before = model(tokens)
+        layer.linear = _Adapter(layer.linear)
+        want = model(tokens)
+        assert not torch.equal(want, before)
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens), want)
+        torch.testing.assert_close(model.prefill(tokens)[0], want)
+        read = model.generate(tokens, 1, temperature=0)[:, -1]
+        assert torch.equal(read, want[:, -1].argmax(-1))
+        model.recompute_activations(preset == "default-lif")
+        torch.testing.assert_close(model(tokens), want)
+        model.recompute_activations(False)
+
+
 def test_pruned_weights_are_those_of_each_step():
     """torch.nn.utils.prune masks a weight in a hook before its module."""
     small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "norm": "layer"}

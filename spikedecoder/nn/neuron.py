@@ -10,10 +10,15 @@ from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 
+def foreign(module: nn.Module) -> bool:
+    """Whether what it computes is not this package's or torch's: an adapter in a Linear's place, for one."""
+    return not getattr(module.forward, "__module__", "").startswith(("spikedecoder.", "torch.nn."))
+
+
 def watched(*modules: nn.Module) -> bool:
-    """Whether a hook waits on one of them, so that it has to be called by itself."""
+    """Whether a hook waits on one of them, or one is foreign, so that it has to be called by itself."""
     return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or foreign(m)
         for m in modules
     )
 

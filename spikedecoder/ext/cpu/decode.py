@@ -19,7 +19,7 @@ from spikedecoder.ext import NOT_BUILT
 from spikedecoder.ext.cpu import missing, native
 from spikedecoder.ext.cpu._arguments import address, neuron
 from spikedecoder.nn.embedding import Embedding
-from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.neuron import LIF, foreign
 from spikedecoder.nn.norm import Norm
 from spikedecoder.nn.state import DecoderState
 from spikedecoder.params import LIFParams, NormParams
@@ -67,6 +67,9 @@ def why_not(model: SpikeDecoder) -> str | None:
         return "its binary timesteps are run one by one (SpikeDecoder.unroll)"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "somebody watches its modules with forward hooks, which one call for all of them would pass by"
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) and foreign(module):
+            return f"{name or 'the model'} has a forward of its own, which one call for all would pass by"
     widest = max(c.embed_dim, c.hidden_dim)
     if widest > _MOST_CHANNELS:
         return f"it takes at most {_MOST_CHANNELS} channels, the model has {widest}"
