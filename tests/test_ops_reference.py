@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spikedecoder import ops
-from spikedecoder.params import ILIFParams, LIFParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.reference import binarize as binarize_spec
 from spikedecoder.reference import ilif as ilif_spec
 from spikedecoder.reference import lif as lif_spec
@@ -272,8 +272,6 @@ def test_norm_lif_with_parameters_in_half_precision_computes_in_float32(case, dt
 
 
 def test_power_norm_after_its_warm_up_uses_the_running_moment():
-    from spikedecoder.params import NormParams
-
     x = torch.randn(6, 4, 3, dtype=torch.float64)
     phi, ema, weight, bias = (
         torch.full((3,), 4.0).double(),
@@ -297,6 +295,18 @@ def test_batch_and_layer_norm_match_torch():
         torch.testing.assert_close(ours.get_buffer(name), buffer)
     torch.testing.assert_close(ours.eval()(x).reshape(-1, 16), theirs.eval()(x.reshape(-1, 16)))
     torch.testing.assert_close(Norm("layer", 16).double()(x), torch.nn.LayerNorm(16).double()(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_reads_the_strides_of_what_it_is_given(training):
+    x = torch.randn(6, 7, requires_grad=True)
+    columns = torch.rand(7, 4) + 0.5  # weight, bias and the running statistics
+    found = []
+    for weight, bias, *running in (columns.clone().unbind(1), columns.t().contiguous().unbind(0)):
+        leaves = [weight.detach().requires_grad_(), bias.detach().requires_grad_()]
+        y = ops.norm(x, NormParams("batch", *leaves, training=training, running=tuple(running)))
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, *leaves)), *running))
+    torch.testing.assert_close(*found)
 
 
 def test_lif_propagates_nan_and_fires_on_infinity():

@@ -137,8 +137,10 @@ def norm(x: Tensor, p: NormParams) -> Tensor:
         return _SyncedBatchNorm.apply(x, p.weight, p.bias, mean, (var + p.eps).rsqrt(), count, p.synced)
     if p.kind == "batch":
         rows = x.reshape(-1, x.shape[-1])
-        mean, var = p.running  # wider than the parameters where these alone are cast, as FSDP does
-        weight, bias = p.weight.to(mean.dtype), p.bias.to(mean.dtype)
+        # of the weight, and of statistics in evaluation, torch's backward pass reads no strides
+        mean, var = p.running if p.training else (r.contiguous() for r in p.running)
+        # statistics are wider than the parameters where these alone are cast, as FSDP does
+        weight, bias = p.weight.to(mean.dtype).contiguous(), p.bias.to(mean.dtype)
         return F.batch_norm(rows, mean, var, weight, bias, p.training, p.momentum, p.eps).view_as(x)
     running_phi, ema_gz, iters = p.running
     if p.training:
