@@ -383,6 +383,28 @@ def test_a_result_can_be_changed_in_place(case, backend):
             torch.testing.assert_close(changed, expected)
 
 
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "learned"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+def test_a_gradient_that_is_differentiated_again_says_that_it_cannot_be(case, backend, constant):
+    """Also where the gradient that comes in is a constant: the slope of a spike depends on the input."""
+    if case.operator == "norm" or (case.operator, backend) == ("spike_linear", "reference"):
+        pytest.skip("torch's own, which can be")
+    if constant and (case.operator == "ilif" or (backend == "cpu" and "attention" in case.operator)):
+        pytest.skip("keeps bits or a mask, which nothing is differentiated by")
+    inputs = make_inputs(case)
+    with use_backend(backend):
+        out = CALLS[case.operator](**inputs)
+        wanted = list(leaves(inputs).values())
+        upstream = torch.ones_like(out, requires_grad=not constant)
+        once = torch.autograd.grad(out, wanted, upstream, retain_graph=True)
+        again = torch.autograd.grad(out, wanted, upstream, create_graph=True)
+        for found, expected in zip(again, once, strict=True):
+            assert torch.equal(found, expected)
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated again|no autograd formula"):
+            torch.autograd.grad(sum(g.square().sum() for g in again), wanted if constant else upstream)
+
+
 Q = torch.ones(2, 1, 2, 4, 8)
 ONES = torch.ones(8)
 EYE = torch.eye(8)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -34,6 +33,29 @@ def as_tensors(like: Tensor, *found: Tensor | None, dtype: torch.dtype | None = 
     return tuple(like.new_empty(0, dtype=dtype or like.dtype) if x is None else x for x in found)
 
 
+class _Final(torch.autograd.Function):
+    """What `compute` gives, as a function of tensors by which it cannot be differentiated. (torch's
+    once_differentiable looks at incoming gradients alone, and says nothing to torch.autograd.grad.)"""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[], Any], *tensors: Any) -> Any:
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("the gradient of a spiking operator cannot be differentiated again")
+
+
+class _Kept:
+    """A ctx whose saved tensors are read once, as activation checkpointing wants it."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def direct(
     forward: Callable[..., Any],
     setup_context: Callable[..., None],
@@ -47,7 +69,6 @@ def direct(
         tensors: so many of its arguments, the first, may be tensors; autograd, which looks at each argument,
             is handed the others as one. None: any may.
     """
-    once = once_differentiable(lambda ctx, *grads: backward(ctx, *grads))
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -60,10 +81,11 @@ def direct(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            # only a gradient that is to be differentiated again needs the guard against it
-            found = (once if torch.is_grad_enabled() else backward)(ctx, *grads)
-            if isinstance(found, Tensor):  # what `once` makes of a tuple of one
-                found = (found,)
+            if torch.is_grad_enabled():  # the gradient may be differentiated again
+                kept = _Kept(ctx)
+                found = _Final.apply(lambda: backward(kept, *grads), *grads, *kept.saved_tensors)
+            else:
+                found = backward(ctx, *grads)
             return found if tensors is None else (*found[:tensors], None)
 
     if tensors is None:
