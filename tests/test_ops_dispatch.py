@@ -450,8 +450,36 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.binarize(X, alpha="2"), TypeError, "alpha: got '2'"),
         (lambda: ops.lif_params(X, ILIFParams(4)), TypeError, "p: got ILIFParams, takes LIFParams"),
         (lambda: ops.ilif_params(X, LIFParams()), TypeError, "p: got LIFParams, takes ILIFParams"),
-        (lambda: ops.pack_spikes(torch.ones(())), TypeError, "spikes: takes a tensor"),
-        (lambda: ops.unpack_spikes(torch.ones(2, 1), 3), TypeError, "words: takes an int64 tensor"),
+        (
+            lambda: ops.pack_spikes(torch.ones(())),
+            TypeError,
+            r"spikes: got torch.float32 of shape \(\), takes a tensor",
+        ),
+        (lambda: ops.unpack_spikes([3], 3), TypeError, "words: got list, takes an int64 tensor"),
+        (lambda: ops.unpack_spikes(torch.ones(2, 1), 3), TypeError, "words: got torch.float32 of shape"),
+        (
+            lambda: ops.unpack_spikes(torch.ones(2, 1).long(), 3.5),
+            TypeError,
+            "channels: got 3.5, takes an in",
+        ),
+        (lambda: ops.unpack_spikes(torch.ones(2, 0).long(), -3), ValueError, "channels: got -3 for 0 words"),
+        (lambda: ops.spike_counts([1.0], 1), TypeError, "s: got list, takes a torch.Tensor"),
+        (
+            lambda: ops.unrolled_linear(X, EYE, ONES[:1], levels=3),
+            ValueError,
+            r"bias: got shape \(1,\), takes",
+        ),
+        (lambda: ops.unrolled_linear(X, EYE, [0.0] * 8, levels=3), TypeError, "bias: got list"),
+        *(
+            (lambda k=given: ops.unrolled_attention(Q, Q, Q, **k, levels=3), error, message)
+            for given, error, message in (
+                ({"dropout": -0.1}, ValueError, "dropout: got -0.1, takes a probability"),
+                ({"dropout": 0.1}, ValueError, "dropout: got 0.1, takes 0"),
+                ({"dropout": "1"}, TypeError, "dropout: got '1'"),
+                ({"scale": NAN}, ValueError, "scale: got nan"),
+                ({"scale": "1"}, TypeError, "scale: got '1'"),
+            )
+        ),
         (lambda: ops.unpack_spikes(torch.ones(2, 1).long(), 65), ValueError, "channels: got 65 for 1 words"),
         (lambda: ops.spike_attention(Q[0], Q[0], Q[0]), ValueError, r"q: got shape .* takes 5 dimensions"),
         (lambda: ops.spike_attention(Q, Q[..., :4], Q), ValueError, "k: got shape"),
@@ -543,6 +571,17 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
                     ValueError,
                     "running_var on meta",
                 ),
+                (
+                    NormParams("batch", ONES, ONES, running=(None, ONES)),
+                    TypeError,
+                    "running_mean: got NoneType",
+                ),
+                (
+                    NormParams("batch", ONES, ONES, running=(ONES, ONES.int())),
+                    TypeError,
+                    "running_var: got dtype torch.int32",
+                ),
+                (NormParams("power", ONES, ONES, running=(ONES, ONES, 0)), TypeError, "iters: got int"),
                 (
                     NormParams("power", ONES, ONES, running=(torch.ones(9), ONES, torch.tensor(0))),
                     ValueError,

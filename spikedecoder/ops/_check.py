@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,11 @@ def floating(name: str, x: object, *, dims: int | None = None, min_dims: int = 1
 def of_type(name: str, value: object, takes: type) -> None:
     if not isinstance(value, takes):
         raise TypeError(f"{name}: got {type(value).__name__}, takes {takes.__name__}")
+
+
+def integer(name: str, value: object) -> None:
+    if not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name}: got {value!r}, takes an integer")
 
 
 def timesteps(name: str, x: Tensor) -> None:

@@ -94,13 +94,14 @@ def check_norm(x: Tensor, n: NormParams) -> None:
     _check.floating("weight", n.weight, dims=1)
     if n.weight.shape != x.shape[-1:]:
         raise ValueError(f"x: got {x.shape[-1]} channels (shape {tuple(x.shape)}), takes {n.weight.shape[0]}")
-    _check.floating("bias", n.bias)
     names = RUNNING[n.kind]
     if len(n.running) != len(names):
         raise ValueError(f"running: got {len(n.running)} tensors, takes ({', '.join(names)})")
     of_channels = dict(zip(("bias", *names), (n.bias, *n.running), strict=True))
-    of_channels.pop("iters", None)
+    if "iters" in of_channels:
+        _check.of_type("iters", of_channels.pop("iters"), Tensor)
     for name, tensor in of_channels.items():
+        _check.floating(name, tensor)
         _check.same_shape("weight", n.weight, name, tensor)
     _check.same_device(x=x, weight=n.weight, **of_channels)
     least = {"layer": 0, "batch": 2, "power": 1}[n.kind]

@@ -38,23 +38,28 @@ def _(words, channels, dtype, backend):
     return words.new_empty(*words.shape[:-1], channels, dtype=dtype)
 
 
+def _seen(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
 def pack_spikes(spikes: Tensor) -> Tensor:
     """One bit a spike: [..., C] of 0 and 1 (float or bool) -> int64 words [..., ceil(C / 64)].
 
     Bit i of word w is channel 64 w + i, set where the value is not 0; bits past C are 0. No gradient.
     """
     if not isinstance(spikes, Tensor) or spikes.dim() < 1:
-        raise TypeError("spikes: takes a tensor of at least one dimension")
+        raise TypeError(f"spikes: got {_seen(spikes)}, takes a tensor of at least one dimension")
     return _pack(spikes, requested_backend())
 
 
 def unpack_spikes(words: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The inverse of `pack_spikes`: int64 words [..., ceil(C / 64)] -> spikes [..., C] in `dtype`."""
     if not isinstance(words, Tensor) or words.dtype != torch.int64 or words.dim() < 1:
-        raise TypeError("words: takes an int64 tensor of at least one dimension")
+        raise TypeError(f"words: got {_seen(words)}, takes an int64 tensor of at least one dimension")
     if dtype not in _check.FLOATS:
         raise TypeError(f"dtype: got {dtype}, takes a floating dtype")
-    if words.shape[-1] != -(-channels // WORD):
+    _check.integer("channels", channels)
+    if channels < 0 or words.shape[-1] != -(-channels // WORD):
         raise ValueError(
             f"channels: got {channels} for {words.shape[-1]} words, takes C with ceil(C / {WORD}) words"
         )

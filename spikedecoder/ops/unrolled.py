@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ops import _check
-from spikedecoder.ops.spike_attention import spike_attention
-from spikedecoder.ops.spike_linear import spike_linear
+from spikedecoder.ops.spike_attention import check_attention, check_dropout, spike_attention
+from spikedecoder.ops.spike_linear import check_linear, spike_linear
 from spikedecoder.params import binary_timesteps, check_levels
 
 
@@ -40,6 +40,7 @@ def spike_planes(s: Tensor, levels: int) -> Tensor:
 
 def spike_counts(s: Tensor, levels: int) -> Tensor:
     """How many spikes each integer of s takes, in s's dtype and shape."""
+    _check.floating("s", s, min_dims=0)
     return s if levels == 1 else spike_planes(s.detach(), levels).sum(0)
 
 
@@ -48,6 +49,7 @@ def unrolled_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None, *, le
 
     Arguments, result and errors otherwise as of `spikedecoder.ops.spike_linear`.
     """
+    check_linear(s, weight, bias)
     y = spike_linear(spike_planes(s, levels), weight)
     total = y[0]
     for timestep in y[1:]:  # from the most significant on: a shift and a sum each
@@ -73,8 +75,10 @@ def unrolled_attention(
     by the product of its worths, a power of 2. The state is that of k^T v over B^2 pairs; each timestep of q
     meets the past's once.
     """
+    check_attention(q, k, v, scale, decay)
+    check_dropout(dropout)
     if dropout > 0:
-        raise ValueError("dropout: takes 0 where the attention is unrolled")
+        raise ValueError(f"dropout: got {dropout}, takes 0 where the attention is unrolled")
     worths = spike_worths(levels)
     queries, keys, values = (spike_planes(x, levels) for x in (q, k, v))
     pairs = [
