@@ -364,6 +364,22 @@ def test_what_passes_the_dispatcher_by_is_what_it_gives(case):
         assert torch.equal(value, watched[name]), name
 
 
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+def test_a_tensor_that_holds_its_negative_is_its_values(case):
+    """As the imaginary part of a conjugated tensor does: its memory is not what it says."""
+
+    def negative(x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return torch._neg_view(-x.detach()).requires_grad_(x.requires_grad)
+
+    with use_backend("cpu"):
+        expected = run(case, make_inputs(case))
+        found = run(case, {name: negative(x) for name, x in make_inputs(case).items()})
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_a_result_can_be_changed_in_place(case, backend):

@@ -24,7 +24,8 @@ def unwatched(*tensors: Tensor | None) -> bool:
     ):
         return False
     return all(
-        x is None or (type(x) in _PLAIN and x.layout == torch.strided and not x.is_meta) for x in tensors
+        x is None or (type(x) in _PLAIN and x.layout == torch.strided and not x.is_meta and not x.is_neg())
+        for x in tensors
     )
 
 

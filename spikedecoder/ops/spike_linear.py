@@ -194,7 +194,7 @@ def _bare(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     for x in (s, weight, bias):
         if x is None or (x is s and x.dtype == torch.int64 and x.is_cpu):
             continue
-        if x.dtype != torch.float32 or x.is_neg() or (learns and x.requires_grad) or not x.is_cpu:
+        if x.dtype != torch.float32 or (learns and x.requires_grad) or not x.is_cpu:
             return False
     return True
 
