@@ -143,6 +143,17 @@ def test_linear_takes_spikes_of_another_dtype_than_the_weights():
     assert torch.equal(ops.spike_linear(s, weight), s.double() @ weight.T)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_linear_takes_a_bias_of_another_dtype_than_the_weights(backend):
+    s, weight = torch.ones(3, 4), torch.ones(2, 4)
+    bias = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    with ops.use_backend(backend):
+        y = ops.spike_linear(s, weight, bias)
+    (gradient,) = torch.autograd.grad(y.sum(), bias)
+    assert y.dtype == torch.float32 and y.tolist() == [[5.0, 5.0]] * 3
+    assert gradient.dtype == torch.float64 and gradient.tolist() == [3.0, 3.0]
+
+
 def test_attention_result_merges_heads_for_free():
     q = torch.ones(2, 1, 3, 10, 8)
     assert ops.spike_attention(q, q, q).transpose(2, 3).is_contiguous()

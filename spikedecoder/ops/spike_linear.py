@@ -235,12 +235,12 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         return impl.product(s, weight, bias)
     packed = isinstance(s, Tensor) and s.dtype == torch.int64
     (_check_words if packed else check_linear)(s, weight, bias)
-    *product, backend = as_product(weight, bias)
+    weight, bias, backend = as_product(weight, bias)
     if backend == "reference":
         spikes = _unpack(s, weight.shape[1], weight.dtype, backend) if packed else s.to(weight.dtype)
         return F.linear(spikes, weight, bias)
-    plain = unwatched(s, *product)
+    plain = unwatched(s, weight, bias)
     if packed:
-        return (_direct_words if plain else from_words)(s, weight.shape[1], *product, backend)
-    y, _ = (_direct if plain else _spike_linear)(s, *product, backend)
+        return (_direct_words if plain else from_words)(s, weight.shape[1], weight, bias, backend)
+    y, _ = (_direct if plain else _spike_linear)(s, weight, bias, backend)
     return y
