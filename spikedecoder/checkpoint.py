@@ -6,6 +6,7 @@ file whole. Reading checks what it reads and says in one line what is wrong.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 _FORMAT = 1
+_STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 
 
 class CheckpointError(ValueError):
@@ -34,7 +36,14 @@ class CheckpointError(ValueError):
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all."""
+    """Write `path` whole or not at all. A device or a pipe is written to: a renamed file would replace it."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as stream:
+            stream.write(data)
+        return
+    if path.is_file() and path.parent in _STREAMS:
+        reason = "cannot write (a stream that leads to a file; give that file a name of its own)"
+        raise OSError(errno.EINVAL, reason, str(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 
 import pytest
 import torch
@@ -166,3 +167,15 @@ def test_measured_joules_beside_the_estimate_or_why_not(folders, capsys, tmp_pat
     assert (
         "measured while this program computed it: 0 J a pass (RAPL, 1 CPU package" in run(capsys, *flags).out
     )
+
+
+def test_a_pipe_is_written_to_and_stays_one(folders, capsys, tmp_path):
+    pipe = tmp_path / "rows"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        run(capsys, "-c", folders[0], "-p", "the cat", "--csv", pipe)
+        assert pipe.is_fifo()
+        assert os.read(reading, 20).startswith(b"checkpoint,layer")
+    finally:
+        os.close(reading)
