@@ -46,6 +46,7 @@ from spikedecoder.testing import cases, make_inputs, run
 
 TARGETS = (80, 90, 100)
 COUNTED = ("lif_forward", "lif_backward", "norm_lif_forward", "norm_lif_backward")
+RULES = Path(__file__).with_name("aot_code.py").read_text()
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -71,9 +72,10 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
 
 
-def made_of(launch: Launch, target: int) -> str:
-    """A number of all that decides the machine code: sources, types, constants, options, Triton's version."""
-    parts = (triton.__version__, target, launch.kernel.cache_key, launch.key)
+def made_of(launch: Launch, target: int, needs: tuple[str, ...]) -> str:
+    """A number of all that decides the machine code (sources, types, constants, options, Triton's version) and
+    whether it is what its row needs."""
+    parts = (triton.__version__, target, launch.kernel.cache_key, launch.key, needs, RULES)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
@@ -116,7 +118,7 @@ def compile_row(index: int, target: int, left_out: frozenset[str] = frozenset())
         row.run()
     done: dict[tuple[object, ...], Compiled] = {}
     for launch in launches:
-        source = made_of(launch, target)
+        source = made_of(launch, target, row.needs)
         if source in left_out:
             continue
         moved = _touched(launch)

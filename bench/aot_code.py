@@ -35,7 +35,7 @@ class Compiled:
     moved: float
     capped: bool  # asks for so many registers: with more, or fewer elements a thread, it was slower
     instructions: dict[str, float]  # an element, by kind; of the neurons' kernels on sm_90 alone
-    made_of: str  # a number of all that decides the machine code
+    made_of: str  # a number of all that decides it, and its faults
 
     def widths(self, *names: str) -> list[int]:
         """Widths in bits of the global accesses whose opcode starts with one of `names`."""

@@ -85,7 +85,8 @@ Written by `python bench/aot.py` with Triton {triton.__version__}; nothing on th
 Access widths in bits; "spills" counts bytes of local memory and instructions that use it. `HMMA`, `HGMMA` and
 `UTC*MMA` are the tensor cores of Ampere, Hopper and Blackwell. What spills asks for as many registers and
 elements a thread as were measured to be fastest on an H200 (bench/results/gpu-h200-tiles.json). "made of":
-a number of the sources, constants and options, by which the tests see what this page still holds for.
+a number of the sources, constants and options, and of what is asked of the code, by which the tests see what
+this page still holds for.
 
 {table(results)}
 
