@@ -73,7 +73,7 @@ def source_of(launch: Launch) -> ASTSource:
 
 
 def made_of(launch: Launch, target: int, needs: tuple[str, ...]) -> str:
-    """A number of all that decides the machine code (sources, types, constants, options, Triton's version) and
+    """A number of all that decides machine code (sources, types, constants, options, Triton's version) and
     whether it is what its row needs."""
     parts = (triton.__version__, target, launch.kernel.cache_key, launch.key, needs, RULES)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
