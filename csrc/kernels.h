@@ -253,7 +253,7 @@ struct Unready {
 
 // out[r, :] = bias + sum of source[q, :] over the bits q that are set in row r of words.
 // words [rows, words_for(bits)], source [bits, columns], out [rows, columns] float32 or bfloat16 (rounded once
-// every 32768 bits by gather, every 2048 by subset_sums of AVX-512, never before by the others); bias [columns] or null.
+// every 32768 bits by gather, never before by the others); bias [columns] or null.
 struct SumRows {
   const uint64_t* words;
   const float *source, *bias;

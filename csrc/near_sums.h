@@ -11,10 +11,12 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-#if defined(SPIKEDECODER_AVX512)
-constexpr int64_t NEAREST_BYTES = 0;  // nowhere: not measured against gathering there
-#else
 constexpr int64_t NEAREST_BYTES = 26 << 10;  // of sums: the first-level cache is 32 KiB and more
+#if defined(SPIKEDECODER_AVX512)
+// of rows, from which on they come from memory: those of a nearer cache are gathered sooner, with half the loads
+constexpr int64_t FAR_BYTES = 16 << 20;
+#else
+constexpr int64_t FAR_BYTES = 0;
 #endif
 constexpr int NEAR_VECTORS_AT_LEAST = 4;  // of a panel, for which a spike's row and channel are looked up
 constexpr int64_t NEAR_ROWS = 512;        // whose spikes are listed in one task
@@ -23,11 +25,13 @@ constexpr int64_t SPIKES_AHEAD = 48;      // of whose rows those of the one at h
 // A spike: row of its NEAR_ROWS, and channel in the upper half.
 using Spike = uint32_t;
 
-// The panels of `columns` columns in which the sums of K channels are near; count is 0 where they are too many.
-inline Panels near_panels(int64_t K, int64_t columns) {
+// The panels of N columns in which the sums of K channels are near; count is 0 where they are too many, or M rows are not
+// far enough.
+inline Panels near_panels(int64_t M, int64_t K, int64_t N) {
   const int64_t fit = NEAREST_BYTES / (K * W * static_cast<int64_t>(sizeof(float)));
-  Panels panels(columns, larger(1, smaller(fit, MOST_VECTORS)));
-  if (panels.vectors < NEAR_VECTORS_AT_LEAST || fit < panels.vectors) panels.count = 0;
+  Panels panels(N, larger(1, smaller(fit, MOST_VECTORS)));
+  const bool far = M * N * static_cast<int64_t>(sizeof(float)) >= FAR_BYTES;
+  if (!far || panels.vectors < NEAR_VECTORS_AT_LEAST || fit < panels.vectors) panels.count = 0;
   return panels;
 }
 

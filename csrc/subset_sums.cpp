@@ -1,7 +1,9 @@
-// Sums of rows picked by bits, by tables of subset sums: for four rows of the source and one column, the 16
-// sums of their subsets fill one AVX-512 register, and four bits of each of 16 output rows look theirs up in
-// one instruction. Cost does not depend on how many bits are set: one look-up and one addition for every 4
-// bits, 16 rows and column. Only the AVX-512 variant has it; subset_tables.cpp is the others'.
+// Sums of rows picked by bits, by tables of subset sums: for four rows of the source and a panel of columns, the sums of
+// their 16 subsets are 16 rows of a table; four bits of an output row say which of them is added to its sum.
+//
+// Cost does not depend on how many bits are set: one load and one addition for every 4 bits and vector of columns, and
+// 16 stores for every 4 rows of the source and vector. The tables of 32 rows stay in the first-level cache while the
+// bits of PART output rows are looked up, whose sums stay in the second-level one.
 #include "gradient_rows.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -10,174 +12,208 @@
 
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
-
-#if defined(SPIKEDECODER_AVX512)
-
 namespace {
 
-constexpr int COLUMNS = 16;            // of a table
-constexpr int HALF = 8;                // columns summed at a time: 8 x 3 sums in registers
-constexpr int64_t BITS = 2048;         // of a table: 512 KiB, which stays in the second-level cache
-constexpr int64_t ROWS_AT_LEAST = 512;  // for one build of a table
+// Vectors of a panel: whole lines of a cache, and sums in registers.
+#if defined(SPIKEDECODER_AVX512)
+constexpr int MOST_VECTORS = 3;
+#elif defined(SPIKEDECODER_AVX2)
+constexpr int MOST_VECTORS = 6;
+#else
+constexpr int MOST_VECTORS = 8;
+#endif
+constexpr int FOURS = 8;         // rows of the source, by fours, whose tables are there at a time: 24 KiB at most
+constexpr int BITS = 4 * FOURS;
+constexpr int64_t PART = 1024;        // output rows, at most, whose sums are there at a time: 192 KiB at most
+constexpr int64_t PART_AT_LEAST = 128;  // for one build of the tables
+constexpr int64_t SLICE = 4096;       // rows of a gradient, at most
 
-// Words of bits [rows, words_for(bits)] -> [rows / 16][32-bit words][16 rows]; rows past the last hold 0.
-SPIKEDECODER_OUTLINE void interleave(const uint64_t* words, int64_t rows, int64_t bits, uint32_t* out, Range groups) {
-  const int64_t stride = words_for(bits);
-  for (int64_t g = groups.begin; g < groups.end; g++) {
-    for (int64_t w = 0; w < stride; w++) {
-      uint32_t* low = out + (g * stride + w) * 32;
-      for (int i = 0; i < 16; i++) {
-        const uint64_t word = g * 16 + i < rows ? words[(g * 16 + i) * stride + w] : 0;
-        low[i] = static_cast<uint32_t>(word);
-        low[16 + i] = static_cast<uint32_t>(word >> 32);
-      }
-    }
-  }
-}
-
-// tables[group of 4 rows][column][subset] for `bits` rows of the source from `source` on, padded with zeros
-// to a multiple of 4 bits.
-void build_tables(const float* source, int64_t stride, int64_t bits, int columns, float* tables) {
-  for (int64_t g = 0; g < (bits + 3) / 4; g++) {
-    alignas(64) float rows[4][16];
-    for (int i = 0; i < 4; i++) {
-      const bool there = 4 * g + i < bits;
-      store(rows[i], there ? load_n(source + (4 * g + i) * stride, columns) : zero());
-    }
-    for (int c = 0; c < COLUMNS; c++) {
-      __m512 t = _mm512_maskz_mov_ps(0xaaaa, set1(rows[0][c]));
-      t = _mm512_mask_add_ps(t, 0xcccc, t, set1(rows[1][c]));
-      t = _mm512_mask_add_ps(t, 0xf0f0, t, set1(rows[2][c]));
-      t = _mm512_mask_add_ps(t, 0xff00, t, set1(rows[3][c]));
-      store(tables + (g * COLUMNS + c) * 16, t);
-    }
-  }
-}
-
-// sums[column][V x 16 rows] of HALF columns.
-template <int V>
-void look_up(const uint32_t* bits, int64_t stride, int64_t groups, const float* tables, float* sums) {
-  __m512 total[HALF][V];
-  for (int j = 0; j < HALF; j++) {
-    for (int v = 0; v < V; v++) total[j][v] = zero();
-  }
-  for (int64_t first = 0; first < groups; first += 8, bits += 16) {
-    __m512i four_bits[V];
-    for (int v = 0; v < V; v++) four_bits[v] = _mm512_loadu_si512(bits + v * stride);
-    for (int64_t g = first; g < smaller(first + 8, groups); g++) {
-      const float* table = tables + g * COLUMNS * 16;
-#pragma GCC unroll 8
-      for (int j = 0; j < HALF; j++) {
-        const __m512 t = load(table + j * 16);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
-          total[j][v] = add(total[j][v], _mm512_permutexvar_ps(four_bits[v], t));
-        }
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) four_bits[v] = _mm512_srli_epi32(four_bits[v], 4);
-    }
-  }
-  for (int j = 0; j < HALF; j++) {
-    for (int v = 0; v < V; v++) store(sums + (j * V + v) * 16, total[j][v]);
-  }
-}
-
-// Where the sums go: out [rows, columns], or transposed [columns, rows].
-template <class E>
-struct Output {
-  E* out;
-  int64_t rows, columns;
-  bool transposed, accumulate;
-  const float* bias;
-  bool past;  // see past_cache
-
-  // The sums of 16 rows from `row` on (those that exist) and `n` columns from `column` on.
-  void write(const float* sums, int stride, int64_t row, int64_t column, int n) const {
-    const int there = static_cast<int>(smaller(16, rows - row));
-    if (transposed) {
-      for (int j = 0; j < n; j++) {
-        E* to = out + (column + j) * rows + row;
-        F value = load(sums + j * stride);
-        if (accumulate) value = add(value, load_n(to, there));
-        store_n(to, value, there);
-      }
-      return;
-    }
-    __m512 r[16];
-    for (int j = 0; j < 16; j++) r[j] = load(sums + j * stride);
-    transpose_16(r);
-    const F start = bias && !accumulate ? load_n(bias + column, n) : zero();
-    for (int i = 0; i < 16; i++) {
-      if (i >= there) break;
-      E* to = out + (row + i) * columns + column;
-      store_result(to, add(r[i], accumulate ? load_n(to, n) : start), n, past);
-    }
-  }
-};
-
+// What is summed: rows of the source [bits, columns], picked by the halves of words of bits [halves][rows].
 struct Job {
-  const uint32_t* interleaved;
+  const uint32_t* halves;
   int64_t rows, bits;
   const float* source;
   int64_t columns;
 };
 
-// Rows groups.begin .. groups.end (of 16) of COLUMNS columns from `column` on.
+// Where the sums go: out [rows, columns].
 template <class E>
-void sum_block(const Job& job, const Output<E>& output, int64_t column, Range groups, float* tables) {
-  const int n = static_cast<int>(smaller(COLUMNS, job.columns - column));
-  const int64_t stride = words_for(job.bits) * 32;
-  alignas(64) float sums[COLUMNS * 3 * 16];
-  for (int64_t bit = 0; bit < job.bits; bit += BITS) {
-    const int64_t bits = smaller(BITS, job.bits - bit), quarters = (bits + 3) / 4;
-    build_tables(job.source + bit * job.columns + column, job.columns, bits, n, tables);
-    Output<E> to = output;
-    to.accumulate = output.accumulate || bit > 0;
-    for (int64_t g = groups.begin; g < groups.end;) {
-      const uint32_t* at = job.interleaved + g * stride + bit / 32 * 16;
-      const int v = static_cast<int>(smaller(groups.end - g, 3));
-      const auto half = v == 3 ? look_up<3> : v == 2 ? look_up<2> : look_up<1>;
-      half(at, stride, quarters, tables, sums);
-      half(at, stride, quarters, tables + HALF * 16, sums + HALF * v * 16);
-      for (int i = 0; i < v; i++) to.write(sums + 16 * i, v * 16, (g + i) * 16, column, n);
-      g += v;
+struct Output {
+  using Type = E;
+  E* out;
+  const float* bias;
+  bool accumulate, past;  // to what out holds; see past_cache
+};
+
+// tables [four rows][subset][V vectors] of `rows` rows of the source, as if rows of zeros followed; of the last vector,
+// `lanes` columns are there.
+template <int V>
+void build_tables(const float* source, int64_t stride, int64_t rows, int lanes, float* tables) {
+  for (int64_t r = 0; r < round_up(rows, BITS / 2); r += 4, tables += 16 * V * W) {
+    for (int j = 0; j < V; j++) {
+      F sums[16];
+      sums[0] = zero();
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const int n = j < V - 1 ? W : lanes;
+        const F row = r + i < rows ? load_up_to(source + (r + i) * stride + j * W, n) : zero();
+#pragma GCC unroll 8
+        for (int k = 0; k < 1 << i; k++) sums[(1 << i) + k] = k ? add(sums[k], row) : row;
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) store(tables + (i * V + j) * W, sums[i]);
     }
   }
 }
 
-// sum(slice, column, groups of rows, room for tables): all of them, each task on one thread.
-template <class Sum>
-void share_out(int64_t slices, int64_t rows, int64_t bits, int64_t columns, int most, const Sum& sum) {
-  const int64_t groups = (rows + 15) / 16, blocks = (columns + COLUMNS - 1) / COLUMNS;
-  const double work = 0.03 * static_cast<double>(slices * rows * bits) * static_cast<double>(columns) / 4;
-  const int threads = threads_for(work, most);
-  int64_t parts = 1;  // of the rows, so that each thread has some tasks to choose from
-  while (slices * blocks * parts < 3 * threads && groups * 16 / (parts + 1) >= ROWS_AT_LEAST) parts++;
-  const int64_t table_floats = words_for(smaller(BITS, bits)) * 16 * COLUMNS * 16;
-  Scratch tables(sizeof(float) * static_cast<size_t>(table_floats * threads));
-  Tasks tasks(slices * blocks * parts);
-  parallel(threads, [&](int thread, int) {
-    for (int64_t task; tasks.next(task);) {
-      const Range part = share(groups, static_cast<int>(task % parts), static_cast<int>(parts), 3);
-      const int64_t block = task / parts;
-      sum(block / blocks, block % blocks * COLUMNS, part, tables.floats() + table_floats * thread);
+// Additions to the sums before this are done first: one vector after the other, the compiler would need the places in
+// all tables at once.
+template <int V>
+SPIKEDECODER_INLINE void in_order(F (&sums)[V]) {
+#pragma GCC unroll 8
+  for (int j = 0; j < V; j++) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(sums[j]));
+#elif defined(__SSE2__)
+    asm("" : "+x"(sums[j]));
+#elif defined(__aarch64__)
+    asm("" : "+w"(sums[j]));
+#endif
+  }
+}
+
+// Halves of words: of n rows, `stride` apart, to out [halves][rows].
+void halve(const uint64_t* words, int64_t stride, int64_t n, uint32_t* out, int64_t rows) {
+  for (int64_t w = 0; w < stride; w++, out += 2 * rows) {
+    for (int64_t r = 0; r < n; r++) {
+      out[r] = static_cast<uint32_t>(words[r * stride + w]);
+      out[rows + r] = static_cast<uint32_t>(words[r * stride + w] >> 32);
     }
+  }
+}
+
+// to [rows][V vectors] = from, `from_stride` apart, + the rows of G tables that each row's bits pick.
+template <int V, int G>
+void look_up(const uint32_t* halves, int64_t rows, const float* tables, const float* from, int64_t from_stride,
+             float* to) {
+  for (int64_t r = 0; r < rows; r++, from += from_stride, to += V * W) {
+    const uint32_t bits = halves[r];
+    F sums[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) sums[j] = load(from + j * W);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; g++) {
+      const float* row = tables + (g * 16 + (bits >> 4 * g & 15)) * V * W;
+#pragma GCC unroll 8
+      for (int j = 0; j < V; j++) sums[j] = add(sums[j], load(row + j * W));
+      in_order(sums);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < V; j++) store(to + j * W, sums[j]);
+  }
+}
+
+// Some rows of the sums of V vectors from `column` on, of the last of which `lanes` are there. room: tables, then sums.
+template <int V, class E>
+void sum_panel(const Job& job, const Output<E>& output, Range rows, int64_t column, int lanes, float* room) {
+  float* const sums = room + 16 * FOURS * V * W;
+  const auto lanes_of = [&](int j) { return j < V - 1 ? W : lanes; };
+  alignas(64) const float zeros[V * W] = {};
+  const float* from = zeros;
+  const int64_t stride = job.columns, n = rows.end - rows.begin, step = (n + 3) / 4;
+  const float* source = job.source + column;
+  for (int64_t bit = 0; bit < job.bits; bit += BITS, source += BITS * stride, from = sums) {
+    const int64_t bits = smaller(BITS, job.bits - bit), next = smaller(BITS, job.bits - bit - bits);
+    build_tables<V>(source, stride, bits, lanes, room);
+    const auto kernel = bits > BITS / 2 ? look_up<V, FOURS> : look_up<V, FOURS / 2>;
+    const uint32_t* halves = job.halves + bit / BITS * job.rows + rows.begin;
+    const int64_t from_stride = bit ? V * W : 0;
+    for (int64_t r = 0, ahead = 0; r < n; r += step) {
+      // the next rows of the source are asked for bit by bit: only so many lines are on their way at a time
+      for (const int64_t end = smaller(ahead + FOURS, next); ahead < end; ahead++) {
+        for (int64_t c = 0; c < V * W; c += 16) __builtin_prefetch(source + (BITS + ahead) * stride + c, 0, 2);
+      }
+      kernel(halves + r, smaller(step, n - r), room, from + r * from_stride, from_stride, sums + r * V * W);
+    }
+  }
+  E* out = output.out + rows.begin * job.columns + column;
+  for (int64_t r = rows.begin; r < rows.end; r++, out += job.columns, from += V * W) {
+    for (int j = 0; j < V; j++) {
+      F sum = load(from + j * W);
+      if (output.accumulate) sum = add(load_up_to(out + j * W, lanes_of(j)), sum);
+      if (output.bias) sum = add(sum, load_up_to(output.bias + column + j * W, lanes_of(j)));
+      store_result(out + j * W, sum, lanes_of(j), output.past);
+    }
+  }
+}
+
+template <class E>
+using SumPanel = void (*)(const Job&, const Output<E>&, Range, int64_t, int, float*);
+
+template <int V, class E>
+SumPanel<E> sum_panel_of(int64_t vectors) {
+  if constexpr (V == 0) {
+    return nullptr;
+  } else {
+    return vectors == V ? sum_panel<V, E> : sum_panel_of<V - 1, E>(vectors);
+  }
+}
+
+// How the sums [slices, rows, columns] are shared out: in panels, and in parts of their rows where there are few.
+struct Plan {
+  int64_t panels, width, parts, part;
+  int threads;
+
+  Plan(int64_t slices, int64_t rows, int64_t bits, int64_t columns, int most) {
+    const int64_t vectors = (columns + W - 1) / W;
+    panels = (vectors + MOST_VECTORS - 1) / MOST_VECTORS;
+    // whole lines, unless the vectors are few
+    width = (panels > 2 ? MOST_VECTORS : (vectors + panels - 1) / panels) * W;
+    const double work = 0.1 * static_cast<double>(slices * rows * bits) * static_cast<double>(columns) / 4;
+    threads = threads_for(work, most);
+    parts = (rows + PART - 1) / PART;
+    while (slices * panels * parts < 3 * threads && rows >= PART_AT_LEAST * (parts + 1)) parts++;
+    part = (rows + parts - 1) / parts;
+  }
+};
+
+// job_of(slice), output_of(slice): all of them are summed.
+template <class JobOf, class OutputOf>
+void sum_all(int64_t slices, const Plan& plan, const JobOf& job_of, const OutputOf& output_of) {
+  const int64_t each = per_thread((16 * FOURS + plan.part) * plan.width);
+  Scratch room(sizeof(float) * static_cast<size_t>(each * plan.threads));
+  Tasks tasks(slices * plan.panels * plan.parts);
+  team(plan.threads, [&](int thread, int) {
+    for (int64_t task; tasks.next(task);) {
+      const int64_t slice = task / (plan.panels * plan.parts), panel = task / plan.parts % plan.panels;
+      const Job job = job_of(slice);
+      const auto output = output_of(slice);
+      const Range rows{task % plan.parts * plan.part, smaller((task % plan.parts + 1) * plan.part, job.rows)};
+      if (rows.begin >= rows.end) continue;
+      const int64_t column = panel * plan.width, vectors = (smaller(plan.width, job.columns - column) + W - 1) / W;
+      const int lanes = static_cast<int>(smaller(W, job.columns - column - (vectors - 1) * W));
+      sum_panel_of<MOST_VECTORS, typename decltype(output)::Type>(vectors)(job, output, rows, column, lanes,
+                                                                         room.floats() + each * thread);
+    }
+    finish_stores();
   });
 }
 
 template <class E>
-void sum_to(const SumRows& a, const Job& job, E* out) {
-  // where a table's columns are whole lines
-  const bool past = COLUMNS * sizeof(E) == 64 && a.bits <= BITS && past_cache(out, a.rows * a.columns, a.columns);
-  const Output<E> output{out, a.rows, a.columns, false, false, a.bias, past};
-  share_out(1, a.rows, a.bits, a.columns, a.threads, [&](int64_t, int64_t column, Range groups, float* tables) {
-    sum_block(job, output, column, groups, tables);
+void sum_to(const SumRows& a, E* out) {
+  const Plan plan(1, a.rows, a.bits, a.columns, a.threads);
+  const bool lines = plan.width * static_cast<int64_t>(sizeof(E)) % 64 == 0;
+  const Output<E> output{out, a.bias, false, lines && past_cache(out, a.rows * a.columns, a.columns)};
+  Scratch halves(sizeof(uint64_t) * static_cast<size_t>(a.rows * words_for(a.bits)));
+  const Job job{static_cast<uint32_t*>(halves.get()), a.rows, a.bits, a.source, a.columns};
+  parallel(threads_for(0.03 * static_cast<double>(a.rows * a.bits), a.threads), [&](int thread, int threads) {
+    const int64_t words = words_for(a.bits);
+    const Range mine = share(a.rows, thread, threads, 64);
+    for (int64_t r = mine.begin; r < mine.end; r += 64) {
+      halve(a.words + r * words, words, smaller(64, mine.end - r), static_cast<uint32_t*>(halves.get()) + r, a.rows);
+    }
   });
-}
-
-size_t interleaved_size(int64_t rows, int64_t bits) {
-  return sizeof(uint32_t) * static_cast<size_t>((rows + 15) / 16 * words_for(bits) * 32);
+  sum_all(1, plan, [&](int64_t) { return job; }, [&](int64_t) { return output; });
 }
 
 }  // namespace
@@ -185,60 +221,48 @@ size_t interleaved_size(int64_t rows, int64_t bits) {
 void subset_sums(const SumRows& a) {
   if (!a.rows || !a.columns) return;
   if (!a.bits) return gather(a);
-  Scratch interleaved(interleaved_size(a.rows, a.bits));
-  uint32_t* const bits = static_cast<uint32_t*>(interleaved.get());
-  parallel(threads_for(0.1 * static_cast<double>(a.rows * a.bits) / 8, a.threads), [&](int thread, int threads) {
-    interleave(a.words, a.rows, a.bits, bits, share((a.rows + 15) / 16, thread, threads));
-  });
-  const Job job{bits, a.rows, a.bits, a.source, a.columns};
   if (a.out_type == Element::float32) {
-    sum_to(a, job, static_cast<float*>(a.out));
+    sum_to(a, static_cast<float*>(a.out));
   } else {
-    sum_to(a, job, static_cast<bfloat16*>(a.out));
+    sum_to(a, static_cast<bfloat16*>(a.out));
   }
 }
 
 void subset_sums_weight_grad(const WeightGrad& a) {
   if (!a.K || !a.N) return;
   if (!a.M) return gather_weight_grad(a);
-  const Slices slices(a.M, BITS, (a.N + COLUMNS - 1) / COLUMNS, a.K * a.N, a.threads);
+  const Plan whole(1, a.K, a.M, a.N, a.threads);
+  const Slices slices(a.M, SLICE, whole.panels, a.K * a.N, whole.threads);
   const int64_t n = a.K * a.N, rows_at_once = slices.at_once * slices.rows;
-  const int64_t bits_each = a.K * words_for(slices.rows);
-  const int64_t interleaved_each = static_cast<int64_t>(interleaved_size(a.K, slices.rows) / sizeof(uint32_t));
-  Scratch bits(sizeof(uint64_t) * static_cast<size_t>(slices.at_once * bits_each));
-  Scratch interleaved(sizeof(uint32_t) * static_cast<size_t>(slices.at_once * interleaved_each));
-  Scratch more(sizeof(float) * static_cast<size_t>((slices.at_once - 1) * n));  // sums of all slices but the first
+  const int64_t stride = words_for(a.K), halves_each = 2 * a.K * words_for(slices.rows);
+  Scratch halves(sizeof(uint32_t) * static_cast<size_t>(slices.at_once * halves_each));
+  Scratch by_channel(sizeof(float) * static_cast<size_t>(slices.at_once * n));  // [slice, K, N], the first one's in all
   const GradientRows grad(a, smaller(a.M, rows_at_once));
   for (int64_t m = 0; m < a.M; m += rows_at_once) {
     const int64_t rows = smaller(rows_at_once, a.M - m), count = (rows + slices.rows - 1) / slices.rows;
     const float* const source = grad.from(m, rows);
     const auto rows_of = [&](int64_t slice) { return smaller(slices.rows, rows - slice * slices.rows); };
-    const auto groups_of = [&](int64_t slice) {
-      return static_cast<uint32_t*>(interleaved.get()) + slice * interleaved_each;
-    };
-    const double work = 0.3 * static_cast<double>(rows) * static_cast<double>(a.K);
-    team(threads_for(work, a.threads), [&](int thread, int threads) {
-      uint64_t* const transposed = static_cast<uint64_t*>(bits.get());
-      for (int64_t s = 0; s < count; s++) {
-        const uint64_t* words = a.words + (m + s * slices.rows) * words_for(a.K);
-        transpose_bits(words, rows_of(s), a.K, transposed + s * bits_each, thread, threads);
-      }
-      barrier();
-      const Range mine = share((a.K + 15) / 16, thread, threads);
-      for (int64_t s = 0; s < count; s++) {
-        interleave(transposed + s * bits_each, a.K, rows_of(s), groups_of(s), mine);
+    const auto halves_of = [&](int64_t slice) { return static_cast<uint32_t*>(halves.get()) + slice * halves_each; };
+    Tasks tasks(count * stride);
+    team(threads_for(0.3 * static_cast<double>(rows) * static_cast<double>(a.K), a.threads), [&](int, int) {
+      for (int64_t task; tasks.next(task);) {
+        const int64_t s = task / stride, w = task % stride, channels = smaller(64, a.K - 64 * w);
+        const uint64_t* words = a.words + (m + s * slices.rows) * stride + w;
+        for (int64_t r = 0; r < rows_of(s); r += 64, words += 64 * stride) {
+          uint64_t turned[64];
+          transpose_64(words, stride, smaller(64, rows_of(s) - r), turned);
+          halve(turned, 1, channels, halves_of(s) + r / BITS * a.K + 64 * w, a.K);
+        }
       }
     });
-    share_out(count, a.K, slices.rows, a.N, a.threads, [&](int64_t s, int64_t column, Range groups, float* tables) {
-      const Job job{groups_of(s), a.K, rows_of(s), source + s * slices.rows * a.N, a.N};
-      float* const out = s ? more.floats() + (s - 1) * n : a.grad_weight;
-      sum_block(job, Output<float>{out, a.K, a.N, true, !s && m, nullptr, false}, column, groups, tables);
-    });
-    add_sums(a.grad_weight, more.floats(), n, count - 1, a.threads);
+    sum_all(
+        count, Plan(count, a.K, slices.rows, a.N, a.threads),
+        [&](int64_t s) { return Job{halves_of(s), a.K, rows_of(s), source + s * slices.rows * a.N, a.N}; },
+        [&](int64_t s) { return Output<float>{by_channel.floats() + s * n, nullptr, !s && m, false}; });
+    add_sums(by_channel.floats(), by_channel.floats() + n, n, count - 1, a.threads);
   }
+  transpose({by_channel.floats(), a.grad_weight, a.K, a.N, a.threads});
 }
-
-#endif
 
 }  // namespace SPIKEDECODER_VARIANT
 }  // namespace spikedecoder

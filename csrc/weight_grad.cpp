@@ -16,11 +16,12 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-// Of dL/dy; the next panel, and a copy of this one, lie in the cache beside it, which is larger in CPUs with AVX-512.
+// Of dL/dy; the next panel, and a copy of this one, lie in the cache beside it, which is larger in CPUs with AVX-512:
+// narrow panels of more rows are fewer slices, whose sums are read and written.
 #if defined(SPIKEDECODER_AVX512)
-constexpr int64_t PANEL_BYTES = 512 << 10;
+constexpr int64_t PANEL_BYTES = 256 << 10, PANEL_VECTORS = 4;
 #else
-constexpr int64_t PANEL_BYTES = 128 << 10;
+constexpr int64_t PANEL_BYTES = 128 << 10, PANEL_VECTORS = MOST_VECTORS;
 #endif
 constexpr int SHIFT = 6;                    // 2^SHIFT channels are transposed and listed in one task
 
@@ -29,7 +30,7 @@ size_t bytes(size_t each, int64_t count) { return each * static_cast<size_t>(cou
 // by_channel [channels, N] = the sums of channels first .. first + channels; first is a multiple of 64.
 void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const GradientRows& grad,
                      const Slices& slices, double rate, int threads, float* by_channel) {
-  const Panels panels(a.N);
+  const Panels panels(a.N, PANEL_VECTORS);
   const int64_t stride = words_for(a.K), groups = words_for(channels), words = slices.rows / 64, n = channels * a.N;
   const int64_t step = (channels + 127) / 128;  // channels, of a panel, between two requests for parts of the next
   const Lists first_lists{nullptr, nullptr, slices.rows, SHIFT};
@@ -154,13 +155,13 @@ void sum_near(const WeightGrad& a, const Panels& panels, int threads, float* sum
 
 void gather_weight_grad(const WeightGrad& a) {
   if (!a.K || !a.N) return;
-  const Panels panels(a.N);
+  const Panels panels(a.N, PANEL_VECTORS);
   const double rate = rate_of(a.words, a.M, a.K);
   const double additions = rate * static_cast<double>(a.M) * static_cast<double>(a.K);
   const double work = (0.4 * additions + 0.3 * static_cast<double>(a.M)) * static_cast<double>((a.N + W - 1) / W);
   const int threads = threads_for(work, a.threads);
   Scratch by_channel(bytes(sizeof(float), a.K * a.N));  // [K, N]
-  const Panels near = near_panels(a.K, a.N);
+  const Panels near = near_panels(a.M, a.K, a.N);
   if (a.M && near.count) {
     sum_near(a, near, threads, by_channel.floats());
     transpose({by_channel.floats(), a.grad_weight, a.K, a.N, a.threads});

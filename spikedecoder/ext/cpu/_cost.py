@@ -100,8 +100,8 @@ _ZEN_4_AVX512 = Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0
 # By maker and variant, of the product and of the weight gradient: one thread, torch 2.13 with its own BLAS,
 # which used AVX-512 for all rows but those of Zen 3, which has AVX2.
 COSTS = {
-    # EPYC. AVX-512: Zen 4, in one set, with kernels that did not yet copy panels: what gathering takes by now
-    # is not measured. The others: Zen 3.
+    # EPYC. AVX-512: Zen 4, in one set, with kernels that did not yet copy panels and subset sums of
+    # registers: what both take by now is not measured. The others: Zen 3.
     "amd": {
         "avx512": (_ZEN_4_AVX512, _ZEN_4_AVX512),
         "avx2": (
@@ -121,7 +121,8 @@ COSTS = {
             Costs(0.138, 0.0, 0.145, 0.285, 0.0223, 0.0, 0.765, 0.028, 0.0, 0.363, 0.0, 0.591),
         ),
     },
-    # Xeon (Emerald Rapids). What subset sums take without AVX-512 is reckoned: Zen 3's, by what adding takes.
+    # Xeon. AVX-512: Ice Lake. The others: Emerald Rapids, where subset sums were those of registers still
+    # (AMX), or are reckoned: Zen 3's, by what adding takes.
     "intel": {
         "amx": (
             Costs(
@@ -143,8 +144,12 @@ COSTS = {
             ),
         ),
         "avx512": (
-            Costs(0.0315, 0.275, 0.414, 0.105, 0.0103, 0.544, 0.174, 0.0169, 0.0, 0.0367, 0.0699, **_AVX512),
-            Costs(0.0387, 0.0, 0.103, 0.354, 0.00816, 1.31, 0.0132, 0.0161, 0.0, 0.164, 0.369),
+            Costs(
+                *(0.0362, 0.401, 0.0215, 0.186, 0.0102, 0.0929, 0.133, 0.0161, 0.0, 0.039, 0.139),
+                walk=11.9,
+                step=0.0258,
+            ),
+            Costs(0.0424, 0.0, 0.0518, 0.363, 0.0103, 0.191, 0.453, 0.0178, 0.0, 0.161, 0.375, 0.0498),
         ),
         "avx2": (
             Costs(0.0463, 0.397, 0.361, 0.113, 0.0084, 0.271, 0.191, 0.0139, 0.0, 0.0535, **_AVX2),

@@ -1,5 +1,5 @@
 """Linear layer on spikes in C++: by gathering columns of the weight (csrc/spike_linear.cpp), by subset sums
-(subset_sums.cpp, subset_tables.cpp), in the CPU's matrix unit (tiles.cpp), or dense (matmul.cpp).
+(subset_sums.cpp), in the CPU's matrix unit (tiles.cpp), or dense (matmul.cpp).
 
 Which of these runs is decided from the shape and the measured spike rate; see `_cost`.
 """
