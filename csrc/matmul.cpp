@@ -139,8 +139,10 @@ template <int V, class E>
 void tile(const float* a, int64_t stride, const float* panel, int64_t panel_stride, int64_t depth,
           const Target<E>& target) {
   F sums[ROWS][V];
-  for (auto& row : sums) {
-    for (F& sum : row) sum = zero();
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) sums[r][j] = zero();
   }
   for (int64_t k = 0; k < depth; k++, panel += panel_stride) {
     F b[V];
@@ -161,8 +163,10 @@ template <int V, class E>
 SPIKEDECODER_DOT void tile(const bfloat16* a, int64_t stride, const float* panel, int64_t panel_stride, int64_t depth,
                            const Target<E>& target) {
   F sums[ROWS][V];
-  for (auto& row : sums) {
-    for (F& sum : row) sum = zero();
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < V; j++) sums[r][j] = zero();
   }
   for (int64_t k = 0; k < depth; k += 2, panel += panel_stride) {
     __m512bh b[V];
