@@ -16,8 +16,8 @@ constexpr int64_t SEGMENT_WORDS = 512;                 // row numbers are 16 bit
 constexpr int64_t LIST_ROWS = 64, CHUNK = 256;         // rows listed, and rows summed, in one task, at most; powers of 2
 constexpr int64_t NEAR_BYTES = 512 << 10;              // of a source that stays in the second-level cache as a whole
 constexpr int64_t NEAREST_BYTES = 48 << 10;            // of one that stays in the first-level cache
-constexpr int64_t PANEL_BYTES = 240 << 10;             // of a panel, which is read all over
-constexpr int64_t LEAST_VECTORS = 32 / W;              // of one, for which a row is looked up: 128 bytes
+constexpr int64_t PANEL_BYTES = 240 << 10;             // of a panel, which is read all over, ...
+constexpr int64_t LINE = 16 / W, LEAST_VECTORS = 2 * LINE;  // ... in whole lines of the cache, two at least for a row
 constexpr int64_t MOST_WORDS = 4, MOST_COLUMNS = 128;  // of a row that is not listed
 constexpr int64_t WORD_ROWS = 512;                     // of those, made ready and summed in one go
 
@@ -158,7 +158,7 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
     while (at_most > 8 && rows_at_a_time * tasks_a_row < 4 * threads * at_most) at_most /= 2;
     return at_most;
   };
-  const int64_t fit = PANEL_BYTES / (segment * W * static_cast<int64_t>(sizeof(float)));
+  const int64_t fit = PANEL_BYTES / (segment * LINE * W * static_cast<int64_t>(sizeof(float))) * LINE;
   const Panels panels(whole.columns, larger(LEAST_VECTORS, smaller(fit, MOST_VECTORS)));
   const Plan plan{task_rows(LIST_ROWS, 1), task_rows(CHUNK, panels.count), panels};
   const bool near = segment * whole.columns * static_cast<int64_t>(sizeof(float)) <= NEAR_BYTES;

@@ -1,9 +1,10 @@
 // The weight gradient of a linear layer on spikes: sums of the rows of dL/dy in which a channel spiked (row_sums.h).
 //
-// Where channels are few, their sums stay in the first-level cache and rows are added to them (near_sums.h). Else bits
-// are transposed first. Rows are taken in slices, of which a panel of columns stays in a core's second-level cache
-// while all channels are summed: each value of dL/dy comes from memory once, to one core, and is copied where its rows
-// would share that cache's lines. Memory: dL/dy read once, the sums [channels, columns] read and written per slice.
+// Where channels are few (and dL/dy is large, with AVX-512), their sums stay in the first-level cache and rows are added
+// to them (near_sums.h). Else bits are transposed first. Rows are taken in slices, of which a panel of columns stays in
+// a core's second-level cache while all channels are summed: each value of dL/dy comes from memory once, to one core,
+// and is copied where its rows would share that cache's lines. Memory: dL/dy read once, the sums [channels, columns]
+// read and written per slice.
 #include "gradient_rows.h"
 #include "kernels.h"
 #include "near_sums.h"
