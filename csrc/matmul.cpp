@@ -135,15 +135,21 @@ struct Target {
   }
 };
 
-template <int V, class E>
-void tile(const float* a, int64_t stride, const float* panel, int64_t panel_stride, int64_t depth,
-          const Target<E>& target) {
-  F sums[ROWS][V];
+// Unrolled, like all loops over a tile's sums: one that is not would have them in memory.
+template <int V>
+SPIKEDECODER_INLINE void clear(F (&sums)[ROWS][V]) {
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) {
 #pragma GCC unroll 4
     for (int j = 0; j < V; j++) sums[r][j] = zero();
   }
+}
+
+template <int V, class E>
+void tile(const float* a, int64_t stride, const float* panel, int64_t panel_stride, int64_t depth,
+          const Target<E>& target) {
+  F sums[ROWS][V];
+  clear(sums);
   for (int64_t k = 0; k < depth; k++, panel += panel_stride) {
     F b[V];
 #pragma GCC unroll 4
@@ -163,11 +169,7 @@ template <int V, class E>
 SPIKEDECODER_DOT void tile(const bfloat16* a, int64_t stride, const float* panel, int64_t panel_stride, int64_t depth,
                            const Target<E>& target) {
   F sums[ROWS][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; r++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < V; j++) sums[r][j] = zero();
-  }
+  clear(sums);
   for (int64_t k = 0; k < depth; k += 2, panel += panel_stride) {
     __m512bh b[V];
 #pragma GCC unroll 4
