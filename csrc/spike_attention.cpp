@@ -41,10 +41,10 @@ void attention_forward(const AttentionForward& a) {
   const double work = static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W;
   const int threads = threads_for((a.integers ? 0.9 : 0.1) * work, a.threads);
   Scratch states(sizeof(float) * static_cast<size_t>(own * threads));
-  Tasks tasks(groups);
+  Runs heads(groups, a.H, threads);
   parallel(threads, [&](int thread, int) {
     float* state = states.floats() + own * thread;
-    for (int64_t g; tasks.next(g);) {
+    heads.each([&](int64_t g) {
       read_state(a.state ? a.state + g * a.d * a.d : nullptr, a.d, false, state);
       const int64_t at = l.at(g);
       const int64_t stride = l.stride();
@@ -57,7 +57,7 @@ void attention_forward(const AttentionForward& a) {
         scan(s, 0, a.S);
       }
       if (a.final_state) write_state(state, a.d, a.final_state + g * a.d * a.d);
-    }
+    });
   });
 }
 
@@ -67,11 +67,11 @@ void attention_backward(const AttentionBackward& a) {
   const double work = static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W;
   const int threads = threads_for((a.integers ? 2.5 : 0.3) * work, a.threads);
   Scratch states(sizeof(float) * static_cast<size_t>(own * threads));
-  Tasks tasks(groups);
+  Runs heads(groups, a.H, threads);
   parallel(threads, [&](int thread, int) {
     const FlushDenormals flush;
     float* state = states.floats() + own * thread;
-    for (int64_t group; tasks.next(group);) {
+    heads.each([&](int64_t group) {
       const int64_t at = l.at(group);
       const Tokens<const float> q{a.q + at, stride}, k{a.k + at, stride}, v{a.v + at, stride}, g{a.grad + at, stride};
       const Tokens<float> dq{a.grad_q + at, stride}, dk{a.grad_k + at, stride}, dv{a.grad_v + at, stride};
@@ -89,7 +89,7 @@ void attention_backward(const AttentionBackward& a) {
       all_tokens(Scan{q, g, k, dv, state, a.d, decay, a.scale, true}, scan<false, false>);
       clear(state, size);
       all_tokens(Scan{g, q, v, dk, state, a.d, decay, a.scale, true}, scan<true, false>);
-    }
+    });
   });
 }
 

@@ -41,12 +41,12 @@ void attention_lif_forward(const AttentionLifForward& a) {
   const int threads = threads_for(
       0.1 * static_cast<double>(a.T * heads * a.S) * static_cast<double>(a.d * a.d) / W, a.threads);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * threads));
-  Tasks tasks(heads);
+  Runs runs(heads, a.H, threads);
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads, [&](int thread, int) {
       const F one = set1(1);
       float *states = scratch.floats() + own * thread, *current = states + a.T * size;
-      for (int64_t head; tasks.next(head);) {
+      runs.each([&](int64_t head) {
         clear(states, a.T * size);
         const float decay = a.decay ? a.decay[head % a.H] : 1;
         for (int64_t begin = 0; begin < a.S; begin += CHUNK) {
@@ -68,7 +68,7 @@ void attention_lif_forward(const AttentionLifForward& a) {
             }
           });
         }
-      }
+      });
     });
   });
 }
@@ -85,13 +85,13 @@ void attention_lif_backward(const AttentionLifBackward& a) {
   // dL/dthreshold of each head, so that it does not depend on which thread took it
   const int64_t of_head = ThresholdSum::size(a.threshold, a.d);
   Scratch thresholds(sizeof(float) * static_cast<size_t>(of_head * heads));
-  Tasks tasks(heads);
+  Runs runs(heads, a.H, threads);
   with_cell(a.neuron, [&](const auto& cell) {
     parallel(threads, [&](int thread, int) {
       const FlushDenormals flush;
       float* const states = scratch.floats() + own * thread;
       float *const g = states + a.T * size, *const hs = g + a.T * result;  // g: first the result itself
-      for (int64_t head; tasks.next(head);) {
+      runs.each([&](int64_t head) {
         ThresholdSum sum(a.threshold, a.d, a.grad_threshold, thresholds.floats() + of_head * head);
         clear(states, a.T * size);
         const float decay = a.decay ? a.decay[head % a.H] : 1;
@@ -135,7 +135,7 @@ void attention_lif_backward(const AttentionLifBackward& a) {
           clear(states, size);
           scan<true, false>(Scan{grad, q, v, dk, states, a.d, decay, a.scale, true}, 0, a.S);
         }
-      }
+      });
     });
   });
   ThresholdSum::combine(a.threshold, a.d, a.grad_threshold, thresholds.floats(), of_head, heads);
