@@ -1,7 +1,6 @@
-// Causal spiking attention, cost linear in the number of tokens: see spike_attention.h, and dense_scan.h for integers.
+// Causal spiking attention, cost linear in the number of tokens: see spike_attention.h, and dense_scan.cpp for integers.
 // Bytes moved per element of q: forward 12 read + 4 written; backward 28 read + 12 written. The states stay
 // in the first- or second-level cache.
-#include "dense_scan.h"
 #include "parallel.h"
 #include "spike_attention.h"
 
@@ -52,7 +51,7 @@ void attention_forward(const AttentionForward& a) {
       const Scan s{{a.k + at, stride}, {a.v + at, stride}, {a.q + at, stride}, {a.out + at, stride}, state, a.d,
                    decay, a.scale, false};
       if (a.integers) {
-        dense_scan(s, a.S);
+        dense_scan(s, 0, a.S);
       } else {
         scan(s, 0, a.S);
       }
@@ -78,7 +77,7 @@ void attention_backward(const AttentionBackward& a) {
       const float decay = a.decay ? a.decay[group % a.H] : 1;
       const auto all_tokens = [&](const Scan& s, void (*scan_of_spikes)(const Scan&, int64_t, int64_t)) {
         if (a.integers) {
-          dense_scan(s, a.S);
+          dense_scan(s, 0, a.S);
         } else {
           scan_of_spikes(s, 0, a.S);
         }

@@ -4,7 +4,7 @@
 //
 // Forward u, x, r are k, v, q. The gradients are scans too (spikedecoder/reference/spike_attention.py):
 // dq: v, k, g forward in time; dv: q, g, k and dk: g, q, v backward in time. Where u or r are spikes, only
-// the rows of the state at which they are 1 are touched.
+// the rows of the state at which they are 1 are touched, unless the state is small.
 #pragma once
 
 #include "bits.h"
@@ -116,9 +116,19 @@ static void scan_columns(const Scan& s, int64_t begin, int64_t end, int64_t colu
   }
 }
 
+// Tokens begin..end where u and r are any numbers: dense_scan.cpp.
+void dense_scan(const Scan& s, int64_t begin, int64_t end);
+
+// Whether a state is so small that to read and change all of it takes less time than to find the spikes.
+template <bool DenseU, bool DenseR>
+static bool is_small(const Scan& s) {
+  return s.d <= (W < 16 || DenseU || DenseR || s.decay != 1 ? 2 * W : W);
+}
+
 // Tokens begin..end of one head; the state carries over from call to call.
 template <bool DenseU = false, bool DenseR = false>
 static void scan(const Scan& s, int64_t begin, int64_t end) {
+  if (is_small<DenseU, DenseR>(s)) return dense_scan(s, begin, end);
   for (int64_t column = 0; column < s.d; column += 4 * W) {
     const int64_t left = s.d - column;
     const int vectors = left >= 4 * W ? 4 : static_cast<int>((left + W - 1) / W);

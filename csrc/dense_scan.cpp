@@ -3,12 +3,11 @@
 //
 // A part of the state lies in registers for a block of tokens. A decay is multiplied into it at each token: powers of
 // its inverse in x would save that, but round where all else is exact, and move what lies on a neuron's threshold.
-#pragma once
-
 #include "spike_attention.h"
 
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
+namespace {
 
 #if defined(SPIKEDECODER_AVX512)
 constexpr int STATE_VECTORS = 16, MOST_COLUMNS = 4;  // of 32 registers
@@ -63,12 +62,12 @@ SPIKEDECODER_INLINE void scan_part(const Scan& s, int64_t first, int64_t n, int6
   }
 }
 
-// Tokens 0..S of one head, the last first where s.reverse.
+// Tokens begin..end of one head, the last first where s.reverse.
 template <bool DECAYS>
-static void scan_all(const Scan& s, int64_t S) {
-  for (int64_t done = 0; done < S; done += BLOCK) {
-    const int64_t n = S - done < BLOCK ? S - done : BLOCK;
-    const int64_t first = s.reverse ? S - 1 - done : done;
+void scan_all(const Scan& s, int64_t begin, int64_t end) {
+  for (int64_t done = 0; done < end - begin; done += BLOCK) {
+    const int64_t n = end - begin - done < BLOCK ? end - begin - done : BLOCK;
+    const int64_t first = s.reverse ? end - 1 - done : begin + done;
     for (int64_t column = 0; column < s.d; column += MOST_COLUMNS * W) {
       const int64_t left = s.d - column, vectors = left >= MOST_COLUMNS * W ? MOST_COLUMNS : (left + W - 1) / W;
       const int last = static_cast<int>(left < vectors * W ? left - (vectors - 1) * W : W);
@@ -87,7 +86,11 @@ static void scan_all(const Scan& s, int64_t S) {
   }
 }
 
-static void dense_scan(const Scan& s, int64_t S) { s.decay == 1 ? scan_all<false>(s, S) : scan_all<true>(s, S); }
+}  // namespace
+
+void dense_scan(const Scan& s, int64_t begin, int64_t end) {
+  s.decay == 1 ? scan_all<false>(s, begin, end) : scan_all<true>(s, begin, end);
+}
 
 }  // namespace SPIKEDECODER_VARIANT
 }  // namespace spikedecoder
