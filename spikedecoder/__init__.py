@@ -2,10 +2,11 @@
 
 import os
 
-# Threads that wait spin a little, then sleep: where other work shares the cores, training is several times
-# faster than with GNU OpenMP's long spinning. It is read when torch loads, so only before torch is imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from spikedecoder._waiting import spins
+
+# read when torch loads
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = spins()
 
 from spikedecoder import ops
 from spikedecoder._version import __version__

@@ -6,7 +6,7 @@ can import one. A test that compiles kernels for real (ahead of time) does it in
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads OpenMP, as the package does
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads OpenMP: tests share the cores
 
 import tempfile
 from collections.abc import Iterator

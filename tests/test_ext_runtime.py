@@ -18,7 +18,7 @@ import pytest
 import setuptools
 import torch
 
-from spikedecoder import ext, ops
+from spikedecoder import _waiting, ext, ops
 from spikedecoder.ext import _sources
 from spikedecoder.params import LIFParams
 
@@ -92,6 +92,31 @@ def test_memory_of_results(dtype, monkeypatch):
         _memory.empty(shape, dtype).resize_(2 * size)
     monkeypatch.setattr(cpu, "KEEPS_FREED_MEMORY", False)
     assert _memory.empty(shape, dtype).resize_(7, 2 * large).shape == (7, 2 * large)
+
+
+@pytest.mark.parametrize(
+    ("load", "turns"),
+    [("0.9 0.5 0.2 1/81 7", "10000"), ("0.1 0.1 0.1 2/81 7", "1000"), ("none", "1000"), (None, "1000")],
+    ids=("alone", "beside others", "not Linux's", "no file"),
+)
+def test_waiting_threads_spin_long_where_nothing_else_runs(tmp_path, load, turns):
+    path = tmp_path / "loadavg"
+    if load is not None:
+        path.write_text(load)
+    assert _waiting.spins(path) == turns
+
+
+def test_how_threads_wait_can_be_given():
+    code = (
+        "import os, spikedecoder; print(*(os.environ.get(n) for n in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')))"
+    )
+    assert run_python(code, GOMP_SPINCOUNT="77").stdout.split() == ["77", "None"]
+    without = "import os; del os.environ['GOMP_SPINCOUNT']; " + code
+    assert run_python(without, GOMP_SPINCOUNT="", OMP_WAIT_POLICY="passive").stdout.split() == [
+        "None",
+        "passive",
+    ]
+    assert run_python(without, GOMP_SPINCOUNT="").stdout.split()[0] in (_waiting.LONG, _waiting.SHORT)
 
 
 @needs_extension
