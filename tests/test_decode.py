@@ -49,7 +49,8 @@ DEFAULT = {**SpikeDecoderConfig.preset("default").to_dict(), **SIZES}  # I-LIF w
 
 
 def nearest_threshold(model: SpikeDecoder, tokens: torch.Tensor) -> float:
-    """The smallest distance of a membrane potential from its threshold that is not exactly 0.
+    """The smallest distance of a membrane potential from its threshold; of currents that are sums of numbers
+    of a few bits, which are exact, the smallest but 0.
 
     Of I-LIF neurons, whose potentials have far more thresholds, in tenths of a unit.
     """
@@ -60,7 +61,9 @@ def nearest_threshold(model: SpikeDecoder, tokens: torch.Tensor) -> float:
         for x_t in x:
             v = reference_lif.charge(x_t, v, p)
             distance = (v - threshold).abs()
-            nearest.append(float(distance[distance > 0].min()) if distance.any() else float("inf"))
+            if torch.equal(x_t * 256, (x_t * 256).round()):
+                distance = distance[distance > 0]
+            nearest.append(float(distance.min()) if distance.numel() else float("inf"))
             fired = v >= threshold
             v = v - fired * threshold if p.v_reset is None else v.masked_fill(fired, p.v_reset)
         return forward(x, threshold, v_init, p)
