@@ -9,7 +9,8 @@ system's memory allocator as it is.
 
 The group "in turns" steps each way to train in a process of its own, round by round: the reference under the
 system's memory allocator as it is, and as this package sets it; the compiled operators; and those in
-bfloat16. ``speedup_*`` are ratios of the fastest rounds.
+bfloat16. ``speedup_*`` are ratios of the fastest rounds. "waiting threads spin" steps the default model with
+so many turns before OpenMP's threads sleep (`-k waiting`).
 """
 
 from __future__ import annotations
@@ -129,11 +130,11 @@ def test_default_step(benchmark: Any, backend: str) -> None:
 
 
 class Worker:
-    """A process that holds the model and steps when told to."""
+    """A process that holds a model and steps when told to."""
 
-    def __init__(self, backend: str, dtype: str, tune_malloc: bool) -> None:
-        environment = {**os.environ, "SPIKEDECODER_TUNE_MALLOC": str(int(tune_malloc))}
-        command = [sys.executable, __file__, backend, dtype]
+    def __init__(self, *command: str, **environment: str) -> None:
+        command = (sys.executable, __file__, *command)
+        environment = {**os.environ, **environment}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=environment, **pipes)  # type: ignore[call-overload]
 
@@ -144,40 +145,64 @@ class Worker:
 
 
 WORKERS = {
-    "reference, system allocator": ("reference", "float32", False),
-    "reference": ("reference", "float32", True),
-    "cpu": ("cpu", "float32", True),
-    "cpu bfloat16": ("cpu", "bfloat16", True),
+    "reference, system allocator": (("reference", "float32"), {"SPIKEDECODER_TUNE_MALLOC": "0"}),
+    "reference": (("reference", "float32"), {}),
+    "cpu": (("cpu", "float32"), {}),
+    "cpu bfloat16": (("cpu", "bfloat16"), {}),
+}
+# of the default model: how long OpenMP's threads spin before they sleep, see spikedecoder/_waiting.py
+WAITING = {
+    f"{turns} turns": (("cpu", "float32", "default"), {"GOMP_SPINCOUNT": turns})
+    for turns in ("1000", "10000", "300000")
 }
 
 
-@pytest.fixture(scope="module")
-def turns() -> Iterator[dict[str, list[float]]]:
+def _in_turns(workers: dict[str, Any], rounds: int) -> dict[str, list[float]]:
     """Seconds of each worker's steps, taken in turns."""
     with contextlib.ExitStack() as stack:
-        workers = {}
-        for name, arguments in WORKERS.items():
-            workers[name] = Worker(*arguments)
-            stack.callback(workers[name].process.communicate)
-            workers[name].step()
-        seconds: dict[str, list[float]] = {name: [] for name in WORKERS}
-        for _ in range(6):
-            for name, worker in workers.items():
+        running = {}
+        for name, (command, environment) in workers.items():
+            running[name] = Worker(*command, **environment)
+            stack.callback(running[name].process.communicate)
+            running[name].step()
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
+        for _ in range(rounds):
+            for name, worker in running.items():
                 seconds[name].append(worker.step())
-        yield seconds
+        return seconds
+
+
+@pytest.fixture(scope="module")
+def turns() -> dict[str, list[float]]:
+    return _in_turns(WORKERS, rounds=6)
+
+
+@pytest.fixture(scope="module")
+def waiting() -> dict[str, list[float]]:
+    return _in_turns(WAITING, rounds=30)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU's memory")
 @pytest.mark.benchmark(group="original-char training step, in turns")
 @pytest.mark.parametrize("name", WORKERS)
 def test_in_turns(benchmark: Any, turns: dict[str, list[float]], name: str) -> None:
-    taken = iter(turns[name])
-    # the clock of the benchmark is that of the worker
-    benchmark._timer = _Replay(taken)
-    benchmark.pedantic(lambda: None, rounds=len(turns[name]))
+    _replay(benchmark, turns[name])
     for other in list(WORKERS)[:2]:
         ratio = min(turns[other]) / min(turns[name])
         benchmark.extra_info[f"speedup_over_{other.replace(', ', '_').replace(' ', '_')}"] = round(ratio, 2)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU's threads")
+@pytest.mark.benchmark(group="default training step, waiting threads spin, in turns")
+@pytest.mark.parametrize("name", WAITING)
+def test_waiting(benchmark: Any, waiting: dict[str, list[float]], name: str) -> None:
+    _replay(benchmark, waiting[name])
+
+
+def _replay(benchmark: Any, seconds: list[float]) -> None:
+    # the clock of the benchmark is that of the worker
+    benchmark._timer = _Replay(iter(seconds))
+    benchmark.pedantic(lambda: None, rounds=len(seconds))
 
 
 class _Replay:
@@ -193,17 +218,23 @@ class _Replay:
         return self.now
 
 
+STEPS = 5  # of the default model at a time, which is small
+
+
 if __name__ == "__main__":
     backend, how = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
-    only_memory = how in ("", "recompute")
-    model, _, step = training_step(backend, torch.float32 if only_memory else getattr(torch, how))
+    only_memory, default = how in ("", "recompute"), "default" in sys.argv[3:]
+    dtype = torch.float32 if only_memory else getattr(torch, how)
+    model, _, step = training_step(backend, dtype, default)
     if only_memory:
         model.recompute_activations(how == "recompute")
         step()
         step()
         print(json.dumps({"peak_rss_mib": peak_rss_mib()}))
     else:
+        steps = STEPS if default else 1
         for _ in sys.stdin:
             start = time.perf_counter()
-            step()
-            print(json.dumps(time.perf_counter() - start), flush=True)
+            for _ in range(steps):
+                step()
+            print(json.dumps((time.perf_counter() - start) / steps), flush=True)

@@ -67,23 +67,25 @@ class Tasks {
   int64_t n_, next_ = 0;
 };
 
-// Numbers 0..n handed out in runs of neighbours, whose results may share lines of the cache: such a line goes to and
-// fro between two threads that both write to it.
+// The same in runs of neighbours, whose results may share lines of the cache: such a line goes to and fro between two
+// threads that both write to it.
 class Runs {
  public:
   // `together`: so many neighbours share lines with each other alone. Where that leaves too few runs to choose from,
   // each thread gets one, all of like length.
   Runs(int64_t n, int64_t together, int threads)
-      : n_(n), run_(n >= 2 * threads * together ? together : (n + threads - 1) / threads) {}
+      : n_(n), each_(n >= 2 * threads * together ? together : (n + threads - 1) / threads),
+        tasks_(n ? (n + each_ - 1) / each_ : 0) {}
   template <class Body>
   void each(const Body& body) {
-    for (int64_t begin; (begin = __atomic_fetch_add(&next_, run_, __ATOMIC_RELAXED)) < n_;) {
-      for (int64_t i = begin; i < n_ && i < begin + run_; i++) body(i);
+    for (int64_t run; tasks_.next(run);) {
+      for (int64_t i = run * each_; i < n_ && i < (run + 1) * each_; i++) body(i);
     }
   }
 
  private:
-  int64_t n_, run_, next_ = 0;
+  int64_t n_, each_;
+  Tasks tasks_;
 };
 
 struct Range {

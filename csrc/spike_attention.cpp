@@ -1,4 +1,4 @@
-// Causal spiking attention, cost linear in the number of tokens: see spike_attention.h, and dense_scan.cpp for integers.
+// Causal spiking attention, cost linear in the number of tokens: see spike_attention.h.
 // Bytes moved per element of q: forward 12 read + 4 written; backward 28 read + 12 written. The states stay
 // in the first- or second-level cache.
 #include "parallel.h"
@@ -40,21 +40,17 @@ void attention_forward(const AttentionForward& a) {
   const double work = static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W;
   const int threads = threads_for((a.integers ? 0.9 : 0.1) * work, a.threads);
   Scratch states(sizeof(float) * static_cast<size_t>(own * threads));
-  Runs heads(groups, a.H, threads);
+  Runs runs(groups, a.H, threads);
   parallel(threads, [&](int thread, int) {
     float* state = states.floats() + own * thread;
-    heads.each([&](int64_t g) {
+    runs.each([&](int64_t g) {
       read_state(a.state ? a.state + g * a.d * a.d : nullptr, a.d, false, state);
       const int64_t at = l.at(g);
       const int64_t stride = l.stride();
       const float decay = a.decay ? a.decay[g % a.H] : 1;
-      const Scan s{{a.k + at, stride}, {a.v + at, stride}, {a.q + at, stride}, {a.out + at, stride}, state, a.d,
-                   decay, a.scale, false};
-      if (a.integers) {
-        dense_scan(s, 0, a.S);
-      } else {
-        scan(s, 0, a.S);
-      }
+      scan(Scan{{a.k + at, stride}, {a.v + at, stride}, {a.q + at, stride}, {a.out + at, stride}, state, a.d, decay,
+                a.scale, false, a.integers},
+           0, a.S);
       if (a.final_state) write_state(state, a.d, a.final_state + g * a.d * a.d);
     });
   });
@@ -66,28 +62,21 @@ void attention_backward(const AttentionBackward& a) {
   const double work = static_cast<double>(groups * a.S) * static_cast<double>(a.d * a.d) / W;
   const int threads = threads_for((a.integers ? 2.5 : 0.3) * work, a.threads);
   Scratch states(sizeof(float) * static_cast<size_t>(own * threads));
-  Runs heads(groups, a.H, threads);
+  Runs runs(groups, a.H, threads);
   parallel(threads, [&](int thread, int) {
     const FlushDenormals flush;
     float* state = states.floats() + own * thread;
-    heads.each([&](int64_t group) {
+    runs.each([&](int64_t group) {
       const int64_t at = l.at(group);
       const Tokens<const float> q{a.q + at, stride}, k{a.k + at, stride}, v{a.v + at, stride}, g{a.grad + at, stride};
       const Tokens<float> dq{a.grad_q + at, stride}, dk{a.grad_k + at, stride}, dv{a.grad_v + at, stride};
       const float decay = a.decay ? a.decay[group % a.H] : 1;
-      const auto all_tokens = [&](const Scan& s, void (*scan_of_spikes)(const Scan&, int64_t, int64_t)) {
-        if (a.integers) {
-          dense_scan(s, 0, a.S);
-        } else {
-          scan_of_spikes(s, 0, a.S);
-        }
-      };
       read_state(a.state ? a.state + group * a.d * a.d : nullptr, a.d, true, state);
-      all_tokens(Scan{v, k, g, dq, state, a.d, decay, a.scale, false}, scan<false, true>);
+      scan<false, true>(Scan{v, k, g, dq, state, a.d, decay, a.scale, false, a.integers}, 0, a.S);
       clear(state, size);
-      all_tokens(Scan{q, g, k, dv, state, a.d, decay, a.scale, true}, scan<false, false>);
+      scan<false, false>(Scan{q, g, k, dv, state, a.d, decay, a.scale, true, a.integers}, 0, a.S);
       clear(state, size);
-      all_tokens(Scan{g, q, v, dk, state, a.d, decay, a.scale, true}, scan<true, false>);
+      scan<true, false>(Scan{g, q, v, dk, state, a.d, decay, a.scale, true, a.integers}, 0, a.S);
     });
   });
 }

@@ -32,7 +32,7 @@ struct Scan {
   float* state;  // [d, state_columns(d)]
   int64_t d;
   float decay, scale;
-  bool reverse;
+  bool reverse, integers = false;  // integers: u and r are any numbers
 };
 
 // body(row) for each row where the spikes are 1.
@@ -119,16 +119,16 @@ static void scan_columns(const Scan& s, int64_t begin, int64_t end, int64_t colu
 // Tokens begin..end where u and r are any numbers: dense_scan.cpp.
 void dense_scan(const Scan& s, int64_t begin, int64_t end);
 
-// Whether a state is so small that to read and change all of it takes less time than to find the spikes.
+// Whether to read and change all of a state takes less time than to find the spikes, or there are none to be found.
 template <bool DenseU, bool DenseR>
-static bool is_small(const Scan& s) {
-  return s.d <= (W < 16 || DenseU || DenseR || s.decay != 1 ? 2 * W : W);
+static bool is_dense(const Scan& s) {
+  return s.integers || s.d <= (W < 16 || DenseU || DenseR || s.decay != 1 ? 2 * W : W);
 }
 
 // Tokens begin..end of one head; the state carries over from call to call.
 template <bool DenseU = false, bool DenseR = false>
 static void scan(const Scan& s, int64_t begin, int64_t end) {
-  if (is_small<DenseU, DenseR>(s)) return dense_scan(s, begin, end);
+  if (is_dense<DenseU, DenseR>(s)) return dense_scan(s, begin, end);
   for (int64_t column = 0; column < s.d; column += 4 * W) {
     const int64_t left = s.d - column;
     const int vectors = left >= 4 * W ? 4 : static_cast<int>((left + W - 1) / W);
