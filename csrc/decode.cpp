@@ -87,7 +87,7 @@ class Step {
   }
 
   // The attention's half of a block, up to the spikes that fc1 reads.
-  void attention_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
+  SPIKEDECODER_OUTLINE_MEMBER void attention_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const float* threshold = a_.thresholds + n * neurons_per_block;
     const uint8_t* present = a_.present + n * neurons_per_block;
     const DecodeState& state = a_.states[n];
@@ -122,7 +122,7 @@ class Step {
   }
 
   // The MLP, up to the spikes that fc2 reads.
-  void hidden_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
+  SPIKEDECODER_OUTLINE_MEMBER void hidden_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const float threshold = a_.thresholds[n * neurons_per_block + fc1_neuron];
     const int64_t size = group.end - group.begin;
     sum(w.fc1, a_.E, first, size);
@@ -131,7 +131,7 @@ class Step {
     }
   }
 
-  void output_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
+  SPIKEDECODER_OUTLINE_MEMBER void output_of(const BlockWeights& w, int64_t n, Range group, int64_t first) const {
     const int64_t neuron = n * neurons_per_block + mlp_output, size = group.end - group.begin;
     sum(w.fc2, a_.hidden, first, size);
     for (int64_t g = 0; g < size; g++) {
@@ -145,8 +145,8 @@ class Step {
   Rows stream(int64_t place) const { return {own_ + place * a_.T * E_, E_}; }
 
   // Lists what a Linear reads: spikes of x, or x itself, after the token shift.
-  void list_shifted(int64_t place, const Rows& x, bool own, float threshold, float* history, int64_t shift,
-                    int64_t b) const {
+  SPIKEDECODER_OUTLINE_MEMBER void list_shifted(int64_t place, const Rows& x, bool own, float threshold, float* history,
+                                                int64_t shift, int64_t b) const {
     if constexpr (of_integers<Kind>) {
       if (own) neurons_.fire(x, a_.E, threshold, spikes_, nullptr);
       const float* row = own ? spikes_ : x.start;
@@ -280,7 +280,7 @@ class Step {
   }
 
   // The spikes of words_ [T, E]; asks for the rows of sequence b's `states` that attention will touch.
-  void list_timesteps(const Channels& to, const float* states, int64_t b) const {
+  SPIKEDECODER_OUTLINE_MEMBER void list_timesteps(const Channels& to, const float* states, int64_t b) const {
     const int64_t d = a_.E / a_.H;
     for (int64_t t = 0; t < a_.T; t++) {
       const float* const state = states + (t * a_.B + b) * a_.E * d;

@@ -23,7 +23,7 @@ class Ends {
       : a_(a), cell_(cell), neurons_(neurons), E_(decode_padded(a.E)), joined_(joined), rows_(rows) {}
 
   // The residual stream x of token i, the same at each timestep.
-  void embed(int64_t i, float* x) const {
+  SPIKEDECODER_OUTLINE_MEMBER void embed(int64_t i, float* x) const {
     const int64_t width = a_.token_width, rest = a_.E - width;
     if (a_.embedded) {
       copy(a_.embedded + i * a_.E, a_.E, x);
@@ -36,7 +36,7 @@ class Ends {
   }
 
   // The logits of the stream x, which is changed; r stands at the weights of the head.
-  void head(Reader r, const Rows& x, float* logits) const {
+  SPIKEDECODER_OUTLINE_MEMBER void head(Reader r, const Rows& x, float* logits) const {
     const int64_t columns = decode_padded(a_.V), inputs = decode_head_inputs(a_);
     const float *weight = r.take(inputs * columns), *bias = r.take(columns);
     const float threshold = a_.thresholds[a_.blocks * neurons_per_block];

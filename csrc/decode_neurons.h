@@ -27,7 +27,7 @@ class Neurons {
       : a_(a), cell_(cell), E_(decode_padded(a.E)), word_stride_(word_stride), statistics_(statistics) {}
 
   // Takes each row's mean off it.
-  void centre(const Rows& y, int64_t C) const {
+  SPIKEDECODER_OUTLINE_MEMBER void centre(const Rows& y, int64_t C) const {
     for (int64_t t = 0; t < a_.T; t++) {
       F total = zero();
       for (int64_t c = 0; c < C; c += W) {
@@ -43,7 +43,7 @@ class Neurons {
 
   // y = norm(y), in place. Where a norm is of rows, theirs have mean 0, and `squares` [T, W] add up to their squares'
   // sums; null: they are not known yet.
-  void normalise(const Rows& y, int64_t C, const Norm& norm, const float* squares) const {
+  SPIKEDECODER_OUTLINE_MEMBER void normalise(const Rows& y, int64_t C, const Norm& norm, const float* squares) const {
     if (norm.mean) {
       normalise_by<Normed<false>>(y, C, norm);
     } else {
@@ -54,8 +54,8 @@ class Neurons {
 
   // The spikes of neurons with input norm(y), or y itself, as floats [T, E] and as bits; either may be null. I-LIF's
   // integers always go to `spikes`, which may be y. Norm and squares as above.
-  void fire(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm = {},
-            const float* squares = nullptr) const {
+  SPIKEDECODER_OUTLINE_MEMBER void fire(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words,
+                                        const Norm& norm = {}, const float* squares = nullptr) const {
     if (words) clear(words);
     if (!norm.weight) {
       fire_with<Plain>(y, C, threshold, spikes, words, norm);
@@ -139,7 +139,7 @@ class Neurons {
   // Known: the number of timesteps, or 0.
   template <class Input, int Known>
   void spike_with(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm) const {
-    for_channels(decode_padded(C), [&](auto vectors, int64_t c, int) SPIKEDECODER_INLINE_LAMBDA {
+    const auto run = [&](auto vectors, int64_t c) SPIKEDECODER_INLINE_LAMBDA {
       constexpr int U = decltype(vectors)::count;
       Input input[U];
       F limit[U], v[U];
@@ -162,7 +162,11 @@ class Neurons {
         }
         if (words) words[t * word_stride_ + c / 64] |= word << (c % 64);
       }
-    });
+    };
+    const int64_t padded = decode_padded(C);
+    int64_t c = 0;
+    for (; c + AT_ONCE * W <= padded; c += AT_ONCE * W) run(Vectors<AT_ONCE>{}, c);
+    for (; c < padded; c += W) run(Vectors<1>{}, c);
   }
 
   const Decode& a_;

@@ -55,7 +55,7 @@ void list_node(uint64_t* words, int64_t row, int64_t n, const SpikeLists& lists,
 }
 
 // Lists the set bits of `words` [T, row], of which `n` words a timestep are read; changes them.
-inline void list_spikes(uint64_t* words, int64_t T, int64_t row, int64_t n, const SpikeLists& lists) {
+SPIKEDECODER_OUTLINE void list_spikes(uint64_t* words, int64_t T, int64_t row, int64_t n, const SpikeLists& lists) {
   int64_t node = 0, end = 0;
   for (int64_t t = 0; t < T; t += TREE, words += TREE * row) {
     switch (T - t) {

@@ -20,15 +20,26 @@ SPIKEDECODER_INLINE void for_neurons(int64_t rows, int64_t C, int thread, int th
     if (c + AT_ONCE * W <= C) {
       body(Vectors<AT_ONCE>{}, row * C, c, W);
     } else {
-      for_channels<AT_ONCE>(C - c, [&](auto one, int64_t more, int n) SPIKEDECODER_INLINE_LAMBDA {
-        body(one, row * C, c + more, n);
-      });
+      int64_t at = c;
+      for (; AT_ONCE > 1 && at + W <= C; at += W) body(Vectors<1>{}, row * C, at, W);
+      if (at < C) body(Vectors<1>{}, row * C, at, static_cast<int>(C - at));
     }
     c += AT_ONCE * W;
     if (c >= C) {
       c = 0;
       row++;
     }
+  }
+}
+
+// body(t) for T timesteps, each a copy of its own where their number is known.
+template <int KNOWN, class Body>
+SPIKEDECODER_INLINE void for_steps(int64_t T, const Body& body) {
+  if constexpr (KNOWN > 0) {
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < KNOWN; t++) body(t);
+  } else {
+    for (int64_t t = 0; t < T; t++) body(t);
   }
 }
 
@@ -100,23 +111,22 @@ void backward(const LifBackward& a) {
           falls[u] = zero();
         }
         PerStep<KNOWN, U> potentials(hs);
-#pragma GCC unroll 4
-        for (int64_t t = 0; t < T; t++) {
+        for_steps<KNOWN>(T, [&](int64_t t) SPIKEDECODER_INLINE_LAMBDA {
           for (int u = 0; u < U; u++) {
             const F h = cell.charge(load_up_to(x + t * step + at + u * W, n), v[u]);
             potentials.put(t, u, h);
             v[u] = cell.after(h, ge(h, threshold[u]), threshold[u]);
           }
-        }
-#pragma GCC unroll 4
-        for (int64_t t = T - 1; t >= 0; t--) {
+        });
+        for_steps<KNOWN>(T, [&](int64_t before) SPIKEDECODER_INLINE_LAMBDA {
+          const int64_t t = T - 1 - before;
           for (int u = 0; u < U; u++) {
             const F grad_spike = load_up_to(grad_spikes + t * step + at + u * W, n);
             const F grad_x =
                 cell.back(potentials.get(t, u), threshold[u], grad_spike, carry[u], falls[u]);
             store_result(out + t * step + at + u * W, grad_x, n, past);
           }
-        }
+        });
         for (int u = 0; u < U; u++) {
           if (a.grad_v_init) store_up_to(a.grad_v_init + at + u * W, carry[u], n);
           sum.add_up(row, c + u * W, n, cell.threshold_gradient(falls[u]));

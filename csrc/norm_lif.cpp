@@ -17,16 +17,16 @@ double work(int64_t T, int64_t rows, int64_t C, double per_element) {
 
 // Vectors at once, of which the usual neuron's steps are short, and wait for each other.
 #if defined(SPIKEDECODER_AVX512)
-constexpr int MOST_AT_ONCE = 5;
+constexpr int MOST_AT_ONCE = 5, OTHERS_AT_ONCE = 2;
 #else
-constexpr int MOST_AT_ONCE = 2;
+constexpr int MOST_AT_ONCE = AT_ONCE, OTHERS_AT_ONCE = AT_ONCE;
 #endif
 
 template <bool ByRow, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward& a, const Normal<E, Groups>& p,
                                      int64_t row, E* spikes, bool past) {
   const int64_t step = p.step() * p.C, spikes_step = (Groups ? 1 : a.spikes_rows) * p.C;
-  constexpr int MOST = usual<CellType> ? MOST_AT_ONCE : 2;
+  constexpr int MOST = usual<CellType> ? MOST_AT_ONCE : OTHERS_AT_ONCE;
   for_channels_evenly<MOST>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, c, n);
@@ -143,7 +143,7 @@ template <bool ByRow, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E, Groups>& b, const Normal<E, Groups>& p,
                                     int64_t row, const RowScratch& s, int64_t first, int64_t width) {
   const int64_t step = p.step() * p.C;
-  constexpr int MOST = usual<CellType> ? AT_ONCE : 2;
+  constexpr int MOST = usual<CellType> ? AT_ONCE : OTHERS_AT_ONCE;
   for_channels_evenly<MOST>(width, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, first + c, n);

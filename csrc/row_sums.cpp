@@ -7,6 +7,8 @@ namespace {
 
 #if defined(SPIKEDECODER_AVX2)
 constexpr int SUMS_AT_ONCE = 12;  // of several rows, where that many are
+#elif defined(SPIKEDECODER_LEAN)
+constexpr int SUMS_AT_ONCE = 1;
 #else
 constexpr int SUMS_AT_ONCE = 16;
 #endif

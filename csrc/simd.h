@@ -30,7 +30,8 @@
 #define SPIKEDECODER_INLINE static inline SPIKEDECODER_ALWAYS_INLINE
 #define SPIKEDECODER_INLINE_MEMBER inline SPIKEDECODER_ALWAYS_INLINE
 #define SPIKEDECODER_INLINE_LAMBDA SPIKEDECODER_ALWAYS_INLINE
-#define SPIKEDECODER_OUTLINE static __attribute__((noinline))
+#define SPIKEDECODER_OUTLINE_MEMBER __attribute__((noinline))
+#define SPIKEDECODER_OUTLINE static SPIKEDECODER_OUTLINE_MEMBER
 
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
@@ -348,6 +349,8 @@ struct Vectors {
 };
 #if defined(SPIKEDECODER_AVX512)
 constexpr int AT_ONCE = 4, BACK_AT_ONCE = 2;
+#elif defined(SPIKEDECODER_LEAN)  // soon compiled, rather than fast
+constexpr int AT_ONCE = 1, BACK_AT_ONCE = 1;
 #else
 constexpr int AT_ONCE = 2, BACK_AT_ONCE = 2;  // of half as many registers
 #endif
@@ -364,16 +367,8 @@ SPIKEDECODER_INLINE void with_vectors(int64_t vectors, const Body& body) {
   }
 }
 
-// body(Vectors<U>, channel, lanes of each vector) over C channels; fewer than W lanes only in the last.
-template <int Most = AT_ONCE, class Body>
-SPIKEDECODER_INLINE void for_channels(int64_t C, const Body& body) {
-  int64_t c = 0;
-  for (; c + Most * W <= C; c += Most * W) body(Vectors<Most>{}, c, W);
-  for (; c + W <= C; c += W) body(Vectors<1>{}, c, W);
-  if (c < C) body(Vectors<1>{}, c, static_cast<int>(C - c));
-}
-
-// The same, in parts of like size: one vector alone waits for its own results, so five are taken as three and two.
+// body(Vectors<U>, channel, lanes of each vector) over C channels; fewer than W lanes only in the last vector. In parts
+// of like size: one vector alone waits for its own results, so five are taken as three and two.
 template <int Most = AT_ONCE, class Body>
 SPIKEDECODER_INLINE void for_channels_evenly(int64_t C, const Body& body) {
   for (int64_t c = 0; c < C;) {
