@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spikedecoder._version import __version__
 from spikedecoder.config import SpikeDecoderConfig
-from spikedecoder.data.tokenizers import tokenizer_from_dict
+from spikedecoder.data.tokenizers import check_known, tokenizer_from_dict
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
@@ -110,6 +110,8 @@ def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) 
 
 def save_folder(model: SpikeDecoder, folder: Path) -> None:
     """Write the model's files; the weights last, so that a folder with weights is complete."""
+    if model.tokenizer is not None:
+        check_known(model.tokenizer, "model.tokenizer")
     write_json(folder / CONFIG, {"format": _FORMAT, "version": __version__, **model.config.to_dict()})
     if model.tokenizer is not None:
         write_json(folder / TOKENIZER, model.tokenizer.to_dict())

@@ -40,6 +40,14 @@ def test_round_trip(saved):
     assert torch.equal(loaded(tokens), model.eval()(tokens))
 
 
+def test_a_tokenizer_that_cannot_be_read_again_is_not_written(tmp_path):
+    model = _model()
+    model.tokenizer = object()
+    with pytest.raises(TypeError, match=r"model\.tokenizer: got object, takes a CharTokenizer or a Word"):
+        model.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_round_trip_keeps_dtype_and_buffers(tmp_path):
     config = SpikeDecoderConfig(
         vocab_size=7, max_len=8, token_dim=6, position_dim=2, heads=2, blocks=1, norm="power"

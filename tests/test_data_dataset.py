@@ -223,8 +223,8 @@ def test_bad_arguments(book: Path, tmp_path: Path) -> None:
     fails("texts: expected at least one file, got none", [])
     fails("corpus: expected one of builtin, war-and-peace, got 'bible'", corpus="bible")
     fails("tokenizer: expected one of char, .*, got 'bpe'", [book], tokenizer="bpe")
-    takes = "tokenizer: expected a name, a CharTokenizer or a WordTokenizer, got "
-    fails(f"{takes}int", [book], tokenizer=3, error=TypeError)
+    takes = "takes a name, a CharTokenizer or a WordTokenizer: no other"
+    fails(f"tokenizer: got int, {takes}", [book], tokenizer=3, error=TypeError)
 
     class Bytes(Tokenizer):  # of which a cache or a checkpoint could make no object again
         kind, pad_id, unk_id = "bytes", 0, 1
@@ -238,7 +238,12 @@ def test_bad_arguments(book: Path, tmp_path: Path) -> None:
         def _decode(self, ids: np.ndarray) -> str:
             return ids.astype(np.uint8).tobytes().decode()
 
-    fails(f"{takes}Bytes", [book], tokenizer=Bytes(list("abc") * 100), error=TypeError)
+    class Upper(CharTokenizer):  # whose ids would be taken for a CharTokenizer's
+        pass
+
+    fails(f"tokenizer: got Bytes, {takes}", [book], tokenizer=Bytes(list("abc") * 100), error=TypeError)
+    upper = Upper(CharTokenizer.from_text(["ABC"]).tokens)
+    fails(f"tokenizer: got Upper, {takes}", [book], tokenizer=upper, error=TypeError)
     fails("min_count: .* got 0", [book], min_count=0)
     fails(r"val_fraction: .* got 1\.5", [book], val_fraction=1.5)
     fails("max_chars: .* got 0", [book], max_chars=0)

@@ -103,6 +103,8 @@ def test_token_mode_and_a_table_of_ones_own(folders, capsys, tmp_path):
     for mode in ("prompt", "token"):
         flags = ["--prompt", "the cat", "--mode", mode, "--per-layer", "--json"]
         values[mode] = json.loads(run(capsys, "-c", folders[0], *flags).out)["models"][str(folders[0])]
+    out = run(capsys, "-c", folders[0], "--prompt", "the cat", "--mode", "token", "--compat").out
+    assert "  compat: got a ledger of mode 'token', takes 'prompt'" in out
     operations = {mode: {row["operation"] for row in v["rows"]} for mode, v in values.items()}
     assert "q k^T" in operations["prompt"] and "state += k^T v" in operations["token"]
     path = tmp_path / "mine.toml"

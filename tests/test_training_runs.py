@@ -2,6 +2,7 @@
 
 # ruff: noqa: F811 (fixtures)
 
+import dataclasses
 import functools
 import json
 import math
@@ -10,6 +11,8 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ import torch
 from training import STORY, Messages, StopAt, corpus, files, settings, tiny  # noqa: F401
 
 from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
-from spikedecoder.data import Corpus, held_out_batches, prepare_corpus
+from spikedecoder.data import CharTokenizer, Corpus, held_out_batches, prepare_corpus
 from spikedecoder.training import (
     Evaluation,
     Reporter,
@@ -64,6 +67,23 @@ def test_a_run_leaves_the_callers_generator_and_threads_alone(corpus: Corpus, tm
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run")
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, functools.partial(torch.autocast, "cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_what_the_caller_has_switched_on_changes_no_run(
+    corpus: Corpus, tmp_path: Path, mode: Callable[[], AbstractContextManager[object]]
+) -> None:
+    for precision in ("no", "bf16"):
+        c = settings(steps=4, mixed_precision=precision)
+        alone = train(tiny(corpus), corpus, c, out=tmp_path / f"{precision}-alone")
+        with mode():
+            inside = train(tiny(corpus), corpus, c, out=tmp_path / f"{precision}-inside")
+        assert files(inside.out / "last") == files(alone.out / "last")
+        assert inside.evaluation == alone.evaluation
 
 
 def test_a_seed_makes_a_run_repeatable(corpus: Corpus, tmp_path: Path) -> None:
@@ -348,6 +368,18 @@ def test_the_vocabulary_must_be_the_texts(corpus: Corpus, tmp_path: Path) -> Non
         train(tiny(corpus, vocab_size=99), corpus, settings(), out=tmp_path / "run")
     with pytest.raises(ValueError, match="shorter than the context"):
         train(tiny(corpus, max_len=4000), corpus, settings(), out=tmp_path / "run")
+
+
+def test_a_tokenizer_that_no_checkpoint_brings_back_is_refused_before_the_run(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    class Lower(CharTokenizer):
+        """Its files would be read as a CharTokenizer's."""
+
+    own = dataclasses.replace(corpus, tokenizer=Lower(corpus.tokenizer.tokens))
+    with pytest.raises(TypeError, match=r"corpus\.tokenizer: got Lower, takes a CharTokenizer or a Word"):
+        train(tiny(corpus), own, settings(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_configurations_of_another_type_are_named(corpus: Corpus, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def _original(ledger: Ledger) -> dict[str, Any]:
     try:
         estimate = ledger.joules(compat=True)
     except ValueError as error:
-        return {"joules": None, "reason": str(error)}
+        return {"joules": None, "reason": str(error).removeprefix("compat: ")}
     return {"joules": estimate.joules, "per_token": estimate.per_token, "label": estimate.assumptions[0]}
 
 

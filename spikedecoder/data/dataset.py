@@ -17,7 +17,7 @@ import torch
 from ._files import atomic_writer, default_cache_dir, make_cache_dir, sha256_of_file
 from .corpora import CORPORA, STDIN, builtin_text, download_corpus, read_text_files
 from .text import original_dictionary
-from .tokenizers import CharTokenizer, Tokenizer, WordTokenizer, tokenizer_from_dict
+from .tokenizers import CharTokenizer, Tokenizer, WordTokenizer, check_known, tokenizer_from_dict
 
 TOKENIZER_KINDS = ("char", "original-char", "word", "original-word")
 IGNORED = -100  # what torch's cross_entropy leaves out of the loss
@@ -90,12 +90,10 @@ def prepare_corpus(
         texts = [texts]
     if texts is not None and len(texts) == 0:
         raise ValueError("texts: expected at least one file, got none")
-    if isinstance(tokenizer, str) and tokenizer not in TOKENIZER_KINDS:
+    if not isinstance(tokenizer, str):
+        check_known(tokenizer, "tokenizer", also="a name, ")
+    elif tokenizer not in TOKENIZER_KINDS:
         raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZER_KINDS)}, got {tokenizer!r}")
-    if not isinstance(tokenizer, (str, CharTokenizer, WordTokenizer)):  # no other can be read back
-        raise TypeError(
-            f"tokenizer: expected a name, a CharTokenizer or a WordTokenizer, got {type(tokenizer).__name__}"
-        )
     if not isinstance(min_count, int) or min_count < 1:
         raise ValueError(f"min_count: expected an integer of 1 or more, got {min_count!r}")
     if not 0.0 < val_fraction < 1.0:

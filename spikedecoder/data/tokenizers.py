@@ -283,6 +283,15 @@ def tokenizer_from_dict(data: Any) -> CharTokenizer | WordTokenizer:
     raise ValueError(f"tokenizer: expected a kind of char, original-char, word, original-word, got {kind!r}")
 
 
+def check_known(tokenizer: object, name: str, also: str = "") -> None:
+    """TypeError where `tokenizer` is of a class of its own, which no file would bring back."""
+    if type(tokenizer) not in (CharTokenizer, WordTokenizer):
+        raise TypeError(
+            f"{name}: got {type(tokenizer).__name__}, takes {also}a CharTokenizer or a WordTokenizer: "
+            "no other can be read back from a file"
+        )
+
+
 def load_tokenizer(path: str | Path) -> CharTokenizer | WordTokenizer:
     """Read a tokenizer that ``save`` wrote; errors name the file."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,17 @@ def own_accelerate_state() -> Iterator[None]:
             if kind is not PartialState or not torch.distributed.is_initialized():
                 kind._shared_state.clear()
                 kind._shared_state.update(state)
+
+
+@contextmanager
+def own_modes(device: torch.device) -> Iterator[None]:
+    """Gradients, in the precision that the run's settings name, whatever the caller has switched on."""
+    off: AbstractContextManager[Any] = nullcontext()
+    if torch.is_autocast_enabled(device.type):
+        # without a cache: the run's own autocast, inside of another, would keep what it once made of weights
+        off = torch.autocast(device.type, enabled=False, cache_enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), off:
+        yield
 
 
 def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False) -> Any:

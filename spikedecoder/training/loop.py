@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spikedecoder.activity import record
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data import Corpus, WindowSampler, check_context, held_out_batches, ngram_bits
+from spikedecoder.data.tokenizers import check_known
 from spikedecoder.model import SpikeDecoder
 from spikedecoder.nn.norm import sync_norms
 from spikedecoder.spike_stats import spiking_layers
@@ -30,7 +31,12 @@ from spikedecoder.training.checkpoints import (
     save_checkpoint,
 )
 from spikedecoder.training.config import TrainConfig
-from spikedecoder.training.devices import make_accelerator, own_accelerate_state, peak_rss_mib
+from spikedecoder.training.devices import (
+    make_accelerator,
+    own_accelerate_state,
+    own_modes,
+    peak_rss_mib,
+)
 from spikedecoder.training.evaluate import Evaluation, evaluate, health
 from spikedecoder.training.graph import backward_of
 from spikedecoder.training.memory import is_lack_of_memory, no_more_than_available
@@ -91,6 +97,7 @@ def train(
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.enter_context(own_accelerate_state())
         accelerator = make_accelerator(settings, find_unused_parameters=not config.learn_positions)
+        stack.enter_context(own_modes(accelerator.device))
         _check_shared(corpus, accelerator)
         threads = settings.threads or (info.threads if info else None)
         if threads is not None:
@@ -144,6 +151,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check(config: SpikeDecoderConfig, corpus: Corpus) -> None:
+    check_known(corpus.tokenizer, "corpus.tokenizer")
     for name in ("vocab_size", "pad_id"):
         got, takes = getattr(config, name), getattr(corpus.tokenizer, name)
         if got != takes:
