@@ -2,8 +2,8 @@
 
     python -m pytest bench/bench_build.py --benchmark-json=result.json
 
-It is what `pip install .` does, but for pip's own work. ``busy_s`` are the seconds that the cores were busy in
-the fastest round, all of them together.
+It is what `pip install .` does, but for pip's own work. ``busy_s`` are the seconds that the cores were busy
+in the fastest round, all of them together.
 """
 
 from __future__ import annotations
