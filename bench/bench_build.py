@@ -20,13 +20,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 3
+CXX, CUDACXX = os.environ.get("CXX", "c++"), os.environ.get("CUDACXX", "nvcc")
 
 
 def _lacks(part: str) -> str | None:
     lacking = [name for name in ("setuptools", "pybind11") if importlib.util.find_spec(name) is None]
-    lacking += [name for name in ("cmake", "ninja", "c++") if shutil.which(name) is None]
-    if part == "cuda" and shutil.which("nvcc") is None:
-        lacking.append("nvcc")
+    lacking += [name for name in ("cmake", "ninja", CXX) if shutil.which(name) is None]
+    if part == "cuda" and shutil.which(CUDACXX) is None:
+        lacking.append(CUDACXX)
     return f"needs {', '.join(lacking)}" if lacking else None
 
 
@@ -52,6 +53,6 @@ def test_build(benchmark: Any, tmp_path: Path, part: str) -> None:
         assert len(list(folder.glob("lib/spikedecoder/_C*.so"))) == (2 if part == "cuda" else 1)
 
     benchmark.pedantic(build, rounds=ROUNDS)
-    compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True)
+    compiler = subprocess.run([CXX, "--version"], capture_output=True, text=True, check=True)
     benchmark.extra_info["busy_s"] = round(min(busy), 1)
     benchmark.extra_info["compiler"] = compiler.stdout.splitlines()[0]

@@ -112,9 +112,8 @@ def save_folder(model: SpikeDecoder, folder: Path) -> None:
     """Write the model's files; the weights last, so that a folder with weights is complete."""
     if model.tokenizer is not None:
         check_known(model.tokenizer, "model.tokenizer")
-    write_json(folder / CONFIG, {"format": _FORMAT, "version": __version__, **model.config.to_dict()})
-    if model.tokenizer is not None:
         write_json(folder / TOKENIZER, model.tokenizer.to_dict())
+    write_json(folder / CONFIG, {"format": _FORMAT, "version": __version__, **model.config.to_dict()})
     write_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
 
 

@@ -31,12 +31,7 @@ from spikedecoder.training.checkpoints import (
     save_checkpoint,
 )
 from spikedecoder.training.config import TrainConfig
-from spikedecoder.training.devices import (
-    make_accelerator,
-    own_accelerate_state,
-    own_modes,
-    peak_rss_mib,
-)
+from spikedecoder.training.devices import make_accelerator, own_accelerate_state, own_modes, peak_rss_mib
 from spikedecoder.training.evaluate import Evaluation, evaluate, health
 from spikedecoder.training.graph import backward_of
 from spikedecoder.training.memory import is_lack_of_memory, no_more_than_available
