@@ -141,3 +141,161 @@ def test_a_model_without_neurons_is_an_error():
         accelerate(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model: got str"):
         accelerate("model")
+
+
+OLD = pytest.mark.parametrize("old", [True, False], ids=["0.0.0.0.14", "2.0"])
+
+
+def _lif(old, **options):
+    if old:
+        return _library("spikingjelly.clock_driven.neuron").MultiStepLIFNode(**options)
+    return _library("spikingjelly.activation_based.neuron").LIFNode(step_mode="m", **options)
+
+
+def _surrogates(old):
+    return _library(f"spikingjelly.{'clock_driven' if old else 'activation_based'}.surrogate")
+
+
+def _pair(old, change=lambda neuron: None, **options):
+    """(theirs, ours), changed alike after ours was replaced."""
+    theirs = nn.Sequential(_lif(old, **options))
+    ours = copy.deepcopy(theirs)
+    assert [r.reason for r in accelerate(ours)] == [None]
+    change(theirs[0])
+    change(ours[0])
+    return theirs, ours
+
+
+def _current(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
+
+
+CHANGES = {
+    "store_v_seq": lambda old: lambda n: setattr(n, "store_v_seq", True),
+    "surrogate": lambda old: lambda n: setattr(n, "surrogate_function", _surrogates(old).Erf()),
+    "spiking": lambda old: (
+        lambda n: setattr(n, "surrogate_function", _surrogates(old).Sigmoid(spiking=False))
+    ),
+    "v broadcasts": lambda old: lambda n: setattr(n, "v", torch.full((1, 5), 0.4)),
+    "v scalar": lambda old: lambda n: setattr(n, "v", torch.tensor(0.4)),
+    "v double": lambda old: lambda n: setattr(n, "v", torch.full((4, 5), 0.4, dtype=torch.float64)),
+}
+
+
+@OLD
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_afterwards_is_followed(old, change):
+    theirs, ours = _pair(old, CHANGES[change](old))
+    x = _current(6, 4, 5)
+    a, b = theirs(x), ours(x)
+    assert a.dtype == b.dtype and torch.equal(a, b)
+    torch.testing.assert_close(ours[0].v, theirs[0].v)
+    if change == "store_v_seq":
+        torch.testing.assert_close(ours[0].v_seq, theirs[0].v_seq)
+    (entry,) = accelerate(ours)
+    assert (entry.reason is None) == change.startswith("v ")
+
+
+def test_a_smaller_last_batch_starts_a_new_memory_as_in_spikingjelly_2():
+    theirs, ours = _pair(False)
+    with torch.no_grad():
+        for batch in (4, 3):
+            x = _current(6, batch, 5)
+            try:
+                a = theirs(x)
+            except RuntimeError:
+                pytest.skip("this SpikingJelly takes one size of batch between resets")
+            assert torch.equal(ours(x), a)
+
+
+@OLD
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_potentials_in_float32(old, dtype):
+    theirs, ours = _pair(old)
+    x = _current(16, 64, 64).to(dtype)
+    with torch.no_grad():
+        spikes = ours(x)
+        assert spikes.dtype == ours[0].v.dtype == dtype
+        assert (spikes != theirs(x)).float().mean() < 2e-3
+        theirs[0].reset()
+        assert torch.equal(spikes.float(), theirs(x.float()))
+        torch.testing.assert_close(ours[0].v, theirs[0].v.to(dtype))
+
+
+@OLD
+def test_evaluation_has_the_gradients_that_theirs_has(old):
+    theirs, ours = _pair(old, lambda n: n.eval())
+    for model in (theirs, ours):
+        model.x = _current(6, 4, 5).requires_grad_()
+        model.y = model(model.x)
+    assert theirs.y.requires_grad == ours.y.requires_grad
+    grads = [torch.autograd.grad(m[0].v.sum() + m.y.sum(), m.x)[0] for m in (theirs, ours)]
+    torch.testing.assert_close(*grads)
+
+
+@OLD
+def test_a_memory_from_inference_mode_is_trained_on(old):
+    _, ours = _pair(old)
+    with torch.inference_mode():
+        ours(_current(6, 4, 5))
+    x = _current(6, 4, 5, seed=1).requires_grad_()
+    ours(x).sum().backward()
+    assert x.grad.any()
+
+
+def test_no_potentials_of_an_older_pass_are_kept():
+    neuron = nn.Sequential(_lif(True))
+    with torch.no_grad():
+        neuron(_current(6, 4, 5))
+        accelerate(neuron)
+        neuron(_current(6, 4, 5, seed=1))
+    assert neuron[0].v_seq is None
+
+
+@OLD
+def test_surrogates_of_other_origin_are_left_alone(old):
+    class Sigmoid(_surrogates(old).Sigmoid):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(_lif(old, surrogate_function=Sigmoid()), _lif(old, surrogate_function=nn.Sigmoid()))
+    reasons = [r.reason for r in accelerate(model)]
+    assert reasons == ["surrogate Sigmoid is not SpikingJelly's"] * 2
+
+
+@OLD
+@pytest.mark.parametrize("name", ["tau", "v_reset"])
+def test_a_tensor_where_a_number_is_taken_is_left_alone(old, name):
+    model = nn.Sequential(_lif(old))
+    setattr(model[0], name, nn.Parameter(torch.tensor(2.0)))
+    (entry,) = accelerate(model)
+    assert entry.reason.startswith(f"{name} is a tensor")
+
+
+def test_a_threshold_that_theirs_does_not_train_is_left_alone():
+    model = nn.Sequential(_lif(False))
+    model[0].v_threshold = nn.Parameter(torch.tensor(0.7))
+    (entry,) = accelerate(model)
+    assert "v_threshold is a tensor" in entry.reason
+
+
+@OLD
+def test_a_users_own_class_is_named(old):
+    class Mine(type(_lif(old))):
+        pass
+
+    mine = Mine() if old else Mine(step_mode="m")
+    report = accelerate(nn.Sequential(_lif(old), mine))
+    assert report[0].reason is None and "Mine is a class derived from a multi-step LIF" in report[1].reason
+    assert type(mine) is Mine
+
+
+def test_other_neurons_of_snntorch_are_named():
+    snn = _library("snntorch")
+
+    class Mine(snn.Leaky):
+        pass
+
+    model = nn.Sequential(snn.Synaptic(alpha=0.9, beta=0.8), Mine(beta=0.5))
+    reasons = [r.reason for r in accelerate(model)]
+    assert reasons[0].startswith("Synaptic is not") and "strictly above" in reasons[1]

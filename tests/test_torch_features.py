@@ -321,3 +321,10 @@ def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches():
         inside = []
         torch.vmap(lambda x: (inside.append(op._bare(x, weight)), x)[1])(s[None])
         assert inside == [False]
+
+
+def test_a_tangent_is_refused_where_it_would_be_lost():
+    x = torch.randn(4, 3, 8)
+    for operator in (ops.lif, ops.binarize, lambda x: ops.spike_linear(x, torch.randn(8, 8))):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(operator, (x,), (torch.ones_like(x),))

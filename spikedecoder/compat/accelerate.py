@@ -3,12 +3,19 @@
     report = accelerate(model)
 
 Replaced, in place: SpikingJelly's multi-step LIF neurons (`clock_driven`'s MultiStepLIFNode of 0.0.0.0.14,
-`activation_based`'s LIFNode in multi-step mode of 2.0). A replaced neuron stays an instance of its class and
-keeps its attributes, its memory ``v`` and its ``reset``; only its multi-step forward pass is ours.
+`activation_based`'s LIFNode in multi-step mode, of 2.0 and before). A replaced neuron stays an instance of
+its class and keeps its attributes, its memory ``v`` and its ``reset``; only its multi-step forward pass is
+ours. What is changed in it afterwards is followed: a call that our operator would answer otherwise (another
+surrogate, ``store_v_seq``, a memory of another shape) goes to the neuron's own method.
 
 Not replaced: neurons whose semantics differ (see `Replacement.reason`), among them snnTorch's Leaky, which
 fires strictly above the threshold where SpikingJelly and this package fire at it, and which sees one timestep
 a call, so that there is no loop over time to fuse.
+
+What differs in a replaced neuron: with 16-bit input, potentials stay in float32 between timesteps, where
+theirs are rounded at each, so that a few spikes in ten thousand differ; MultiStepLIFNode's ``v_seq``, the
+potential of each timestep, is None; a gradient cannot be differentiated again; an infinite input resets the
+neuron, where theirs is NaN from then on.
 """
 
 from __future__ import annotations
@@ -25,6 +32,7 @@ from spikedecoder.params import LIFParams
 
 # surrogates of SpikingJelly with the same derivative and the same meaning of alpha
 _SURROGATES = {"Sigmoid": "sigmoid", "ATan": "atan", "PiecewiseQuadratic": "triangle", "Rect": "rectangular"}
+_LIBRARIES = ("spikingjelly.", "snntorch.")
 _MULTI_STEP = {
     ("spikingjelly.clock_driven", "MultiStepLIFNode"): "forward",
     ("spikingjelly.activation_based", "LIFNode"): "multi_step_forward",
@@ -52,22 +60,17 @@ def accelerate(model: nn.Module) -> list[Replacement]:
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
     report = []
     for name, module in model.named_modules():
-        library = type(module).__module__.partition(".")[0]
-        if (
-            library == "spikingjelly"
-            and hasattr(module, "surrogate_function")
-            and hasattr(module, "v_threshold")
-        ):
+        kind = next((c for c in type(module).__mro__ if c.__module__.startswith(_LIBRARIES)), None)
+        if kind is None:
+            continue
+        if hasattr(module, "surrogate_function") and hasattr(module, "v_threshold"):
             reason = _why_not(module)
-            if reason is None:
+            if reason is None and not isinstance(module, _Fused):
                 _replace(module)
-        elif library == "snntorch" and type(module).__name__ in ("Leaky", "Lapicque"):
-            reason = _why_not_snntorch(module)
-        elif isinstance(module, _Fused):
-            reason = None
+        elif hasattr(module, "spike_grad"):
+            reason = _why_not_snntorch(module, kind)
         else:
             continue
-        kind = next(c for c in type(module).__mro__ if c.__module__.startswith(("spikingjelly", "snntorch")))
         report.append(Replacement(name or "(the model itself)", kind.__name__, reason))
     if not report:
         raise ValueError(
@@ -85,9 +88,17 @@ def _entry(cls: type) -> str | None:
     return None
 
 
+def _theirs(module: Any) -> Any:
+    """The library's class of a neuron, replaced or not."""
+    return type(module).__bases__[1] if isinstance(module, _Fused) else type(module)
+
+
 def _why_not(module: Any) -> str | None:
-    if _entry(type(module)) is None:
-        return f"{type(module).__name__} is not a multi-step LIF neuron"
+    cls = _theirs(module)
+    if _entry(cls) is None:
+        if any(_entry(base) for base in cls.__mro__):
+            return f"{cls.__name__} is a class derived from a multi-step LIF neuron, and may change it"
+        return f"{cls.__name__} is not a multi-step LIF neuron"
     if getattr(module, "step_mode", "m") != "m":
         return "it is in single-step mode: functional.set_step_mode(model, 'm') first"
     if getattr(module, "store_v_seq", False):
@@ -97,10 +108,17 @@ def _why_not(module: Any) -> str | None:
     if getattr(module, "backend", "torch") not in ("torch", "cupy", "triton", "inductor"):
         return f"backend {module.backend!r} is not a floating-point LIF"
     surrogate = module.surrogate_function
+    if not type(surrogate).__module__.startswith("spikingjelly."):
+        return f"surrogate {getattr(surrogate, '__name__', type(surrogate).__name__)} is not SpikingJelly's"
     if type(surrogate).__name__ not in _SURROGATES:
         return f"surrogate {type(surrogate).__name__} is none of {', '.join(_SURROGATES)}"
     if not getattr(surrogate, "spiking", True):
         return "its surrogate is set to spiking=False: it emits real numbers"
+    for name in ("tau", "v_reset"):
+        if isinstance(getattr(module, name), Tensor):
+            return f"{name} is a tensor, where this package takes a number and gives no gradient"
+    if isinstance(module.v_threshold, Tensor) and _entry(cls) != "forward":
+        return "v_threshold is a tensor, which LIFNode takes as a number, without a gradient"
     try:
         _params(module)
     except ValueError as error:
@@ -108,7 +126,9 @@ def _why_not(module: Any) -> str | None:
     return None
 
 
-def _why_not_snntorch(module: Any) -> str:
+def _why_not_snntorch(module: Any, kind: type) -> str:
+    if kind.__name__ not in ("Leaky", "Lapicque"):
+        return f"{kind.__name__} is not a leaky integrate-and-fire neuron of this package's kind"
     differs = ["it fires strictly above the threshold, where this package fires at it"]
     if getattr(module, "reset_delay", True) and getattr(module, "reset_mechanism", "subtract") != "none":
         differs.append("it resets one timestep after the spike")
@@ -118,25 +138,45 @@ def _why_not_snntorch(module: Any) -> str:
 
 def _params(module: Any) -> LIFParams:
     threshold = module.v_threshold
-    return LIFParams(
-        tau=float(module.tau),
-        v_threshold=1.0 if isinstance(threshold, Tensor) else float(threshold),
-        v_reset=None if module.v_reset is None else float(module.v_reset),
-        decay_input=bool(getattr(module, "decay_input", True)),
-        surrogate=_SURROGATES[type(module.surrogate_function).__name__],
-        alpha=float(module.surrogate_function.alpha),
-        detach_reset=bool(module.detach_reset),
+    return LIFParams.of(
+        float(module.tau),
+        1.0 if isinstance(threshold, Tensor) else float(threshold),
+        None if module.v_reset is None else float(module.v_reset),
+        bool(getattr(module, "decay_input", True)),
+        _SURROGATES[type(module.surrogate_function).__name__],
+        float(module.surrogate_function.alpha),
+        bool(module.detach_reset),
+    )
+
+
+def _takes(module: Any, x_seq: Tensor) -> bool:
+    """Whether our operator does with this call what the neuron's own method does."""
+    v = module.v
+    if not x_seq.is_floating_point() or x_seq.dim() < 2 or not len(x_seq):
+        return False
+    if not module.training and torch.is_grad_enabled() and hasattr(module, "jit_hard_reset"):
+        return False  # activation_based of 0.0.0.0.14: a spike in evaluation has no gradient
+    return not isinstance(v, Tensor) or (
+        v.shape == x_seq.shape[1:]
+        and v.dtype == x_seq.dtype
+        and v.device == x_seq.device
+        and (torch.compiler.is_compiling() or not torch.is_grad_enabled() or not v.is_inference())
     )
 
 
 class _Fused:
     """Mixed in before the neuron's own class."""
 
-    def _all_timesteps(self: Any, x_seq: Tensor, *_: Any, **__: Any) -> Tensor:
+    def _all_timesteps(self: Any, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not _takes(self, x_seq) or _why_not(self) is not None:  # changed since it was replaced
+            cls = _theirs(self)
+            return getattr(cls, str(_entry(cls)))(self, x_seq, *args, **kwargs)
         v = self.v if isinstance(self.v, Tensor) else torch.full_like(x_seq[0], float(self.v))
         threshold = self.v_threshold if isinstance(self.v_threshold, Tensor) else None
         spikes, v = ops.lif_params(x_seq, _params(self), threshold=threshold, v_init=v, return_state=True)
         self.v = v.to(x_seq.dtype)
+        if "v_seq" in self._memories:
+            self.v_seq = None  # not kept; an older pass's would be taken for this one's
         return spikes
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -13,7 +13,16 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nothing traces, transforms or records a call, and its tensors are what they seem, of values."""
+    """Whether nothing traces, transforms or records a call, and its tensors are what they seem, of values.
+
+    Of forward-mode differentiation torch tells a custom operator nothing: a tangent would be lost unnoticed.
+    """
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError(
+            "a spiking operator has no forward-mode derivative, and its input a tangent"
+        )
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()

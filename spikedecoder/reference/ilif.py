@@ -19,7 +19,7 @@ def _count(u: Tensor, p: ILIFParams) -> Tensor:
 
 
 def ilif(x: Tensor, p: ILIFParams) -> Tensor:
-    """By autograd: straight through inside the window and at its ends, which clamp leaves out from torch 2.14 on."""
+    """By autograd: straight through in the window and at its ends, where clamp from torch 2.14 on is not."""
     u = _in_levels(x, p)
     low, high = p.window
     through = torch.where((u >= low) & (u <= high), u, u.detach().clamp(low, high))
