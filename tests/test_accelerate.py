@@ -20,26 +20,29 @@ def _library(name):
         pytest.skip(f"{name} is not installed ({error})")
 
 
+OLD = pytest.mark.parametrize("old", [True, False], ids=["0.0.0.0.14", "2.0"])
+
+
+def _part(old, name):
+    return _library(f"spikingjelly.{'clock_driven' if old else 'activation_based'}.{name}")
+
+
+def _lif(old, **options):
+    neuron = _part(old, "neuron")
+    return neuron.MultiStepLIFNode(**options) if old else neuron.LIFNode(step_mode="m", **options)
+
+
 def _network(old, **options):
     """A small convolutional classifier of the kind the library's examples build, multi-step."""
-    if old:
-        neuron = _library("spikingjelly.clock_driven.neuron")
-        layer = _library("spikingjelly.clock_driven.layer")
-        lif = lambda: neuron.MultiStepLIFNode(**options)  # noqa: E731
-        wrap = layer.SeqToANNContainer
-    else:
-        neuron = _library("spikingjelly.activation_based.neuron")
-        layer = _library("spikingjelly.activation_based.layer")
-        lif = lambda: neuron.LIFNode(step_mode="m", **options)  # noqa: E731
-        wrap = layer.SeqToANNContainer
+    wrap = _part(old, "layer").SeqToANNContainer
     torch.manual_seed(0)
     network = nn.Sequential(
         wrap(nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)),
-        lif(),
+        _lif(old, **options),
         wrap(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 4 * 4, 20)),
-        lif(),
+        _lif(old, **options),
         wrap(nn.Linear(20, 10)),
-        lif(),
+        _lif(old, **options),
     )
     with torch.no_grad():  # strong enough for every layer to fire
         for name, p in network.named_parameters():
@@ -49,7 +52,7 @@ def _network(old, **options):
 
 
 def _reset(old, model):
-    _library(f"spikingjelly.{'clock_driven' if old else 'activation_based'}.functional").reset_net(model)
+    _part(old, "functional").reset_net(model)
 
 
 OPTIONS = [
@@ -61,7 +64,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("old", [True, False], ids=["0.0.0.0.14", "2.0"])
+@OLD
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_same_outputs_gradients_and_keys(old, options):
     theirs = _network(old, **options)
@@ -82,7 +85,7 @@ def test_same_outputs_gradients_and_keys(old, options):
     assert [r.reason for r in accelerate(ours)] == [None] * 3  # asking twice changes nothing
 
 
-@pytest.mark.parametrize("old", [True, False], ids=["0.0.0.0.14", "2.0"])
+@OLD
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_an_accelerated_model_is_copied_and_saved_whole(old, copied):
     model = _network(old, tau=3.0)
@@ -97,7 +100,7 @@ def test_an_accelerated_model_is_copied_and_saved_whole(old, copied):
 
 @pytest.mark.parametrize("surrogate", ["Sigmoid", "ATan", "PiecewiseQuadratic", "Rect"])
 def test_surrogates_of_spikingjelly_2(surrogate):
-    module = _library("spikingjelly.activation_based.surrogate")
+    module = _part(False, "surrogate")
     if not hasattr(module, surrogate):
         pytest.skip(f"this SpikingJelly has no surrogate {surrogate}")
     theirs = _network(False, surrogate_function=getattr(module, surrogate)(alpha=1.5), detach_reset=True)
@@ -114,8 +117,7 @@ def test_surrogates_of_spikingjelly_2(surrogate):
 
 
 def test_what_is_left_alone_says_why():
-    neuron = _library("spikingjelly.activation_based.neuron")
-    surrogate = _library("spikingjelly.activation_based.surrogate")
+    neuron, surrogate = _part(False, "neuron"), _part(False, "surrogate")
     model = nn.Sequential(
         neuron.LIFNode(step_mode="s"),
         neuron.LIFNode(step_mode="m", store_v_seq=True),
@@ -143,19 +145,6 @@ def test_a_model_without_neurons_is_an_error():
         accelerate("model")
 
 
-OLD = pytest.mark.parametrize("old", [True, False], ids=["0.0.0.0.14", "2.0"])
-
-
-def _lif(old, **options):
-    if old:
-        return _library("spikingjelly.clock_driven.neuron").MultiStepLIFNode(**options)
-    return _library("spikingjelly.activation_based.neuron").LIFNode(step_mode="m", **options)
-
-
-def _surrogates(old):
-    return _library(f"spikingjelly.{'clock_driven' if old else 'activation_based'}.surrogate")
-
-
 def _pair(old, change=lambda neuron: None, **options):
     """(theirs, ours), changed alike after ours was replaced."""
     theirs = nn.Sequential(_lif(old, **options))
@@ -170,22 +159,21 @@ def _current(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2 + 0.5
 
 
-CHANGES = {
-    "store_v_seq": lambda old: lambda n: setattr(n, "store_v_seq", True),
-    "surrogate": lambda old: lambda n: setattr(n, "surrogate_function", _surrogates(old).Erf()),
-    "spiking": lambda old: (
-        lambda n: setattr(n, "surrogate_function", _surrogates(old).Sigmoid(spiking=False))
-    ),
-    "v broadcasts": lambda old: lambda n: setattr(n, "v", torch.full((1, 5), 0.4)),
-    "v scalar": lambda old: lambda n: setattr(n, "v", torch.tensor(0.4)),
-    "v double": lambda old: lambda n: setattr(n, "v", torch.full((4, 5), 0.4, dtype=torch.float64)),
+CHANGES = {  # attribute, and its value
+    "store_v_seq": ("store_v_seq", lambda old: True),
+    "surrogate": ("surrogate_function", lambda old: _part(old, "surrogate").Erf()),
+    "spiking": ("surrogate_function", lambda old: _part(old, "surrogate").Sigmoid(spiking=False)),
+    "v broadcasts": ("v", lambda old: torch.full((1, 5), 0.4)),
+    "v scalar": ("v", lambda old: torch.tensor(0.4)),
+    "v double": ("v", lambda old: torch.full((4, 5), 0.4, dtype=torch.float64)),
 }
 
 
 @OLD
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_changed_afterwards_is_followed(old, change):
-    theirs, ours = _pair(old, CHANGES[change](old))
+    name, value = CHANGES[change]
+    theirs, ours = _pair(old, lambda n: setattr(n, name, value(old)))
     x = _current(6, 4, 5)
     a, b = theirs(x), ours(x)
     assert a.dtype == b.dtype and torch.equal(a, b)
@@ -254,7 +242,7 @@ def test_no_potentials_of_an_older_pass_are_kept():
 
 @OLD
 def test_surrogates_of_other_origin_are_left_alone(old):
-    class Sigmoid(_surrogates(old).Sigmoid):
+    class Sigmoid(_part(old, "surrogate").Sigmoid):
         def forward(self, x):
             return 2 * super().forward(x)
 

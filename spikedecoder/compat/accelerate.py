@@ -182,7 +182,7 @@ class _Fused:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle finds a class by its name, and only the neuron's own has one
         made: Any = super().__reduce_ex__(protocol)
-        return _unpickled, (type(self).__bases__[1],), *made[2:]
+        return _unpickled, (_theirs(self),), *made[2:]
 
 
 @cache

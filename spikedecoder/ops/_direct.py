@@ -15,14 +15,14 @@ _PLAIN = (Tensor, nn.Parameter)
 def unwatched(*tensors: Tensor | None) -> bool:
     """Whether nothing traces, transforms or records a call, and its tensors are what they seem, of values.
 
-    Of forward-mode differentiation torch tells a custom operator nothing: a tangent would be lost unnoticed.
+    Raises:
+        NotImplementedError: a tensor has a tangent (forward-mode differentiation), which torch's custom
+            operators lose without a word.
     """
     if forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
-        raise NotImplementedError(
-            "a spiking operator has no forward-mode derivative, and its input a tangent"
-        )
+        raise NotImplementedError("this operator has no forward-mode derivative, and its input has a tangent")
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
