@@ -151,6 +151,10 @@ def test_prompt_from_standard_input(saved):
     _, folder = saved
     arguments = ["--checkpoint", folder, "--tokens", 10, "--seed", 1, "--prompt"]
     assert run(*arguments, "-", stdin="the cat\n").stdout == run(*arguments, "the cat").stdout
+    windows = b"\xef\xbb\xbfthe cat\r\n"
+    assert run(*arguments, "-", stdin=windows).stdout == run(*arguments, "the cat").stdout
+    with pytest.raises(ValueError, match="standard input: not valid utf-8 text"):
+        raise run(*arguments, "-", stdin=b"the \xff", code=1).exception
 
 
 def test_top_shows_predictions(saved):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +178,61 @@ def test_the_first_free_folder_is_taken(
         assert got["out"] == os.path.join("runs", f"default-story-{n}")
 
 
+def test_a_folder_that_was_taken_meanwhile_is_left_for_the_next(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from spikedecoder import training
+
+    def taken(preset: str, text: str) -> Path:
+        folder = training.run_folder.free_folder(preset, text)
+        if folder.name.endswith("-1"):
+            folder.mkdir(parents=True)
+            (folder / "run.json").write_text("another's")
+        return folder
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "free_folder", taken)
+    got = result(capsys, "train", "--text", story, "--max-steps", "1", *SMALL)
+    assert got["out"] == os.path.join("runs", "default-story-2")
+    assert (tmp_path / "runs" / "default-story-1" / "run.json").read_text() == "another's"
+
+
+def test_a_moved_text_is_found_again(story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, moved = tmp_path / "run", tmp_path / "moved.txt"
+    result(capsys, "train", "--text", story, "--out", out, "--max-steps", "1", *SMALL)
+    story.rename(moved)
+    assert "no such file" in fails(capsys, "train", "--resume", out, "--max-steps", "2")
+    result(capsys, "train", "--resume", out, "--text", moved, "--max-steps", "2")
+    assert result(capsys, "train", "--resume", out, "--max-steps", "3")["steps"] == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_text_from_a_pipe_has_to_be_given_again(
+    story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=[STORY])
+    writer.start()
+    result(capsys, "train", "--text", pipe, "--out", out, "--max-steps", "1", *SMALL)
+    writer.join()
+    said = fails(capsys, "train", "--resume", out, "--max-steps", "2")
+    assert "read a pipe; give it the text again" in said
+    assert result(capsys, "train", "--resume", out, "--text", story, "--max-steps", "2")["steps"] == 2
+
+
+def test_letters_that_the_tokenizer_leaves_out_are_told(
+    story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    story.write_text(STORY[:380] + "In 1812 \u0432 \u041c\u043e\u0441\u043a\u0432\u0435.")
+    words = ["--tokenizer", "word", "--max-steps", "1", *SMALL]
+    assert run("train", "--text", story, "--out", tmp_path / "run", *words) == 0
+    said = capsys.readouterr().err
+    assert "tokenizer word leaves out 11 letters and digits of the text (2.8% of its characters)" in said
+    assert run("train", "--text", story, "--out", tmp_path / "char", "--max-steps", "1", *SMALL) == 0
+    assert "leaves out" not in capsys.readouterr().err
+
+
 def test_a_finished_run_can_be_prolonged(
     story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,7 +293,7 @@ def test_bad_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: 
         (["--preset", "default-lif", "--set", "v_threshold=-1"], "v_threshold: got -1.0, takes"),
         (["--heads", "5"], "heads: got 5, takes a divisor of the 96 channels"),
         (["--timesteps", "0"], "timesteps: got 0"),
-        (["--max-steps", "0"], "steps: got 0"),
+        (["--max-steps", "0"], "--max-steps"),
         (["--lr", "0"], "lr: got 0"),
         (["--lr", "fast"], "--lr"),
         (["--preset", "defualt"], "preset: got 'defualt', takes one of default"),

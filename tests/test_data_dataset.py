@@ -75,6 +75,8 @@ def test_vocabularies(book: Path, tmp_path: Path) -> None:
     letters = prepare_corpus([book], cache_dir=tmp_path, tokenizer="original-char")
     assert letters.tokenizer.decode(letters.train) == clean_characters(text[:cut])
     assert letters.tokenizer.decode(letters.val) == clean_characters(text[cut:])
+    others = sum(c.isalnum() and not (c.isascii() and c.isalpha()) for c in text)
+    assert [c.lost for c in (char, word, original, letters)] == [0, *[others] * 3] and others > 1
     own = prepare_corpus([book], cache_dir=tmp_path, tokenizer=word.tokenizer)
     np.testing.assert_array_equal(own.val, word.val)
     prints = {c.fingerprint for c in (char, word, original, letters, own)}

@@ -110,9 +110,23 @@ def test_words() -> None:
     assert tokenizer.encode("The dog.", errors="drop").tolist() == [3, 2]
     text = builtin_text()
     whole = WordTokenizer.from_text(text)
-    ids = whole.encode(text, errors="strict")
+    ids = whole.encode(text)
+    assert whole.unk_id not in ids
     assert [whole.tokens[i] for i in ids] == clean_words(text)
     assert whole.dtype == np.uint16
+
+
+def test_letters_that_words_lose_are_named() -> None:
+    tokenizer = WordTokenizer.from_text("the cat\u0301 is at a bar. tr mit")
+    assert tokenizer.unknown("the cat, at 12 Bär!") == ["b", "r", "1", "2", "ä"]
+    assert tokenizer.unknown("\u212a\u0130 (cat)_\u0301 \u2014 \u20ac") == ["ki"]  # the Kelvin sign is a k
+    with pytest.raises(ValueError, match=r"2 character\(s\) outside the vocabulary: '1' at 4, 'ö' at 6"):
+        tokenizer.encode("the 1 öat", errors="strict")
+    with pytest.raises(ValueError, match="'7' at 5"):
+        list(tokenizer.encode_stream(["cat ", "a7"], errors="strict"))
+    assert tokenizer.encode("the 1 cat").tolist() == tokenizer.encode("the cat").tolist()
+    with pytest.raises(ValueError, match=r"words of the letters a to z, got none; tokenizer 'char'"):
+        WordTokenizer.from_text("Съ 1812. И '")
 
 
 def test_characters_outside_the_vocabulary() -> None:
@@ -144,9 +158,9 @@ def test_bad_arguments(kind: str) -> None:
 
 
 def test_vocabulary_from_nothing() -> None:
-    with pytest.raises(ValueError, match="expected some text"):
+    with pytest.raises(ValueError, match="text: expected some to take"):
         CharTokenizer.from_text([])
-    with pytest.raises(ValueError, match="seen at least 3 times, got 2 words"):
+    with pytest.raises(ValueError, match="text: expected words seen at least 3 times, got 2 words"):
         WordTokenizer.from_text("one one", min_count=3)
     with pytest.raises(ValueError, match="min_count: expected an integer of 1 or more, got 0"):
         WordTokenizer.from_text("one", min_count=0)

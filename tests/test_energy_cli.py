@@ -135,9 +135,11 @@ def test_bad_input_is_one_line(folders, capsys, tmp_path):
     assert "--device: got 'meta'" in fails(capsys, "-c", spiking, "--prompt", "a", "--device", "meta")
     assert "--mode: got 'x'" in fails(capsys, "-c", spiking, "--prompt", "cat", "--mode", "x")
     assert "takes horowitz-45nm, jouppi-7nm" in fails(capsys, "-c", spiking, "--prompt", "a", "--table", "x")
-    assert "--prompt: 1 character(s) outside the model's" in fails(capsys, "-c", spiking, "--prompt", "QQ")
+    assert f"--prompt for {spiking}: 1 character(s) outside the model's" in fails(
+        capsys, "-c", spiking, "--prompt", "QQ"
+    )
     (tmp_path / "unknown.txt").write_text("QQ")
-    assert "--text: 1 char" in fails(capsys, "-c", spiking, "--text", tmp_path / "unknown.txt")
+    assert f"--text for {spiking}: 1 char" in fails(capsys, "-c", spiking, "--text", tmp_path / "unknown.txt")
     assert "holds no token" in fails(capsys, "-c", spiking, "--prompt", "QQ", "--errors", "drop")
     (tmp_path / "latin").write_bytes(b"\xe9\xff")
     assert "not UTF-8" in fails(capsys, "-c", spiking, "--text", tmp_path / "latin")

@@ -24,12 +24,14 @@ from spikedecoder.data import CharTokenizer, Corpus, held_out_batches, prepare_c
 from spikedecoder.training import (
     Evaluation,
     Reporter,
+    SavingError,
     TrainingError,
     TrainResult,
     evaluate,
     train,
 )
 from spikedecoder.training.checkpoints import latest
+from spikedecoder.training.run_folder import locked, made
 from spikedecoder.viz import record
 
 
@@ -294,7 +296,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["model.safetensors"]) - 100, hard))
     try:
         with pytest.raises(
-            OSError, match=r"cannot save the checkpoint of step 5 .*last holds step 4.*--resume"
+            SavingError, match=r"cannot save the checkpoint of step 5 .*last holds step 4.*--resume"
         ):
             train(dropping(corpus), corpus, c, out=out, resume=True)
     finally:
@@ -322,11 +324,24 @@ def test_an_output_folder_is_never_overwritten(
 
 @pytest.mark.skipif(os.name == "nt", reason="no locks on Windows")
 def test_two_processes_cannot_train_into_one_folder(corpus: Corpus, tmp_path: Path) -> None:
-    from spikedecoder.training.run_folder import locked
-
     train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run")
     with locked(tmp_path / "run"), pytest.raises(FileExistsError, match="another process"):
         train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run", resume=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks on Windows")
+def test_a_refused_run_leaves_the_folder_of_the_one_that_has_it(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with made(out):
+        (out / "run.json").write_text("{}")
+        with pytest.raises(FileExistsError, match="another process"), made(out):
+            pass
+        with pytest.raises(FileExistsError, match="another process"), locked(out):
+            pass
+    assert (out / "run.json").is_file()
+    with pytest.raises(FileExistsError, match="holds a run already"), made(out):
+        pass
+    assert (out / "run.json").is_file()
 
 
 def test_resuming_something_else_is_an_error(corpus: Corpus, tmp_path: Path, whole_run: TrainResult) -> None:

@@ -130,7 +130,7 @@ def _tokens(model: SpikeDecoder, where: str, text: str, name: str, errors: str, 
 
     if model.tokenizer is None:
         raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
-    ids = encode_prompt(model.tokenizer, text, errors, name)[:limit]
+    ids = encode_prompt(model.tokenizer, text, errors, f"{name} for {where}")[:limit]
     if not ids:
         raise ValueError(f"the text holds no token that {where} knows")
     length = model.config.max_len

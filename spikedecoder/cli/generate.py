@@ -158,11 +158,10 @@ def _prompts(given: list[str] | None) -> list[str]:
     texts = []
     for text in given or [""]:
         if text == "-":
-            try:
-                text = sys.stdin.read().removesuffix("\n")
-            except UnicodeDecodeError as error:
-                reason = f"standard input is no {error.encoding} text ({error.reason})"
-                raise ValueError(f"--prompt -: {reason}") from None
+            from spikedecoder.data import read_text_files
+
+            # as the text that models learn is read
+            text = "".join(read_text_files(["-"])).removesuffix("\n")
         texts.append(text)
     return texts
 

@@ -37,7 +37,10 @@ def train(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="char, original-char, word or original-word.", rich_help_panel=_TEXT),
+        typer.Option(
+            help="char (every alphabet), word, original-char or original-word (a to z).",
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
     min_count: Annotated[
         int | None, typer.Option(help="Words seen less often are unknown.", rich_help_panel=_TEXT)
@@ -61,7 +64,9 @@ def train(
     ] = None,
     max_steps: Annotated[
         int | None,
-        typer.Option(help="Steps in all; the schedule is stretched to them.", rich_help_panel=_TRAINING),
+        typer.Option(
+            min=1, help="Steps in all; the schedule is stretched to them.", rich_help_panel=_TRAINING
+        ),
     ] = None,
     seed: Annotated[
         int | None,
@@ -203,14 +208,20 @@ def _new(
     )
     config = model_config(preset, overrides.model, data.tokenizer)
     _use_threads(settings.threads)
-    folder = out or training.free_folder(preset, data.name)
     source = {
         "preset": preset,
         "text": [_absolute(path) for path in text] if text else None,
         "corpus": corpus,
     }
-    reporter = training.ScreenReporter(not as_json, _heading(config, data, settings, folder))
-    return training.train(config, data, settings, out=folder, reporter=reporter, source=source)
+    while True:
+        folder = out or training.free_folder(preset, data.name)
+        reporter = training.ScreenReporter(not as_json, _heading(config, data, settings, folder))
+        try:
+            return training.train(config, data, settings, out=folder, reporter=reporter, source=source)
+        except FileExistsError:
+            # another process may have taken the free folder a moment ago: then the next one
+            if out is not None or _processes() > 1 or not folder.exists():
+                raise
 
 
 def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json: bool) -> TrainResult:
@@ -223,9 +234,10 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
     settings = info.train.replace(**overrides.train)
     texts = text or info.source.get("text")
     if texts and "-" in texts and not text:
-        raise ValueError(
-            f"--text: the run in {folder} read standard input; pipe the text in again, with --text -"
-        )
+        raise ValueError(f"--text: the run in {folder} read a pipe; give it the text again, as with --text -")
+    source = info.source
+    if text:  # the same text, as its fingerprint will show, perhaps in another place
+        source = {**source, "text": [_absolute(path) for path in text], "corpus": None}
     data = prepare_corpus(
         texts,
         corpus=None if texts else info.source.get("corpus"),
@@ -239,7 +251,7 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
     if last is not None and read_step(last) == settings.steps:
         heading = f"the run in {folder} has done its {settings.steps} steps; --max-steps N trains longer"
     reporter = training.ScreenReporter(not as_json, [heading])
-    return training.train(config, data, settings, out=folder, resume=True, reporter=reporter)
+    return training.train(config, data, settings, out=folder, resume=True, reporter=reporter, source=source)
 
 
 def _first_process() -> bool:
@@ -259,9 +271,14 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, folder: Path) -> list[str]:
+    lost = (
+        f"the tokenizer {data.tokenizer.kind} leaves out {data.lost:,} letters and digits of the text "
+        f"({data.lost / data.characters:.1%} of its characters), all but a to z"
+    )
     return [
         f"text: {data.name}, {data.characters:,} characters, {len(data.train):,} tokens to learn and "
         f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones",
+        *([lost] if data.lost else []),
         f"model: {config.blocks} blocks, {config.embed_dim} channels, {config.heads} heads, "
         + (f"{config.binary_timesteps} timesteps, " if config.spike_degree else "")
         + f"spike degree {config.spike_degree}; {settings.steps} steps of "
@@ -309,4 +326,7 @@ def _sample(result: TrainResult, length: int = 200) -> str:
 
 
 def _absolute(path: str) -> str:
-    return path if path == "-" else str(Path(path).resolve())
+    """Where a text will be found again; - for a stream, which will not."""
+    if path == "-" or (Path(path).exists() and not Path(path).is_file()):
+        return "-"
+    return str(Path(path).resolve())

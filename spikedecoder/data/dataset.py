@@ -16,7 +16,7 @@ import torch
 
 from ._files import atomic_writer, default_cache_dir, make_cache_dir, sha256_of_file
 from .corpora import CORPORA, STDIN, builtin_text, download_corpus, read_text_files
-from .text import original_dictionary
+from .text import lost_letters, original_dictionary
 from .tokenizers import CharTokenizer, Tokenizer, WordTokenizer, check_known, tokenizer_from_dict
 
 TOKENIZER_KINDS = ("char", "original-char", "word", "original-word")
@@ -39,6 +39,8 @@ class Corpus:
         train, val: 1-D arrays of ids, mapped from the cache file, read-only.
         characters: characters of the text; ``val_characters`` of them are held out.
         fingerprint: SHA-256 over text, tokenizer and split; equal fingerprints mean equal ids.
+        lost: how many letters and digits of the text the tokenizer's rules leave out: all but a to z, but
+            for kind "char", which keeps everything.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Corpus:
     characters: int
     val_characters: int
     fingerprint: str
+    lost: int = 0
 
 
 def prepare_corpus(
@@ -109,9 +112,11 @@ def prepare_corpus(
             return _characters(source(), start, stop)
 
         digest = hashlib.sha256()
-        characters = 0
+        characters = lost = 0
+        keeps_all = (tokenizer if isinstance(tokenizer, str) else tokenizer.kind) == "char"
         for chunk in _hashed(chunks(), digest):
             characters += len(chunk)
+            lost += 0 if keeps_all else len(lost_letters(chunk))
         val_characters = round(characters * val_fraction)
         cut = characters - val_characters
         if cut == 0 or val_characters == 0:
@@ -131,7 +136,7 @@ def prepare_corpus(
             if found is None:
                 raise OSError(f"{path}: what was just written cannot be read back; is the disk failing?")
     made, train, val = found
-    return Corpus(name, made, train, val, characters, val_characters, key)
+    return Corpus(name, made, train, val, characters, val_characters, key, lost)
 
 
 def check_context(corpus: Corpus, seq_len: int) -> None:

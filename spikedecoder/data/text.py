@@ -13,6 +13,8 @@ Characters (alphabet ``a-z . '`` and space), in this order:
 
 Words: lower case; ``!`` and ``?`` become ``.``; ``;`` goes; everything else outside the alphabet becomes a
 space; each ``.`` is a word of its own; ``''`` becomes ``'``.
+
+Both lose all letters and digits but a to z; :func:`lost_letters` finds them.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ _DICTIONARY_TABLE = _byte_table({}, kept=LETTERS + b"' ")
 # The look-behind stands after the dot so that the regex engine can search for the literal dot first.
 _FULL_STOP = re.compile(rb"\.(?<![^A-Za-z][A-Z]\.) *")
 _SPACES = re.compile(rb"  +")
+# Letters and digits but a to z, and but the two others whose lower case is one of these.
+_LOST = re.compile(r"[^\W_a-zA-Z\u0130\u212a]")
 _ELLIPSIS = b". . ."
 _ELLIPSIS_PREFIXES = (b". . ", b". .", b". ", b".")
 
@@ -167,6 +171,11 @@ def clean_characters(text: str, collapse_spaces: bool = True) -> str:
 def clean_words(text: str) -> list[str]:
     """Split ``text`` into words as the original's word dataset does, before its dictionary is applied."""
     return [word for words in iter_clean_words([_checked(text)]) for word in words]
+
+
+def lost_letters(text: str) -> list[tuple[str, int]]:
+    """The letters and digits in ``text`` that both cleanings lose, and where they are."""
+    return [(found.group(), found.start()) for found in _LOST.finditer(text)]
 
 
 def original_dictionary(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ._files import atomic_writer
-from .text import clean_words, iter_clean_characters, iter_clean_words
+from .text import clean_words, iter_clean_characters, iter_clean_words, lost_letters
 
 PAD = "<pad>"
 UNKNOWN = "<unk>"
@@ -118,7 +118,7 @@ class Tokenizer(ABC):
 class CharTokenizer(Tokenizer):
     """One token per character.
 
-    ``CharTokenizer.from_text(chunks)`` takes the vocabulary from a text and loses nothing of it: padding
+    ``CharTokenizer.from_text(text)`` takes the vocabulary from a text and loses nothing of it: padding
     (id 0), unknown (id 1), then the text's characters by code point. ``CharTokenizer.original()`` is the
     original's alphabet of 30 (``P`` pads) with its cleaning, which maps every text into the alphabet, so
     that nothing is ever unknown and "strict" never raises; what cleaning deletes, ``unknown`` lists.
@@ -152,13 +152,13 @@ class CharTokenizer(Tokenizer):
         return cls(list(ORIGINAL_ALPHABET), "original-char")
 
     @classmethod
-    def from_text(cls, chunks: Iterable[str]) -> CharTokenizer:
+    def from_text(cls, text: Iterable[str]) -> CharTokenizer:
         """A vocabulary of all characters in a text (a str or an iterable of chunks)."""
         seen = np.zeros(_CODE_POINTS, dtype=bool)
-        for chunk in [chunks] if isinstance(chunks, str) else chunks:
+        for chunk in [text] if isinstance(text, str) else text:
             seen[_code_points(chunk)] = True
         if not seen.any():
-            raise ValueError("chunks: expected some text to take the vocabulary from, got none")
+            raise ValueError("text: expected some to take the vocabulary from, got none")
         return cls([PAD, UNKNOWN, *(chr(code) for code in np.flatnonzero(seen))])
 
     def unknown(self, text: str) -> list[str]:
@@ -192,11 +192,13 @@ class CharTokenizer(Tokenizer):
 class WordTokenizer(Tokenizer):
     """One token per word; the full stop is a word of its own, and text is split by the original's rules.
 
-    ``WordTokenizer.from_text(chunks, min_count)`` takes the vocabulary from a text: padding (id 0), unknown
+    ``WordTokenizer.from_text(text, min_count)`` takes the vocabulary from a text: padding (id 0), unknown
     (id 1), then the words seen at least ``min_count`` times, sorted. ``WordTokenizer.original(dictionary)``
     is one of the original's dictionaries, in its order; words outside it are dropped.
 
-    Decoding joins words by spaces, with none before a full stop; white space and case are not kept.
+    These rules know words of the letters a to z, in which white space, case and punctuation but the full
+    stop and the apostrophe are not kept. All other letters and digits are lost: ``unknown`` lists them, and
+    "strict" raises for them. Decoding joins words by spaces, with none before a full stop.
     """
 
     def __init__(self, tokens: Sequence[str], kind: str = "word") -> None:
@@ -222,32 +224,40 @@ class WordTokenizer(Tokenizer):
         return cls(dictionary, "original-word")
 
     @classmethod
-    def from_text(cls, chunks: Iterable[str], min_count: int = 1) -> WordTokenizer:
+    def from_text(cls, text: Iterable[str], min_count: int = 1) -> WordTokenizer:
         """A vocabulary of the words seen at least ``min_count`` times in a text (a str or chunks)."""
         if not isinstance(min_count, int) or min_count < 1:
             raise ValueError(f"min_count: expected an integer of 1 or more, got {min_count!r}")
         counts: Counter[str] = Counter()
-        for words in iter_clean_words([chunks] if isinstance(chunks, str) else chunks):
+        for words in iter_clean_words([text] if isinstance(text, str) else text):
             counts.update(words)
         kept = sorted(word for word, count in counts.items() if count >= min_count)
+        if not any(word.strip(".'") for word in counts):
+            raise ValueError(
+                "text: expected words of the letters a to z, got none; tokenizer 'char' takes every alphabet"
+            )
         if not kept:
             raise ValueError(
-                f"chunks: expected a text with words seen at least {min_count} times, got {counts.total()} "
-                f"words of which none is; lower min_count or give more text"
+                f"text: expected words seen at least {min_count} times, got {counts.total()} words of which "
+                "none is; lower min_count or give more text"
             )
         return cls([PAD, UNKNOWN, *kept])
 
     def unknown(self, text: str) -> list[str]:
-        return [word for word in dict.fromkeys(clean_words(text)) if word not in self._ids]
+        words = [word for word in dict.fromkeys(clean_words(text)) if word not in self._ids]
+        return words + list(dict.fromkeys(letter for letter, _ in lost_letters(text)))
 
     def encode(self, text: str, errors: str = "replace") -> np.ndarray:
         if errors == "strict" and isinstance(text, str):
+            _check_kept(text)
             words = clean_words(text)  # all of them, so that the error names them all
             return self._encode_words(words, errors, 0)
         return super().encode(text, errors)
 
     def _encode_stream(self, chunks: Iterable[str], errors: str) -> Iterator[np.ndarray]:
         before = 0
+        if errors == "strict":
+            chunks = _all_kept(chunks)
         for words in iter_clean_words(chunks):
             yield self._encode_words(words, errors, before)
             before += len(words)
@@ -320,6 +330,20 @@ def _check_tokens(tokens: list[str], what: str, valid: Callable[[str], bool]) ->
     if len(set(tokens)) != len(tokens):
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise ValueError(f"tokens: expected each once, got {twice!r} more than once")
+
+
+def _all_kept(chunks: Iterable[str]) -> Iterator[str]:
+    before = 0
+    for chunk in chunks:
+        _check_kept(chunk, before)
+        before += len(chunk)
+        yield chunk
+
+
+def _check_kept(text: str, before: int = 0) -> None:
+    lost = lost_letters(text)
+    if lost:
+        raise _outside("character", [(letter, before + position) for letter, position in lost])
 
 
 def _outside(what: str, found: list[tuple[str, int]]) -> ValueError:

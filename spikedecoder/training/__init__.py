@@ -4,7 +4,7 @@ from spikedecoder.training.config import TRAIN_PRESETS, TrainConfig
 from spikedecoder.training.evaluate import Evaluation, evaluate, health
 from spikedecoder.training.loop import train
 from spikedecoder.training.report import Reporter, ScreenReporter
-from spikedecoder.training.result import TrainingError, TrainResult
+from spikedecoder.training.result import SavingError, TrainingError, TrainResult
 from spikedecoder.training.run_folder import RunInfo, free_folder
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Evaluation",
     "Reporter",
     "RunInfo",
+    "SavingError",
     "ScreenReporter",
     "TrainConfig",
     "TrainResult",

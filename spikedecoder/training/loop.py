@@ -36,7 +36,7 @@ from spikedecoder.training.evaluate import Evaluation, evaluate, health
 from spikedecoder.training.graph import backward_of
 from spikedecoder.training.memory import is_lack_of_memory, no_more_than_available
 from spikedecoder.training.report import MetricsFile, Reporter, Several, TensorBoard
-from spikedecoder.training.result import TrainingError, TrainResult
+from spikedecoder.training.result import SavingError, TrainingError, TrainResult
 from spikedecoder.training.run_folder import RunInfo, check_same, check_unused, locked, made
 from spikedecoder.training.signals import Stop, stop_on_signals
 
@@ -68,7 +68,7 @@ def train(
     is the process's: where another thread trains, the call waits for its run to end.
 
     Raises ValueError (settings that contradict each other or the text), FileExistsError (`out` is in use),
-    CheckpointError (nothing to resume, or broken), OSError (disk full: the last checkpoint stays whole),
+    CheckpointError (nothing to resume, or broken), SavingError (disk full: the last checkpoint stays whole),
     MemoryError (a step takes more memory than there is, which on Linux it is told before the system ends it),
     TrainingError (the loss became NaN or infinite; nothing is saved over the last checkpoint).
     """
@@ -104,9 +104,7 @@ def train(
             outputs = [reporter or Reporter(), MetricsFile(out)]
             if settings.tensorboard:
                 outputs.append(TensorBoard(out))
-            if info is None:
-                stack.enter_context(made(out))
-            stack.enter_context(locked(out))
+            stack.enter_context(made(out) if info is None else locked(out))
         accelerator.wait_for_everyone()
         cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=cuda))
@@ -391,9 +389,9 @@ class _Run:
                 folder = save_checkpoint(self.out, self.step, self.model, self.optimizer, state)
                 publish(self.out, folder, (LAST, *names))
             except OSError as error:
-                raise OSError(
-                    f"cannot save the checkpoint of step {self.step} ({error}); {self._kept()}. Make room, "
-                    f"then go on with --resume {self.out}"
+                raise SavingError(
+                    f"cannot save the checkpoint of step {self.step} ({error}); {self._kept()}. When that is "
+                    f"mended, go on with --resume {self.out}"
                 ) from error
         self.accelerator.wait_for_everyone()
         self.saved = self.step

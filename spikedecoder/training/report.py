@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from spikedecoder.activity import Activity
 from spikedecoder.checkpoint import write_bytes
 from spikedecoder.training.evaluate import Evaluation
+from spikedecoder.training.result import SavingError
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -180,9 +181,9 @@ class MetricsFile(Reporter):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise OSError(
-                f"cannot write {self.path} ({error}); the last checkpoint is whole: make room, then go on "
-                f"with --resume {self.path.parent}"
+            raise SavingError(
+                f"cannot write {self.path} ({error}); the last checkpoint is whole: when that is mended, go "
+                f"on with --resume {self.path.parent}"
             ) from error
 
 

@@ -14,6 +14,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: its loss or gradient is no finite number any more."""
 
 
+class SavingError(TrainingError, OSError):
+    """A run that cannot go on: what it has learned cannot be written."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run came to after `step` of `steps` steps.

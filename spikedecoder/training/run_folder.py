@@ -96,22 +96,24 @@ def free_folder(preset: str, text: str, parent: Path = Path("runs")) -> Path:
 
 @contextmanager
 def made(out: Path) -> Iterator[None]:
-    """`out` for a new run; where that fails before it has anything to show, its folder goes again."""
+    """`out` for a new run, locked; where that fails before it has anything to show, its folder goes again."""
     existed = out.is_dir()
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            figures = out / METRICS
-            if latest(out) is None and not (figures.exists() and figures.stat().st_size):
-                for name in (RUN, METRICS, _LOCK):
-                    (out / name).unlink(missing_ok=True)
-                for name in (CHECKPOINTS, TENSORBOARD):
-                    shutil.rmtree(out / name, ignore_errors=True)
-                if not existed:
-                    out.rmdir()
-        raise
+    with locked(out):
+        check_unused(out)  # again: another process may have begun a run, and ended, since
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                figures = out / METRICS
+                if latest(out) is None and not (figures.exists() and figures.stat().st_size):
+                    for name in (RUN, METRICS, _LOCK):
+                        (out / name).unlink(missing_ok=True)
+                    for name in (CHECKPOINTS, TENSORBOARD):
+                        shutil.rmtree(out / name, ignore_errors=True)
+                    if not existed:
+                        out.rmdir()
+            raise
 
 
 @contextmanager
