@@ -13,6 +13,11 @@ constexpr int64_t BLOCK = 64;  // rows
 
 // Adds a block of n_b values with this mean and squared deviation to one of n_a values.
 SPIKEDECODER_INLINE void combine(double n_a, F& mean, F& squares, double n_b, F mean_b, F squares_b) {
+  if (n_a == 0) {  // also where the square of the mean overflows
+    mean = mean_b;
+    squares = squares_b;
+    return;
+  }
   const double n = n_a + n_b;
   const F delta = sub(mean_b, mean);
   mean = add(mean, mul(delta, set1(static_cast<float>(n_b / n))));

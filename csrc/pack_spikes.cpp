@@ -11,9 +11,24 @@ namespace SPIKEDECODER_VARIANT {
 namespace {
 
 SPIKEDECODER_INLINE uint64_t word_of(const uint8_t* p, int n) {
+#if defined(SPIKEDECODER_AVX512)
+  const __m512i bytes = _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - n), p);
+  return _mm512_test_epi8_mask(bytes, bytes);
+#else
   uint64_t word = 0;
+#if defined(__SSE2__)
+  if (n == 64) {
+    for (int i = 0; i < 64; i += 16) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
+      const int zeros = _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()));
+      word |= static_cast<uint64_t>(~zeros & 0xffff) << i;
+    }
+    return word;
+  }
+#endif
   for (int i = 0; i < n; i++) word |= static_cast<uint64_t>(p[i] != 0) << i;
   return word;
+#endif
 }
 
 template <class E>

@@ -47,7 +47,8 @@ def test_pack_and_unpack(shape, channels, rate, seed):
         words, count = pack_spikes.pack_and_count(spikes)
         assert torch.equal(words, expected), name
         assert count == spikes.sum()
-        assert torch.equal(pack_spikes.pack(spikes.bool()), expected), name
+        for dtype in (torch.bool, torch.uint8, torch.int16, torch.float64):
+            assert torch.equal(pack_spikes.pack((2 * spikes).to(dtype)), expected), (name, dtype)
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             assert torch.equal(pack_spikes.unpack(words, channels, dtype), spikes.to(dtype)), name
 
@@ -237,6 +238,16 @@ def test_the_cost_model_chooses_by_rate():
     sparse, full = (fastest(*shape, int(rate * 8192 * 1280)) for rate in (0.01, 1.0))
     assert sparse == "gather"
     assert full != "gather"
+
+
+@pytest.mark.parametrize("weight_grad", [False, True])
+def test_few_rows_are_not_worth_a_transposition(weight_grad):
+    def way(m, transposed, dtype=torch.float32):
+        return _cost.crossover("avx512", m, 2048, 2048, weight_grad, transposed, dtype)
+
+    assert way(1, True).by_torch(200) and way(64, True).by_torch(64 * 600)
+    assert not way(1, False).torch_dense and not way(64, False).torch_dense
+    assert not way(1000, True).torch_dense and not way(1, True, torch.bfloat16).torch_dense
 
 
 @pytest.fixture

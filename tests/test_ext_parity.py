@@ -13,7 +13,7 @@ from spikedecoder.testing import Case, cases, flipped, make_inputs, run, spikes
 if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
 
-from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu import native, norm_lif
 
 pytestmark = pytest.mark.poison_empty
 VARIANTS = ("amx", "avx512", "avx2", "baseline")
@@ -341,6 +341,13 @@ def test_running_statistics_move_as_in_the_reference(variant, momentum, kind, dt
     expected, moved_reference = run_of("reference")
     assert flipped(actual, expected) < 1e-3
     torch.testing.assert_close(moved, moved_reference, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_whose_mean_has_no_square_in_float32(variant):
+    x = 1e20 * (1 + 1e-3 * torch.randn(1000, 37, generator=torch.Generator().manual_seed(0)))
+    mean, var = norm_lif.moments(x, True)
+    torch.testing.assert_close(mean, x.double().mean(0).float())
+    torch.testing.assert_close(var, x.double().var(0, correction=0).float(), rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize("surrogate", list(SURROGATES))

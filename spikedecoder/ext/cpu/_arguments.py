@@ -59,7 +59,8 @@ def neuron(p: LIFParams | ILIFParams) -> Any:
 
 
 class Threshold(NamedTuple):
-    """A threshold as the kernels take it, and how they see one timestep: [rows, channels]."""
+    """A threshold as the kernels take it, and how they see one timestep: [rows, channels], where channels
+    have thresholds of their own, else one row, which fills vectors however few the channels are."""
 
     native: Any
     values: Tensor | None  # what `native` points into
@@ -79,14 +80,11 @@ def threshold_of(threshold: Tensor | float, x: Tensor) -> Threshold:
         return Threshold(_scalar(0.0), None, 1, 0)
     if threshold.numel() == 1:
         return Threshold(_scalar(threshold.item()), None, 1, n)
-    values, timestep = dense(threshold), x.shape[1:]
-    channels = timestep[-1]
+    values, channels = dense(threshold), x.shape[-1]
     if threshold.numel() == channels == threshold.shape[-1]:
-        kind = _CHANNEL
-    else:
-        kind, values = _ELEMENT, values.expand(timestep).contiguous()
-    rows = n // channels if channels else 0
-    return Threshold(native.Threshold(0.0, values.data_ptr(), kind), values, rows, channels)
+        return Threshold(native.Threshold(0.0, values.data_ptr(), _CHANNEL), values, n // channels, channels)
+    values = values.expand(x.shape[1:]).contiguous()
+    return Threshold(native.Threshold(0.0, values.data_ptr(), _ELEMENT), values, 1, n)
 
 
 @functools.lru_cache(maxsize=64)

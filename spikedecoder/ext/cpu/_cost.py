@@ -10,7 +10,9 @@ For M rows of K channels, of which `count` values in all are 1, and N output cha
 
 in nanoseconds of one thread; the ways share threads alike, so that their number does not matter. A weight
 gradient has M and K exchanged in the roles of rows and sum, and pays `bits` per spike to transpose them, and
-`unpack` if it is dense and torch's, which takes no bits.
+`unpack` if it is dense and torch's, which takes no bits. Weights that do not lie by columns, and weight
+gradients, are transposed besides (TRANSPOSE_NEAR, TRANSPOSE_FAR), by all ways but torch's product, which is
+the dense one of a FEW rows and where the CPU has none as fast (`own_products`).
 
 The constants are those of the CPU's maker and the variant in force, one set for the product and one for the
 weight gradient, whose sources lie in other caches. Tiles are of bytes from BYTES_FROM channels on.
@@ -38,7 +40,10 @@ SMALL_BYTES, SMALL_CHANNELS, SMALL_OUTPUTS = 48 << 10, 256, 128  # of a weight w
 SMALL_ROWS = 4  # a channel, from which on they are (csrc/spike_linear.cpp)
 BYTES_FROM = 128  # what a sum is over, from which on floats are digits of a byte (csrc/tile_digits.h)
 TILES_MARGIN = 1.25  # gathering is kept up to this: the matrix unit slows down where others use it
-TRANSPOSE = 0.3  # nanoseconds per element, for a weight that does not lie by columns
+# Nanoseconds to transpose an element, of a weight that does not lie by columns or of a weight gradient: of
+# matrices that the second-level cache holds, and of larger ones
+TRANSPOSE_NEAR, TRANSPOSE_FAR, NEAR_BYTES = 0.3, 1.4, 1 << 20
+FEW = 128  # rows up to which a product that transposes nothing, as torch's, is the fastest dense one
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
 
 
@@ -255,20 +260,21 @@ def only(method: str, dtype: torch.dtype) -> Way:
 def crossover(
     variant: str, m: int, k: int, n: int, weight_grad: bool, transposed: bool, dtype: torch.dtype
 ) -> Way:
-    """The fastest way for s [m, k] and weight [n, k]; `transposed`: if it has to be. All but gathering take
-    as long for any number of set bits."""
+    """The fastest way for s [m, k] and weight [n, k]; `transposed`: if the weight, or its gradient, has to
+    be, for all products but torch's. All but gathering take as long for any number of set bits."""
     table = costs_of(variant, dtype, weight_grad)
-    by_columns = ("gather", "subset_sums", "tiles")
-    extra = dict.fromkeys(by_columns, TRANSPOSE * k * n) if transposed else {}
-    fixed = {
-        method: table.of(method, m, k, n, 0, weight_grad) + extra.get(method, 0.0)
-        for method in _methods(variant)
-    }
+    few = transposed and m <= FEW and dtype == torch.float32
+    by_torch = few or not own_products(variant, dtype)
+    fixed = {method: table.of(method, m, k, n, 0, weight_grad) for method in _methods(variant)}
+    if transposed:
+        for method in fixed:
+            if method != "dense" or not by_torch:
+                fixed[method] += (TRANSPOSE_NEAR if 4 * k * n <= NEAR_BYTES else TRANSPOSE_FAR) * k * n
     gather = fixed.pop("gather")
     other = min(fixed, key=fixed.__getitem__)
-    each = (table.of("gather", m, k, n, 1024, weight_grad) + extra.get("gather", 0.0) - gather) / 1024
+    each = (
+        table.of("gather", m, k, n, 1024, weight_grad) - table.of("gather", m, k, n, 0, weight_grad)
+    ) / 1024
     least = fixed[other] * (TILES_MARGIN if other == "tiles" else 1.0)
     most = min((least - gather) / each, m * k) if each else m * k
-    return Way(
-        max(-1, int(most)), METHODS.index(other), other == "dense" and not own_products(variant, dtype)
-    )
+    return Way(max(-1, int(most)), METHODS.index(other), other == "dense" and by_torch)

@@ -16,8 +16,6 @@ def why_not(call: Call) -> str | None:
         return missing()
     if call.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
-    if call.dtype not in ELEMENTS:
-        return f"it takes float32, bfloat16, bool or uint8, got {call.dtype}"
     return None
 
 

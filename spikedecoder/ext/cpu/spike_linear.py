@@ -163,7 +163,7 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
     if method is not None:
         way = _cost.only(method, dtype)
     else:
-        way = _cost.crossover(native.variant(), rows, channels, n, True, False, dtype)
+        way = _cost.crossover(native.variant(), rows, channels, n, True, True, dtype)
     count = _count(words, channels) if way.torch_dense else UNKNOWN
     if way.by_torch(count):
         return grad.view(rows, n).t() @ unpack(words, channels, dtype).view(rows, channels)
