@@ -221,6 +221,18 @@ def test_a_text_from_a_pipe_has_to_be_given_again(
     assert result(capsys, "train", "--resume", out, "--text", story, "--max-steps", "2")["steps"] == 2
 
 
+def test_a_run_that_cannot_save_has_failed(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("spikedecoder.training.loop.save_checkpoint", full)
+    assert run("train", "--text", story, "--out", tmp_path / "run", "--max-steps", "1", *SMALL) == 1
+    said = capsys.readouterr().err
+    assert "cannot save the checkpoint of step 1" in said and "No space left" in said
+
+
 def test_letters_that_the_tokenizer_leaves_out_are_told(
     story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     What the user can mend is one line on stderr; SPIKEDECODER_DEBUG=1 shows where it came from.
     """
     from spikedecoder.ops import BackendError
-    from spikedecoder.training import TrainingError
+    from spikedecoder.training import SavingError, TrainingError
     from spikedecoder.training.memory import is_lack_of_memory
 
     for name in ("stdout", "stderr"):
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except TrainingError as error:
+    except (TrainingError, SavingError) as error:
         code = _fail(error, 1)
     except (ValueError, TypeError, OSError, BackendError) as error:
         code = _fail(error, 2)

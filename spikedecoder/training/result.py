@@ -14,7 +14,7 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: its loss or gradient is no finite number any more."""
 
 
-class SavingError(TrainingError, OSError):
+class SavingError(OSError):
     """A run that cannot go on: what it has learned cannot be written."""
 
 
