@@ -266,15 +266,13 @@ def crossover(
     few = transposed and m <= FEW and dtype == torch.float32
     by_torch = few or not own_products(variant, dtype)
     fixed = {method: table.of(method, m, k, n, 0, weight_grad) for method in _methods(variant)}
+    each = (table.of("gather", m, k, n, 1024, weight_grad) - fixed["gather"]) / 1024
     if transposed:
         for method in fixed:
             if method != "dense" or not by_torch:
                 fixed[method] += (TRANSPOSE_NEAR if 4 * k * n <= NEAR_BYTES else TRANSPOSE_FAR) * k * n
     gather = fixed.pop("gather")
     other = min(fixed, key=fixed.__getitem__)
-    each = (
-        table.of("gather", m, k, n, 1024, weight_grad) - table.of("gather", m, k, n, 0, weight_grad)
-    ) / 1024
     least = fixed[other] * (TILES_MARGIN if other == "tiles" else 1.0)
     most = min((least - gather) / each, m * k) if each else m * k
     return Way(max(-1, int(most)), METHODS.index(other), other == "dense" and by_torch)
