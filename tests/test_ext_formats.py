@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +14,7 @@ from spikedecoder.reference import pack_spikes as reference
 if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
 
-from spikedecoder.ext.cpu import _cost, calibrate, native, pack_spikes, spike_linear
+from spikedecoder.ext.cpu import _cost, native, pack_spikes, spike_linear
 
 FUZZ = settings(max_examples=60, deadline=None)
 
@@ -228,133 +226,6 @@ def test_a_threshold_gradient_behind_attention_does_not_depend_on_which_thread_t
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def fastest(m, k, n, count, weight_grad=False, dtype=torch.float32):
-    return _cost.crossover(_cost.native.variant(), m, k, n, weight_grad, False, dtype).method(count)
-
-
-def test_the_cost_model_chooses_by_rate():
-    native.use_variant(native.variants()[0])
-    shape = (8192, 1280, 80)
-    sparse, full = (fastest(*shape, int(rate * 8192 * 1280)) for rate in (0.01, 1.0))
-    assert sparse == "gather"
-    assert full != "gather"
-
-
-@pytest.mark.parametrize("weight_grad", [False, True])
-def test_few_rows_are_not_worth_a_transposition(weight_grad):
-    def way(m, transposed, dtype=torch.float32):
-        return _cost.crossover("avx512", m, 2048, 2048, weight_grad, transposed, dtype)
-
-    assert way(1, True).by_torch(200) and way(64, True).by_torch(64 * 600)
-    assert not way(1, False).torch_dense and not way(64, False).torch_dense
-    assert not way(1000, True).torch_dense and not way(1, True, torch.bfloat16).torch_dense
-
-
-@pytest.fixture
-def cpu_of(monkeypatch):
-    """Pretends that the costs are asked for on another maker's CPU."""
-
-    def pretend(vendor, variant="avx512", pairs=False, tiles=False):
-        build = {"vendor": vendor, "bfloat16_products": pairs}
-        fake = SimpleNamespace(build=lambda: build, variant=lambda: variant)
-        monkeypatch.setattr(_cost, "native", fake)
-        monkeypatch.setattr(_cost, "has_tiles", lambda: tiles)
-        forget_costs()
-
-    forget_costs()
-    yield pretend
-    monkeypatch.undo()
-    forget_costs()
-
-
-def forget_costs():
-    for cached in (_cost.costs, _cost.costs_of, _cost.crossover):
-        cached.cache_clear()
-
-
-def test_costs_are_those_of_the_cpu(cpu_of):
-    for vendor in _cost.COSTS:
-        assert set(_cost.COSTS[vendor]) - {"amx"} == {"avx512", "avx2", "baseline"}
-        for variant, (product, gradient) in _cost.COSTS[vendor].items():
-            cpu_of(vendor, variant)
-            assert _cost.costs(variant) is product and _cost.costs(variant, True) is gradient
-    cpu_of("other")
-    assert _cost.costs("avx2") is _cost.COSTS[_cost.OTHERS]["avx2"][0]
-    assert _cost.costs("amx") is _cost.COSTS["intel"]["amx"][0]  # whoever makes one
-
-
-# (shape, rate, of the weight's gradient, what was measured to be the fastest by a tenth at least)
-MEASURED = {
-    ("amd", "avx512"): [
-        ((8192, 80, 80), 0.05, False, "gather"),
-        ((8192, 80, 1280), 0.1, True, "gather"),
-        ((4096, 2048, 512), 0.5, False, "subset_sums"),
-    ],
-    ("amd", "avx2"): [
-        ((8192, 80, 80), 0.05, False, "gather"),
-        ((8192, 80, 1280), 0.1, False, "gather"),
-        ((8192, 80, 1280), 0.5, False, "subset_sums"),
-        ((8192, 80, 1280), 0.5, True, "subset_sums"),
-        ((8192, 1280, 80), 0.05, False, "gather"),
-        ((8192, 1280, 80), 0.5, True, "subset_sums"),
-        ((4096, 2048, 512), 0.05, False, "gather"),
-        ((4096, 2048, 512), 0.5, False, "subset_sums"),
-    ],
-    ("amd", "baseline"): [
-        ((8192, 80, 80), 0.05, False, "gather"),
-        ((8192, 1280, 80), 0.5, False, "subset_sums"),
-        ((8192, 1280, 80), 0.5, True, "subset_sums"),
-    ],
-    ("intel", "avx512"): [
-        ((8192, 80, 80), 0.05, False, "gather"),
-        ((8192, 80, 80), 0.05, True, "gather"),
-        ((8192, 80, 1280), 0.1, True, "gather"),
-        ((8192, 80, 80), 0.5, True, "subset_sums"),
-        ((8192, 80, 1280), 0.5, True, "subset_sums"),
-        ((4096, 2048, 512), 0.1, False, "gather"),
-        ((4096, 2048, 512), 0.5, False, "subset_sums"),
-        ((4096, 2048, 512), 0.1, True, "gather"),
-    ],
-    ("intel", "amx"): [
-        ((8192, 80, 80), 0.05, True, "gather"),
-        ((8192, 80, 80), 0.5, True, "tiles"),
-        ((8192, 80, 1280), 0.1, False, "gather"),
-        ((8192, 80, 1280), 0.5, True, "tiles"),
-        ((8192, 1280, 80), 0.05, True, "gather"),
-        ((4096, 2048, 512), 0.05, False, "gather"),
-        ((4096, 2048, 512), 0.5, False, "tiles"),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("cpu", "shape", "rate", "weight_grad", "best"),
-    [(cpu, *case) for cpu, cases in MEASURED.items() for case in cases],
-)
-def test_the_choice_is_what_was_measured(cpu_of, cpu, shape, rate, weight_grad, best):
-    cpu_of(*cpu)
-    assert fastest(*shape, int(rate * shape[0] * shape[1]), weight_grad) == best
-
-
-def test_bfloat16_is_dense_sooner_where_the_cpu_multiplies_it(cpu_of):
-    case = (8192, 80, 1280, int(0.5 * 8192 * 80))
-    for vendor, options in (("amd", {"pairs": True}), ("intel", {"pairs": True, "tiles": True})):
-        cpu_of(vendor, **options)
-        assert fastest(*case, dtype=torch.bfloat16) == "dense"
-        assert fastest(*case) != "dense"
-
-
-def test_bfloat16_is_left_to_torch_only_where_torch_is_fast(cpu_of):
-    """Of a CPU with AVX2 alone, torch's product of bfloat16 takes a hundred times as long as of float32."""
-    for vendor in ("amd", "intel"):
-        cpu_of(vendor, "avx2")
-        assert _cost.own_products("avx2", torch.bfloat16)
-        assert not _cost.only("dense", torch.bfloat16).torch_dense
-    assert not _cost.own_products("avx2", torch.float32)  # Intel's, for which torch's BLAS was written
-    cpu_of("intel", "amx", tiles=True)
-    assert not _cost.own_products("amx", torch.bfloat16)
-
-
 def _matrix_unit():
     if "amx" not in native.variants():
         pytest.skip("this CPU has no matrix unit")
@@ -442,61 +313,3 @@ def test_bfloat16_products_are_right_whoever_computes_them(monkeypatch, tiles):
     grad_s, grad_bias = spike_linear.input_and_bias_grad(grad, weight)
     assert torch.equal(grad_s, (grad.float() @ weight.float()).bfloat16())
     assert torch.equal(grad_bias, grad.float().sum(0).bfloat16())
-
-
-def test_a_broken_cost_file_is_named(monkeypatch, tmp_path):
-    path = tmp_path / "costs.json"
-    path.write_text("{}")
-    monkeypatch.setenv("SPIKEDECODER_SPIKE_LINEAR_COST", str(path))
-    forget_costs()
-    try:
-        with pytest.raises(ValueError, match=r"SPIKEDECODER_SPIKE_LINEAR_COST.*costs\.json"):
-            _cost.costs(native.variant())
-    finally:
-        monkeypatch.undo()
-        forget_costs()
-
-
-def test_calibration_finds_the_constants_again():
-    """Points made from known constants give these constants back, and choices without regret."""
-    true = _cost.Costs(
-        *(0.05, 0.3, 0.1, 0.2, 0.01, 0.7, 0.4, 0.03, 0.05, 0.1, 0.3, 0.2, 0.004, 0.3, 0.2, 0.1),
-        *(0.003, 9.0, 0.02),
-    )
-    points = []
-    for m, k, n in calibrate.SHAPES:
-        for rate in calibrate.RATES:
-            for weight_grad in (False, True):
-                case = (m, k, n, int(rate * m * k), weight_grad)
-                points += [calibrate.Point(w, *case, true.of(w, *case)) for w in _cost.METHODS]
-    found = calibrate.fit(points)
-    for point in points:
-        assert found.of(point.method, *point.case) == pytest.approx(point.nanoseconds, rel=0.05)
-    assert max(ratio for _, _, ratio in calibrate.regrets(points, found).values()) < 1.05
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status"), [(["--help"], 0), (["a.json", "b.json"], 2), (["--cost"], 2)]
-)
-def test_calibration_asked_for_help_or_wrongly_measures_nothing(arguments, status, monkeypatch):
-    monkeypatch.delattr(calibrate, "measure")
-    with pytest.raises(SystemExit) as left:
-        calibrate.main(arguments)
-    assert left.value.code == status
-
-
-def test_calibration_writes_what_the_model_reads(monkeypatch, tmp_path, capsys):
-    real = calibrate.measure
-    monkeypatch.setattr(calibrate, "SHAPES", ((64, 80, 80), (128, 80, 160)))
-    monkeypatch.setattr(calibrate, "measure", lambda: real(budget=0.002))
-    path = tmp_path / "costs.json"
-    assert calibrate.main([str(path)]) == 0
-    assert "its time" in capsys.readouterr().out
-    monkeypatch.setenv("SPIKEDECODER_SPIKE_LINEAR_COST", str(path))
-    forget_costs()
-    try:
-        for weight_grad in (False, True):
-            assert isinstance(_cost.costs(native.variant(), weight_grad), _cost.Costs)
-    finally:
-        monkeypatch.undo()
-        forget_costs()
