@@ -403,6 +403,24 @@ def test_a_module_in_anothers_place_is_called(preset, norm):
         model.recompute_activations(False)
 
 
+def test_a_forward_put_on_an_instance_is_called_and_traces():
+    torch.manual_seed(0)
+    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "norm": "layer"}
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", **small)).eval()
+    tokens = torch.randint(0, 28, (2, 8))
+    linear = model.blocks[0].mlp.fc2.linear
+    before = model(tokens)
+    linear.forward = functools.partial(
+        lambda module, x: 2 - 3 * torch.nn.functional.linear(x, module.weight), linear
+    )
+    want = model(tokens)
+    assert not torch.equal(want, before)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), want)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens), want)
+
+
 def test_pruned_weights_are_those_of_each_step():
     """torch.nn.utils.prune masks a weight in a hook before its module."""
     small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "norm": "layer"}

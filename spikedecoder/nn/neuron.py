@@ -12,7 +12,10 @@ from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 def foreign(module: nn.Module) -> bool:
     """Whether what it computes is not this package's or torch's: an adapter in a Linear's place, for one."""
-    return not getattr(module.forward, "__module__", "").startswith(("spikedecoder.", "torch.nn."))
+    of_class = getattr(
+        type(module).forward, "__module__", ""
+    )  # a bound method's does not trace with torch 2.11
+    return "forward" in module.__dict__ or not of_class.startswith(("spikedecoder.", "torch.nn."))
 
 
 def watched(*modules: nn.Module) -> bool:

@@ -53,6 +53,12 @@ def backward(
     return grad_x.to(x.dtype), grad_weight, grad_bias
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in that dtype. (With torch 2.11 a compiled autograd function that ends in `to` has no gradient where
+    `to` gives x itself.)"""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class _PowerNorm(torch.autograd.Function):
     """Training pass of PowerNorm (Shen et al., 2020, arXiv 2003.07845), without group scaling.
 
@@ -77,7 +83,7 @@ class _PowerNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, z_scale, (var + eps).rsqrt())
         ctx.ema_gz, ctx.group = ema_gz, group
         y = x * (z_scale * weight) + bias  # z_scale is wider than 16 bits
-        return y.to(torch.promote_types(x.dtype, weight.dtype))
+        return _as(y, torch.promote_types(x.dtype, weight.dtype))
 
     @staticmethod
     def backward(ctx, grad):
@@ -104,7 +110,7 @@ class _SyncedBatchNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, mean, rstd, count, group):
         ctx.save_for_backward(x, weight, mean, rstd, count)
         ctx.group = group
-        return ((x.to(mean.dtype) - mean) * rstd * weight + bias).to(x.dtype)
+        return _as((x.to(mean.dtype) - mean) * rstd * weight + bias, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
