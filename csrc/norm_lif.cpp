@@ -177,6 +177,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
   const NormLifBackward& a = b.a;
   const int64_t step = p.step() * p.C;
   const bool apply = Apply && (usual<CellType> || a.part != NormLifPart::reduce);
+  const bool writes = (ByRow || apply) && !b.past;  // through the cache, whose lines are then asked for ahead, too
   for_channels_evenly<BACK_AT_ONCE>(width, [&](auto vectors, int64_t at, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const int64_t c = first + at, last = p.at(p.T - 1, row) + c;
@@ -206,6 +207,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
       for (int u = 0; u < U; u++) {
         const F z = load(normal + u * W), grad_spike = load_up_to(grad + u * W, n);
         __builtin_prefetch(grad + p.stride() * p.C + u * W, 0, 2);
+        if (writes) __builtin_prefetch(b.grad_x + out + p.stride() * p.C + u * W, 1);
         const F g = cell.back(load(h + u * W), threshold[u], grad_spike, carry[u], falls[u]);
         if (apply) store_result(b.grad_x + out + u * W, fma(of_g[u], g, fma(of_z[u], z, of_1[u])), n, b.past);
         if (Sums) sum_g[u] = add(sum_g[u], g);
