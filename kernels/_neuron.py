@@ -70,7 +70,10 @@ def threshold_partial(
     """Where a backward kernel writes the threshold's gradient: parts to be added over dim 0 unless FULL."""
     if kind == NUMBER:
         return None
-    shape = {SCALAR: (programs,), PER_CHANNEL: (row_blocks, timestep[-1]), FULL: timestep}[kind]
+    if kind == SCALAR:
+        shape: tuple[int, ...] = (programs,)
+    else:
+        shape = (row_blocks, timestep[-1]) if kind == PER_CHANNEL else timestep
     return like.new_empty(shape, dtype=torch.float32)
 
 

@@ -77,6 +77,11 @@ def _tile(channels: int, element_size: int) -> dict[str, int]:
     return {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": 4}
 
 
+def halves(words: Tensor) -> Tensor:
+    """int64 words as twice as many of 32 bits, one behind the other."""
+    return words.reshape(-1).view(torch.int32)  # contiguous words may have any stride where a size is 1
+
+
 def _launch_on(which: object, spikes: Tensor, words: Tensor) -> None:
     channels = spikes.shape[-1]
     rows = spikes.numel() // channels
@@ -84,7 +89,7 @@ def _launch_on(which: object, spikes: Tensor, words: Tensor) -> None:
     align = 16 if channels % 16 == 0 else 1
     launch(
         which, (cdiv(rows, blocks["BLOCK_R"]), cdiv(channels, blocks["BLOCK_C"])), spikes_ptr=spikes,
-        words_ptr=words.view(torch.int32), rows=rows, channels=channels // align, words=2 * words.shape[-1],
+        words_ptr=halves(words), rows=rows, channels=channels // align, words=2 * words.shape[-1],
         ALIGN=align, **blocks,
     )  # fmt: skip
 
@@ -102,5 +107,5 @@ def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """int64 [..., ceil(C / 64)] -> [..., C] of 0 and 1 in `dtype`."""
     spikes = words.new_empty(*words.shape[:-1], channels, dtype=dtype)
     if spikes.numel():
-        _launch_on(unpack_kernel, spikes, words.contiguous())
+        _launch_on(unpack_kernel, spikes, words)
     return spikes

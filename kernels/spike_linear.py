@@ -22,7 +22,7 @@ from torch import Tensor
 from spikedecoder.kernels._digits import digit, dot_digits
 from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, major, multiprocessors, why_not
 from spikedecoder.kernels._sum import sum_parts
-from spikedecoder.kernels.pack_spikes import WORD, pack, unpack_tile
+from spikedecoder.kernels.pack_spikes import WORD, halves, pack, unpack_tile
 
 __all__ = ["forward", "from_words", "weight_and_bias_grad", "weight_grad", "why_not"]
 
@@ -146,7 +146,7 @@ def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
 
 def from_words(words: Tensor, inputs: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y from spikes that are packed already: the same launch, so the same y bit for bit."""
-    words, outputs = words.contiguous(), weight.shape[0]
+    outputs = weight.shape[0]
     y = weight.new_empty(*words.shape[:-1], outputs)
     rows = words.numel() // words.shape[-1] if inputs else 0
     if y.numel() == 0 or rows == 0:
@@ -155,7 +155,7 @@ def from_words(words: Tensor, inputs: int, weight: Tensor, bias: Tensor | None) 
     blocks = forward_tile(outputs, weight.dtype, weight.device)
     launch(
         linear_forward, (cdiv(rows, blocks["BLOCK_M"]) * cdiv(outputs, blocks["BLOCK_N"]),),
-        words_ptr=words.view(torch.int32), weight_ptr=weight.contiguous(),
+        words_ptr=halves(words), weight_ptr=weight.contiguous(),
         bias_ptr=None if bias is None else bias.contiguous(), y_ptr=y, rows=rows, inputs=inputs // align,
         outputs=outputs // align, words=2 * words.shape[-1], BLOCK_K=WORD, ALIGN=align, **blocks,
     )  # fmt: skip
@@ -163,7 +163,7 @@ def from_words(words: Tensor, inputs: int, weight: Tensor, bias: Tensor | None) 
 
 
 def _parameter_grads(words: Tensor, inputs: int, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-    grad, words = grad.contiguous(), words.contiguous()
+    grad = grad.contiguous()
     outputs = grad.shape[-1]
     out, out_bias = grad.new_empty(outputs, inputs), grad.new_empty(outputs) if bias else None
     if out.numel() == 0 or grad.numel() == 0:
@@ -178,7 +178,7 @@ def _parameter_grads(words: Tensor, inputs: int, grad: Tensor, bias: bool) -> tu
     parts = grad.new_empty((pieces, outputs * (inputs + bias)), dtype=torch.float32)
     align = alignment(inputs, outputs)
     launch(
-        linear_weight_grad, (tiles, pieces), words_ptr=words.view(torch.int32), grad_ptr=grad, out_ptr=parts,
+        linear_weight_grad, (tiles, pieces), words_ptr=halves(words), grad_ptr=grad, out_ptr=parts,
         rows=rows, inputs=inputs // align, outputs=outputs // align, words=2 * words.shape[-1], piece=piece,
         BIAS=bias, BLOCK_K=WORD, ALIGN=align, **blocks,
     )  # fmt: skip

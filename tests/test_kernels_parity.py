@@ -181,6 +181,31 @@ def test_lif_writes_packed_spikes(shape: tuple[int, ...], dtype: torch.dtype) ->
         assert torch.equal(last, v)
 
 
+def test_lif_of_single_neurons_with_a_learned_threshold() -> None:
+    """x of shape [T] has no channels."""
+    results = {}
+    for backend in ("reference", "triton"):
+        x, limit = torch.ones(3, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+        with ops.use_backend(backend):
+            spikes = ops.lif(x, v_threshold=limit)
+        results[backend] = (spikes, *torch.autograd.grad(spikes.sum(), (x, limit)))
+    torch.testing.assert_close(results["triton"], results["reference"])
+
+
+def test_words_of_any_stride() -> None:
+    """A dimension of size 1 may have any, and the tensor is contiguous all the same."""
+    words = torch.tensor([[1, 2, 3]]).t()
+    assert words.is_contiguous() and words.stride(-1) != 1
+    weight = random(4, 10).requires_grad_()
+    found = {}
+    for backend in ("reference", "triton"):
+        with ops.use_backend(backend):
+            y = ops.spike_linear(words, weight)
+            grad = torch.autograd.grad(y, weight, random(3, 4, seed=1))
+            found[backend] = (y.detach(), *grad, ops.unpack_spikes(words, 10))
+    torch.testing.assert_close(found["triton"], found["reference"])
+
+
 @pytest.mark.parametrize("channels", [20, 64, 100])
 def test_spike_linear_of_words_is_that_of_their_spikes(channels: int) -> None:
     s, grad = (random(9, channels) > 0.5).float(), random(9, 33, seed=1)

@@ -334,3 +334,39 @@ def test_autocast_leaves_the_sums_of_attention_exact(levels):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ops.spike_attention(q, k, v, 1.0, levels=levels), expected)
     assert expected.max() == 70 * 16 * levels**3
+
+
+def test_attention_with_dropout_sums_in_float32():
+    """As without: decays, their powers and sums beyond 16 bits; also under autocast."""
+    q, k, v = (
+        (torch.rand(1, 1, 1, 400, 16, generator=torch.Generator().manual_seed(i)) < 0.3).float()
+        for i in range(3)
+    )
+    decay = torch.tensor([0.998])
+    want = ops.spike_attention(q, k, v, 1.0, decay)
+    for dtype in (torch.float16, torch.bfloat16):
+        got = ops.spike_attention(q.to(dtype), k.to(dtype), v.to(dtype), 1e-3, decay, dropout=1e-12)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, (want * 1e-3).to(dtype), rtol=2**-7, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.spike_attention(q, k, v, 1.0, decay, dropout=1e-12)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.triton_interpreter
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_a_threshold_of_a_wider_dtype_is_rounded_to_the_potentials(backend):
+    limit = torch.tensor([0.7, 0.7], dtype=torch.float64)
+    with ops.use_backend(backend):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.full((1, 1, 2), 1.4, dtype=dtype)
+            spikes, v = ops.lif(x, v_threshold=limit, v_reset=None, return_state=True)
+            assert v.dtype == torch.float32 and spikes.dtype == dtype
+            h = x.float() / 2
+            assert torch.equal(spikes.float(), (h >= limit.float()).float())
+
+
+def test_autocast_leaves_float64_alone():
+    s, weight = torch.ones(2, 3, dtype=torch.float64), torch.full((4, 3), 1 / 3, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ops.spike_linear(s, weight), torch.nn.functional.linear(s, weight))

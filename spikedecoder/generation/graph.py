@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spikedecoder.generation.recurrent import Recurrent
 from spikedecoder.nn.evaluating import evaluating
+from spikedecoder.nn.neuron import followed
 from spikedecoder.nn.state import DecoderState
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def why_not(model: SpikeDecoder) -> str | None:
         return f"it runs on a GPU, the model is on {model.device}"
     if not model.config.spiking_attention:
         return "softmax attention's cache of keys and values grows, which asks the host for its length"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    if followed(model):
         return "somebody watches its modules with forward hooks, which a graph would not call"
     return None
 

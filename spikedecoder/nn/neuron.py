@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
@@ -20,9 +21,16 @@ def foreign(module: nn.Module) -> bool:
 
 def watched(*modules: nn.Module) -> bool:
     """Whether a hook waits on one of them, or one is foreign, so that it has to be called by itself."""
-    return any(
+    return bool(_has_any_global_hook()) or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or foreign(m)
         for m in modules
+    )
+
+
+def followed(model: nn.Module) -> bool:
+    """Whether a hook waits on the forward of any of its modules."""
+    return bool(_has_any_global_hook()) or any(
+        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
     )
 
 

@@ -12,7 +12,7 @@ from spikedecoder.ops._dispatch import Call, requested_backend, select
 
 
 def _run(x: Tensor, alpha: float, backend: str) -> Tensor:
-    return select("binarize", Call(x.device, x.dtype, tuple(x.shape)), backend).forward(x, alpha)
+    return select("binarize", Call(x.device, x.dtype, tuple(x.shape)), backend).forward(x, alpha).contiguous()
 
 
 _binarize = torch.library.custom_op("spikedecoder::binarize", _run, mutates_args=())
@@ -20,11 +20,12 @@ _binarize = torch.library.custom_op("spikedecoder::binarize", _run, mutates_args
 
 @_binarize.register_fake
 def _(x, alpha, backend):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _run_back(grad: Tensor, x: Tensor, alpha: float, backend: str) -> Tensor:
-    return select("binarize", Call(x.device, x.dtype, tuple(x.shape)), backend).backward(grad, x, alpha)
+    impl = select("binarize", Call(x.device, x.dtype, tuple(x.shape)), backend)
+    return impl.backward(grad, x, alpha).contiguous()
 
 
 _binarize_backward = torch.library.custom_op("spikedecoder::binarize_backward", _run_back, mutates_args=())
@@ -32,7 +33,7 @@ _binarize_backward = torch.library.custom_op("spikedecoder::binarize_backward", 
 
 @_binarize_backward.register_fake
 def _(grad, x, alpha, backend):
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output):

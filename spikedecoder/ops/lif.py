@@ -20,7 +20,7 @@ def _run(
     # a backend that can leave a state unwritten says so: at T = 4 in bfloat16 it is a fifth of all bytes
     options = {"want_v": return_state} if getattr(impl, "STATES_ON_REQUEST", False) else {}
     spikes, v = impl.forward(x, p.v_threshold if threshold is None else threshold, v_init, p, **options)
-    return spikes, v if return_state else None
+    return spikes, v.contiguous() if return_state else None
 
 
 def _forward(
@@ -102,7 +102,7 @@ def _run_back(
         grad_threshold = None
     else:
         grad_threshold = grad_threshold.sum_to_size(threshold.shape).to(threshold.dtype)
-    return grad_x, grad_threshold, None if v_init is None else grad_v_init
+    return grad_x, grad_threshold, None if v_init is None else grad_v_init.contiguous()
 
 
 def _backward(

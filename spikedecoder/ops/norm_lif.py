@@ -51,7 +51,7 @@ def forward(x, weight, bias, mean, rstd, threshold, eps, p, backend):
     impl = select("norm_lif", _call(x, mean), backend)
     limit = p.v_threshold if threshold is None else threshold
     spikes, row_mean, row_rstd = impl.forward(x, weight, bias, mean, rstd, eps, limit, p)
-    return spikes, *((row_mean, row_rstd) if mean is None else (None, None))
+    return spikes.contiguous(), *((row_mean, row_rstd) if mean is None else (None, None))
 
 
 def _call(x: Tensor, mean: Tensor | None) -> Call:

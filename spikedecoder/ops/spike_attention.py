@@ -63,7 +63,7 @@ def _run(
     impl = _impl(q, decay, backend, levels)
     with torch.autocast(q.device.type, enabled=False):  # or torch's products would round the sums
         out, final = impl.forward(q, k, v, scale, decay, state, return_state, **_integers(levels))
-    return as_tensors(q, laid_out(out), final)
+    return as_tensors(q, laid_out(out), None if final is None else final.contiguous())
 
 
 _spike_attention = torch.library.custom_op("spikedecoder::spike_attention", _run, mutates_args=())
@@ -206,9 +206,12 @@ def _check_decay(decay: Tensor) -> None:
 def _with_dropout(
     q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, dropout: float
 ) -> Tensor:
-    scores = q @ k.transpose(-1, -2)
-    scores = scores.tril() if decay is None else scores * decay_matrix(decay.to(scores.dtype), q.shape[-2])
-    return laid_out(F.dropout(scores, dropout) @ v * scale)
+    given, dtype = q.dtype, compute_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        scores = q @ k.transpose(-1, -2)
+        scores = scores.tril() if decay is None else scores * decay_matrix(decay.to(dtype), q.shape[-2])
+        return laid_out((F.dropout(scores, dropout) @ v * scale).to(given))
 
 
 def spike_attention(

@@ -43,12 +43,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def limit_of(threshold: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """The threshold in the dtype of the potentials, whatever its own."""
+    return threshold.to(dtype) if isinstance(threshold, Tensor) else threshold
+
+
 def lif(x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams) -> tuple[Tensor, Tensor]:
     """Spikes [T, ...] and the final membrane potential [...] for input x [T, ...], by autograd.
 
     `threshold` broadcasts against one timestep, v_init starts the membrane (zeros if None).
     """
     x_ = x.to(compute_dtype(x.dtype))
+    threshold = limit_of(threshold, x_.dtype)
     v = torch.zeros_like(x_[0]) if v_init is None else v_init.to(x_.dtype)
     spikes = []
     for x_t in x_.unbind(0):
@@ -70,6 +76,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """`lif` without a graph, its output written in place of a list: the fast eager form."""
     dtype = compute_dtype(x.dtype)
+    threshold = limit_of(threshold, dtype)
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
     v = torch.zeros_like(x[0], dtype=dtype) if v_init is None else v_init.to(dtype)
     for t in range(x.shape[0]):
@@ -96,6 +103,7 @@ def backward(
         dL/dx[t] = dL/dh[t] dh/dx,                      dL/dv[t-1]    = dL/dh[t] (1 - 1/tau)
     """
     dtype = compute_dtype(x.dtype)
+    threshold = limit_of(threshold, dtype)
     derivative = SURROGATES[p.surrogate].derivative
     v = torch.zeros_like(x[0], dtype=dtype) if v_init is None else v_init.to(dtype)
     hs: list[Tensor] = []

@@ -19,7 +19,7 @@ from spikedecoder.ext import NOT_BUILT
 from spikedecoder.ext.cpu import missing, native
 from spikedecoder.ext.cpu._arguments import address, neuron
 from spikedecoder.nn.embedding import Embedding
-from spikedecoder.nn.neuron import LIF, foreign
+from spikedecoder.nn.neuron import LIF, followed, foreign
 from spikedecoder.nn.norm import Norm
 from spikedecoder.nn.state import DecoderState
 from spikedecoder.params import LIFParams, NormParams
@@ -65,7 +65,7 @@ def why_not(model: SpikeDecoder) -> str | None:
         return "it takes one threshold a layer"
     if any(getattr(m, "unrolled", False) for m in model.modules()):
         return "its binary timesteps are run one by one (SpikeDecoder.unroll)"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    if followed(model):
         return "somebody watches its modules with forward hooks, which one call for all of them would pass by"
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) and foreign(module):
