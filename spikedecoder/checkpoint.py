@@ -175,9 +175,15 @@ class FolderMixin:
         A repository without a README.md gets a model card. Returns the address of the commit.
         """
         from huggingface_hub import HfApi  # half a second, which few need
+        from huggingface_hub.errors import HfHubHTTPError
 
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        except (HfHubHTTPError, ValueError):  # the hub's own words
+            raise
+        except Exception as error:  # of what the hub is asked with: requests or httpx, by its version
+            raise ConnectionError(f"{repo_id}: the hub could not be reached ({error})") from error
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +215,16 @@ class FolderMixin:
         load_state(model, tensors, weights)
         tokenizer = get(TOKENIZER, optional=True)
         if tokenizer.is_file():
-            model.tokenizer = tokenizer_from_dict(read_json(tokenizer))
+            try:
+                model.tokenizer = tokenizer_from_dict(read_json(tokenizer))
+            except CheckpointError:
+                raise
+            except ValueError as error:
+                raise CheckpointError(f"{tokenizer}: {error}") from None
+            if model.tokenizer.vocab_size > config.vocab_size:
+                raise CheckpointError(
+                    f"{tokenizer}: got {model.tokenizer.vocab_size} tokens, the model has {config.vocab_size}"
+                )
         return model.to(device).eval()
 
 

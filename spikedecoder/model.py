@@ -146,7 +146,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
         """Mean cross-entropy in nats over targets [B, S], those of -100 and of `pad_id` left out.
 
         targets: for each token the one that follows it. Raises TypeError where they are no integers, and
-        ValueError where their shape is another.
+        ValueError where their shape is another, or (on the CPU) an id that the model has not.
         """
         if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
             got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
@@ -155,6 +155,11 @@ class SpikeDecoder(nn.Module, FolderMixin):
             raise ValueError(
                 f"targets: got shape {tuple(targets.shape)}, takes that of tokens, {tuple(tokens.shape)}"
             )
+        if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+            low, high = map(int, targets.aminmax())
+            if (low < 0 and low != IGNORE) or high >= self.config.vocab_size:
+                takes = f"0 to {self.config.vocab_size - 1}, and {IGNORE} for none"
+                raise ValueError(f"targets: got ids from {low} to {high}, takes {takes}")
         if self.config.pad_id is not None:
             targets = targets.masked_fill(targets == self.config.pad_id, IGNORE)
         logits = self(tokens).flatten(0, 1)

@@ -137,6 +137,10 @@ def _truncate(folder):
     path.write_bytes(path.read_bytes()[:200])
 
 
+def _larger_tokenizer(folder):
+    ck.write_json(folder / ck.TOKENIZER, CharTokenizer.from_text(["abcdefghi"]).to_dict())
+
+
 def _foreign(folder):
     (folder / ck.WEIGHTS).write_bytes(b"PK\x03\x04 not safetensors at all")
 
@@ -180,6 +184,8 @@ def _config(**changes):
         (lambda f: (f / ck.CONFIG).write_text("[1]"), "config.json: got a JSON list"),
         (lambda f: (f / ck.CONFIG).write_bytes(b"\xff\xfe\x00"), "config.json: not a JSON file"),
         (_config(format=99), "config.json: got format 99"),
+        (lambda f: (f / ck.TOKENIZER).write_text("{}"), "tokenizer.json: tokenizer: expected a dict"),
+        (_larger_tokenizer, "tokenizer.json: got 11 tokens, the model has 7"),
         (_config(heads=5), "config.json: heads: got 5"),
         (_config(shiny=1), "config.json: config: unknown field 'shiny'"),
         (_config(blocks=2), "missing blocks.1"),
@@ -192,6 +198,17 @@ def test_damaged_checkpoints(saved, damage, message):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         SpikeDecoder.from_pretrained(folder)
+
+
+def test_push_to_hub_says_that_it_reached_nobody(saved, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise RuntimeError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", unreachable)
+    with pytest.raises(ConnectionError, match=r"me/small: the hub could not be reached \(Name or service"):
+        saved[0].push_to_hub("me/small")
 
 
 @pytest.mark.parametrize("fails", ["write", "fsync", "replace"])

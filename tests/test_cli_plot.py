@@ -89,6 +89,8 @@ def test_bad_input_is_one_line(run: Path, capsys, tmp_path: Path) -> None:
         (["raster", "-p", "xyz", "-c", run, "-o", out], "outside the model's vocabulary"),
         (["raster", "-p", TEXT, "--layer", "none", "-c", run, "-o", out], "layer: got 'none', takes one of"),
         (["rates", "-p", TEXT, "--layer", "none", "-c", run, "-o", out], "--layer: got 'none', rates takes"),
+        (["rates", "-p", TEXT, "--memory", "-c", run, "-o", out], "--memory: got with rates"),
+        (["loss", "-p", TEXT, "-c", run, "-o", out], "--prompt: got with loss, which reads no text"),
         (["loss", "-c", tmp_path / "none", "-o", out], "no such file"),
         (["energy", "-p", TEXT, "-c", tmp_path / "none", "-o", out], "no such folder"),
         (["rates", "-p", TEXT, "-c", run, "-o", run / "metrics.jsonl" / "a.png"], "cannot write"),

@@ -274,6 +274,10 @@ def test_a_run_killed_around_its_first_checkpoint_goes_on(
     assert run("train", "--resume", out) == 0  # not even written
     assert "the run has no checkpoint yet; it starts again" in capsys.readouterr().err
     assert (out / "last" / "model.safetensors").read_bytes() == weights
+    lines = (out / "metrics.jsonl").read_bytes()
+    shutil.rmtree(out / "checkpoints")  # lost, which the links still tell
+    assert "which is not there; put it back" in fails(capsys, "train", "--resume", out)
+    assert (out / "metrics.jsonl").read_bytes() == lines
 
 
 @pytest.mark.parametrize(
@@ -290,6 +294,16 @@ def test_bad_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: 
     (tmp_path / "text").write_bytes(content)
     line = fails(capsys, "train", "--text", tmp_path / "text", "--out", tmp_path / "run", *SMALL)
     assert message in line and not (tmp_path / "run").exists()
+
+
+def test_a_text_of_letters_that_the_tokenizer_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("Щит и гриф " * 100, encoding="utf-8")
+    options = ("--tokenizer", "original-char", "--out", tmp_path / "run", *SMALL)
+    line = fails(capsys, "train", "--text", tmp_path / "text", *options)
+    assert "shorter than the context" in line
+    assert "the tokenizer original-char leaves out 800 letters and digits" in line
 
 
 @pytest.mark.parametrize(
@@ -515,11 +529,23 @@ def test_convert_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:500])
     assert "truncated" in fails(capsys, "convert", tmp_path / "cut.pt", tmp_path / "m", "--set", "heads=2")
+    for junk in (
+        b"hello world this is text\n",
+        b"junk" * 100,
+    ):  # torch stumbles elsewhere
+        (tmp_path / "cut.pt").write_bytes(junk)
+        line = fails(capsys, "convert", tmp_path / "cut.pt", tmp_path / "m", "--set", "heads=2")
+        assert "cut.pt: not a PyTorch checkpoint" in line
     (tmp_path / "empty.pt").touch()
     assert "truncated (nothing in it)" in fails(
         capsys, "convert", tmp_path / "empty.pt", tmp_path / "m", "--set", "heads=2"
     )
     assert "options: missing" in fails(capsys, "convert", checkpoint, tmp_path / "m")
+    for option, message in (
+        ("dictionary=5", "dictionary: got 5, takes a list of words"),
+        ('normalization=["a"]', "normalization: got ['a'], takes one value"),
+    ):
+        assert message in fails(capsys, "convert", checkpoint, tmp_path / "m", "--set", option)
     assert "unknown option" in fails(capsys, "convert", checkpoint, tmp_path / "m", "--set", "hedas=2")
     assert "not empty" in fails(capsys, "convert", checkpoint, tmp_path, "--set", "heads=2")
     (tmp_path / "a.model").write_bytes(checkpoint.read_bytes())

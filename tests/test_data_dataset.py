@@ -201,6 +201,9 @@ def test_a_cache_that_cannot_be_written(book: Path, tmp_path: Path, monkeypatch:
     prepare_corpus([book], cache_dir=tmp_path)  # it is there already
     with pytest.raises(OSError, match=r"set SPIKEDECODER_CACHE to another folder.*: .*tokens"):
         prepare_corpus([book], cache_dir=tmp_path, tokenizer="word")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match=r"set SPIKEDECODER_CACHE to another folder"):
+        prepare_corpus([book], cache_dir=book)  # a file
 
 
 def test_text_that_changes_meanwhile(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +252,8 @@ def test_bad_arguments(book: Path, tmp_path: Path) -> None:
     fails("min_count: .* got 0", [book], min_count=0)
     fails(r"val_fraction: .* got 1\.5", [book], val_fraction=1.5)
     fails("max_chars: .* got 0", [book], max_chars=0)
+    fails("max_chars: .* got 'a'", [book], max_chars="a")
+    fails("val_fraction: .* got 'a'", [book], val_fraction="a")
     fails("no such file", [tmp_path / "none"], error=FileNotFoundError)
     fails(r"book\.txt: not valid ascii text", [book], encoding="ascii")
     fails(r"book\.txt: 3 characters cannot be split with val_fraction=0\.1", [book], max_chars=3)

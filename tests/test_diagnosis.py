@@ -168,3 +168,10 @@ def test_doctor_names_what_it_cannot_read(tmp_path: Path, capsys: pytest.Capture
     make().save_pretrained(tmp_path / "m")
     assert run("doctor", "-c", tmp_path / "m", "--text", tmp_path / "text.txt") != 0
     assert "takes two or more" in capsys.readouterr().err
+
+
+def test_doctor_says_what_it_did_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make().save_pretrained(tmp_path / "m")
+    (tmp_path / "text.txt").write_text("a cat Ж sat " * 30, encoding="utf-8")
+    assert run("doctor", "-c", tmp_path / "m", "--text", tmp_path / "text.txt") == 0
+    assert "The model does not know, and did not read: 'Ж'" in capsys.readouterr().out

@@ -219,5 +219,7 @@ def test_text_needs_a_fitting_tokenizer(model):
         generate_text(model, CharTokenizer.from_text("abcdefghijklmnopqrstuvwxyzABCDE"), ["a"])
     with pytest.raises(TypeError, match="takes a list of str"):
         generate_text(model, CharTokenizer.original(), "abc")
+    with pytest.raises(TypeError, match="prompts: got NoneType, takes a list of str"):
+        generate_text(model, CharTokenizer.original(), None)
     with pytest.raises(ValueError, match="top_p"):
         stream_text(model, CharTokenizer.original(), "abc", top_p=0)

@@ -310,6 +310,33 @@ def test_ids_of_32_bits_are_those_of_64(token_encoding):
         torch.testing.assert_close(model.step(ids[:, 5], state)[0], model(tokens)[:, 5])
 
 
+def test_a_hook_on_all_modules_sees_each():
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", blocks=1)).eval()
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 4, dtype=torch.long))
+        assert set(seen) >= {m for m in model.modules() if not isinstance(m, torch.nn.ModuleList)}
+        seen.clear()
+        model.generate(torch.zeros(1, 4, dtype=torch.long), 1)
+        assert model.head.lif in seen
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("wrong", [-1, 11, -101])
+def test_targets_that_no_token_is(wrong):
+    model, tokens = SpikeDecoder(_config()), torch.zeros(2, 5).long()
+    targets = tokens.clone()
+    targets[0, 0] = -100  # left out
+    assert model.loss(tokens, targets).isfinite()
+    targets[0, 0] = wrong
+    with pytest.raises(ValueError, match=r"targets: got ids from .* takes 0 to 10") as error:
+        model.loss(tokens, targets)
+    assert str(wrong) in str(error.value)
+
+
 @pytest.mark.parametrize("targets", [torch.ones(2, 3), [1, 2], None], ids=repr)
 def test_targets_of_another_kind(targets):
     model, tokens = SpikeDecoder(_config()), torch.ones(2, 3, dtype=torch.int64)

@@ -27,6 +27,7 @@ def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) ->
     length = model.config.max_len
     # at most some 20 characters a token
     words = (builtin_text() if text is None else read_text(text))[: 20 * _WINDOWS * (length + 1)]
+    unknown = model.tokenizer.unknown(words)
     ids = model.tokenizer.encode(words, errors="drop")[: _WINDOWS * length + 1]
     if len(ids) < 2:
         raise ValueError(f"--text: holds {len(ids)} tokens that {where} knows, takes two or more")
@@ -36,9 +37,14 @@ def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) ->
     tokens, targets = read[:-1].reshape(-1, length), read[1:].reshape(-1, length)
     diagnosis = diagnose(model, tokens, targets)
     if json_output:
-        print(json.dumps({"checkpoint": where, "tokens": count, **diagnosis.to_dict()}))
+        print(json.dumps({"checkpoint": where, "tokens": count, "unknown": unknown, **diagnosis.to_dict()}))
     else:
         _show(where, count, diagnosis)
+        if unknown:
+            print(
+                f"The model does not know, and did not read: {' '.join(map(repr, unknown[:20]))}"
+                + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
+            )
 
 
 def _show(where: str, tokens: int, diagnosis: Diagnosis) -> None:

@@ -64,8 +64,14 @@ def plot(
         raise ValueError(f"--checkpoint: got {len(checkpoint)}, {figure} takes one")
     if layer and figure not in _OF_LAYERS:
         raise ValueError(f"--layer: got {layer[0]!r}, {figure} takes none; {', '.join(_OF_LAYERS)} do")
+    if memory and figure != "energy":
+        raise ValueError(f"--memory: got with {figure}, which takes none; energy does")
     viz.check_picture(out)
     if figure == "loss":
+        if prompt is not None or text is not None:
+            raise ValueError(
+                f"--{'text' if prompt is None else 'prompt'}: got with loss, which reads no text"
+            )
         fig = viz.loss_curves(list(dict.fromkeys(checkpoint)))
     else:
         words = _words(prompt, text)

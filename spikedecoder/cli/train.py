@@ -25,7 +25,9 @@ def train(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            "--text", help="Text file to learn; repeatable; - is standard input.", rich_help_panel=_TEXT
+            "--text",
+            help="Text file to learn; repeatable (joined; the end is held out); - is standard input.",
+            rich_help_panel=_TEXT,
         ),
     ] = None,
     corpus: Annotated[
@@ -271,16 +273,10 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, folder: Path) -> list[str]:
-    lost = []
-    if data.lost:
-        lost.append(
-            f"the tokenizer {data.tokenizer.kind} leaves out {data.lost:,} letters and digits of the text "
-            f"({data.lost / data.characters:.1%} of its characters), all but a to z"
-        )
     return [
         f"text: {data.name}, {data.characters:,} characters, {len(data.train):,} tokens to learn and "
         f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones",
-        *lost,
+        *([data.left_out] if data.lost else []),
         f"model: {config.blocks} blocks, {config.embed_dim} channels, {config.heads} heads, "
         + (f"{config.binary_timesteps} timesteps, " if config.spike_degree else "")
         + f"spike degree {config.spike_degree}; {settings.steps} steps of "

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,13 @@ def original_config(kind: str, options: Mapping[str, Any], dim_hid: int | None =
     options = {k: v for k, v in options.items() if k not in _IRRELEVANT}
     dictionary = options.pop("dictionary", None)
     if dictionary is not None:
+        if not isinstance(dictionary, (Sequence, Mapping)):
+            raise ValueError(f"dictionary: got {dictionary!r}, takes a list of words")
         options["vocab_size"] = len(dictionary)
+    for name, value in {**options, "dim_hid": dim_hid}.items():
+        of_type = (int, type(None)) if name == "dim_hid" else (str, int, float, type(None))
+        if not isinstance(value, of_type):
+            raise ValueError(f"{name}: got {value!r}, takes {'an int' if name == 'dim_hid' else 'one value'}")
     known = _option_names(kind)
     for name in options:
         if name not in known:
@@ -301,7 +306,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of a file that is something else, torch's reader stumbles anywhere
         # an empty file has no message; torch goes on to how to run foreign code
         reason = (str(error) or "nothing in it").splitlines()[0].partition(". ")[0]
         raise CheckpointError(

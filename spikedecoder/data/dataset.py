@@ -52,6 +52,14 @@ class Corpus:
     fingerprint: str
     lost: int = 0
 
+    @property
+    def left_out(self) -> str:
+        """What the tokenizer left out of the text, in words."""
+        return (
+            f"the tokenizer {self.tokenizer.kind} leaves out {self.lost:,} letters and digits of the text "
+            f"({self.lost / self.characters:.1%} of its characters), all but a to z"
+        )
+
 
 def prepare_corpus(
     texts: Sequence[str | Path] | None = None,
@@ -99,9 +107,9 @@ def prepare_corpus(
         raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZER_KINDS)}, got {tokenizer!r}")
     if not isinstance(min_count, int) or min_count < 1:
         raise ValueError(f"min_count: expected an integer of 1 or more, got {min_count!r}")
-    if not 0.0 < val_fraction < 1.0:
+    if not isinstance(val_fraction, (int, float)) or not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction: expected a number between 0 and 1, got {val_fraction!r}")
-    if max_chars is not None and max_chars < 1:
+    if max_chars is not None and (not isinstance(max_chars, int) or max_chars < 1):
         raise ValueError(f"max_chars: expected 1 or more, got {max_chars!r}")
 
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
@@ -145,7 +153,7 @@ def check_context(corpus: Corpus, seq_len: int) -> None:
         raise ValueError(
             f"{corpus.name}: the text is shorter than the context: its train part has {len(corpus.train)} "
             f"tokens, and a context of {seq_len} needs at least {seq_len + 1}; give more text or a shorter "
-            f"context"
+            f"context" + (f"; {corpus.left_out}" if corpus.lost else "")
         )
     if len(corpus.val) < 2:
         raise ValueError(
@@ -340,7 +348,7 @@ def _load(path: Path) -> tuple[Tokenizer, np.ndarray, np.ndarray] | None:
             return None
         if sha256_of_file(path) != description["sha256"]:
             return None
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
         return None
     if train + val == 0:  # an empty file cannot be mapped
         return tokenizer, np.zeros(0, dtype), np.zeros(0, dtype)

@@ -99,6 +99,8 @@ def generate_result(
     """`generate_text` with everything that was found out: ids, predictions, the seed."""
     if isinstance(prompts, str):
         raise TypeError("prompts: got a str, takes a list of str")
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts: got {type(prompts).__name__}, takes a list of str")
     tokenizer = own_tokenizer(model, tokenizer)
     ids = [encode_prompt(tokenizer, prompt, errors) for prompt in prompts]
     return collect(prepare_text(model, tokenizer, ids, max_new_tokens, sampling, **options))

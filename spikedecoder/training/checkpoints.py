@@ -84,11 +84,15 @@ def collect(out: Path) -> None:
 
 
 def latest(out: Path) -> Path | None:
-    """The folder of the last checkpoint; None where the run has none yet."""
+    """The folder of the last checkpoint; None where the run has none yet. CheckpointError: it is gone."""
     last = out / LAST
     if last.exists():
         return last.resolve()
     whole = sorted((out / CHECKPOINTS).glob("step-*"))  # killed between writing and linking
+    if last.is_symlink() and not whole:
+        raise CheckpointError(
+            f"{last}: leads to {os.readlink(last)}, which is not there; put it back, or start anew"
+        )
     return whole[-1] if whole else None
 
 

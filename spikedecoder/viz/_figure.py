@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ def save(fig: Figure, path: str | Path) -> Path:
 def render(fig: Figure, kind: str = "png") -> bytes:
     """The figure as the bytes of a file: png, svg or pdf."""
     buffer = io.BytesIO()
-    with look():
+    with look(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # it is drawn as a box
         fig.savefig(buffer, format=kind)
     return buffer.getvalue()
 
