@@ -13,9 +13,8 @@ from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 def foreign(module: nn.Module) -> bool:
     """Whether what it computes is not this package's or torch's: an adapter in a Linear's place, for one."""
-    of_class = getattr(
-        type(module).forward, "__module__", ""
-    )  # a bound method's does not trace with torch 2.11
+    # of the class: with torch 2.11 a bound method's module does not trace
+    of_class = getattr(type(module).forward, "__module__", "")
     return "forward" in module.__dict__ or not of_class.startswith(("spikedecoder.", "torch.nn."))
 
 
