@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spikedecoder._version import __version__
 from spikedecoder.config import SpikeDecoderConfig
-from spikedecoder.data.tokenizers import check_known, tokenizer_from_dict
+from spikedecoder.data.tokenizers import check_known, load_tokenizer
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
@@ -216,11 +216,9 @@ class FolderMixin:
         tokenizer = get(TOKENIZER, optional=True)
         if tokenizer.is_file():
             try:
-                model.tokenizer = tokenizer_from_dict(read_json(tokenizer))
-            except CheckpointError:
-                raise
+                model.tokenizer = load_tokenizer(tokenizer)
             except ValueError as error:
-                raise CheckpointError(f"{tokenizer}: {error}") from None
+                raise CheckpointError(str(error)) from None
             if model.tokenizer.vocab_size > config.vocab_size:
                 raise CheckpointError(
                     f"{tokenizer}: got {model.tokenizer.vocab_size} tokens, the model has {config.vocab_size}"

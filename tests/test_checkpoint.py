@@ -184,7 +184,7 @@ def _config(**changes):
         (lambda f: (f / ck.CONFIG).write_text("[1]"), "config.json: got a JSON list"),
         (lambda f: (f / ck.CONFIG).write_bytes(b"\xff\xfe\x00"), "config.json: not a JSON file"),
         (_config(format=99), "config.json: got format 99"),
-        (lambda f: (f / ck.TOKENIZER).write_text("{}"), "tokenizer.json: tokenizer: expected a dict"),
+        (lambda f: (f / ck.TOKENIZER).write_text("{}"), "tokenizer.json: not a tokenizer file"),
         (_larger_tokenizer, "tokenizer.json: got 11 tokens, the model has 7"),
         (_config(heads=5), "config.json: heads: got 5"),
         (_config(shiny=1), "config.json: config: unknown field 'shiny'"),

@@ -37,16 +37,16 @@ def norms(operator: Callable[..., Tensor], neuron: Any, kind: str, training: boo
     return [operator(x, norm_of(kind, training), neuron), x]
 
 
-def lif(**options: Any) -> list[Any]:
-    x, v_init = strided(3, 5, 4), torch.rand(3, 5).t().clone().t().requires_grad_()
-    return [*ops.lif(x, v_init=v_init.t(), return_state=True, **options), x, v_init]
+def lif() -> list[Any]:
+    x, v_init = strided(3, 5, 4), strided(3, 5)
+    return [*ops.lif(x, v_init=v_init, return_state=True), x, v_init]
 
 
 CALLS: dict[str, Callable[[], list[Tensor]]] = {
     "binarize": lambda: [ops.binarize(x := strided(6, 5, 4)), x],
-    "binarize of repeats": lambda: [ops.binarize(x := torch.rand(1, 4, requires_grad=True).expand(3, 4)), x],
-    "lif": lambda: lif(),
-    "spike_attention": lambda: attention(),
+    "binarize of repeats": lambda: [ops.binarize(x := torch.rand(1, 4).expand(3, 4).requires_grad_()), x],
+    "lif": lif,
+    "spike_attention": attention,
     "spike_attention of integers": lambda: attention(levels=3),
     "ilif": lambda: [ops.ilif(x := strided(6, 5, 4), levels=3), x],
     "spike_linear": lambda: [ops.spike_linear((x := strided(6, 5, 4)).round(), torch.rand(3, 6)), x],
@@ -68,11 +68,11 @@ def layouts(call: Callable[[], list[Tensor]]) -> list[Any]:
     """Of results, and of the gradients of what `call` lists behind them."""
     torch.manual_seed(0)
     listed = call()
-    results = [x for x in listed if not x.is_leaf]
-    for result in results:
-        if result.requires_grad:
-            result.sum().backward(retain_graph=True)
-    found = [*listed, *(x.grad for x in listed if x.is_leaf and x.grad is not None)]
+    inputs = [x for x in listed if x.is_leaf and x.requires_grad]
+    results = [x for x in listed if not x.is_leaf and x.requires_grad]
+    # not backward(), which lays out the gradients of leaves as these are
+    gradients = torch.autograd.grad(results, inputs, [torch.ones_like(x) for x in results], allow_unused=True)
+    found = [*listed, *(x for x in gradients if x is not None)]
     return [(tuple(x.shape), x.stride(), x.dtype) for x in found]
 
 

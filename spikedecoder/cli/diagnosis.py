@@ -20,6 +20,7 @@ def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) ->
     from spikedecoder.cli.generate import load
     from spikedecoder.data import builtin_text
     from spikedecoder.diagnosis import diagnose
+    from spikedecoder.generation.text import named
 
     model, where = load(checkpoint, "auto")
     if model.tokenizer is None:
@@ -41,10 +42,7 @@ def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) ->
     else:
         _show(where, count, diagnosis)
         if unknown:
-            print(
-                f"The model does not know, and did not read: {' '.join(map(repr, unknown[:20]))}"
-                + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
-            )
+            print(f"The model does not know, and did not read: {named(unknown)}")
 
 
 def _show(where: str, tokens: int, diagnosis: Diagnosis) -> None:

@@ -153,10 +153,11 @@ def original_config(kind: str, options: Mapping[str, Any], dim_hid: int | None =
         if not isinstance(dictionary, (Sequence, Mapping)):
             raise ValueError(f"dictionary: got {dictionary!r}, takes a list of words")
         options["vocab_size"] = len(dictionary)
-    for name, value in {**options, "dim_hid": dim_hid}.items():
-        of_type = (int, type(None)) if name == "dim_hid" else (str, int, float, type(None))
-        if not isinstance(value, of_type):
-            raise ValueError(f"{name}: got {value!r}, takes {'an int' if name == 'dim_hid' else 'one value'}")
+    for name, value in options.items():
+        if not isinstance(value, (str, int, float, type(None))):
+            raise ValueError(f"{name}: got {value!r}, takes one value")
+    if not isinstance(dim_hid, (int, type(None))):
+        raise ValueError(f"dim_hid: got {dim_hid!r}, takes an integer")
     known = _option_names(kind)
     for name in options:
         if name not in known:

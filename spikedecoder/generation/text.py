@@ -26,6 +26,12 @@ ERRORS = ("strict", "replace", "drop")
 _NAMED = 8  # how many unknown characters or words a message names
 
 
+def named(unknown: Sequence[str]) -> str:
+    """The first of these characters or words, and how many more there are."""
+    more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+    return ", ".join(map(repr, unknown[:_NAMED])) + more
+
+
 def encode_prompt(
     tokenizer: Tokenizer, prompt: str, errors: str = "strict", name: str = "prompt"
 ) -> list[int]:
@@ -42,11 +48,8 @@ def encode_prompt(
     unknown = tokenizer.unknown(prompt) if errors == "strict" else []
     if unknown:
         what = "word" if "word" in tokenizer.kind else "character"
-        named = ", ".join(map(repr, unknown[:_NAMED]))
-        if len(unknown) > _NAMED:
-            named += f" and {len(unknown) - _NAMED} more"
         raise ValueError(
-            f"{name}: {len(unknown)} {what}(s) outside the model's vocabulary: {named}; "
+            f"{name}: {len(unknown)} {what}(s) outside the model's vocabulary: {named(unknown)}; "
             "errors 'drop' leaves them out, 'replace' puts the unknown token"
         )
     return [int(i) for i in tokenizer.encode(prompt, errors="replace" if errors == "strict" else errors)]
