@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from spikedecoder.fields import LEAST, at_least, check_field, coerce, number
 from spikedecoder.params import MAX_LEVELS, NORMS, ILIFParams, LIFParams, binary_timesteps
+from spikedecoder.presets import PRESETS
 from spikedecoder.surrogate import SURROGATES
 
 TokenEncoding = Literal["learned", "one-hot", "two-hot", "binary"]
@@ -346,71 +347,3 @@ _HINTS: dict[str, Any] = typing.get_type_hints(SpikeDecoderConfig)
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(SpikeDecoderConfig)}
 _POSITIVE = ("embedding_gain", "embedding_std", "residual_init", "attention_scale", "surrogate_alpha")
 _LIF_ONLY = ("tau", "decay_input", "learn_threshold", "surrogate", "surrogate_alpha", "detach_reset")
-
-_ORIGINAL_CHAR: dict[str, Any] = {
-    "vocab_size": 30,
-    "max_len": 256,
-    "token_dim": 50,
-    "position_dim": 30,
-    "heads": 5,
-    "blocks": 12,
-    "mlp_ratio": 16,
-    "timesteps": 4,
-    "binary_code": "left-aligned",
-    "learn_positions": False,
-    "pad_id": 28,
-}
-
-# what made small models learn best, and last in long contexts, by bench/quality.py; one position channel, a
-# sine of period 2 pi: slower ones take values at long range that training never saw
-_BEST_LIF: dict[str, Any] = {
-    "norm": "batch",
-    "embedding_gain": 2.0,
-    "embedding_std": 1.0,
-    "token_shift": 4,
-    "mlp_token_shift": 4,
-    "residual_init": 0.3,
-    "v_reset": None,
-    "decay_fastest": 0.75,
-    "decay_slowest": 0.96,
-}
-_BEST: dict[str, Any] = {
-    **_BEST_LIF,
-    "mlp_token_shift": 2,
-    "neuron": "ilif",
-    "levels": 15,
-    "v_threshold": 0.2,
-    "timesteps": 1,
-    "attention_scale": 0.001,  # LIF's 0.125, for q, k and v of spikes that are worth v_threshold
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # small enough for a laptop's minutes
-    "default": {**_BEST, "max_len": 128, "token_dim": 95, "position_dim": 1},
-    # the same with LIF neurons of four timesteps
-    "default-lif": {**_BEST_LIF, "max_len": 128, "token_dim": 95, "position_dim": 1},
-    "default-ann": {"max_len": 128, "spike_degree": 0, "token_shift": 4, "mlp_token_shift": 4},
-    # the same recipe with 0.8 and 14 million parameters
-    "best-small": {**_BEST, "max_len": 256, "token_dim": 127, "position_dim": 1, "blocks": 4},
-    "best-medium": {
-        **_BEST,
-        "max_len": 512,
-        "token_dim": 383,
-        "position_dim": 1,
-        "heads": 8,
-        "blocks": 8,
-    },
-    # the two models of the original's README; the word model's vocabulary is its dictionary's
-    "original-char": _ORIGINAL_CHAR,
-    "original-word": {**_ORIGINAL_CHAR, "max_len": 128, "token_dim": 90, "blocks": 20, "pad_id": None},
-    "original-char-ann": {
-        "max_len": 256,
-        "spike_degree": 0,
-        "token_dim": 80,
-        "combine_position": True,
-        "heads": 5,
-        "blocks": 12,
-        "mlp_ratio": 16,
-        "pad_id": 28,
-    },
-}

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-import spikedecoder
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.cli import main
 from spikedecoder.cli.settings import MODEL_FIELDS, TRAIN_FIELDS, read_toml
@@ -576,29 +575,3 @@ def test_doctor_says_what_is_broken(
     assert not step["works"] and "BackendError" in step["error"]
     monkeypatch.setenv("SPIKEDECODER_BACKEND", "cudda")
     assert "SPIKEDECODER_BACKEND: got 'cudda'" in fails(capsys, "doctor")
-
-
-@pytest.mark.parametrize("command", ["train", "generate", "convert", "doctor"])
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command, "--help") == 0
-    text = capsys.readouterr().out
-    assert command in text and "--json" in text
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--version") == 0
-    assert capsys.readouterr().out == f"spikedecoder {spikedecoder.__version__}\n"
-    command = [sys.executable, "-m", "spikedecoder", "--version"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    assert said == f"spikedecoder {spikedecoder.__version__}\n"
-
-
-def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
-    assert run("train", "--print-config") == 0
-    assert run("train", "--set", "blocks") == 2
-
-
-def test_no_such_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "trian" in fails(capsys, "trian")

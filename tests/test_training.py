@@ -15,8 +15,8 @@ import torch
 from training import StopAt, corpus, settings, tiny  # noqa: F401
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
-from spikedecoder.config import PRESETS
 from spikedecoder.data import Corpus
+from spikedecoder.presets import PRESETS
 from spikedecoder.spike_stats import SpikeCounter
 from spikedecoder.training import (
     TRAIN_PRESETS,

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import StopAt, corpus, files, settings, tiny  # noqa: F401
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
-from spikedecoder.config import PRESETS
 from spikedecoder.data import Corpus
+from spikedecoder.presets import PRESETS
 from spikedecoder.training import TrainConfig, TrainResult, train
 from spikedecoder.training import graph as module
 from spikedecoder.training.graph import BEFORE, GraphedStep, why_not

@@ -62,10 +62,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     What the user can mend is one line on stderr; SPIKEDECODER_DEBUG=1 shows where it came from.
     """
-    from spikedecoder.ops import BackendError
-    from spikedecoder.training import SavingError, TrainingError
-    from spikedecoder.training.memory import is_lack_of_memory
-
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -77,26 +73,35 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (TrainingError, SavingError) as error:
-        code = _fail(error, 1)
-    except (ValueError, TypeError, OSError, BackendError) as error:
-        code = _fail(error, 2)
     except Exception as error:
-        # typer brings its own click or takes the installed one, by version: told by what it can do
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            _say(error.format_message() or "missing command; see --help")
-            code = 2
-        elif hasattr(error, "exit_code"):
-            code = error.exit_code
-        elif type(error).__name__ == "Abort":
-            _say("aborted")
-            code = 130
-        elif is_lack_of_memory(error):
-            known = str(error).startswith("not enough memory")
-            code = _fail(error if known else MemoryError(f"not enough memory: {error}"), 2)
-        else:
-            raise
+        code = _answer(error)
     sys.exit(code or 0)
+
+
+def _answer(error: Exception) -> int:
+    """The exit code after an error, which is said; raised again where no user could mend it."""
+    # typer brings its own click or takes the installed one, by version: told by what it can do
+    if hasattr(error, "exit_code"):
+        if hasattr(error, "format_message"):
+            _say(error.format_message() or "missing command; see --help")
+            return 2
+        return int(error.exit_code)
+    if type(error).__name__ == "Abort":
+        _say("aborted")
+        return 130
+
+    from spikedecoder.ops import BackendError
+    from spikedecoder.training import SavingError, TrainingError
+    from spikedecoder.training.memory import is_lack_of_memory
+
+    if isinstance(error, TrainingError | SavingError):
+        return _fail(error, 1)
+    if isinstance(error, ValueError | TypeError | OSError | BackendError):
+        return _fail(error, 2)
+    if is_lack_of_memory(error):
+        known = str(error).startswith("not enough memory")
+        return _fail(error if known else MemoryError(f"not enough memory: {error}"), 2)
+    raise error
 
 
 def _fail(error: BaseException, code: int) -> int:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spikedecoder.cli.settings import Overrides, collect, model_config, to_toml
-from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.presets import PRESETS
 
 if TYPE_CHECKING:
+    from spikedecoder.cli.settings import Overrides
+    from spikedecoder.config import SpikeDecoderConfig
     from spikedecoder.data import Corpus
     from spikedecoder.training import TrainConfig, TrainResult
 
@@ -49,7 +50,7 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help=f"One of {', '.join(SpikeDecoderConfig.presets())}.", rich_help_panel=_MODEL),
+        typer.Option(help=f"One of {', '.join(PRESETS)}.", rich_help_panel=_MODEL),
     ] = None,
     config: Annotated[
         Path | None,
@@ -130,6 +131,8 @@ def train(
 
     Exit code: 0 done, 1 the training failed, 2 wrong input, 130 interrupted.
     """
+    from spikedecoder.cli.settings import collect, to_toml
+
     flags: dict[str, Any] = {
         "tokenizer": tokenizer,
         "min_count": min_count,
@@ -186,6 +189,8 @@ def _new(
     as_json: bool,
 ) -> TrainResult:
     from spikedecoder import training
+    from spikedecoder.cli.settings import model_config
+    from spikedecoder.config import SpikeDecoderConfig
     from spikedecoder.data import prepare_corpus
     from spikedecoder.training.devices import check_device
     from spikedecoder.training.run_folder import check_unused

@@ -1,6 +1,7 @@
 """Training: from a corpus to checkpoints."""
 
-from spikedecoder.training.config import TRAIN_PRESETS, TrainConfig
+from spikedecoder.presets import TRAIN_PRESETS
+from spikedecoder.training.config import TrainConfig
 from spikedecoder.training.evaluate import Evaluation, evaluate, health
 from spikedecoder.training.loop import train
 from spikedecoder.training.report import Reporter, ScreenReporter

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spikedecoder.fields import LEAST, at_least, check_field, coerce, number
+from spikedecoder.presets import TRAIN_PRESETS
 
 
 @dataclass(frozen=True)
@@ -130,24 +131,3 @@ class TrainConfig:
 
 
 _HINTS: dict[str, Any] = typing.get_type_hints(TrainConfig)
-
-# the original's: 10 epochs of 90 000 windows in batches of 32
-_ORIGINAL: dict[str, Any] = {
-    "steps": 28_125,
-    "batch_size": 32,
-    "lr": 1e-3,
-    "min_lr": 5e-5,
-    "eval_every": 1000,
-}
-
-# under the names of `spikedecoder.config.PRESETS`
-TRAIN_PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"lr": 8e-3},
-    "default-lif": {"lr": 8e-3},
-    "default-ann": {},
-    "best-small": {"lr": 8e-3, "steps": 5000},
-    "best-medium": {"lr": 3e-3, "steps": 20_000, "batch_size": 32, "warmup": 500, "eval_every": 1000},
-    "original-char": {**_ORIGINAL, "tokenizer": "original-char"},
-    "original-word": {**_ORIGINAL, "tokenizer": "original-word", "min_count": 6},
-    "original-char-ann": {**_ORIGINAL, "tokenizer": "original-char"},
-}

@@ -1,0 +1,97 @@
+"""The command line before any command runs: help, version, wrong words, Ctrl-C while torch is imported."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spikedecoder
+from spikedecoder.cli import app, main
+
+COMMANDS = [str(command.callback.__name__) for command in app.registered_commands if command.callback]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments])
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+@pytest.fixture
+def slow_torch(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process in which the import of torch says so and takes a minute."""
+    (tmp_path / "torch.py").write_text("import time\nprint('torch', flush=True)\ntime.sleep(60)\n")
+    root = Path(spikedecoder.__file__).parents[1]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+
+
+def test_commands() -> None:
+    assert {"train", "generate", "doctor"} < set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert command in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"spikedecoder {spikedecoder.__version__}\n"
+
+
+def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run("train", "--print-config") == 0
+    assert run("train", "--set", "blocks") == 2
+
+
+def test_no_such_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("trian") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and "trian" in said.err
+
+
+def test_nothing_that_needs_no_torch_waits_for_it(slow_torch: dict[str, str]) -> None:
+    code = (
+        "import sys, spikedecoder\n"
+        "from spikedecoder.cli import main\n"
+        f"for arguments in (['--version'], ['train', '--nope'], *([c, '--help'] for c in {COMMANDS})):\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit as exit_:\n"
+        "        assert exit_.code == (2 if '--nope' in arguments else 0), arguments\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=slow_torch, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    assert spikedecoder.__version__ in done.stdout and "--preset" in done.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_while_torch_is_imported(slow_torch: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "spikedecoder", "train"]
+    process = subprocess.Popen(
+        command, env=slow_torch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "torch\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said in ("", "error: interrupted\n")  # by typer's version
+
+
+def test_the_package_gives_what_it_promises() -> None:
+    assert set(spikedecoder.__all__) <= set(dir(spikedecoder))
+    for name in spikedecoder.__all__:
+        assert getattr(spikedecoder, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        spikedecoder.nothing  # noqa: B018
