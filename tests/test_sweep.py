@@ -275,7 +275,7 @@ def test_a_stop_a_kill_and_several_processes(story, tmp_path):
         ("", "space: got no field to search"),
         ("[space]\nlearn = { choices = [1] }", "space: unknown field 'learn'"),
         ("[space]\nlr = 3", "space: lr: got 3, takes"),
-        ("[space]\nlr = { low = 1 }", "lr: high: got None"),
+        ("[space]\nlr = { low = 1 }", "lr: got no high, takes low and high"),
         ("[space]\nlr = { low = 1, high = 1 }", "takes low < high"),
         ("[space]\nlr = { low = 0, high = 1, log = true }", "low: got 0.0 with log"),
         ("[space]\nlr = { low = 1, high = 2, lo = 3 }", "lr: unknown field 'lo'; did you mean low"),

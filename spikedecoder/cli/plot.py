@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
 FIGURES = ("raster", "rates", "potentials", "attention", "predictions", "energy", "loss")
 _SEVERAL = ("energy", "loss")
-_OF_LAYERS = ("raster", "potentials", "attention")
+_OF_TEXT = tuple(f for f in FIGURES if f != "loss")
+_TAKEN_BY = {
+    "--prompt": _OF_TEXT,
+    "--text": _OF_TEXT,
+    "--layer": ("raster", "potentials", "attention"),
+    "--tokens": ("predictions",),
+    "--temperature": ("predictions",),
+    "--seed": ("predictions",),
+    "--memory": ("energy",),
+}
 
 
 def plot(
@@ -43,10 +52,13 @@ def plot(
         typer.Option(help="Layer to draw (blocks.0.mlp.fc1); repeat for potentials. Default: the first."),
     ] = None,
     tokens: Annotated[
-        int, typer.Option("--tokens", "-n", min=1, help="predictions: tokens to generate.")
-    ] = 32,
-    temperature: Annotated[float, typer.Option(help="predictions: as in generate.")] = 0.8,
-    seed: Annotated[int, typer.Option(help="predictions: same seed, same text.")] = 0,
+        int | None,
+        typer.Option("--tokens", "-n", min=1, help="predictions: tokens to generate; default: 32."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="predictions: as in generate; default: 0.8.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="predictions: same seed, same text; default: 0.")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="energy: bill moving data too.")] = False,
     errors: Annotated[
         str, typer.Option(help="Characters or words that the model does not know: strict, drop or replace.")
@@ -62,23 +74,21 @@ def plot(
         raise ValueError(f"figure: got {figure!r}, takes one of {', '.join(FIGURES)}")
     if len(checkpoint) > 1 and figure not in _SEVERAL:
         raise ValueError(f"--checkpoint: got {len(checkpoint)}, {figure} takes one")
-    if layer and figure not in _OF_LAYERS:
-        raise ValueError(f"--layer: got {layer[0]!r}, {figure} takes none; {', '.join(_OF_LAYERS)} do")
-    if memory and figure != "energy":
-        raise ValueError(f"--memory: got with {figure}, which takes none; energy does")
+    given = dict(
+        zip(_TAKEN_BY, (prompt, text, layer or None, tokens, temperature, seed, memory or None), strict=True)
+    )
+    for option, value in given.items():
+        if value is not None and figure not in _TAKEN_BY[option]:
+            raise ValueError(f"{option}: got with {figure}, belongs to {', '.join(_TAKEN_BY[option])}")
     viz.check_picture(out)
     if figure == "loss":
-        if prompt is not None or text is not None:
-            raise ValueError(
-                f"--{'text' if prompt is None else 'prompt'}: got with loss, which reads no text"
-            )
         fig = viz.loss_curves(list(dict.fromkeys(checkpoint)))
     else:
         words = _words(prompt, text)
         if figure == "energy":
             fig = _energy(checkpoint, words, errors, memory, device)
         elif figure == "predictions":
-            fig = _predictions(checkpoint[0], words, errors, device, tokens, temperature, seed)
+            fig = _predictions(checkpoint[0], words, errors, device, tokens or 32, temperature, seed)
         else:
             fig = _activity(figure, checkpoint[0], words, errors, device, layer)
     print(viz.save(fig, out))
@@ -131,12 +141,18 @@ def _activity(
 
 
 def _predictions(
-    checkpoint: str, words: str, errors: str, device: str, tokens: int, temperature: float, seed: int
+    checkpoint: str,
+    words: str,
+    errors: str,
+    device: str,
+    tokens: int,
+    temperature: float | None,
+    seed: int | None,
 ) -> Figure:
     from spikedecoder import viz
     from spikedecoder.generation import SamplingParams, generate
 
-    sampling = SamplingParams(temperature, seed=seed)
+    sampling = SamplingParams(0.8 if temperature is None else temperature, seed=seed or 0)
     model, ids = _load(checkpoint, words, errors, device)
     result = generate(model, [ids], tokens, sampling, top=12)
     return viz.predictions(result.tokens[0], result.predictions[0], model.tokenizer.tokens)

@@ -67,8 +67,11 @@ class Dimension:
         number = _number(kind)
         if number is None:
             raise ValueError(f"{what}: takes choices: its values are no numbers")
+        for end in ("low", "high"):
+            if end not in spec:
+                raise ValueError(f"{what}: got no {end}, takes low and high, or choices")
         integer = number is int
-        ends = [coerce(f"{what}: {end}", spec.get(end), number) for end in ("low", "high")]
+        ends = [coerce(f"{what}: {end}", spec[end], number) for end in ("low", "high")]
         low, high = ends
         log, step, points = spec.get("log", False), spec.get("step"), spec.get("points")
         if not isinstance(log, bool):
