@@ -205,6 +205,8 @@ class FolderMixin:
         cls, name: str | Path, *, device: str | torch.device = "cpu", **hub: Any
     ) -> SpikeDecoder:
         """The model in folder `name`, or of that name on the hub (`hub`: revision, token, cache_dir, ...)."""
+        if name == "":  # Path would take it for the folder that we are in
+            raise ValueError("name: got '', takes a folder, or a name on the hub")
         get = _local(Path(name)) if Path(name).is_dir() else _remote(str(name), hub)
         config = read_config(get(CONFIG))
         model = cast("Callable[[SpikeDecoderConfig], SpikeDecoder]", cls)(config)

@@ -64,6 +64,8 @@ def test_works_offline_by_folder_and_says_why_a_hub_name_fails():
     assert os.environ.get("HF_HUB_OFFLINE") == "1"
     with pytest.raises(CheckpointError, match=r"nobody/nothing: no such folder here, and config\.json could"):
         SpikeDecoder.from_pretrained("nobody/nothing")
+    with pytest.raises(ValueError, match="name: got '', takes a folder"):
+        SpikeDecoder.from_pretrained("")
 
 
 @pytest.mark.parametrize("card", [False, True])
