@@ -137,10 +137,15 @@ class SpikeDecoder(nn.Module, FolderMixin):
 
     def _keep_exact(self, state: DecoderState, more: int) -> None:
         """Where float32 would not hold the sums of spikes any more, the state goes on in float64."""
-        if state.longest + more > self.config.exact_tokens:
-            for layer in state.layers:
-                if "attention.state" in layer:
-                    layer["attention.state"] = layer["attention.state"].double()
+        c = self.config
+        if not c.spiking_attention or state.longest + more <= c.exact_tokens:
+            return
+        d = c.embed_dim // c.heads
+        for layer in state.layers:
+            if "attention.state" not in layer:  # nothing read yet
+                shape = (c.timesteps, state.batch_size, c.heads, d, d)
+                layer["attention.state"] = torch.zeros(shape, device=state.position.device)
+            layer["attention.state"] = layer["attention.state"].double()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats over targets [B, S], those of -100 and of `pad_id` left out.

@@ -343,6 +343,21 @@ def test_sums_that_float32_does_not_hold_go_on_in_pytorch(levels):
         assert dtypes == {torch.float32 if token < 2 else torch.float64}
 
 
+@pytest.mark.parametrize("source", [Native, Recurrent])
+def test_a_first_read_of_more_than_float32_holds(source):
+    model = _model({**ILIF, "levels": 15, "max_len": 512}).eval()
+    tokens = [i % 7 for i in range(int(model.config.exact_tokens) + 5)]
+    assert 256 < len(tokens) < 512
+    source = source(model)
+    logits = source.add([tokens])
+    assert source.state.layers[0]["attention.state"].dtype == torch.float64
+    expected = SpikeDecoder(model.config).double().eval()
+    expected.load_state_dict(model.state_dict())
+    torch.testing.assert_close(
+        logits[0].double(), expected(torch.tensor([tokens]))[0, -1], rtol=1e-4, atol=1e-4
+    )
+
+
 def test_takes_a_copy_of_the_weights():
     model = _model({"norm": "batch"})
     buffers = {name: b.clone() for name, b in model.named_buffers()}

@@ -61,6 +61,8 @@ class Native(Recurrent):
         return self.decoder.step(torch.tensor(tokens, device="cpu"), state)
 
     def _read_part(self, part: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
-        if state is not None and not self.decoder.takes(state, part.shape[1]):
+        if state is None:
+            state = DecoderState.empty(self.model.config, len(part), part.device)
+        if not self.decoder.takes(state, part.shape[1]):
             return super()._read_part(part, state)
         return self.decoder.prefill(part, state, last_only=True)

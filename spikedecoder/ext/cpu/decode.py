@@ -195,8 +195,8 @@ class Decoder:
             )
         if not self.takes(state, more):
             raise ValueError(
-                f"state: got one of {state.longest} tokens, takes one whose sums stay exact in float32; "
-                f"go on with SpikeDecoder.{'step' if dims == 1 else 'prefill'}"
+                f"{name}: got {more} more behind {state.longest}, takes as many as leave sums exact in "
+                f"float32; go on with SpikeDecoder.{'step' if dims == 1 else 'prefill'}"
             )
 
     def _read(self, tokens: Tensor, state: DecoderState, logits: Tensor, last_only: bool) -> None:
