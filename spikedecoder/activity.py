@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,15 @@ class Activity:
         if not self.spikes:
             raise ValueError("activity: holds no spikes, as its model has no spiking layer")
         return _choose("layer", name, self.spikes)
+
+    def last(self, tokens: int) -> Activity:
+        """What happened at the last so many tokens, after those before them."""
+        return replace(
+            self,
+            spikes={name: s[:, :, -tokens:] for name, s in self.spikes.items()},
+            potentials={name: h[:, :, -tokens:] for name, h in self.potentials.items()},
+            scores={name: s[..., -tokens:, -tokens:] for name, s in self.scores.items()},
+        )
 
     def rates(self) -> dict[str, Tensor]:
         """By layer, spikes per neuron and token at each timestep, [T]."""

@@ -35,11 +35,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def save(folder: Path, kind: str, words: bool = False, seed: int = 0) -> Path:
+def save(folder: Path, kind: str, words: bool = False, seed: int = 0, **changes: int) -> Path:
     tokenizer = WordTokenizer.from_text(TEXT) if words else CharTokenizer.from_text(TEXT)
     vocabulary = {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id}
     torch.manual_seed(seed)
-    config = SpikeDecoderConfig.from_dict({"embedding_gain": 2.0, **TINY, **vocabulary, **KINDS[kind]})
+    config = SpikeDecoderConfig.from_dict(
+        {"embedding_gain": 2.0, **TINY, **vocabulary, **KINDS[kind], **changes}
+    )
     model = SpikeDecoder(config)
     model.tokenizer = tokenizer
     model.save_pretrained(folder)
@@ -101,6 +103,24 @@ def test_the_library_finds_what_is_there_and_notices_what_changes(runs: Path):
         library.get(str(runs / "group" / "ann"))
 
 
+def test_links_and_folders_that_may_not_be_read(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "elsewhere" / "mine", "fully spiking")
+    (runs / "linked").symlink_to(tmp_path / "elsewhere" / "mine")
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:  # as Path.is_file does, but for root
+        if "empty" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    library = Library([runs])
+    assert [m.label for m in library.find()] == ["group/ann", "linked", "spiking", "words"]
+    assert library.get(str(runs / "linked")).label == "linked"
+
+
 def test_models_of_two_folders_that_share_a_name_are_told_apart(runs: Path, tmp_path: Path):
     pytest.importorskip("gradio")
     pytest.importorskip("matplotlib")
@@ -129,8 +149,8 @@ def test_what_is_shown_is_what_the_text_cost(runs: Path):
     seen = observe(loaded, written)
     read = torch.tensor([written.prompt + written.tokens[:-1]])
     assert seen.cost.ledger.totals() == measure(loaded.model, read, mode="token").totals()
-    assert seen.activity.spikes[seen.layers[0]].shape[2] == len(seen.labels) == 16
-    assert "".join(seen.labels) == written.text
+    assert seen.activity.spikes[seen.layers[0]].shape[2] == len(seen.labels) == 15
+    assert "".join(seen.labels) == written.text[:-1]  # the last token was written, not read
     assert "9 tokens" in seen.summary and "estimated" in seen.summary
     silent = Library([runs]).get(str(runs / "group" / "ann"))
     *_, written = write(silent, "", Settings(tokens=3))
@@ -139,6 +159,30 @@ def test_what_is_shown_is_what_the_text_cost(runs: Path):
         next(write(loaded, "Z", Settings()))
     with pytest.raises(ValueError, match="tokens: got 0"):
         next(write(loaded, "a", Settings(tokens=0)))
+
+
+@pytest.mark.parametrize(("max_len", "window"), [(128, (0, 66)), (64, (33, 66))])
+def test_the_last_tokens_are_shown_with_what_came_before(
+    tmp_path: Path, max_len: int, window: tuple[int, int]
+):
+    pytest.importorskip("matplotlib")
+    from spikedecoder.app.writing import Settings, observe, write
+    from spikedecoder.viz import record
+
+    save(tmp_path / "run", "fully spiking", max_len=max_len)
+    loaded = Library([tmp_path]).get(str(tmp_path / "run"))
+    *_, written = write(loaded, "the cat", Settings(tokens=60, seed=3))
+    seen = observe(loaded, written)
+    read = (written.prompt + written.tokens)[slice(*window)]
+    expected = record(loaded.model, torch.tensor([read]), scores=True)
+    last = seen.activity.last(len(seen.labels))
+    assert "".join(seen.labels) == written.text[:-1][-len(seen.labels) :]
+    assert len(seen.labels) == min(40, len(read))
+    for name, spikes in expected.spikes.items():
+        assert torch.equal(seen.activity.spikes[name], spikes)
+        assert torch.equal(last.spikes[name], spikes[:, :, -len(seen.labels) :])
+    for name, scores in expected.scores.items():
+        assert torch.equal(last.scores[name], scores[..., -len(seen.labels) :, -len(seen.labels) :])
 
 
 def test_one_training_at_a_time_and_it_can_be_stopped(tmp_path: Path):

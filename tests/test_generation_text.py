@@ -15,7 +15,7 @@ from spikedecoder.generation import (
     generate_text,
     stream_text,
 )
-from spikedecoder.generation.stats import _windows, text_cost
+from spikedecoder.generation.stats import text_cost, windows
 from spikedecoder.generation.window import PAST, Context
 from spikedecoder.nn.linear import SpikeLinear
 from spikedecoder.spike_stats import SpikeCounter
@@ -177,10 +177,10 @@ def test_cost_of_texts_that_slide():
     result = generate(model, [[1] * 20, [2]], 30, SamplingParams(seed=0))
     cost = text_cost(model, result.prompts, result.tokens)
     assert cost.tokens == 6 + 29 + 1 + 29  # of the long prompt the last half of the context is read
-    windows = list(_windows([1] * 20, list(range(29)), Context.of(model, None, "slide")))
-    read = [token for window, known in windows for token in window[known:]]
-    assert read == [1] * 6 + list(range(29)) and all(len(window) <= 12 for window, _ in windows)
-    assert [known for _, known in windows] == [0, 5, 5, 5, 5]
+    parts = list(windows([1] * 20, list(range(30)), Context.of(model, None, "slide")))
+    read = [token for window, known in parts for token in window[known:]]
+    assert read == [1] * 6 + list(range(29)) and all(len(window) <= 12 for window, _ in parts)
+    assert [known for _, known in parts] == [0, 5, 5, 5, 5]
 
 
 def test_cost_of_a_model_that_does_not_spike():

@@ -119,12 +119,12 @@ def tokens_of(kind: str) -> str:
 
 
 def _model_folders(root: Path, depth: int) -> Iterator[Path]:
-    if model_folder(root) is not None:
-        yield root
-        return
-    if depth == 0:
-        return
     try:
+        if model_folder(root) is not None:
+            yield root
+            return
+        if depth == 0:
+            return
         entries = sorted(entry.path for entry in os.scandir(root) if entry.is_dir())
     except OSError:
         return
@@ -151,6 +151,8 @@ def _below(path: str, root: Path) -> bool:
 
 
 def _label(folder: Path, root: Path) -> str:
+    if not _below(str(folder), root):  # a link to elsewhere: as it is called here
+        return str(folder.relative_to(root) if folder.is_relative_to(root) else folder)
     inside = folder.resolve().relative_to(root.resolve())
     return str(inside) if str(inside) != "." else folder.resolve().name
 

@@ -19,7 +19,8 @@ from spikedecoder.energy import Comparison, Ledger, compare
 from spikedecoder.energy.units import si
 from spikedecoder.generation import Prediction, SamplingParams, encode_prompt, start_token, stream_tokens
 from spikedecoder.generation.sampling import fresh_seed
-from spikedecoder.generation.stats import TextCost, text_cost
+from spikedecoder.generation.stats import TextCost, text_cost, windows
+from spikedecoder.generation.window import Context
 from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.viz import Activity
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 1000
 _CANDIDATES = 12  # for each token, in the heat map
-_SHOWN = 40  # tokens in heat map and raster: more could not be read
+_SHOWN = 40  # tokens in heat map and raster, the last: more could not be read
 VIEWS = ("raster", "attention", "membrane potentials")
 _DRAWING = threading.Lock()  # matplotlib's settings belong to the process
 
@@ -86,7 +87,11 @@ def write(loaded: Loaded, prompt: str, settings: Settings) -> Iterator[Written]:
 
 @dataclass
 class Observation:
-    """What the neurons did while that text was read and written. activity: None where none spikes."""
+    """What the neurons did while that text was read and written.
+
+    activity: from the beginning of the text on, or of the last window that was read of it; None where no
+    neuron spikes. labels: its last tokens, those of the pictures that show single ones.
+    """
 
     written: Written
     cost: TextCost
@@ -114,31 +119,33 @@ def observe(loaded: Loaded, written: Written) -> Observation:
     """Read the text once more, watching. Exact: both forms of the model spike alike."""
     model = loaded.watched
     names = model.tokenizer.tokens
-    shown = (written.prompt + written.tokens)[-min(_SHOWN, model.config.max_len) :]
+    *_, (window, _known) = windows(written.prompt, written.tokens, Context.of(model, None, "slide"))
     with loaded.lock:
         cost = text_cost(model, [written.prompt], [written.tokens])
         spikes = any(spiking_layers(model))
-        read = torch.tensor([shown])
+        read = torch.tensor([window])
         activity = viz.record(model, read, potentials=True, scores=True) if spikes else None
-    return Observation(written, cost, activity, [names[i] for i in shown], loaded.label)
+    return Observation(written, cost, activity, [names[i] for i in window[-_SHOWN:]], loaded.label)
 
 
 def predictions_figure(loaded: Loaded, written: Written) -> Figure:
     names = loaded.model.tokenizer.tokens
-    return viz.predictions(written.tokens, written.predictions, names, rows=_CANDIDATES, limit=_SHOWN)
+    tokens, predictions = written.tokens[-_SHOWN:], written.predictions[-_SHOWN:]
+    return viz.predictions(tokens, predictions, names, rows=_CANDIDATES, limit=_SHOWN)
 
 
 def layer_figure(seen: Observation, view: str, layer: str) -> Figure:
     """One layer's raster; or, of the block that it is in, the attention scores or membrane potentials."""
-    activity, labels = seen.activity, seen.labels
-    assert activity is not None
+    assert seen.activity is not None
+    labels = seen.labels
+    activity = seen.activity.last(len(labels))
     if view == VIEWS[0]:
         return viz.raster(activity, layer, labels=labels, columns=2)
     block = ".".join(layer.split(".")[:2])
     if view == VIEWS[1]:
         near = [name for name in activity.scores if name.startswith(f"{block}.")]
         return viz.attention_map(activity, next(iter([*near, *activity.scores])), labels=labels)
-    return viz.potentials(activity, [name for name in activity.potentials if name.startswith(block)])
+    return viz.potentials(seen.activity, [name for name in activity.potentials if name.startswith(block)])
 
 
 def run_of(path: str) -> Path | None:

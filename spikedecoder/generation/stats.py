@@ -66,7 +66,7 @@ def text_cost(
     with evaluating(model):
         for prompt, new in zip(prompts, tokens, strict=True):
             state: DecoderState | None = None
-            for window, known in _windows(list(prompt), list(new)[:-1], context):
+            for window, known in windows(prompt, new, context):
                 read = torch.tensor([window], device=model.device)
                 if past == "slide":
                     state = model.prefill(read[:, :known])[1] if known else None
@@ -75,8 +75,12 @@ def text_cost(
     return TextCost(spikes.rates(), recorder.ledger())
 
 
-def _windows(prompt: list[int], new: list[int], context: Context) -> Iterator[tuple[list[int], int]]:
-    """What is read in one piece, and how many tokens of its beginning were read before."""
+def windows(
+    prompt: Sequence[int], tokens: Sequence[int], context: Context
+) -> Iterator[tuple[list[int], int]]:
+    """What was read in one piece while `tokens` were written behind a prompt, and how many tokens of its
+    beginning were read before. The last of `tokens` was not."""
+    prompt, new = list(prompt), list(tokens)[:-1]
     if context.past == "continue":
         text = prompt + new
         for i in range(0, len(text), context.longest):
