@@ -77,9 +77,18 @@ def test_nothing_that_needs_no_torch_waits_for_it(slow_torch: dict[str, str]) ->
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_while_torch_is_imported(slow_torch: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "spikedecoder", "train"]
+    code = (
+        "import signal\n"  # a shell's background job is born deaf to it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from spikedecoder.cli import main\n"
+        "main(['train'])\n"
+    )
     process = subprocess.Popen(
-        command, env=slow_torch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=slow_torch,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "torch\n"
