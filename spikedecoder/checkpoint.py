@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,34 +37,55 @@ class CheckpointError(ValueError):
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `path` whole or not at all. A device or a pipe is written to: a renamed file would replace it."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with open(path, "wb") as stream:
-            stream.write(data)
-        return
-    if path.is_file() and path.parent in _STREAMS:
-        reason = "cannot write (a stream that leads to a file; give that file a name of its own)"
-        raise OSError(errno.EINVAL, reason, str(path))
+    write_files({path: data})
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """`write_bytes` for several that belong together: none takes its name before all are on the disk."""
+    staged: dict[Path, Path] = {}
+    path = Path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for path, data in files.items():
+            if path.exists() and not path.is_file() and not path.is_dir():
+                with open(path, "wb") as stream:
+                    stream.write(data)
+                continue
+            handle, staged[path] = _temporary_beside(path)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(staged[path], 0o644)
+        for path in list(staged):
+            os.replace(staged[path], path)
+            del staged[path]
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a full disk: say which
             raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
         raise
 
 
+def _temporary_beside(path: Path) -> tuple[int, Path]:
+    """An open file in `path`'s folder, which is made where it is not there, and its name."""
+    if path.is_file() and path.parent in _STREAMS:
+        reason = "cannot write (a stream that leads to a file; give that file a name of its own)"
+        raise OSError(errno.EINVAL, reason, str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
+    return handle, Path(name)
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, _json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,7 +101,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    write_bytes(path, save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, metadata))
+    write_bytes(path, _safetensors(tensors, metadata))
+
+
+def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:
+    """Each tensor whole: one that shares another's memory, as tied weights do, is written twice."""
+    written: set[int] = set()
+    apart = {}
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        apart[name] = t.clone() if t.untyped_storage().data_ptr() in written else t
+        written.add(t.untyped_storage().data_ptr())
+    return save(apart, metadata)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -93,7 +125,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) -> None:
-    """Load weights by name; CheckpointError naming what is missing, left over or of another shape."""
+    """Load weights by name, each in its own dtype; CheckpointError naming what is missing, left over or of
+    another shape."""
     own = model.state_dict()
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in own]
@@ -105,16 +138,25 @@ def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) 
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{source}: weights do not fit the config: {'; '.join(problems[:3])}{more}")
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if name in tensors and t.is_floating_point():  # norms may be wider than what they norm
+            t.data = t.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)
 
 
 def save_folder(model: SpikeDecoder, folder: Path) -> None:
-    """Write the model's files; the weights last, so that a folder with weights is complete."""
+    """Write the model's files over those that are there, all or none; the weights last, so that a new folder
+    with weights is complete."""
+    files = {}
     if model.tokenizer is not None:
         check_known(model.tokenizer, "model.tokenizer")
-        write_json(folder / TOKENIZER, model.tokenizer.to_dict())
-    write_json(folder / CONFIG, {"format": _FORMAT, "version": __version__, **model.config.to_dict()})
-    write_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
+        files[folder / TOKENIZER] = _json(model.tokenizer.to_dict())
+    head = {"format": _FORMAT, "version": __version__, **model.config.to_dict()}
+    files[folder / CONFIG] = _json(head)
+    files[folder / WEIGHTS] = _safetensors(model.state_dict(), {"format": "pt"})
+    write_files(files)
+    if model.tokenizer is None:  # another model's
+        (folder / TOKENIZER).unlink(missing_ok=True)
 
 
 def read_config(path: Path) -> SpikeDecoderConfig:
@@ -194,6 +236,7 @@ class FolderMixin:
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
+                delete_patterns=None if cast("SpikeDecoder", self).tokenizer else TOKENIZER,
                 revision=branch,
                 commit_message=commit_message,
                 create_pr=create_pr,
@@ -212,8 +255,6 @@ class FolderMixin:
         model = cast("Callable[[SpikeDecoderConfig], SpikeDecoder]", cls)(config)
         weights = get(WEIGHTS)
         tensors = read_tensors(weights)
-        if "head.linear.weight" in tensors:
-            model.to(tensors["head.linear.weight"].dtype)
         load_state(model, tensors, weights)
         tokenizer = get(TOKENIZER, optional=True)
         if tokenizer.is_file():

@@ -80,11 +80,15 @@ class SpikeDecoder(nn.Module, FolderMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.head.linear.weight.dtype
+        return self._some_weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.head.linear.weight.device
+        return self._some_weight.device
+
+    @property
+    def _some_weight(self) -> Tensor:
+        return next(self.head.linear.parameters())  # there may be an adapter in its place
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] for tokens [B, S]; position i sees tokens 0 to i."""

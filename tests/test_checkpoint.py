@@ -15,6 +15,7 @@ import torch
 from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
 from spikedecoder import checkpoint as ck
 from spikedecoder.data import CharTokenizer
+from spikedecoder.nn.norm import Norm
 
 
 def _model():
@@ -60,6 +61,57 @@ def test_round_trip_keeps_dtype_and_buffers(tmp_path):
     assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in model.state_dict().items())
 
 
+def test_a_folder_holds_the_model_that_was_saved_last(tmp_path):
+    config = SpikeDecoderConfig.preset("default-lif", vocab_size=5, max_len=12, blocks=1)
+    first, second = SpikeDecoder(config), SpikeDecoder(config.replace(vocab_size=3))
+    first.tokenizer = CharTokenizer.from_text("abc")
+    first.save_pretrained(tmp_path)
+    second.save_pretrained(tmp_path)
+    loaded = SpikeDecoder.from_pretrained(tmp_path)
+    assert loaded.tokenizer is None and loaded.config == second.config
+
+
+def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    config = SpikeDecoderConfig.preset("default-ann", vocab_size=20, max_len=16, blocks=1)
+    SpikeDecoder(config).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write \(No space left.*model.safetensors"):
+        SpikeDecoder(config.replace(heads=8)).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_tied_weights_are_saved(tmp_path):
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default-ann", vocab_size=20, max_len=16, blocks=1)).eval()
+    model.head.linear.weight = model.embedding.token.weight
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 20, (2, 8))
+    assert torch.equal(SpikeDecoder.from_pretrained(tmp_path)(ids), model(ids))
+
+
+def test_each_tensor_keeps_its_dtype(tmp_path):
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", vocab_size=20, max_len=16, blocks=1))
+    model.bfloat16()
+    for module in model.modules():
+        if isinstance(module, Norm):
+            module.float()
+            torch.nn.init.normal_(module.weight)
+    model.save_pretrained(tmp_path)
+    loaded = SpikeDecoder.from_pretrained(tmp_path)
+    assert {t.dtype for t in loaded.parameters()} == {torch.bfloat16, torch.float32}
+    for name, tensor in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == tensor.dtype
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
 def test_works_offline_by_folder_and_says_why_a_hub_name_fails():
     assert os.environ.get("HF_HUB_OFFLINE") == "1"
     with pytest.raises(CheckpointError, match=r"nobody/nothing: no such folder here, and config\.json could"):
@@ -97,11 +149,12 @@ def test_push_to_hub_uploads_the_files(saved, monkeypatch, card):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     url = model.push_to_hub("small", private=True, token="t", branch="next", commit_message="m")
     assert url == "https://huggingface.co/somebody/small/commit/1"
+    kept = {"delete_patterns": None if model.tokenizer else "tokenizer.json"}
     assert calls == [
         ("api", "t"),
         ("create", "small", {"private": True, "exist_ok": True}),
         ("branch", "somebody/small", {"branch": "next", "exist_ok": True}),
-        ("upload", "somebody/small", {"revision": "next", "commit_message": "m", "create_pr": False}),
+        ("upload", "somebody/small", {**kept, "revision": "next", "commit_message": "m", "create_pr": False}),
     ]
     readme = files.pop("README.md", None)
     assert files == {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -57,8 +57,18 @@ class AttentionLIF(nn.Module):
         self.norm = Norm(c.norm, c.embed_dim) if c.attention_norm else None
         # a constant of the config: in no checkpoint
         self.decay: Tensor | None
+        self._decays = c.decays
         decays = None if c.decays is None else torch.tensor(c.decays)
         self.register_buffer("decay", decays, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AttentionLIF:
+        """What `to`, `half` and `to_empty` call: the decay stays exact, as bfloat16's 0.999 is 1, and gets its
+        values where the module had none."""
+        super()._apply(fn, recurse)
+        if self.decay is not None and not self.decay.is_meta:
+            dtype = torch.promote_types(self.decay.dtype, torch.float32)
+            self.decay = torch.tensor(self._decays, dtype=dtype, device=self.decay.device)
+        return self
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState | None = None) -> Tensor:
         # [T, B, S, E] -> [T, B, H, S, d]

@@ -11,11 +11,16 @@ from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 
+# torch's modules that this package's own are made of
+_PARTS = (nn.Linear.forward, nn.Embedding.forward, nn.Dropout.forward)
+
+
 def foreign(module: nn.Module) -> bool:
-    """Whether what it computes is not this package's or torch's: an adapter in a Linear's place, for one."""
+    """Whether it is not made of what this package is: an adapter in a Linear's place, for one."""
     # of the class: with torch 2.11 a bound method's module does not trace
-    of_class = getattr(type(module).forward, "__module__", "")
-    return "forward" in module.__dict__ or not of_class.startswith(("spikedecoder.", "torch.nn."))
+    of_class = type(module).forward
+    ours = getattr(of_class, "__module__", "").startswith("spikedecoder.")
+    return "forward" in module.__dict__ or not (ours or of_class in _PARTS)
 
 
 def watched(*modules: nn.Module) -> bool:

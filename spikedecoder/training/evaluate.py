@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from spikedecoder.data import held_out_batches
 from spikedecoder.diagnosis import dead_layers, saturated_layers
 from spikedecoder.model import IGNORE, SpikeDecoder
+from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.spike_stats import SpikeCounter, spiking_layers
 
 
@@ -63,32 +64,27 @@ def evaluate(
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     pad = config.pad_id
     loss, correct, count = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        with SpikeCounter(model) as counter:
-            batches = held_out_batches(tokens, config.max_len, batch_size, max_tokens, pad_id=pad or 0)
-            for i, (inputs, targets) in enumerate(batches):
-                if stop():
-                    return None
-                if i % world != rank:
-                    continue
-                inputs, targets = inputs.to(model.device), targets.to(model.device)
-                if pad is not None:
-                    targets = targets.masked_fill(targets == pad, IGNORE)
-                counter.mask = targets != IGNORE
-                if accelerator is None:
+    with evaluating(model), SpikeCounter(model) as counter:
+        batches = held_out_batches(tokens, config.max_len, batch_size, max_tokens, pad_id=pad or 0)
+        for i, (inputs, targets) in enumerate(batches):
+            if stop():
+                return None
+            if i % world != rank:
+                continue
+            inputs, targets = inputs.to(model.device), targets.to(model.device)
+            if pad is not None:
+                targets = targets.masked_fill(targets == pad, IGNORE)
+            counter.mask = targets != IGNORE
+            if accelerator is None:
+                logits = model(inputs)
+            else:
+                with accelerator.autocast():
                     logits = model(inputs)
-                else:
-                    with accelerator.autocast():
-                        logits = model(inputs)
-                chosen, wanted = logits[counter.mask].float(), targets[counter.mask]
-                loss += float(F.cross_entropy(chosen, wanted, reduction="sum"))
-                correct += int((chosen.argmax(-1) == wanted).sum())
-                count += wanted.numel()
-        counts = counter.counts()
-    finally:
-        model.train(was_training)
+            chosen, wanted = logits[counter.mask].float(), targets[counter.mask]
+            loss += float(F.cross_entropy(chosen, wanted, reduction="sum"))
+            correct += int((chosen.argmax(-1) == wanted).sum())
+            count += wanted.numel()
+    counts = counter.counts()
     if world > 1:
         loss, correct, count, counts = _sum_over_processes(accelerator, model, loss, correct, count, counts)
     mean = loss / count if count else math.nan

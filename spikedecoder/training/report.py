@@ -33,7 +33,8 @@ class Reporter:
         """Before the first step; `step` is where a resumed run goes on."""
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Every `log_every` steps: loss, lr, grad_norm, tokens_per_second (means since the last call)."""
+        """Every `log_every` steps: loss, the mean of these steps; lr and grad_norm of the last one;
+        tokens_per_second since this process began to train."""
 
     def tick(self, step: int, loss: float | None, tokens_per_second: float) -> None:
         """After every step; loss where it is known without waiting for the device."""
