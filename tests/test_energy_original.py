@@ -58,7 +58,8 @@ def counters(folder, *domains, limit=1000):
 
 
 def test_measured_joules_sums_packages_and_survives_a_turn_of_the_counter(tmp_path):
-    counters(tmp_path, ("intel-rapl:0", 900), ("intel-rapl:1", 5), ("intel-rapl:0:0", 7))
+    counters(tmp_path, ("intel-rapl:0", 900), ("intel-rapl:1", 5), ("intel-rapl:0:0", 7), ("intel-rapl:2", 9))
+    (tmp_path / "intel-rapl:2" / "name").write_text("psys\n")
     calls = []
 
     def run():

@@ -430,6 +430,57 @@ def test_a_module_in_anothers_place_is_called(preset, norm):
         model.recompute_activations(False)
 
 
+def _replaced(model, place):
+    """`model` with another of torch's modules in a place."""
+    block = model.blocks[0]
+    if place == "dropout":
+        block.mlp.dropout = torch.nn.Hardtanh(-0.01, 0.01)
+    elif place == "norm":
+        block.mlp.fc1.norm = torch.nn.LayerNorm(block.mlp.fc1.linear.out_features)
+    elif place == "projection's norm":
+        block.attention.proj.norm = torch.nn.LayerNorm(block.attention.proj.linear.out_features)
+    else:
+        parent = model.head if place == "head" else block.mlp.fc1
+        parent.linear = torch.nn.Sequential(parent.linear, torch.nn.Dropout(0.1))
+    return model.eval()
+
+
+@pytest.mark.parametrize("preset", ["default", "default-lif"])
+@pytest.mark.parametrize("place", ["dropout", "norm", "projection's norm", "linear", "head"])
+def test_a_module_of_torch_in_anothers_place_is_called(preset, place):
+    torch.manual_seed(1)
+    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "vocab_size": 20}
+    model = _replaced(SpikeDecoder(SpikeDecoderConfig.preset(preset, **small)), place)
+    text = tokens = torch.randint(0, 20, (2, 4))
+    want = model(tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), want)
+        torch.testing.assert_close(model.prefill(tokens)[0], want)
+        for _ in range(8):
+            text = torch.cat([text, model(text)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(model.generate(tokens, 8, temperature=0), text)
+    model.train().loss(tokens, tokens).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_decays_are_never_rounded(dtype):
+    config = SpikeDecoderConfig.preset("default-lif", decay_slowest=0.999, blocks=1)
+    attention = SpikeDecoder(config).to(dtype).blocks[0].attention.attention_lif
+    exact = torch.tensor(config.decays, dtype=torch.promote_types(dtype, torch.float32))
+    assert torch.equal(attention.decay, exact)
+    assert torch.equal(attention.float().decay, exact.float())
+
+
+def test_a_model_made_on_meta_gets_its_decays():
+    config = SpikeDecoderConfig.preset("default-lif", blocks=1, max_len=16)
+    good = SpikeDecoder(config).eval()
+    with torch.device("meta"):
+        model = SpikeDecoder(config)
+    model.to_empty(device="cpu").load_state_dict(good.state_dict())
+    tokens = torch.randint(0, 28, (2, 8))
+    assert torch.equal(model.eval()(tokens), good(tokens))
+
+
 def test_a_forward_put_on_an_instance_is_called_and_traces():
     torch.manual_seed(0)
     small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "norm": "layer"}

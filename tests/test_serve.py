@@ -206,7 +206,7 @@ GOOD = {"prompt": "the"}
         ({**GOOD, "top_p": 0}, 400, "top_p", r"takes a number in \(0, 1\]"),
         ({**GOOD, "top_k": 0}, 400, "top_k", "takes an integer >= 1"),
         ({**GOOD, "min_p": 2}, 400, "min_p", "takes a number in"),
-        ({**GOOD, "repetition_penalty": 0}, 400, "repetition_penalty", "takes a finite number > 0"),
+        ({**GOOD, "repetition_penalty": 0}, 400, "repetition_penalty", "takes a number from 1e-06 to 1e+06"),
         ({**GOOD, "seed": -1}, 400, "seed", "seed: got -1"),
         ({**GOOD, "n": 17}, 400, "n", "takes at most 16 texts"),
         ({**GOOD, "stop": ""}, 400, "stop", "stop: takes at most"),
@@ -253,8 +253,9 @@ def test_other_paths_methods_and_types(running):
         ((GOOD, "POST", "/v1/completions", "text/plain"), 415),
         ((None, "GET", "/v1/models/gpt-4"), 404),
     ):
-        got, _, answer = running.ask(*arguments)
+        got, headers, answer = running.ask(*arguments)
         assert got == status and answer["error"]["message"]
+        assert (headers.get("allow") == "POST") == (status == 405)
     _, _, answer = running.ask(GOOD, "POST", "/v1/chat/completions")  # what OpenAI's clients ask for most
     assert "takes POST /v1/completions" in answer["error"]["message"]
     status, _, schema = running.ask(None, "GET", "/openapi.json")

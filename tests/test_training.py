@@ -125,6 +125,9 @@ def test_evaluation_of_a_part_says_so(corpus: Corpus) -> None:
     part, whole = evaluate(model, corpus.val, max_tokens=20), evaluate(model, corpus.val)
     assert part is not None and whole is not None
     assert model.training
+    model.head.eval()  # frozen
+    evaluate(model, corpus.val, max_tokens=20)
+    assert model.training and model.blocks.training and not model.head.training
     assert part.tokens == 20 and part.covers.startswith("the first 20 of ")
     assert whole.tokens == len(corpus.val) - 1 and whole.covers.startswith("all ")
 

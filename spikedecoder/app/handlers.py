@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -111,8 +112,10 @@ class Handlers:
 
     @staticmethod
     def settings(
-        tokens: float, temperature: float, top_k: float | None, seed: float | None, drop: bool
+        tokens: float, temperature: float | None, top_k: float | None, seed: float | None, drop: bool
     ) -> Settings:
+        if temperature is None:
+            raise ValueError("temperature: got nothing, takes a number >= 0")
         return Settings(
             _whole("tokens", tokens) or 0,
             float(temperature),
@@ -263,7 +266,7 @@ def _whole(name: str, value: float | None) -> int | None:
     """A number box's value as an integer."""
     if value is None:
         return None
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise ValueError(f"{name}: got {value}, takes a whole number")
     return int(value)
 

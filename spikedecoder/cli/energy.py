@@ -114,6 +114,8 @@ def read_text(path: Path | None) -> str:
         raise FileNotFoundError(f"--text: {path}: no such file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--text: {path}: not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise OSError(f"--text: {path}: cannot be read ({error.strerror})") from None
 
 
 def _mode(mode: str) -> Any:

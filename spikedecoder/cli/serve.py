@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -69,6 +70,8 @@ def serve(
     from spikedecoder.serve.app import Limits
     from spikedecoder.serve.engine import Engine
 
+    if not math.isfinite(grace):
+        raise ValueError(f"--grace: got {grace}, takes a finite number of seconds")
     if errors not in ERRORS:
         raise ValueError(f"--errors: got {errors!r}, takes one of {', '.join(ERRORS)}")
     model, where = load(checkpoint, device)

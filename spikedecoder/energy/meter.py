@@ -31,7 +31,7 @@ class _Rapl:
     def __init__(self, root: Path) -> None:
         domains = sorted(root.glob("intel-rapl:[0-9]*"))
         # intel-rapl:0 is a package, intel-rapl:0:0 a part of it
-        self.domains = [d for d in domains if d.name.count(":") == 1]
+        self.domains = [d for d in domains if d.name.count(":") == 1 and not _is_platform(d)]
         if not self.domains:
             raise ValueError(f"measured joules: no RAPL counters in {root}")
         self.source = f"RAPL, {len(self.domains)} CPU package(s)"
@@ -50,6 +50,12 @@ class _Rapl:
         self.last = now
         turns = zip(now, before, self.ranges, strict=True)
         return sum((n - b) % (limit + 1) if n < b else n - b for n, b, limit in turns) / 1e6
+
+
+def _is_platform(domain: Path) -> bool:
+    """Whether it is "psys", the whole machine, in which the packages are counted once more."""
+    name = domain / "name"
+    return name.is_file() and name.read_text().strip() == "psys"
 
 
 class _Nvml:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 _SEEDS = 2**63
+_PENALTIES = 1e-6, 1e6  # whatever the logits, they stay finite
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -33,7 +35,8 @@ class SamplingParams:
         on its neighbours nor on the device. None: a fresh seed at each call.
     min_p: only tokens at least this many times as probable as the most probable one; None or 0 is all.
     repetition_penalty: r divides the positive logits, and multiplies the negative ones, of every token that
-        the prompt or the text generated so far contains, however long ago. 1 is off, more repeats less.
+        the prompt or the text generated so far contains, however long ago: 1e-6 to 1e6. 1 is off, more
+        repeats less.
         Source: CTRL (Keskar et al., 2019).
     """
 
@@ -57,9 +60,11 @@ class SamplingParams:
             raise ValueError(f"seed: got {self.seed!r}, takes an integer from 0 to 2^63 - 1, or None")
         if self.min_p is not None and (not _is_number(self.min_p) or not 0 <= self.min_p <= 1):
             raise ValueError(f"min_p: got {self.min_p!r}, takes a number in [0, 1], or None for all tokens")
-        if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
+        least, most = _PENALTIES
+        if not _is_number(self.repetition_penalty) or not least <= self.repetition_penalty <= most:
             raise ValueError(
-                f"repetition_penalty: got {self.repetition_penalty!r}, takes a finite number > 0, 1 being off"
+                f"repetition_penalty: got {self.repetition_penalty!r}, takes a number from {least:g} to "
+                f"{most:g}, 1 being off"
             )
 
 
@@ -215,6 +220,9 @@ def top_predictions(
 
 
 def _is_number(value: object) -> bool:
+    """Of those that a float holds."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return False
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -62,8 +62,8 @@ class AttentionLIF(nn.Module):
         self.register_buffer("decay", decays, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionLIF:
-        """What `to`, `half` and `to_empty` call: the decay stays exact, as bfloat16's 0.999 is 1, and gets its
-        values where the module had none."""
+        """What `to`, `half` and `to_empty` call: the decay is not rounded (0.999 in bfloat16 is 1), and gets
+        its values where the module had none."""
         super()._apply(fn, recurse)
         if self.decay is not None and not self.decay.is_meta:
             dtype = torch.promote_types(self.decay.dtype, torch.float32)

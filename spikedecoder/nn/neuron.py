@@ -10,7 +10,6 @@ from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
-
 # torch's modules that this package's own are made of
 _PARTS = (nn.Linear.forward, nn.Embedding.forward, nn.Dropout.forward)
 

@@ -291,7 +291,7 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
         detail = str(error.detail)
         if error.status_code == 404:
             detail = "no such path; takes POST /v1/completions, GET /v1/models or GET /health"
-        return JSONResponse(ApiError(error.status_code, detail).body, error.status_code)
+        return JSONResponse(ApiError(error.status_code, detail).body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:
