@@ -431,8 +431,15 @@ def test_decay_and_norm_of_the_attention_are_billed():
             }
             if mode == "token":
                 size = c.embed_dim // c.heads
-                assert rows["decay"].mul == c.timesteps * c.heads * size * size * ids.numel()
+                numbers = c.timesteps * c.heads * size * size * ids.numel()
+                assert (rows["decay"].mul, rows["decay"].state_words) == (numbers, 2 * numbers)
+                assert rows["state += k^T v"].state_words == 0
+                real = ("state += k^T v", "q state")
             else:
-                assert rows["decay"].mul == rows["(q k^T) v"].events
+                assert rows["decay"].mul == rows["(q k^T) v"].events and rows["decay"].state_words == 0
+                real = ("(q k^T) v",)  # of scores times powers of the decay
+            assert {o for o, r in rows.items() if r.kind == "ac" and r.arithmetic == "values"} == set(real)
             assert rows["norm"].count == c.timesteps * ids.numel() * c.embed_dim
-        assert not [r for r in energy.measure(plain, ids, mode=mode).rows if r.operation == "decay"]
+        for row in energy.measure(plain, ids, mode=mode).rows:
+            assert row.operation != "decay"
+            assert row.kind != "ac" or row.arithmetic in ("counts", "weights")

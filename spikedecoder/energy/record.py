@@ -230,15 +230,13 @@ class Recorder:
         if self.mode == "token":
             written = (k.sum(-1, dtype=torch.float64) * v.sum(-1, dtype=torch.float64)).sum()
             common |= {"written": int(written), "read": common["spikes"] * d, "state": t * heads * d * d}
-            self._add(build.spiking_attention(layer, recurrent=True, **common))
             decayed = q.shape[1] * q.shape[2] * common["state"]
         else:
-            work = _quadratic(q, k, v)
-            work["tests"] *= binary_timesteps(levels)  # a spike of q meets each timestep of a key
-            self._add(build.spiking_attention(layer, recurrent=False, **common, **work))
-            decayed = work["scored"]
-        if module.decay is not None:
-            self._add(build.decay(layer, values=decayed, recurrent=self.mode == "token"))
+            common |= _quadratic(q, k, v)
+            common["tests"] *= binary_timesteps(levels)  # a spike of q meets each timestep of a key
+            decayed = common["scored"]
+        common["decayed"] = 0 if module.decay is None else decayed
+        self._add(build.spiking_attention(layer, recurrent=self.mode == "token", **common))
         if module.norm is not None:
             rows, reads = s.numel() // s.shape[-1], self._reads(inputs[0])
             self._add(build.norm(layer, module.norm.kind, rows=rows, channels=s.shape[-1], reads=reads))

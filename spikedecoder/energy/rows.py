@@ -189,6 +189,7 @@ def spiking_attention(
     written: int = 0,
     read: int = 0,
     state: int = 0,
+    decayed: int = 0,
     recurrent: bool,
     levels: int = 1,
 ) -> list[Row]:
@@ -200,32 +201,37 @@ def spiking_attention(
     accumulate; `scored` of `pairs` scores are not zero, and add themselves where v spikes: `weighted`.
     Recurrent: k^T v gains one accumulate per pair of a k spike and a v spike (`written`); each q spike reads
     and accumulates one row of d of it (`read`). `state`: its numbers, T H d d.
+
+    With a decay, `decayed` products: per score that is not 0, or per number of the state and token, which is
+    read and written for it. What they give are real numbers, and so are the sums of these.
     """
+    sums: Arithmetic = "values" if decayed else "counts"
     bits = values * binary_timesteps(levels)
     if recurrent:
-        first = Row(layer, "state += k^T v", "ac", "counts", count=written, add=written)
-        first.state_words, first.held, first.activation_bits = 2 * written, state, 2 * bits
+        first = Row(layer, "state += k^T v", "ac", sums, count=written, add=written)
+        first.state_words = 0 if decayed else 2 * written  # on its way to and from the decay
+        first.held, first.activation_bits = state, 2 * bits
         first.note = "one accumulate per pair of a k spike and a v spike"
-        second = Row(layer, "q state", "ac", "counts", count=read, add=read, events=spikes, slots=bits)
+        second = Row(layer, "q state", "ac", sums, count=read, add=read, events=spikes, slots=bits)
         second.state_words, second.activation_bits = read, bits
         second.note = "one accumulate per q spike and column of the state"
     else:
         first = Row(layer, "q k^T", "ac", "counts", count=coincidences, add=coincidences, logic=tests)
         first.events, first.slots, first.activation_bits = spikes, bits, 2 * bits
         first.note = "causal; one accumulate where q and k both spike, one AND per q spike and key"
-        second = Row(layer, "(q k^T) v", "ac", "counts", count=weighted, add=weighted)
+        second = Row(layer, "(q k^T) v", "ac", sums, count=weighted, add=weighted)
         second.events, second.slots, second.activation_bits = scored, pairs, bits
         second.note = "causal; one accumulate per v spike and score that is not 0; rate: scores not 0"
     scale = Row(layer, "scale", "other", "values", count=values, mul=values)
     scale.note = "one multiplication per output"
-    return [first, second, *shifts(layer, values, levels), scale]
-
-
-def decay(layer: str, *, values: int, recurrent: bool) -> list[Row]:
-    """The attention's forgetting: a product per number of the state and token, or per score that is not 0."""
-    row = Row(layer, "decay", "other", "values", count=values, mul=values)
-    row.note = "one multiplication per " + ("number of the state and token" if recurrent else "score not 0")
-    return [row]
+    rows = [first, second, *shifts(layer, values, levels), scale]
+    if decayed:
+        forgets = Row(layer, "decay", "other", "values", count=decayed, mul=decayed)
+        what = "number of the state and token, read and written" if recurrent else "score that is not 0"
+        forgets.state_words = 2 * decayed if recurrent else 0
+        forgets.note = f"one multiplication per {what}"
+        rows.append(forgets)
+    return rows
 
 
 def softmax_attention(
