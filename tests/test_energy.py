@@ -443,3 +443,30 @@ def test_decay_and_norm_of_the_attention_are_billed():
         for row in energy.measure(plain, ids, mode=mode).rows:
             assert row.operation != "decay"
             assert row.kind != "ac" or row.arithmetic in ("counts", "weights")
+
+
+def test_kept_keys_and_values_lie_with_the_state():
+    model = small(spike_degree=0).eval()
+    ids = tokens()
+    b, s = ids.shape
+    c = model.config
+    whole = energy.measure(model, ids, mode="token")
+    with energy.Recorder(model, "token") as recorder:  # token by token, the cache grows
+        _, state = model.prefill(ids[:, :1])
+        for i in range(1, s):
+            _, state = model.step(ids[:, i], state)
+    for ledger in (whole, recorder.ledger(), energy.ann_ledger(energy.measure(small(), ids, mode="token"))):
+        for operation in ("q k^T", "softmax v"):
+            row = ledger.row("blocks.0.attention", operation)
+            assert row.cache_words == b * (s * (s + 1) // 2 + s) * c.embed_dim
+            assert (row.cache_held, row.activation_words) == (s * c.embed_dim, b * s * c.embed_dim)
+        kept = c.blocks * 2 * s * c.embed_dim
+        for number_format, width in (("fp32", 4), ("int8", 1)):
+            estimate = ledger.joules(memory=True, number_format=number_format)
+            assert estimate.placement["state"] == energy.EnergyTable.smallest_memory(kept * width)
+            words = sum(r.cache_words for r in ledger.rows)
+            price = energy.EnergyTable.load("horowitz-45nm").per_bit(estimate.placement["state"])
+            assert estimate.by_memory["state"] == pytest.approx(words * width * 8 * price * 1e-12)
+    prompt = energy.measure(model, ids, mode="prompt").row("blocks.0.attention", "q k^T")
+    assert prompt.cache_words == prompt.cache_held == 0
+    assert prompt.activation_words == 2 * b * s * c.embed_dim

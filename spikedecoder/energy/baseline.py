@@ -65,7 +65,13 @@ def ann_ledger(ledger: Ledger) -> Ledger:
             rows += linear_norm(f"{attention}.{part}")
         rows += linear_norm(f"{attention}.proj")
         rows += build.softmax_attention(
-            attention, tokens=tokens, width=e, heads=c.heads, pairs=ledger.pairs, recurrent=token_mode
+            attention,
+            tokens=tokens,
+            width=e,
+            heads=c.heads,
+            pairs=ledger.pairs,
+            longest=-(-tokens // sequences),
+            recurrent=token_mode,
         )
         rows += linear(f"{mlp}.fc1", e, hidden) + linear(f"{mlp}.fc2", hidden, e)
         rows += build.gelu(mlp, values=tokens * hidden)

@@ -162,7 +162,7 @@ class Ledger:
             moved = {
                 "weights": r.weight_words * bits["weights"],
                 "activations": r.activation_words * bits["activations"] + r.activation_bits,
-                "state": r.state_words * bits["state"],
+                "state": r.state_words * bits["state"] + r.cache_words * bits["activations"],
             }
             fetched = 0.0
             for kind, where in placement.items():
@@ -199,7 +199,7 @@ class Ledger:
         held = {
             "weights": self.parameters * bits["weights"] / 8,
             "activations": widest / self.tokens / 8,
-            "state": sum(r.held for r in self.rows) * bits["state"] / 8,
+            "state": sum(r.held * bits["state"] + r.cache_held * bits["activations"] for r in self.rows) / 8,
         }
         return {kind: chosen.get(kind) or EnergyTable.smallest_memory(held[kind]) for kind in CLASSES}
 

@@ -246,11 +246,12 @@ class Recorder:
         self, layer: str, _name: str, module: SoftmaxAttention, inputs: tuple[Any, ...], y: Tensor
     ) -> None:
         b, s, width = y.shape
-        pairs = b * (s * (s + 1) // 2)
+        pairs, longest = b * (s * (s + 1) // 2), s
         if len(inputs) > 2 and inputs[2] is not None:  # [B] tokens came before
             if self.mode == "prompt":
                 raise ValueError("mode: got 'prompt' for a pass that goes on from a state, takes 'token'")
             pairs += int(inputs[2].sum()) * s
+            longest += int(inputs[2].max())
         self._add(
             build.softmax_attention(
                 layer,
@@ -258,6 +259,7 @@ class Recorder:
                 width=width,
                 heads=module.heads,
                 pairs=pairs,
+                longest=longest,
                 recurrent=self.mode == "token",
             )
         )

@@ -33,6 +33,7 @@ class Row:
     fan_out: accumulates per input spike, of a Linear.
     weight_words, activation_words, state_words: numbers moved; activation_bits: spikes moved.
     held: numbers of state that must be kept at once.
+    cache_words, cache_held: the same of keys and values that are kept, in the format of activations.
     """
 
     layer: str
@@ -53,6 +54,8 @@ class Row:
     activation_bits: int = 0
     state_words: int = 0
     held: int = 0
+    cache_words: int = 0
+    cache_held: int = 0
     note: str = ""
 
     @property
@@ -64,7 +67,9 @@ class Row:
         """Add what another pass did."""
         for field in dataclasses.fields(self):
             mine = getattr(self, field.name)
-            if isinstance(mine, int) and field.name not in ("fan_out", "held"):
+            if field.name in ("held", "cache_held"):
+                setattr(self, field.name, max(mine, getattr(other, field.name)))
+            elif isinstance(mine, int) and field.name != "fan_out":
                 setattr(self, field.name, mine + getattr(other, field.name))
 
 
@@ -235,9 +240,10 @@ def spiking_attention(
 
 
 def softmax_attention(
-    layer: str, *, tokens: int, width: int, heads: int, pairs: int, recurrent: bool
+    layer: str, *, tokens: int, width: int, heads: int, pairs: int, longest: int, recurrent: bool
 ) -> list[Row]:
-    """softmax(q k^T / sqrt(d), causal) v; `pairs` of a query and a key it may see, all sequences."""
+    """softmax(q k^T / sqrt(d), causal) v; `pairs` of a query and a key it may see, all sequences, of which
+    the longest has `longest` tokens."""
     scores = pairs * heads
     first = Row(layer, "q k^T", "mac", "activations", count=pairs * width, add=pairs * width)
     first.mul, first.note = first.count, "causal"
@@ -249,9 +255,12 @@ def softmax_attention(
     second.mul, second.note = second.count, "causal"
     scale = Row(layer, "scale", "other", "values", count=tokens * width, mul=tokens * width)
     scale.note = "q / sqrt(d)"
-    # generation: the cache is read for each token, and one key and value written
-    keys = pairs * width + tokens * width if recurrent else tokens * width
-    first.activation_words, second.activation_words = tokens * width + keys, tokens * width + keys
+    for row in (first, second):
+        if recurrent:  # the cache is read for each token, and one key, one value written
+            row.activation_words, row.cache_words = tokens * width, (pairs + tokens) * width
+            row.cache_held = longest * width
+        else:
+            row.activation_words = 2 * tokens * width
     return [scale, first, soft, second]
 
 
