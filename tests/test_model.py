@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
 import torch
-from torch.nn.utils import prune
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.nn.embedding import binary_code, sinusoid
@@ -353,115 +351,6 @@ def test_config_must_be_a_config():
         SpikeDecoder({"vocab_size": 3})
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize(
-    ("preset", "changes"),
-    [
-        ("default", {}),
-        ("default-lif", {}),
-        ("default-lif", {"norm": "layer"}),
-        ("default-lif", {"attention_norm": True}),
-    ],
-)
-def test_hooks_on_every_module_see_what_passes_it(preset, changes, recompute):
-    """Operators that hold several modules together give way to the modules: the same numbers."""
-    torch.manual_seed(0)
-    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, **changes}
-    model = SpikeDecoder(SpikeDecoderConfig.preset(preset, **small)).double()
-    model.recompute_activations(recompute and preset == "default-lif")
-    tokens = torch.randint(0, 30, (2, 8))
-    running = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    wanted = {name for name, _ in model.named_modules()} - {"blocks"}
-    results, forward, backward = [], [], set()
-    for hooked in (False, True):
-        for name, module in model.named_modules() if hooked else ():
-            module.register_forward_hook(functools.partial(lambda n, *_: forward.append(n), name))
-            module.register_full_backward_hook(functools.partial(lambda n, *_: backward.add(n), name))
-        model.train()
-        model.load_state_dict(running, strict=False)
-        model.zero_grad()
-        loss = model.loss(tokens, tokens.roll(-1, 1))
-        assert sorted(forward) == sorted(wanted if hooked else ())
-        loss.backward()
-        assert backward == (wanted if hooked else set())
-        forward.clear()
-        with torch.no_grad():
-            logits = model.eval()(tokens)
-        assert sorted(forward) == sorted(wanted if hooked else ())
-        results.append([loss.detach(), logits, *(p.grad.clone() for p in model.parameters())])
-    for alone, watched in zip(*results, strict=True):
-        torch.testing.assert_close(watched, alone, rtol=1e-9, atol=1e-9)
-
-
-class _Adapter(torch.nn.Module):
-    """In a Linear's place, with its attributes, as adapters of low rank are."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.weight, self.bias = base, base.weight, base.bias
-        self.change = torch.nn.Parameter(torch.randn_like(base.weight))
-
-    def forward(self, x):
-        return self.base(x) + torch.nn.functional.linear(x, self.change)
-
-
-@pytest.mark.parametrize("preset", ["default", "default-lif"])
-@pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_a_module_in_anothers_place_is_called(preset, norm):
-    torch.manual_seed(0)
-    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "attention_scale": 1.0}
-    model = SpikeDecoder(SpikeDecoderConfig.preset(preset, norm=norm, **small)).eval()
-    for name, p in model.named_parameters():
-        if name.endswith("norm.bias"):  # every layer fires
-            p.data += 0.9
-    tokens = torch.randint(0, 28, (2, 8))
-    for layer in (model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2, model.head):
-        before = model(tokens)
-        layer.linear = _Adapter(layer.linear)
-        want = model(tokens)
-        assert not torch.equal(want, before)
-        with torch.no_grad():
-            torch.testing.assert_close(model(tokens), want)
-        torch.testing.assert_close(model.prefill(tokens)[0], want)
-        read = model.generate(tokens, 1, temperature=0)[:, -1]
-        assert torch.equal(read, want[:, -1].argmax(-1))
-        model.recompute_activations(preset == "default-lif")
-        torch.testing.assert_close(model(tokens), want)
-        model.recompute_activations(False)
-
-
-def _replaced(model, place):
-    """`model` with another of torch's modules in a place."""
-    block = model.blocks[0]
-    if place == "dropout":
-        block.mlp.dropout = torch.nn.Hardtanh(-0.01, 0.01)
-    elif place == "norm":
-        block.mlp.fc1.norm = torch.nn.LayerNorm(block.mlp.fc1.linear.out_features)
-    elif place == "projection's norm":
-        block.attention.proj.norm = torch.nn.LayerNorm(block.attention.proj.linear.out_features)
-    else:
-        parent = model.head if place == "head" else block.mlp.fc1
-        parent.linear = torch.nn.Sequential(parent.linear, torch.nn.Dropout(0.1))
-    return model.eval()
-
-
-@pytest.mark.parametrize("preset", ["default", "default-lif"])
-@pytest.mark.parametrize("place", ["dropout", "norm", "projection's norm", "linear", "head"])
-def test_a_module_of_torch_in_anothers_place_is_called(preset, place):
-    torch.manual_seed(1)
-    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "vocab_size": 20}
-    model = _replaced(SpikeDecoder(SpikeDecoderConfig.preset(preset, **small)), place)
-    text = tokens = torch.randint(0, 20, (2, 4))
-    want = model(tokens)
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), want)
-        torch.testing.assert_close(model.prefill(tokens)[0], want)
-        for _ in range(8):
-            text = torch.cat([text, model(text)[:, -1].argmax(-1, keepdim=True)], 1)
-    assert torch.equal(model.generate(tokens, 8, temperature=0), text)
-    model.train().loss(tokens, tokens).backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_decays_are_never_rounded(dtype):
     config = SpikeDecoderConfig.preset("default-lif", decay_slowest=0.999, blocks=1)
@@ -479,43 +368,3 @@ def test_a_model_made_on_meta_gets_its_decays():
     model.to_empty(device="cpu").load_state_dict(good.state_dict())
     tokens = torch.randint(0, 28, (2, 8))
     assert torch.equal(model.eval()(tokens), good(tokens))
-
-
-def test_a_forward_put_on_an_instance_is_called_and_traces():
-    torch.manual_seed(0)
-    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "norm": "layer"}
-    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", **small)).eval()
-    tokens = torch.randint(0, 28, (2, 8))
-    linear = model.blocks[0].mlp.fc2.linear
-    before = model(tokens)
-    linear.forward = functools.partial(
-        lambda module, x: 2 - 3 * torch.nn.functional.linear(x, module.weight), linear
-    )
-    want = model(tokens)
-    assert not torch.equal(want, before)
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), want)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(tokens), want)
-
-
-def test_pruned_weights_are_those_of_each_step():
-    """torch.nn.utils.prune masks a weight in a hook before its module."""
-    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "norm": "layer"}
-    tokens = torch.randint(0, 30, (2, 8), generator=torch.Generator().manual_seed(0))
-    losses = {}
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", **small))
-        for layer in (model.blocks[0].mlp.fc1.linear, model.blocks[0].mlp.fc2.linear):
-            prune.l1_unstructured(layer, "weight", 0.5)
-        model.recompute_activations(recompute)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        losses[recompute] = []
-        for _ in range(3):
-            loss = model.loss(tokens, tokens.roll(-1, 1))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[recompute].append(loss.item())
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5) and len(set(losses[True])) == 3
