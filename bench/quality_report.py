@@ -48,6 +48,7 @@ def render(study: dict[str, Any], runs: list[dict[str, Any]], rows: list[Row]) -
         f"different tokens), {study['steps']} steps of 8 x {study['length']} tokens; held-out bits per token "
         f"over all {study['held_out']:,} held-out tokens. {study['machine']}.",
         "",
+        *([study["note"], ""] if "note" in study else []),  # where runs were added later
         "n-gram models of the same text: "
         + ", ".join(f"{name} {bits:.3f}" for name, bits in study["baselines"].items())
         + ".",

@@ -360,11 +360,14 @@ def test_decays_are_never_rounded(dtype):
     assert torch.equal(attention.float().decay, exact.float())
 
 
-def test_a_model_made_on_meta_gets_its_decays():
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_made_on_meta_gets_its_decays(assign):
     config = SpikeDecoderConfig.preset("default-lif", blocks=1, max_len=16)
     good = SpikeDecoder(config).eval()
     with torch.device("meta"):
         model = SpikeDecoder(config)
-    model.to_empty(device="cpu").load_state_dict(good.state_dict())
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(good.state_dict(), assign=assign)
     tokens = torch.randint(0, 28, (2, 8))
     assert torch.equal(model.eval()(tokens), good(tokens))

@@ -70,6 +70,12 @@ class AttentionLIF(nn.Module):
             self.decay = torch.tensor(self._decays, dtype=dtype, device=self.decay.device)
         return self
 
+    def _decay_for(self, x: Tensor) -> Tensor | None:
+        """The decay; made here where weights were assigned to a module of the meta device."""
+        if self.decay is not None and self.decay.is_meta and not x.is_meta:
+            self.decay = torch.tensor(self._decays, device=x.device)
+        return self.decay
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState | None = None) -> Tensor:
         # [T, B, S, E] -> [T, B, H, S, d]
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3) for x in (q, k, v))
@@ -77,7 +83,7 @@ class AttentionLIF(nn.Module):
         if layer is None and self.norm is None and self.lif.fused and not watched(self.lif):
             p, threshold = self.lif.params, self.lif.v_threshold
             a = ops.spike_attention_lif(
-                q, k, v, p, self.scale, self.decay, threshold=threshold, dropout=dropout
+                q, k, v, p, self.scale, self._decay_for(q), threshold=threshold, dropout=dropout
             )
             return a.transpose(2, 3).flatten(-2)
         current = self.current(q, k, v, dropout) if layer is None else self._go_on(q, k, v, layer)
@@ -94,7 +100,7 @@ class AttentionLIF(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         attention = ops.unrolled_attention if self.unrolled else ops.spike_attention
-        return attention(q, k, v, self.scale, self.decay, levels=self.lif.levels, **options)
+        return attention(q, k, v, self.scale, self._decay_for(q), levels=self.lif.levels, **options)
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState) -> Tensor:
         """The attention with the past's sum of k^T v, in the dtype that keeps it exact; [T, B, H, S, d]."""
