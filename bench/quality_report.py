@@ -123,7 +123,9 @@ def draw(study: dict[str, Any], runs: list[dict[str, Any]], rows: list[Row], pat
     from matplotlib import pyplot as plt
 
     by_row, anns = collect(runs, rows), {row.name for row in rows if row.ann}
-    fig, axes = plt.subplots(2, 2, figsize=(13, 11), constrained_layout=True, width_ratios=[1.25, 1])
+    bars = max(5.5, 0.17 * len(by_row))  # inches: each row's name legible
+    layout: dict[str, Any] = {"width_ratios": [1.25, 1], "height_ratios": [bars, 5.5]}
+    fig, axes = plt.subplots(2, 2, figsize=(13, bars + 5.5), constrained_layout=True, **layout)
     _bars(axes[0, 0], by_row, anns, study["baselines"])
     _curves(axes[0, 1], by_row, anns)
     _against_energy(axes[1, 0], by_row, rows, best_ann(by_row, rows))
