@@ -15,6 +15,7 @@ import torch
 from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
 from spikedecoder import checkpoint as ck
 from spikedecoder.data import CharTokenizer
+from spikedecoder.nn.attention import AttentionLIF
 from spikedecoder.nn.norm import Norm
 
 
@@ -110,6 +111,17 @@ def test_each_tensor_keeps_its_dtype(tmp_path):
     for name, tensor in model.state_dict().items():
         assert loaded.state_dict()[name].dtype == tensor.dtype
         assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_decays_are_those_of_the_model_that_was_saved(tmp_path, dtype):
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", vocab_size=20, max_len=16, blocks=1))
+    model.to(dtype).save_pretrained(tmp_path)
+    (saved,), (loaded,) = (
+        [m.decay for m in each.modules() if isinstance(m, AttentionLIF)]
+        for each in (model, SpikeDecoder.from_pretrained(tmp_path))
+    )
+    assert loaded.dtype == saved.dtype and torch.equal(loaded, saved)
 
 
 def test_works_offline_by_folder_and_says_why_a_hub_name_fails():

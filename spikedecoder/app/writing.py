@@ -131,7 +131,7 @@ def observe(loaded: Loaded, written: Written) -> Observation:
 def predictions_figure(loaded: Loaded, written: Written) -> Figure:
     names = loaded.model.tokenizer.tokens
     tokens, predictions = written.tokens[-_SHOWN:], written.predictions[-_SHOWN:]
-    return viz.predictions(tokens, predictions, names, rows=_CANDIDATES, limit=_SHOWN)
+    return viz.predictions(tokens, predictions, names, rows=_CANDIDATES)
 
 
 def layer_figure(seen: Observation, view: str, layer: str) -> Figure:

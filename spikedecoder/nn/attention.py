@@ -58,22 +58,23 @@ class AttentionLIF(nn.Module):
         # a constant of the config: in no checkpoint
         self.decay: Tensor | None
         self._decays = c.decays
-        decays = None if c.decays is None else torch.tensor(c.decays)
-        self.register_buffer("decay", decays, persistent=False)
+        self.register_buffer("decay", None if c.decays is None else self._made(), persistent=False)
+
+    def _made(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(self._decays, dtype=dtype, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionLIF:
         """What `to`, `half` and `to_empty` call: the decay is not rounded (0.999 in bfloat16 is 1), and gets
         its values where the module had none."""
         super()._apply(fn, recurse)
         if self.decay is not None and not self.decay.is_meta:
-            dtype = torch.promote_types(self.decay.dtype, torch.float32)
-            self.decay = torch.tensor(self._decays, dtype=dtype, device=self.decay.device)
+            self.decay = self._made(self.decay.device, torch.promote_types(self.decay.dtype, torch.float32))
         return self
 
     def _decay_for(self, x: Tensor) -> Tensor | None:
         """The decay; made here where weights were assigned to a module of the meta device."""
         if self.decay is not None and self.decay.is_meta and not x.is_meta:
-            self.decay = torch.tensor(self._decays, device=x.device)
+            self.decay = self._made(x.device)
         return self.decay
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState | None = None) -> Tensor:
