@@ -6,10 +6,10 @@ import importlib.metadata
 import os
 import platform
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from processor import processor
 
 _PACKAGES = ("spikedecoder", "torch", "triton", "numpy", "spikingjelly", "pytest-benchmark")
 
@@ -21,20 +21,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
-
-
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
     machine_info.clear()
     machine_info.update(
-        processor=_processor(),
+        processor=processor(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from processor import processor
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, __version__, energy
 from spikedecoder.checkpoint import write_bytes, write_json
@@ -153,16 +153,7 @@ def speed(model: SpikeDecoder, rounds: int = 3, count: int = 200) -> float:
 
 
 def machine() -> str:
-    names = [line for line in _cpuinfo() if line.startswith("model name")]
-    processor = names[0].partition(":")[2].strip() if names else platform.machine()
-    return f"{processor}, torch {torch.__version__}, spikedecoder {__version__}"
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+    return f"{processor()}, torch {torch.__version__}, spikedecoder {__version__}"
 
 
 def key(kind: str, tokens: str) -> str:
