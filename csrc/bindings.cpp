@@ -3,6 +3,9 @@
 
 #include <cmath>
 #include <vector>
+#if defined(SPIKEDECODER_X86)
+#include <cpuid.h>
+#endif
 
 #include "batch_norm.h"
 #include "bindings.h"
@@ -228,7 +231,7 @@ void bind_attention(py::module_& m) {
   });
 }
 
-// Who made this CPU: what its kernels' costs go by (spikedecoder/ext/cpu/_cost.py).
+// Who made this CPU: with its family, what its kernels' costs go by (spikedecoder/ext/cpu/_cost.py).
 const char* cpu_vendor() {
 #if defined(SPIKEDECODER_X86)
   __builtin_cpu_init();
@@ -236,6 +239,18 @@ const char* cpu_vendor() {
   if (__builtin_cpu_is("amd")) return "amd";
 #endif
   return "other";
+}
+
+// By which generations of one maker differ: 25 is Zen 3 and 4, 26 is Zen 5. 0 where there is none.
+int cpu_family() {
+#if defined(SPIKEDECODER_X86)
+  unsigned a = 0, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  const unsigned family = a >> 8 & 0xf;
+  return static_cast<int>(family == 0xf ? family + (a >> 20 & 0xff) : family);
+#else
+  return 0;
+#endif
 }
 
 // Of what kernels ask for, what this CPU has.
@@ -290,6 +305,7 @@ void bind_runtime(py::module_& m) {
     d["openmp"] = py::none();
 #endif
     d["vendor"] = cpu_vendor();
+    d["family"] = cpu_family();
     d["features"] = cpu_features();
     d["bfloat16_products"] = bfloat16_products();
     return d;

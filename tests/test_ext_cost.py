@@ -39,10 +39,11 @@ def test_few_rows_are_not_worth_a_transposition(weight_grad):
 
 @pytest.fixture
 def cpu_of(monkeypatch):
-    """Pretends that the costs are asked for on another maker's CPU."""
+    """Pretends that the costs are asked for on another CPU of COSTS."""
 
-    def pretend(vendor, variant="avx512", pairs=False, tiles=False):
-        build = {"vendor": vendor, "bfloat16_products": pairs}
+    def pretend(cpu, variant="avx512", pairs=False, tiles=False):
+        vendor, family = ("amd", 26) if cpu == "zen 5" else (cpu, 25)
+        build = {"vendor": vendor, "family": family, "bfloat16_products": pairs}
         fake = SimpleNamespace(build=lambda: build, variant=lambda: variant)
         monkeypatch.setattr(_cost, "native", fake)
         monkeypatch.setattr(_cost, "has_tiles", lambda: tiles)
@@ -60,18 +61,30 @@ def forget_costs():
 
 
 def test_costs_are_those_of_the_cpu(cpu_of):
-    for vendor in _cost.COSTS:
-        assert set(_cost.COSTS[vendor]) - {"amx"} == {"avx512", "avx2", "baseline"}
-        for variant, (product, gradient) in _cost.COSTS[vendor].items():
-            cpu_of(vendor, variant)
+    for maker in _cost.OTHERS:
+        assert set(_cost.COSTS[maker]) - {"amx"} == {"avx512", "avx2", "baseline"}
+    for cpu, variants in _cost.COSTS.items():
+        for variant, (product, gradient) in variants.items():
+            cpu_of(cpu, variant)
             assert _cost.costs(variant) is product and _cost.costs(variant, True) is gradient
+    cpu_of("zen 5")
+    assert _cost.costs("avx2") is _cost.COSTS["amd"]["avx2"][0]  # not measured there
     cpu_of("other")
-    assert _cost.costs("avx2") is _cost.COSTS[_cost.OTHERS]["avx2"][0]
+    assert _cost.costs("avx2") is _cost.COSTS["amd"]["avx2"][0]
     assert _cost.costs("amx") is _cost.COSTS["intel"]["amx"][0]  # whoever makes one
 
 
 # (shape, rate, of the weight's gradient, what was measured to be the fastest by a tenth at least)
 MEASURED = {
+    ("zen 5", "avx512"): [
+        ((8192, 80, 1280), 0.2, False, "gather"),
+        ((8192, 80, 1280), 0.2, True, "subset_sums"),
+        ((2048, 80, 80), 0.2, True, "subset_sums"),
+        ((2048, 512, 1024), 0.08, True, "gather"),
+        ((2048, 512, 1024), 0.2, False, "subset_sums"),
+        ((1024, 1024, 512), 0.2, False, "subset_sums"),
+        ((8192, 1280, 80), 0.5, False, "subset_sums"),
+    ],
     ("amd", "avx512"): [
         ((8192, 80, 80), 0.05, False, "gather"),
         ((8192, 80, 1280), 0.1, True, "gather"),

@@ -43,9 +43,10 @@ def info() -> dict[str, Any]:
     Keys: "cpu" and "cuda", each a dict with "built" (bool) and, if something is missing, "mend" (a sentence
     with the command). Built, "cpu" has "stale" (built from other sources, and so not used) and, if it is not,
     "variants" (those that this CPU can run, best first), "variant" (the one in force), "vendor" (of this CPU:
-    "intel", "amd" or "other"), "features" (of it, as far as kernels ask for them), "compiler", "openmp"
-    (version date or None), "bfloat16_products", "threads" and "keeps_freed_memory"; "cuda" has "stale",
-    "compiler", "architectures" (of machine code, and PTX as "NN-virtual") and "loaded" (there is a GPU).
+    "intel", "amd" or "other"), "family" (its number; 0 if it has none), "features" (of it, as far as kernels
+    ask for them), "compiler", "openmp" (version date or None), "bfloat16_products", "threads" and
+    "keeps_freed_memory"; "cuda" has "stale", "compiler", "architectures" (of machine code, and PTX as
+    "NN-virtual") and "loaded" (there is a GPU).
     """
     cpu: dict[str, Any] = {"built": is_built()}
     if cpu["built"]:

@@ -14,7 +14,7 @@ gradient has M and K exchanged in the roles of rows and sum, and pays `bits` per
 gradients, are transposed besides (TRANSPOSE_NEAR, TRANSPOSE_FAR), by all ways but torch's product, which is
 the dense one of a FEW rows and where the CPU has none as fast (`own_products`).
 
-The constants are those of the CPU's maker and the variant in force, one set for the product and one for the
+The constants are those of the CPU and the variant in force, one set for the product and one for the
 weight gradient, whose sources lie in other caches. Tiles are of bytes from BYTES_FROM channels on.
 ``python -m spikedecoder.ext.cpu.calibrate`` measures them anew and says how far from the fastest choice the
 model is; SPIKEDECODER_SPIKE_LINEAR_COST names a JSON file that it wrote, to be used instead.
@@ -102,10 +102,21 @@ _BASELINE = {"walk": 9.0, "step": 0.105}
 
 _ZEN_4_AVX512 = Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0.0378, **_AVX512)
 
-# By maker and variant, of the product and of the weight gradient: one thread, torch 2.13 with its own BLAS,
+# By CPU and variant, of the product and of the weight gradient: one thread, torch 2.13 with its own BLAS,
 # which used AVX-512 for all rows but those of Zen 3, which has AVX2.
 COSTS = {
-    # EPYC. AVX-512: Zen 4, in one set, with kernels that did not yet copy panels and subset sums of
+    # EPYC of family 26, whose vectors are of 512 bits in all units; for the others Zen 3's stand.
+    "zen 5": {
+        "avx512": (
+            Costs(
+                *(0.0173, 0.37, 0.0233, 0.0284, 0.00319, 0.0821, 0.111, 0.00781, 0.0, 0.036, 0.107),
+                walk=7.91,
+                step=0.00948,
+            ),
+            Costs(0.023, 0.0, 0.0226, 0.275, 0.00325, 0.0823, 0.35, 0.00784, 0.00413, 0.0723, 0.155, 0.0287),
+        ),
+    },
+    # EPYC before it. AVX-512: Zen 4, in one set, with kernels that did not yet copy panels and subset sums of
     # registers: what both take by now is not measured. The others: Zen 3.
     "amd": {
         "avx512": (_ZEN_4_AVX512, _ZEN_4_AVX512),
@@ -166,7 +177,8 @@ COSTS = {
         ),
     },
 }
-OTHERS = "amd"  # whose costs stand for those of a CPU that nobody has measured
+OTHERS = ("amd", "intel")  # whose costs stand for those of a CPU that nobody has measured
+ZEN_5 = 26  # the family
 
 # A dense product of bfloat16, of float32's time, where the CPU multiplies pairs of them (Zen 4) ...
 BFLOAT16_PAIRS = 0.41
@@ -181,9 +193,11 @@ def has_tiles() -> bool:
     return "amx" in native.variants()
 
 
-def _maker() -> str:
-    made_by: str = native.build()["vendor"]
-    return made_by if made_by in COSTS else OTHERS
+def _cpus() -> tuple[str, ...]:
+    """Those in COSTS that this CPU is or is most like, the nearest first."""
+    build = native.build()
+    newer = ("zen 5",) if build["vendor"] == "amd" and build["family"] >= ZEN_5 else ()
+    return (*newer, *sorted(OTHERS, key=lambda maker: maker != build["vendor"]))
 
 
 @functools.cache
@@ -206,8 +220,7 @@ def costs_of(variant: str, dtype: torch.dtype, weight_grad: bool) -> Costs:
 def costs(variant: str, weight_grad: bool = False) -> Costs:
     path = os.environ.get(_ENV)
     if not path:
-        of_maker = COSTS[_maker()]
-        return (of_maker if variant in of_maker else COSTS["intel"])[variant][weight_grad]
+        return next(COSTS[cpu] for cpu in _cpus() if variant in COSTS[cpu])[variant][weight_grad]
     known = {field.name for field in fields(Costs)}
     try:
         values = json.loads(Path(path).read_text("utf-8"))[variant][KINDS[weight_grad]]
@@ -247,7 +260,7 @@ def own_products(variant: str, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16 and has_tiles():
         return False
     if variant == "avx2":
-        return dtype == torch.bfloat16 or _maker() != "intel"
+        return dtype == torch.bfloat16 or native.build()["vendor"] != "intel"
     return variant in ("amx", "avx512")
 
 
