@@ -86,9 +86,9 @@ void backward(const LifBackward& a) {
   E* const out = static_cast<E*>(a.grad_x);
   const int most = threads_for(work(a.T, step, 0.6), a.threads);
   const bool past = past_cache(out, a.T * step, a.C);
-  // per thread: the membrane potentials h of a few vectors of neurons, then its share of dL/dthreshold
-  const int64_t for_potentials = round_up(a.T * BACK_AT_ONCE * W, 16);
-  const int64_t own = per_thread(for_potentials + ThresholdSum::size(a.threshold, a.C));
+  // per thread: the membrane potentials h of a few vectors of neurons, their slopes, its share of dL/dthreshold
+  const int64_t for_each = round_up(a.T * BACK_AT_ONCE * W, 16), for_both = 2 * for_each;
+  const int64_t own = per_thread(for_both + ThresholdSum::size(a.threshold, a.C));
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
 
   with_cell_and_steps(a.neuron, a.T, [&](const auto& shared_cell, auto steps) {
@@ -98,7 +98,7 @@ void backward(const LifBackward& a) {
       const auto cell = shared_cell;  // this thread's own stays in registers
       const FlushDenormals flush;
       float* const hs = scratch.floats() + own * thread;
-      ThresholdSum sum(a.threshold, a.C, a.grad_threshold, hs + for_potentials);
+      ThresholdSum sum(a.threshold, a.C, a.grad_threshold, hs + for_both);
       for_neurons<BACK_AT_ONCE>(a.rows, a.C, thread, threads,
                   [&](auto vectors, int64_t row, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
         constexpr int U = decltype(vectors)::count;
@@ -110,20 +110,23 @@ void backward(const LifBackward& a) {
           carry[u] = a.grad_v ? load_up_to(a.grad_v + at + u * W, n) : zero();
           falls[u] = zero();
         }
-        PerStep<KNOWN, U> potentials(hs);
+        PerStep<KNOWN, U> potentials(hs), slopes(hs + for_each);
         for_steps<KNOWN>(T, [&](int64_t t) SPIKEDECODER_INLINE_LAMBDA {
+          F h[U], slope[U];
           for (int u = 0; u < U; u++) {
-            const F h = cell.charge(load_up_to(x + t * step + at + u * W, n), v[u]);
-            potentials.put(t, u, h);
-            v[u] = cell.after(h, ge(h, threshold[u]), threshold[u]);
+            h[u] = cell.charge(load_up_to(x + t * step + at + u * W, n), v[u]);
+            v[u] = cell.after(h[u], ge(h[u], threshold[u]), threshold[u]);
+            potentials.put(t, u, h[u]);
           }
+          cell.slopes(h, threshold, slope);
+          for (int u = 0; u < U; u++) slopes.put(t, u, slope[u]);
         });
         for_steps<KNOWN>(T, [&](int64_t before) SPIKEDECODER_INLINE_LAMBDA {
           const int64_t t = T - 1 - before;
           for (int u = 0; u < U; u++) {
             const F grad_spike = load_up_to(grad_spikes + t * step + at + u * W, n);
             const F grad_x =
-                cell.back(potentials.get(t, u), threshold[u], grad_spike, carry[u], falls[u]);
+                cell.back(potentials.get(t, u), threshold[u], slopes.get(t, u), grad_spike, carry[u], falls[u]);
             store_result(out + t * step + at + u * W, grad_x, n, past);
           }
         });
@@ -135,7 +138,7 @@ void backward(const LifBackward& a) {
       sum.end_run();
     });
   });
-  ThresholdSum::combine(a.threshold, a.C, a.grad_threshold, scratch.floats() + for_potentials, own, most);
+  ThresholdSum::combine(a.threshold, a.C, a.grad_threshold, scratch.floats() + for_both, own, most);
 }
 
 }  // namespace

@@ -102,21 +102,40 @@ struct Cell {
     store_spikes(to, fired, n, past);
   }
 
+  // The surrogate's derivatives at U vectors of h, for `back`. Plain: over tau, in as few multiplications as there can
+  // be, e / d^2 with e = exp(-alpha |h - threshold|) and d = (1 + e) sqrt(tau / alpha); and each step of all vectors
+  // before the next, which waits for it.
+  template <int U>
+  SPIKEDECODER_INLINE_MEMBER void slopes(const F (&h)[U], const F (&threshold)[U], F (&slope)[U]) const {
+    if (!Plain) {
+      for (int u = 0; u < U; u++) slope[u] = surrogate_derivative(surrogate, sub(h[u], threshold[u]), alpha);
+      return;
+    }
+    F d[U];
+    for (int u = 0; u < U; u++) slope[u] = fma(h[u], alpha_log2_e, mul(threshold[u], sub(zero(), alpha_log2_e)));
+    exp2_of_minus_abs(slope);
+    for (int u = 0; u < U; u++) d[u] = fma(slope[u], scale, scale);
+    for (int u = 0; u < U; u++) d[u] = mul(d[u], d[u]);
+    for (int u = 0; u < U; u++) slope[u] = div(slope[u], d[u]);
+  }
+
+  SPIKEDECODER_INLINE_MEMBER F slope(F h, F threshold) const {
+    const F h_of[1] = {h}, threshold_of[1] = {threshold};
+    F slope_of[1];
+    slopes(h_of, threshold_of, slope_of);
+    return slope_of[0];
+  }
+
   // One step backwards. `carry` is dL/dv[t] on entry and dL/dv[t-1] on return; `falls` grows by what
-  // threshold_gradient() makes -dL/dthreshold of. Returns dL/dx[t].
-  SPIKEDECODER_INLINE_MEMBER F back(F h, F threshold, F grad_spike, F& carry, F& falls) const {
+  // threshold_gradient() makes -dL/dthreshold of. `slope` is what `slopes` made of h. Returns dL/dx[t].
+  SPIKEDECODER_INLINE_MEMBER F back(F h, F threshold, F slope, F grad_spike, F& carry, F& falls) const {
     if (Plain) {
-      // dL/dx = (alpha grad_spike e / (1 + e)^2 + carry) / tau, e = exp(-alpha |h - threshold|), in as few
-      // multiplications as there can be: d is (1 + e) sqrt(tau / alpha)
-      const F e = exp2_of_minus_abs(fma(h, alpha_log2_e, mul(threshold, sub(zero(), alpha_log2_e))));
-      const F d = fma(e, scale, scale);
-      const F slope = div(mul(grad_spike, e), mul(d, d));
-      falls = add(falls, slope);
-      carry = fma_where(not_ge(h, threshold), carry, inverse_tau, slope);
+      const F by_spike = mul(grad_spike, slope);
+      falls = add(falls, by_spike);
+      carry = fma_where(not_ge(h, threshold), carry, inverse_tau, by_spike);
       return carry;  // leak = 1 / tau
     }
     const Mask fired = ge(h, threshold);
-    const F slope = surrogate_derivative(surrogate, sub(h, threshold), alpha);
     F through_reset;
     if (hard_reset) {
       through_reset = drop(fired, carry);
@@ -166,8 +185,12 @@ struct IntegerCell {
   SPIKEDECODER_INLINE_MEMBER void put(E* to, F h, Mask, int n, bool past) const {
     store_result(to, count(h, levels), n, past);
   }
-  SPIKEDECODER_INLINE_MEMBER F back(F h, F, F grad_spike, F&, F&) const {
-    return keep(ge(h, low), keep(ge(high, h), mul(grad_spike, scale)));
+  template <int U>
+  SPIKEDECODER_INLINE_MEMBER void slopes(const F (&)[U], const F (&)[U], F (&slope)[U]) const {
+    for (int u = 0; u < U; u++) slope[u] = scale;
+  }
+  SPIKEDECODER_INLINE_MEMBER F back(F h, F, F slope, F grad_spike, F&, F&) const {
+    return keep(ge(h, low), keep(ge(high, h), mul(grad_spike, slope)));
   }
   SPIKEDECODER_INLINE_MEMBER F threshold_gradient(F falls) const { return falls; }
 };

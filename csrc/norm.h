@@ -45,42 +45,70 @@ struct Normal {
   }
 };
 
-// Mean and 1 / sqrt(variance + eps) of a row in all timesteps, four of them together, in two passes.
-template <class E, bool Groups>
-SPIKEDECODER_OUTLINE void row_statistics(const Normal<E, Groups>& p, int64_t row, float eps, float* mean, float* rstd) {
-  const float n = static_cast<float>(p.C);
-  for (int64_t t = 0; t < p.T; t += 4) {
-    const E* x[4];
+// Four timesteps of a row from t on; where it has fewer, the first of them again.
+template <class E>
+struct FourSteps {
+  const E* x[4];
+
+  template <bool Groups>
+  SPIKEDECODER_INLINE_MEMBER FourSteps(const Normal<E, Groups>& p, int64_t row, int64_t t) {
     for (int i = 0; i < 4; i++) x[i] = p.x + p.at(t + i < p.T ? t + i : t, row);
-    F sums[4] = {zero(), zero(), zero(), zero()}, means[4];
-    for (int64_t c = 0; c < p.C; c += W) {
-      for (int i = 0; i < 4; i++) sums[i] = add(sums[i], load_up_to(x[i] + c, lanes(p.C, c)));
+  }
+  // What each one's f(sum so far, vector, timestep, lanes that are there) comes to over C channels.
+  template <class Of>
+  SPIKEDECODER_INLINE_MEMBER Four sums(int64_t C, const Of& f) const {
+    F sums[4] = {zero(), zero(), zero(), zero()};
+    const int64_t whole = C / W * W;
+    for (int64_t c = 0; c < whole; c += W) {
+      for (int i = 0; i < 4; i++) sums[i] = f(sums[i], load(x[i] + c), i, W);
     }
-    float mean_of[4], squares_of[4];
-    lane_sums(sums, mean_of);
-    for (int i = 0; i < 4; i++) {
-      mean_of[i] /= n;
-      means[i] = set1(mean_of[i]);
-      sums[i] = zero();
+    if (whole < C) {
+      const int n = static_cast<int>(C - whole);
+      for (int i = 0; i < 4; i++) sums[i] = f(sums[i], load_n(x[i] + whole, n), i, n);
     }
-    int64_t c = 0;
-    for (; c + W <= p.C; c += W) {
-      for (int i = 0; i < 4; i++) {
-        const F d = sub(load(x[i] + c), means[i]);
-        sums[i] = fma(d, d, sums[i]);
+    return lane_sums(sums);
+  }
+};
+
+// Rows whose statistics are computed together, each step of all of them before the next, which waits for it; as many
+// as stay in the nearest cache until they are normalised.
+constexpr int64_t MOST_ROWS = 8;
+template <class E, bool Groups>
+SPIKEDECODER_INLINE int64_t rows_together(const Normal<E, Groups>& p) {
+  const int64_t rows = (16 << 10) / (static_cast<int64_t>(sizeof(E)) * p.T * p.C + 1);
+  return rows > MOST_ROWS ? MOST_ROWS : rows > 1 ? rows : 1;
+}
+
+// Means and 1 / sqrt(variance + eps) of up to MOST_ROWS rows in all timesteps, in two passes over them.
+template <class E, bool Groups>
+SPIKEDECODER_OUTLINE void row_statistics(const Normal<E, Groups>& all, int64_t first, int64_t end, float eps, float* mean,
+                                         float* rstd) {
+  const int64_t C = all.C;
+  const float n = static_cast<float>(C);
+  for (int64_t t = 0; t < all.T; t += 4) {
+    Four means[MOST_ROWS], squares[MOST_ROWS];
+    for (int64_t row = first; row < end; row++) {
+      means[row - first] = FourSteps<E>(all.of(row), row, t).sums(
+          C, [](F sum, F x, int, int) SPIKEDECODER_INLINE_LAMBDA { return add(sum, x); });
+    }
+    for (int64_t row = 0; row < end - first; row++) means[row] /= n;
+    for (int64_t row = first; row < end; row++) {
+      F mean_of[4];
+      for (int i = 0; i < 4; i++) mean_of[i] = set1(means[row - first][i]);
+      squares[row - first] = FourSteps<E>(all.of(row), row, t).sums(
+          C, [&](F sum, F x, int i, int lanes) SPIKEDECODER_INLINE_LAMBDA {
+            F d = sub(x, mean_of[i]);
+            if (lanes < W) d = keep(mask_of((1u << lanes) - 1), d);
+            return fma(d, d, sum);
+          });
+    }
+    for (int64_t row = 0; row < end - first; row++) squares[row] = 1 / sqrt(squares[row] / n + eps);
+    for (int64_t row = first; row < end; row++) {
+      const auto& p = all.of(row);
+      for (int i = 0; i < 4 && t + i < p.T; i++) {
+        mean[p.index(t + i, row)] = means[row - first][i];
+        rstd[p.index(t + i, row)] = squares[row - first][i];
       }
-    }
-    if (c < p.C) {
-      const int k = lanes(p.C, c);
-      for (int i = 0; i < 4; i++) {
-        const F d = keep(mask_of((1u << k) - 1), sub(load_up_to(x[i] + c, k), means[i]));
-        sums[i] = fma(d, d, sums[i]);
-      }
-    }
-    lane_sums(sums, squares_of);
-    for (int64_t i = 0; i < 4 && t + i < p.T; i++) {
-      mean[p.index(t + i, row)] = mean_of[i];
-      rstd[p.index(t + i, row)] = 1 / __builtin_sqrtf(squares_of[i] / n + eps);
     }
   }
 }

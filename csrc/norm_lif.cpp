@@ -24,7 +24,8 @@ constexpr int MOST_AT_ONCE = AT_ONCE, OTHERS_AT_ONCE = AT_ONCE;
 
 template <bool ByRow, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward& a, const Normal<E, Groups>& p,
-                                     int64_t row, E* spikes, bool past) {
+                                     int64_t row, int64_t rows_ahead, E* spikes, bool past) {
+  const int64_t T = p.T, row_step = p.step(), ahead = rows_ahead * p.stride() * p.C;
   const int64_t step = p.step() * p.C, spikes_step = (Groups ? 1 : a.spikes_rows) * p.C;
   constexpr int MOST = usual<CellType> ? MOST_AT_ONCE : OTHERS_AT_ONCE;
   for_channels_evenly<MOST>(p.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
@@ -38,27 +39,30 @@ SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward&
     const E* x = p.x + p.at(0, row) + c;
     E* to = spikes + p.at(0, row) + c;
     const float *mean = p.mean + p.index(0, row), *rstd = p.rstd + p.index(0, row);
-    for (int64_t t = 0; t < p.T; t++, x += step, to += spikes_step, mean += p.step(), rstd += p.step()) {
+    for (int64_t t = 0; t < T; t++, x += step, to += spikes_step, mean += row_step, rstd += row_step) {
       for (int u = 0; u < U; u++) {
         const F h = cell.charge(normalise.y(u, normalise.z(u, load_up_to(x + u * W, n), mean, rstd)), v[u]);
         const Mask fired = ge(h, threshold[u]);
         v[u] = cell.after(h, fired, threshold[u]);
         cell.put(to + u * W, h, fired, n, past);
-        __builtin_prefetch(x + (ByRow ? 2 : 1) * p.stride() * p.C + u * W, 0, 2);
+        __builtin_prefetch(x + ahead + u * W, 0, 2);
       }
     }
   });
 }
 
-// One thread's rows. Statistics are a row ahead, so that their latency hides behind the other row's work.
+// One thread's rows.
 template <bool ByRow, class CellType, class E, bool Groups>
 SPIKEDECODER_OUTLINE void forward_rows(const CellType& shared_cell, const NormLifForward& a,
                                        const Normal<E, Groups>& all, Range rows, E* spikes, bool past) {
   const auto cell = shared_cell;  // this thread's own stays in registers
-  if (ByRow && rows.begin < rows.end) row_statistics(all.of(rows.begin), rows.begin, a.eps, a.mean, a.rstd);
-  for (int64_t row = rows.begin; row < rows.end; row++) {
-    if (ByRow && row + 1 < rows.end) row_statistics(all.of(row + 1), row + 1, a.eps, a.mean, a.rstd);
-    forward_row<ByRow>(cell, a, all.of(row), row, spikes, past);
+  const int64_t together = ByRow ? rows_together(all) : 1;
+  for (int64_t first = rows.begin; first < rows.end; first += together) {
+    const int64_t end = first + together < rows.end ? first + together : rows.end;
+    if (ByRow) row_statistics(all, first, end, a.eps, a.mean, a.rstd);
+    for (int64_t row = first; row < end; row++) {
+      forward_row<ByRow>(cell, a, all.of(row), row, together, spikes, past);
+    }
   }
 }
 
@@ -140,10 +144,13 @@ struct Backward {
 
 // z and membrane potentials of a row's channels first..first + width in all timesteps, as forward had them.
 template <bool ByRow, class CellType, class E, bool Groups>
-SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E, Groups>& b, const Normal<E, Groups>& p,
+SPIKEDECODER_INLINE void charge_row(const CellType& cell, const Backward<E, Groups>& b, const Normal<E, Groups>& p,
                                     int64_t row, const RowScratch& s, int64_t first, int64_t width) {
-  const int64_t step = p.step() * p.C;
-  constexpr int MOST = usual<CellType> ? AT_ONCE : OTHERS_AT_ONCE;
+  // copies of what a store to h or z might change, for all that the compiler knows
+  float *const potentials = s.h, *const normals = s.z;
+  const float *const means = s.mean, *const rstds = s.rstd;
+  const int64_t T = p.T, step = p.step() * p.C, ahead = p.stride() * p.C;
+  constexpr int MOST = usual<CellType> ? MOST_AT_ONCE : OTHERS_AT_ONCE;
   for_channels_evenly<MOST>(width, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, first + c, n);
@@ -153,15 +160,15 @@ SPIKEDECODER_INLINE void potentials(const CellType& cell, const Backward<E, Grou
       v[u] = zero();
     }
     const E* x = p.x + p.at(0, row) + first + c;
-    float *h = s.h + c, *normal = s.z + c;
-    for (int64_t t = 0; t < p.T; t++, x += step, h += RowScratch::BLOCK, normal += RowScratch::BLOCK) {
+    float *h = potentials + c, *normal = normals + c;
+    for (int64_t t = 0; t < T; t++, x += step, h += RowScratch::BLOCK, normal += RowScratch::BLOCK) {
       for (int u = 0; u < U; u++) {
-        const F z = normalise.z(u, load_up_to(x + u * W, n), s.mean + t, s.rstd + t);
+        const F z = normalise.z(u, load_up_to(x + u * W, n), means + t, rstds + t);
         const F charged = cell.charge(normalise.y(u, z), v[u]);
         store(normal + u * W, z);
         store(h + u * W, charged);
         v[u] = cell.after(charged, ge(charged, threshold[u]), threshold[u]);
-        __builtin_prefetch(x + p.stride() * p.C + u * W, 0, 2);
+        __builtin_prefetch(x + ahead + u * W, 0, 2);
       }
     }
   });
@@ -175,9 +182,10 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
                                           const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
                                           ThresholdSum& threshold_sum, int64_t first, int64_t width) {
   const NormLifBackward& a = b.a;
-  const int64_t step = p.step() * p.C;
-  const bool apply = Apply && (usual<CellType> || a.part != NormLifPart::reduce);
-  const bool writes = (ByRow || apply) && !b.past;  // through the cache, whose lines are then asked for ahead, too
+  const int64_t T = p.T, step = p.step() * p.C, ahead = p.stride() * p.C, padded = s.padded;
+  E* const grad_x = b.grad_x;
+  const bool apply = Apply && (usual<CellType> || a.part != NormLifPart::reduce), past = b.past;
+  const bool writes = (ByRow || apply) && !past;  // through the cache, whose lines are then asked for ahead, too
   for_channels_evenly<BACK_AT_ONCE>(width, [&](auto vectors, int64_t at, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const int64_t c = first + at, last = p.at(p.T - 1, row) + c;
@@ -195,21 +203,24 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
       carry[u] = falls[u] = sum_g[u] = sum_gz[u] = zero();
     }
     const E* grad = b.grad_spikes + last;
-    const float *h = s.h + (p.T - 1) * RowScratch::BLOCK + at, *normal = s.z + (p.T - 1) * RowScratch::BLOCK + at;
-    float* kept = s.g + (p.T - 1) * s.padded + c;
     int64_t out = last;
-    for (int64_t t = p.T - 1; t >= 0; t--) {
+    const float *h = s.h + (T - 1) * RowScratch::BLOCK + at, *normal = s.z + (T - 1) * RowScratch::BLOCK + at;
+    float *kept = s.g + (T - 1) * padded + c, *rows = s.sum_g + (T - 1) * W, *rows_z = s.sum_gz + (T - 1) * W;
+    for (int64_t t = 0; t < T; t++) {
+      F potential[U], slope[U];
+      for (int u = 0; u < U; u++) potential[u] = load(h + u * W);
+      cell.slopes(potential, threshold, slope);
       F of_row = zero(), of_row_z = zero();
       if (ByRow) {
-        of_row = load(s.sum_g + t * W);
-        of_row_z = load(s.sum_gz + t * W);
+        of_row = load(rows);
+        of_row_z = load(rows_z);
       }
       for (int u = 0; u < U; u++) {
         const F z = load(normal + u * W), grad_spike = load_up_to(grad + u * W, n);
-        __builtin_prefetch(grad + p.stride() * p.C + u * W, 0, 2);
-        if (writes) __builtin_prefetch(b.grad_x + out + p.stride() * p.C + u * W, 1);
-        const F g = cell.back(load(h + u * W), threshold[u], grad_spike, carry[u], falls[u]);
-        if (apply) store_result(b.grad_x + out + u * W, fma(of_g[u], g, fma(of_z[u], z, of_1[u])), n, b.past);
+        __builtin_prefetch(grad + ahead + u * W, 0, 2);
+        if (writes) __builtin_prefetch(grad_x + out + ahead + u * W, 1);
+        const F g = cell.back(potential[u], threshold[u], slope[u], grad_spike, carry[u], falls[u]);
+        if (apply) store_result(grad_x + out + u * W, fma(of_g[u], g, fma(of_z[u], z, of_1[u])), n, past);
         if (Sums) sum_g[u] = add(sum_g[u], g);
         if (Sums) sum_gz[u] = fma(g, z, sum_gz[u]);
         if (ByRow) {
@@ -220,14 +231,16 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
         }
       }
       if (ByRow) {
-        store(s.sum_g + t * W, of_row);
-        store(s.sum_gz + t * W, of_row_z);
+        store(rows, of_row);
+        store(rows_z, of_row_z);
       }
       grad -= step;
       out -= step;
       h -= RowScratch::BLOCK;
       normal -= RowScratch::BLOCK;
-      kept -= s.padded;
+      kept -= padded;
+      rows -= W;
+      rows_z -= W;
     }
     for (int u = 0; Sums && u < U; u++) {
       store(s.bias + c + u * W, add(load(s.bias + c + u * W), sum_g[u]));
@@ -244,7 +257,7 @@ SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E
   if (ByRow) s.start_row(p, row);
   for (int64_t c = 0; c < p.C; c += RowScratch::BLOCK) {
     const int64_t width = p.C - c < RowScratch::BLOCK ? p.C - c : RowScratch::BLOCK;
-    potentials<ByRow>(cell, b, p, row, s, c, width);
+    charge_row<ByRow>(cell, b, p, row, s, c, width);
     back_through_lif<ByRow, Sums, Apply, Thresholds>(cell, b, p, row, s, threshold_sum, c, width);
   }
 }
@@ -258,18 +271,15 @@ SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t
   for (int64_t t = 0; t < T; t += 4, x += 4 * step, out += 4 * step) {
     const float *const mean = s.mean + t, *const rstd = s.rstd + t;
     F of_g[4], of_gz[4];
+    Four scale;
     for (int i = 0; i < 4; i++) {
       of_g[i] = load(s.sum_g + (t + i) * W);
       of_gz[i] = load(s.sum_gz + (t + i) * W);
+      scale[i] = over_C * rstd[i];
     }
-    float shift[4], slope[4];
-    lane_sums(of_g, shift);
-    lane_sums(of_gz, slope);
-    for (int i = 0; i < 4; i++) {
-      const float scale = over_C * rstd[i];
-      shift[i] *= scale;
-      slope[i] *= Near ? scale : scale * rstd[i];
-    }
+    const Four shift = lane_sums(of_g) * scale;
+    Four slope = lane_sums(of_gz) * scale;
+    for (int i = 0; !Near && i < 4; i++) slope[i] *= rstd[i];
     const int steps = T - t < 4 ? static_cast<int>(T - t) : 4;
     for_channels_evenly<MOST_AT_ONCE>(C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
       const E* from = x + c;

@@ -328,17 +328,29 @@ SPIKEDECODER_INLINE void store_spikes(bfloat16* p, Mask fired, int n, bool past)
 #endif
 }
 
+// Four numbers, of which each belongs to one of four vectors; with the compiler's own arithmetic.
+typedef float Four __attribute__((vector_size(16)));
+
+SPIKEDECODER_INLINE Four sqrt(Four a) {
+#if defined(__SSE2__)
+  return reinterpret_cast<Four>(_mm_sqrt_ps(reinterpret_cast<__m128>(a)));
+#else
+  for (int i = 0; i < 4; i++) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+#endif
+}
+
 // The sums of the lanes of four vectors.
-SPIKEDECODER_INLINE void lane_sums(const F (&a)[4], float* sums) {
+SPIKEDECODER_INLINE Four lane_sums(const F (&a)[4]) {
 #if defined(SPIKEDECODER_AVX512)
   const F low = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
   const F high = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
   const __m512d l = _mm512_castps_pd(low), h = _mm512_castps_pd(high);
   const F four = add(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)), _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
   const __m256 two = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
-  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
+  return reinterpret_cast<Four>(_mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1)));
 #else
-  for (int i = 0; i < 4; i++) sums[i] = sum(a[i]);
+  return Four{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])};
 #endif
 }
 
@@ -382,30 +394,37 @@ SPIKEDECODER_INLINE void for_channels_evenly(int64_t C, const Body& body) {
 }
 
 // 2^-|a|. It stops falling at 2^-110, which keeps denormal numbers (slow) out of what is multiplied with it. A NaN
-// stays one: max gives its second argument there. For gradients: it contracts.
-SPIKEDECODER_INLINE F exp2_of_minus_abs(F a) {
+// stays one: max gives its second argument there. For gradients: it contracts. U vectors step by step together, each
+// of which waits for the one before.
+template <int U>
+SPIKEDECODER_INLINE void exp2_of_minus_abs(F (&a)[U]) {
+  F r[U], p[U];
 #if defined(SPIKEDECODER_AVX512)
-  a = max(set1(-110.f), _mm512_or_ps(set1(-0.f), a));
-  const F r = _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // a - floor(a)
-  F p = set1(1.8775766948e-3f);  // polynomial with relative error 1.5e-7
-  p = fma(p, r, set1(8.9893406257e-3f));
-  p = fma(p, r, set1(5.5826317519e-2f));
-  p = fma(p, r, set1(2.4015361071e-1f));
-  p = fma(p, r, set1(6.9315308332e-1f));
-  p = fma(p, r, set1(0.99999994f));
-  return _mm512_scalef_ps(p, a);  // p 2^floor(a)
+  for (int u = 0; u < U; u++) a[u] = max(set1(-110.f), _mm512_or_ps(set1(-0.f), a[u]));
+  for (int u = 0; u < U; u++) r[u] = _mm512_reduce_ps(a[u], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  for (int u = 0; u < U; u++) p[u] = fma(set1(1.8775766948e-3f), r[u], set1(8.9893406257e-3f));
+  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(5.5826317519e-2f));
+  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(2.4015361071e-1f));
+  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(6.9315308332e-1f));
+  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(0.99999994f));
+  for (int u = 0; u < U; u++) a[u] = _mm512_scalef_ps(p[u], a[u]);
 #else
-  a = max(set1(-110.f), minus_abs(a));
-  const F n = round(a);
-  const F r = sub(a, n);  // in [-1/2, 1/2]; polynomial with relative error 1.3e-7
-  F p = set1(1.3400432165e-3f);
-  p = fma(p, r, set1(9.6721717360e-3f));
-  p = fma(p, r, set1(5.5503272142e-2f));
-  p = fma(p, r, set1(2.4022228148e-1f));
-  p = fma(p, r, set1(6.9314720671e-1f));
-  p = fma(p, r, set1(1.f));
-  return scale_by_exp2(p, n);
+  F n[U];
+  for (int u = 0; u < U; u++) a[u] = max(set1(-110.f), minus_abs(a[u]));
+  for (int u = 0; u < U; u++) n[u] = round(a[u]);
+  for (int u = 0; u < U; u++) r[u] = sub(a[u], n[u]);
+  for (int u = 0; u < U; u++) p[u] = fma(set1(1.3400432165e-3f), r[u], set1(9.6721717360e-3f));
+  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(5.5503272142e-2f));
+  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(2.4022228148e-1f));
+  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(6.9314720671e-1f));
+  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(1.f));
+  for (int u = 0; u < U; u++) a[u] = scale_by_exp2(p[u], n[u]);
 #endif
+}
+SPIKEDECODER_INLINE F exp2_of_minus_abs(F a) {
+  F one[1] = {a};
+  exp2_of_minus_abs(one);
+  return one[0];
 }
 
 }  // namespace SPIKEDECODER_VARIANT

@@ -77,7 +77,7 @@ void attention_lif_backward(const AttentionLifBackward& a) {
   const Layout l{a.B, a.S, a.H, a.d};
   const int64_t heads = a.B * a.H, size = state_size(a.d), stride = l.stride();
   // per thread: a state a timestep, dL/d(result) of a head, potentials of a vector
-  const int64_t result = round_up(a.S * a.d, 16), potentials = round_up(a.T * W, 16);
+  const int64_t result = round_up(a.S * a.d, 16), potentials = round_up(2 * a.T * W, 16);
   const int64_t own = per_thread(a.T * (size + result) + potentials);
   const int threads = threads_for(
       0.4 * static_cast<double>(a.T * heads * a.S) * static_cast<double>(a.d * a.d) / W, a.threads);
@@ -91,6 +91,7 @@ void attention_lif_backward(const AttentionLifBackward& a) {
       const FlushDenormals flush;
       float* const states = scratch.floats() + own * thread;
       float *const g = states + a.T * size, *const hs = g + a.T * result;  // g: first the result itself
+      float* const slopes = hs + a.T * W;
       runs.each([&](int64_t head) {
         ThresholdSum sum(a.threshold, a.d, a.grad_threshold, thresholds.floats() + of_head * head);
         clear(states, a.T * size);
@@ -110,13 +111,14 @@ void attention_lif_backward(const AttentionLifBackward& a) {
             for (int64_t t = 0; t < a.T; t++) {
               const F h = cell.charge(load_up_to(at + t * result, n), v);
               store(hs + t * W, h);
+              store(slopes + t * W, cell.slope(h, threshold));
               v = cell.after(h, ge(h, threshold), threshold);
             }
             for (int64_t t = a.T - 1; t >= 0; t--) {
               const float* const from = a.grad_spikes + t * l.timestep() + row + c;
               __builtin_prefetch(from + AHEAD * stride);
               const F grad_spike = load_up_to(from, n);
-              const F grad = cell.back(load(hs + t * W), threshold, grad_spike, carry, falls);
+              const F grad = cell.back(load(hs + t * W), threshold, load(slopes + t * W), grad_spike, carry, falls);
               store_up_to(at + t * result, grad, n);
             }
             sum.add_up(row, c, n, cell.threshold_gradient(falls));
