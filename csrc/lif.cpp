@@ -32,17 +32,6 @@ SPIKEDECODER_INLINE void for_neurons(int64_t rows, int64_t C, int thread, int th
   }
 }
 
-// body(t) for T timesteps, each a copy of its own where their number is known.
-template <int KNOWN, class Body>
-SPIKEDECODER_INLINE void for_steps(int64_t T, const Body& body) {
-  if constexpr (KNOWN > 0) {
-#pragma GCC unroll 4
-    for (int64_t t = 0; t < KNOWN; t++) body(t);
-  } else {
-    for (int64_t t = 0; t < T; t++) body(t);
-  }
-}
-
 double work(int64_t T, int64_t elements, double per_element) {
   return per_element * static_cast<double>(T) * static_cast<double>(elements);
 }

@@ -1,6 +1,6 @@
 // One step of a LIF neuron and its gradient, W neurons at a time; shared by lif, norm_lif and
-// spike_attention_lif; and of an integer one. Equations: spikedecoder/params.py and spikedecoder/reference/lif.py, whose order of
-// operations is kept, so that the same input gives the same spikes to the bit.
+// spike_attention_lif; and of an integer one. Equations: spikedecoder/params.py and spikedecoder/reference/lif.py, whose
+// order of operations is kept, so that the same input gives the same spikes to the bit.
 #pragma once
 
 #include <type_traits>
@@ -207,22 +207,42 @@ SPIKEDECODER_INLINE void with_neuron(const Neuron& neuron, Element type, const B
   neuron.levels > 0 ? with_type(IntegerCell(neuron)) : with_cell(neuron, with_type);
 }
 
+// body(t) for T timesteps, each a copy of its own where their number is known: addresses that a copy reads lie evenly
+// apart, and so the CPU fetches them ahead.
+template <int KNOWN, class Body>
+SPIKEDECODER_INLINE void for_steps(int64_t T, const Body& body) {
+  if constexpr (KNOWN > 0) {
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < KNOWN; t++) body(t);
+  } else {
+    for (int64_t t = 0; t < T; t++) body(t);
+  }
+}
+
 // How many timesteps there are, if it is known at compile time; else 0.
 template <int Known>
 struct Steps {
   static constexpr int known = Known;
 };
 
-// body(Cell, Steps) with the cell's kind, and the usual number of timesteps, known at compile time.
+// body(Steps) with the number of timesteps known at compile time if it, and the kind of cell, is the usual one.
+template <class CellType, class Body>
+SPIKEDECODER_INLINE void with_steps([[maybe_unused]] int64_t T, const Body& body) {
+#if !defined(SPIKEDECODER_LEAN)
+  if constexpr (usual<CellType>) {
+    if (T == 4) {
+      body(Steps<4>{});
+      return;
+    }
+  }
+#endif
+  body(Steps<0>{});
+}
 template <class Body>
 SPIKEDECODER_INLINE void with_cell_and_steps(const Neuron& neuron, int64_t T, const Body& body) {
-  if (!Cell<true>::plain(neuron)) {
-    body(Cell<false>(neuron), Steps<0>{});
-  } else if (T == 4) {
-    body(Cell<true>(neuron), Steps<4>{});
-  } else {
-    body(Cell<true>(neuron), Steps<0>{});
-  }
+  with_cell(neuron, [&](const auto& cell) {
+    with_steps<std::decay_t<decltype(cell)>>(T, [&](auto steps) { body(cell, steps); });
+  });
 }
 
 // A value for each timestep and vector, in registers where the number of timesteps is known, else in memory.

@@ -81,8 +81,8 @@ SPIKEDECODER_INLINE int64_t rows_together(const Normal<E, Groups>& p) {
 
 // Means and 1 / sqrt(variance + eps) of up to MOST_ROWS rows in all timesteps, in two passes over them.
 template <class E, bool Groups>
-SPIKEDECODER_OUTLINE void row_statistics(const Normal<E, Groups>& all, int64_t first, int64_t end, float eps, float* mean,
-                                         float* rstd) {
+SPIKEDECODER_OUTLINE void row_statistics(const Normal<E, Groups>& all, int64_t first, int64_t end, float eps,
+                                         float* mean, float* rstd) {
   const int64_t C = all.C;
   const float n = static_cast<float>(C);
   for (int64_t t = 0; t < all.T; t += 4) {

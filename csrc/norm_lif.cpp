@@ -22,7 +22,7 @@ constexpr int MOST_AT_ONCE = 5, OTHERS_AT_ONCE = 2;
 constexpr int MOST_AT_ONCE = AT_ONCE, OTHERS_AT_ONCE = AT_ONCE;
 #endif
 
-template <bool ByRow, class CellType, class E, bool Groups>
+template <bool ByRow, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward& a, const Normal<E, Groups>& p,
                                      int64_t row, int64_t rows_ahead, E* spikes, bool past) {
   const int64_t T = p.T, row_step = p.step(), ahead = rows_ahead * p.stride() * p.C;
@@ -39,7 +39,7 @@ SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward&
     const E* x = p.x + p.at(0, row) + c;
     E* to = spikes + p.at(0, row) + c;
     const float *mean = p.mean + p.index(0, row), *rstd = p.rstd + p.index(0, row);
-    for (int64_t t = 0; t < T; t++, x += step, to += spikes_step, mean += row_step, rstd += row_step) {
+    for_steps<KNOWN>(T, [&](int64_t) SPIKEDECODER_INLINE_LAMBDA {
       for (int u = 0; u < U; u++) {
         const F h = cell.charge(normalise.y(u, normalise.z(u, load_up_to(x + u * W, n), mean, rstd)), v[u]);
         const Mask fired = ge(h, threshold[u]);
@@ -47,12 +47,16 @@ SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward&
         cell.put(to + u * W, h, fired, n, past);
         __builtin_prefetch(x + ahead + u * W, 0, 2);
       }
-    }
+      x += step;
+      to += spikes_step;
+      mean += row_step;
+      rstd += row_step;
+    });
   });
 }
 
 // One thread's rows.
-template <bool ByRow, class CellType, class E, bool Groups>
+template <bool ByRow, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_OUTLINE void forward_rows(const CellType& shared_cell, const NormLifForward& a,
                                        const Normal<E, Groups>& all, Range rows, E* spikes, bool past) {
   const auto cell = shared_cell;  // this thread's own stays in registers
@@ -61,7 +65,7 @@ SPIKEDECODER_OUTLINE void forward_rows(const CellType& shared_cell, const NormLi
     const int64_t end = first + together < rows.end ? first + together : rows.end;
     if (ByRow) row_statistics(all, first, end, a.eps, a.mean, a.rstd);
     for (int64_t row = first; row < end; row++) {
-      forward_row<ByRow>(cell, a, all.of(row), row, together, spikes, past);
+      forward_row<ByRow, KNOWN>(cell, a, all.of(row), row, together, spikes, past);
     }
   }
 }
@@ -74,8 +78,13 @@ void forward(const NormLifForward& a, const CellType& cell) {
   const bool past = past_cache(spikes, a.T * a.spikes_rows * a.C, a.C);
   parallel(threads_for(work(a.T, a.rows, a.C, 0.25), a.threads), [&](int thread, int threads) {
     const Range rows = share(all.rows, thread, threads);
-    a.kind == NormKind::row ? forward_rows<true>(cell, a, all, rows, spikes, past)
-                            : forward_rows<false>(cell, a, all, rows, spikes, past);
+    if (a.kind == NormKind::channel) {
+      forward_rows<false, 0>(cell, a, all, rows, spikes, past);
+      return;
+    }
+    with_steps<CellType>(a.T, [&](auto steps) {
+      forward_rows<true, decltype(steps)::known>(cell, a, all, rows, spikes, past);
+    });
   });
 }
 
@@ -143,7 +152,7 @@ struct Backward {
 };
 
 // z and membrane potentials of a row's channels first..first + width in all timesteps, as forward had them.
-template <bool ByRow, class CellType, class E, bool Groups>
+template <bool ByRow, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void charge_row(const CellType& cell, const Backward<E, Groups>& b, const Normal<E, Groups>& p,
                                     int64_t row, const RowScratch& s, int64_t first, int64_t width) {
   // copies of what a store to h or z might change, for all that the compiler knows
@@ -161,7 +170,7 @@ SPIKEDECODER_INLINE void charge_row(const CellType& cell, const Backward<E, Grou
     }
     const E* x = p.x + p.at(0, row) + first + c;
     float *h = potentials + c, *normal = normals + c;
-    for (int64_t t = 0; t < T; t++, x += step, h += RowScratch::BLOCK, normal += RowScratch::BLOCK) {
+    for_steps<KNOWN>(T, [&](int64_t t) SPIKEDECODER_INLINE_LAMBDA {
       for (int u = 0; u < U; u++) {
         const F z = normalise.z(u, load_up_to(x + u * W, n), means + t, rstds + t);
         const F charged = cell.charge(normalise.y(u, z), v[u]);
@@ -170,14 +179,17 @@ SPIKEDECODER_INLINE void charge_row(const CellType& cell, const Backward<E, Grou
         v[u] = cell.after(charged, ge(charged, threshold[u]), threshold[u]);
         __builtin_prefetch(x + ahead + u * W, 0, 2);
       }
-    }
+      x += step;
+      h += RowScratch::BLOCK;
+      normal += RowScratch::BLOCK;
+    });
   });
 }
 
 // g = dL/dy back through the neurons, and all sums. Where dL/dx = a g + b z + c with known coefficients (Apply), it is
 // written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known. Thresholds:
 // whether theirs is among the sums.
-template <bool ByRow, bool Sums, bool Apply, bool Thresholds, class CellType, class E, bool Groups>
+template <bool ByRow, bool Sums, bool Apply, bool Thresholds, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E, Groups>& b,
                                           const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
                                           ThresholdSum& threshold_sum, int64_t first, int64_t width) {
@@ -206,7 +218,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
     int64_t out = last;
     const float *h = s.h + (T - 1) * RowScratch::BLOCK + at, *normal = s.z + (T - 1) * RowScratch::BLOCK + at;
     float *kept = s.g + (T - 1) * padded + c, *rows = s.sum_g + (T - 1) * W, *rows_z = s.sum_gz + (T - 1) * W;
-    for (int64_t t = 0; t < T; t++) {
+    for_steps<KNOWN>(T, [&](int64_t) SPIKEDECODER_INLINE_LAMBDA {
       F potential[U], slope[U];
       for (int u = 0; u < U; u++) potential[u] = load(h + u * W);
       cell.slopes(potential, threshold, slope);
@@ -241,7 +253,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
       kept -= padded;
       rows -= W;
       rows_z -= W;
-    }
+    });
     for (int u = 0; Sums && u < U; u++) {
       store(s.bias + c + u * W, add(load(s.bias + c + u * W), sum_g[u]));
       store(s.weight + c + u * W, add(load(s.weight + c + u * W), sum_gz[u]));
@@ -250,21 +262,21 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
   });
 }
 
-template <bool ByRow, bool Sums, bool Apply, bool Thresholds, class CellType, class E, bool Groups>
+template <bool ByRow, bool Sums, bool Apply, bool Thresholds, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E, Groups>& b,
                                           const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
                                           ThresholdSum& threshold_sum) {
   if (ByRow) s.start_row(p, row);
   for (int64_t c = 0; c < p.C; c += RowScratch::BLOCK) {
     const int64_t width = p.C - c < RowScratch::BLOCK ? p.C - c : RowScratch::BLOCK;
-    charge_row<ByRow>(cell, b, p, row, s, c, width);
-    back_through_lif<ByRow, Sums, Apply, Thresholds>(cell, b, p, row, s, threshold_sum, c, width);
+    charge_row<ByRow, KNOWN>(cell, b, p, row, s, c, width);
+    back_through_lif<ByRow, Sums, Apply, Thresholds, KNOWN>(cell, b, p, row, s, threshold_sum, c, width);
   }
 }
 
 // The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd. In short rows (Near) all z are still
 // there; else x is, in a near cache.
-template <bool Near, class E>
+template <bool Near, int KNOWN, class E>
 SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t step, int64_t C, bool past,
                                           const RowScratch& s) {
   const float over_C = -1 / static_cast<float>(C);
@@ -285,7 +297,7 @@ SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t
       const E* from = x + c;
       E* to = out + c;
       const float *z = s.z + t * RowScratch::BLOCK + c, *g = s.g + t * s.padded + c;
-      for (int i = 0; i < steps; i++) {
+      for_steps<KNOWN>(steps, [&](int64_t i) SPIKEDECODER_INLINE_LAMBDA {
         const F by_g = set1(rstd[i]), by_z = set1(slope[i]), rest = set1(shift[i]);
         for (int u = 0; u < decltype(vectors)::count; u++) {
           const F of_z = Near ? load(z + u * W) : sub(load_up_to(from + u * W, n), set1(mean[i]));
@@ -295,21 +307,22 @@ SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t
         to += step;
         z += RowScratch::BLOCK;
         g += s.padded;
-      }
+      });
     });
   }
 }
 
 // One thread's rows. A function of its own for each kind of work, since one of them all takes the compiler minutes.
-template <bool ByRow, bool Sums, bool Apply, bool Thresholds, class CellType, class E, bool Groups>
+template <bool ByRow, bool Sums, bool Apply, bool Thresholds, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_OUTLINE void back_through_rows(const CellType& shared_cell, const Backward<E, Groups>& b, Range rows,
                                             const RowScratch& s, ThresholdSum& threshold_sum) {
   const auto cell = shared_cell;  // this thread's own stays in registers
   for (int64_t row = rows.begin; row < rows.end; row++) {
     const auto& p = b.p.of(row);
-    back_through_row<ByRow, Sums, Apply, Thresholds>(cell, b, p, row, s, threshold_sum);
+    back_through_row<ByRow, Sums, Apply, Thresholds, KNOWN>(cell, b, p, row, s, threshold_sum);
     if (!ByRow) continue;
-    const auto second_pass = p.C <= RowScratch::BLOCK ? gradient_of_row<true, E> : gradient_of_row<false, E>;
+    const bool near = p.C <= RowScratch::BLOCK;
+    const auto second_pass = near ? gradient_of_row<true, KNOWN, E> : gradient_of_row<false, KNOWN, E>;
     second_pass(p.x + p.at(0, row), b.grad_x + p.at(0, row), p.T, p.step() * p.C, p.C, b.past, s);
   }
 }
@@ -333,12 +346,17 @@ void backward(const NormLifBackward& a, const CellType& cell) {
     constexpr bool more = !usual<CellType>;
     switch (a.part) {
       case NormLifPart::whole:
-        threshold_out ? back_through_rows<true, true, false, true>(cell, b, rows, s, threshold_sum)
-                      : back_through_rows<true, true, false, more>(cell, b, rows, s, threshold_sum);
+        if (threshold_out) {
+          back_through_rows<true, true, false, true, 0>(cell, b, rows, s, threshold_sum);
+          break;
+        }
+        with_steps<CellType>(a.T, [&](auto steps) {
+          back_through_rows<true, true, false, more, decltype(steps)::known>(cell, b, rows, s, threshold_sum);
+        });
         break;
-      case NormLifPart::reduce: back_through_rows<false, true, more, true>(cell, b, rows, s, threshold_sum); break;
-      case NormLifPart::apply: back_through_rows<false, more, true, more>(cell, b, rows, s, threshold_sum); break;
-      case NormLifPart::known: back_through_rows<false, true, true, true>(cell, b, rows, s, threshold_sum); break;
+      case NormLifPart::reduce: back_through_rows<false, true, more, true, 0>(cell, b, rows, s, threshold_sum); break;
+      case NormLifPart::apply: back_through_rows<false, more, true, more, 0>(cell, b, rows, s, threshold_sum); break;
+      case NormLifPart::known: back_through_rows<false, true, true, true, 0>(cell, b, rows, s, threshold_sum); break;
     }
     threshold_sum.end_run();
   });
