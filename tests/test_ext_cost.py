@@ -144,6 +144,15 @@ def test_bfloat16_is_dense_sooner_where_the_cpu_multiplies_it(cpu_of):
         assert fastest(*case) != "dense"
 
 
+@pytest.mark.parametrize(
+    ("shape", "best"),
+    [((2048, 512, 1024), "subset_sums"), ((8192, 80, 1280), "gather"), ((8192, 1280, 80), "subset_sums")],
+)
+def test_pairs_of_bfloat16_gain_less_on_zen_5(cpu_of, shape, best):
+    cpu_of("zen 5", pairs=True)
+    assert fastest(*shape, int(0.2 * shape[0] * shape[1]), dtype=torch.bfloat16) == best
+
+
 def test_bfloat16_is_left_to_torch_only_where_torch_is_fast(cpu_of):
     """Of a CPU with AVX2 alone, torch's product of bfloat16 takes a hundred times as long as of float32."""
     for vendor in ("amd", "intel"):

@@ -180,8 +180,8 @@ COSTS = {
 OTHERS = ("amd", "intel")  # whose costs stand for those of a CPU that nobody has measured
 ZEN_5 = 26  # the family
 
-# A dense product of bfloat16, of float32's time, where the CPU multiplies pairs of them (Zen 4) ...
-BFLOAT16_PAIRS = 0.41
+# A dense product of bfloat16, of float32's time, where the CPU multiplies pairs of them ...
+BFLOAT16_PAIRS = {"zen 5": 0.54, "amd": 0.41, "intel": 0.41}  # the others: Zen 4's
 # ... and what it costs where the CPU multiplies tiles of them, so that torch's is used (Emerald Rapids);
 # gathering fetches bfloat16 as floats.
 BFLOAT16_TILES = {"multiply_add": 0.002, "fetch": 0.4, "panel": 0.27, "unpack": 0.4}
@@ -212,7 +212,7 @@ def costs_of(variant: str, dtype: torch.dtype, weight_grad: bool) -> Costs:
         ours = {"tile": one, "byte": one, "split": table.split / 2, "written": table.written / 2}
         return replace(table, **BFLOAT16_TILES, **ours)
     if variant == "avx512" and native.build()["bfloat16_products"]:
-        return replace(table, multiply_add=BFLOAT16_PAIRS * table.multiply_add)
+        return replace(table, multiply_add=BFLOAT16_PAIRS[_cpus()[0]] * table.multiply_add)
     return table
 
 
