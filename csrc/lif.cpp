@@ -42,7 +42,7 @@ void forward(const LifForward& a) {
   const E* const first = static_cast<const E*>(a.x);
   E* const out = static_cast<E*>(a.spikes);
   const bool past = past_cache(out, a.T * step, a.C);
-  with_cell(a.neuron, [&](const auto& cell) {
+  with_cell_and_steps(a.neuron, a.T, [&](const auto& cell, auto steps) {
     parallel(threads_for(work(a.T, step, 0.3), a.threads), [&](int thread, int threads) {
       for_neurons<AT_ONCE>(a.rows, a.C, thread, threads,
                   [&](auto vectors, int64_t row, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
@@ -54,14 +54,16 @@ void forward(const LifForward& a) {
           threshold[u] = thresholds_at(a.threshold, row, c + u * W, n);
           v[u] = a.v_init ? load_up_to(a.v_init + row + c + u * W, n) : zero();
         }
-        for (int64_t t = 0; t < a.T; t++, x += step, spikes += step) {
+        for_steps<decltype(steps)::known>(a.T, [&](int64_t) SPIKEDECODER_INLINE_LAMBDA {
           for (int u = 0; u < U; u++) {
             const F h = cell.charge(load_up_to(x + u * W, n), v[u]);
             const Mask fired = ge(h, threshold[u]);
             v[u] = cell.after(h, fired, threshold[u]);
             store_spikes(spikes + u * W, fired, n, past);
           }
-        }
+          x += step;
+          spikes += step;
+        });
         for (int u = 0; a.v && u < U; u++) store_up_to(a.v + row + c + u * W, v[u], n);
       });
     });
