@@ -10,8 +10,6 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-SPIKEDECODER_INLINE int lanes(int64_t C, int64_t c) { return static_cast<int>(C - c < W ? C - c : W); }
-
 // Timesteps of an integer neuron are only more rows: as many as are worked on together.
 constexpr int64_t TOGETHER = 4;
 
