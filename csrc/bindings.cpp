@@ -324,5 +324,5 @@ PYBIND11_MODULE(_C, m) {
   bind_linear(m);
   bind_attention(m);
   bind_decode(m);
-  bind_memory(m);
+  bind_tensors(m);
 }

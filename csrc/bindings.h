@@ -15,7 +15,7 @@ using namespace spikedecoder;
 
 void bind_decode(py::module_& m);
 void bind_linear(py::module_& m);
-void bind_memory(py::module_& m);
+void bind_tensors(py::module_& m);
 
 constexpr int64_t kMostElements = int64_t{1} << 46;
 

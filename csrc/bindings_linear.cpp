@@ -1,7 +1,7 @@
 // Linear layers on spikes: one call counts bits, chooses among the ways to multiply, and multiplies.
 #include <algorithm>
 
-#include "bindings.h"
+#include "tensors.h"
 
 namespace {
 
@@ -101,19 +101,60 @@ void weight_grad(uintptr_t words, int64_t count, int64_t most, int other, uintpt
   }
 }
 
+constexpr int64_t FEW_ROWS = 32, FEW_CHANNELS = 65536;  // the latter for a list of 16-bit numbers to name
+
+const float* floats(const DLTensor& x, const char* name) {
+  return array<const float>(reinterpret_cast<uintptr_t>(x.data), 1, name);
+}
+
+bool has_stray(const uint64_t* words, int64_t rows, int64_t bits) {
+  const int64_t n = words_for(bits), last = bits - 64 * (n - 1);
+  for (int64_t r = 0; last < 64 && r < rows; r++) {
+    if (words[r * n + n - 1] >> last) return true;
+  }
+  return false;
+}
+
+// (y, words of s) for a handful of rows of float32 spikes, or (y, None) where nobody wants these or s is words; all are
+// torch's tensors, for finding out in Python what they are takes longer than the product. None where this is not the way:
+// more rows, another dtype, a weight that does not lie by columns, something that `learns`, or an argument to refuse.
+py::object few_rows(py::handle s, py::handle weight, py::handle bias, bool learns, bool want_words, bool own_memory,
+                    int threads) {
+  const bool has_bias = !bias.is_none();
+  DLTensor x, w, b;
+  if (!look_at(s, x) || !look_at(weight, w) || (has_bias && !look_at(bias, b))) return py::none();
+  if (w.ndim != 2 || !(w.dtype == kFloat32) || x.ndim < 1) return py::none();
+  const int64_t columns = w.shape[0], bits = w.shape[1], last = x.shape[x.ndim - 1];
+  const bool packed = x.dtype == kInt64;
+  if (w.strides[0] != 1 || w.strides[1] != columns || !columns || !bits || bits > FEW_CHANNELS) return py::none();
+  if (!(packed || x.dtype == kFloat32) || last != (packed ? words_for(bits) : bits)) return py::none();
+  if (has_bias && !(b.dtype == kFloat32 && b.ndim == 1 && b.shape[0] == columns && is_contiguous(b))) return py::none();
+  int64_t rows = 1;
+  for (int32_t i = 0; i + 1 < x.ndim; i++) rows = std::min(rows * std::min(x.shape[i], FEW_ROWS + 1), FEW_ROWS + 1);
+  if (rows < 1 || rows > FEW_ROWS || !is_contiguous(x)) return py::none();
+  if (learns && (requires_grad(s) || requires_grad(weight) || (has_bias && requires_grad(bias)))) return py::none();
+
+  auto* given = packed ? array<uint64_t>(reinterpret_cast<uintptr_t>(x.data), rows, "s") : nullptr;
+  if (packed && has_stray(given, rows, bits)) return py::none();
+  std::vector<int64_t> shape(x.shape, x.shape + x.ndim);
+  NewTensor words{py::none(), given};
+  if (want_words && !packed) {
+    shape.back() = words_for(bits);
+    words = new_tensor(shape, kInt64, own_memory);
+  }
+  shape.back() = columns;
+  const NewTensor y = new_tensor(shape, kFloat32, own_memory);
+  run(kernels().gather_few,
+      GatherFew{packed ? nullptr : floats(x, "s"), static_cast<uint64_t*>(words.data), floats(w, "weight"),
+                has_bias ? floats(b, "bias") : nullptr, static_cast<float*>(y.data), rows, bits, columns,
+                checked_threads(threads)});
+  return py::make_tuple(y.tensor, words.tensor);
+}
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
-  m.def("gather_few", [](uintptr_t s, uintptr_t words, uintptr_t source, uintptr_t bias, uintptr_t out, int64_t rows,
-                         int64_t bits, int64_t columns, int threads) {
-    require(bits <= 65536, "bits: takes at most 65536");
-    run(kernels().gather_few,
-        GatherFew{array<const float>(s, elements({rows, bits}), "s"),
-                  optional_array<uint64_t>(words, "words"),
-                  array<const float>(source, elements({bits, columns}), "source"),
-                  optional_array<const float>(bias, "bias"), array<float>(out, elements({rows, columns}), "out"), rows,
-                  bits, columns, checked_threads(threads)});
-  });
+  m.def("few_rows", &few_rows);
   m.def("spike_linear", &spike_linear);
   m.def("spike_linear_weight_grad", &weight_grad);
   m.def("count", [](uintptr_t words, int64_t rows, int64_t bits, int threads) {

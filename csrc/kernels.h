@@ -264,7 +264,8 @@ struct SumRows {
   const Unready* unready = nullptr;  // for gathering: the words are not there yet, or have not been looked through
 };
 
-// Packing and gathering of a handful of rows in one: s [rows, bits] -> words (or null), and as SumRows, all float32.
+// Packing and gathering of a handful of rows in one: s [rows, bits] -> words (or null), or words where s is null; the rest
+// as in SumRows, all float32.
 struct GatherFew {
   const float* s;
   uint64_t* words;

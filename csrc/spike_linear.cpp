@@ -253,8 +253,13 @@ void gather_few(const GatherFew& a) {
       at[r] = n;
       for (int64_t w = 0; w < stride; w++) {
         const int64_t left = a.bits - 64 * w;
-        const uint64_t word = word_of_floats(a.s + r * a.bits + 64 * w, static_cast<int>(left < 64 ? left : 64));
-        if (a.words && !thread) a.words[r * stride + w] = word;
+        uint64_t word;
+        if (a.s) {
+          word = word_of_floats(a.s + r * a.bits + 64 * w, static_cast<int>(left < 64 ? left : 64));
+          if (a.words && !thread) a.words[r * stride + w] = word;
+        } else {
+          word = a.words[r * stride + w];
+        }
         if (word) n += indices_of(word, static_cast<uint16_t>(64 * w), lists + n);
       }
     }

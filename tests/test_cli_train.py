@@ -20,6 +20,7 @@ import torch
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.cli import main
 from spikedecoder.cli.settings import MODEL_FIELDS, TRAIN_FIELDS, read_toml
+from spikedecoder.ops import _dispatch
 from spikedecoder.training import TrainConfig
 from spikedecoder.training.checkpoints import read_step
 
@@ -569,6 +570,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_says_what_is_broken(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_dispatch, "_read_environment", _dispatch._read_environment.__wrapped__)
     monkeypatch.setenv("SPIKEDECODER_BACKEND", "cuda")
     assert run("doctor", "--json") == 1
     step = json.loads(capsys.readouterr().out)["training_step"]

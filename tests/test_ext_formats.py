@@ -73,7 +73,10 @@ def test_spike_linear(rows, channels, out_channels, rate, with_bias, by_columns,
     if by_columns:
         weight = weight.t().contiguous().t()
     for name in on_each_variant():
-        assert torch.equal(spike_linear.product(s, weight, bias), expected), name
+        few = spike_linear.few_rows(s, weight, bias, want_words=False)
+        assert (few is not None) == (0 < rows <= 32 and weight.stride() == (1, out_channels)), name
+        assert few is None or (torch.equal(few[0], expected) and few[1] is None), name
+        assert torch.equal(spike_linear.from_words(reference.pack(s), channels, weight, bias), expected), name
         for method in (None, *_cost.METHODS):
             y, words = spike_linear.forward(s, weight, bias, method)
             assert torch.equal(y, expected), (name, method)
@@ -141,7 +144,9 @@ def test_a_row_of_more_channels_than_a_list_can_name(channels):
     s[0, -1] = 1
     weight = torch.arange(2.0 * channels).view(channels, 2).t()
     for name in on_each_variant():
-        assert torch.equal(spike_linear.product(s, weight, None), weight[:, -1:].t()), name
+        few = spike_linear.few_rows(s, weight, None)
+        assert (few is None) == (channels > 65_536)
+        assert torch.equal(spike_linear.forward(s, weight, None)[0], weight[:, -1:].t()), name
 
 
 @pytest.mark.parametrize("shape", [(4096, 80, 80), (4096, 700, 100)])

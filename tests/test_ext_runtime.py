@@ -82,12 +82,12 @@ def test_memory_of_results(dtype, monkeypatch):
     first = _memory.empty(shape, dtype).data_ptr()
     for _ in range(50):
         _memory.empty(shape, dtype)
-        cpu.native.result(shape, _memory._TYPES[dtype])
+        cpu.native.empty(shape, _memory._TYPES[dtype])
     assert abs(_memory.empty(shape, dtype).data_ptr() - first) < 20 * size
     with pytest.raises(ValueError, match="sizes"):
-        cpu.native.result([-1, 4], 0)
+        cpu.native.empty([-1, 4], 0)
     with pytest.raises(MemoryError):
-        cpu.native.result([1 << 45], 0)
+        cpu.native.empty([1 << 45], 0)
     with pytest.raises(RuntimeError, match="resizable"):
         _memory.empty(shape, dtype).resize_(2 * size)
     monkeypatch.setattr(cpu, "KEEPS_FREED_MEMORY", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ops, use_backend
+from spikedecoder.ops import BackendError
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "layer": {},
@@ -278,7 +280,7 @@ def test_shapes_without_values(variant: str) -> None:
     assert logits.is_meta and logits.shape == wanted.shape and state.nbytes == read_state.nbytes
 
 
-def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches():
+def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches(monkeypatch):
     """What `spike_linear` gives without a gradient, and all that keeps it on the dispatcher's way."""
     import importlib
 
@@ -289,38 +291,86 @@ def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches():
 
     if not ext.is_built():
         pytest.skip(ext.NOT_BUILT)
-    op = importlib.import_module("spikedecoder.ops.spike_linear")
-    s, weight, bias = (torch.rand(4, 70) < 0.2).float(), torch.randn(8, 70), torch.randn(8)
-    seen = []
+    native = importlib.import_module("spikedecoder.ext.cpu.spike_linear")
+    s, bias = (torch.rand(4, 70) < 0.2).float(), torch.randn(8)
+    weight = torch.randn(70, 8).t()
+    straight, seen = [], []
+
+    def few_rows(*given):
+        found = native.few_rows(*given)
+        straight.append(found is not None)
+        return found
+
+    operator = importlib.import_module("spikedecoder.ops.spike_linear")
+    monkeypatch.setattr(operator, "_few_rows", lambda requested: few_rows)
+
+    def passes_by(*given):
+        """Whether the call was answered before the dispatcher, if it was not refused."""
+        straight.clear()
+        with contextlib.suppress(TypeError, ValueError, NotImplementedError, BackendError):
+            ops.spike_linear(*given)
+        return straight[:1] == [True]
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
+    class Marked(torch.Tensor):
+        pass
+
     with use_backend("cpu"):
-        assert op._bare(s, weight, bias) and op._bare(s, weight, None)
-        straight = op.spike_linear(s, weight, bias)
-        words = ops.pack_spikes(s)
-        assert op._bare(words, weight, bias) and not op._bare(weight, words)
-        assert torch.equal(op.spike_linear(words, weight, bias), straight)
+        y, words = ops.spike_linear(s, weight, bias), ops.pack_spikes(s)
+        torch.testing.assert_close(y, ops.spike_linear(s, weight.contiguous(), bias))
+        assert torch.equal(ops.spike_linear(words, weight, bias), y)
+        assert torch.equal(ops.spike_linear(s.view(2, 1, 2, 70), weight, bias).view(4, 8), y)
+        for given in (
+            (s, weight, bias),
+            (s, weight),
+            (words, weight),
+            (s, torch.nn.Parameter(weight, False)),
+        ):
+            assert passes_by(*given)
+        for given in (
+            (weight, words),
+            (s, weight.contiguous()),
+            (s[:, :-1], weight),
+            (s, weight, bias[1:]),
+            (s, weight, torch.randn(16)[::2]),
+            (s.double(), weight),
+            (s, weight.double()),
+            (s.bool(), weight),
+            (s.to("meta"), weight),
+            (s, torch._neg_view(weight)),
+            (s, weight.to_sparse()),
+            (s.as_subclass(Marked), weight),
+            (s.expand(9, 4, 70), weight),
+            (s[:0], weight),
+            (words | 1 << 50, weight),
+            (s.tolist(), weight),
+            (None, None, None),
+        ):
+            assert not passes_by(*given)
         with Watch():
-            assert not op._bare(s, weight, bias) and not op._bare(words, weight, bias)
-            assert torch.equal(op.spike_linear(s, weight, bias), straight)
+            assert torch.equal(ops.spike_linear(s, weight, bias), y)
+            assert not passes_by(s, weight, bias) and not passes_by(words, weight, bias)
         assert any("spike_linear" in name for name in seen)
         with torch.autocast("cpu"):
-            assert op.spike_linear(s, weight, bias).dtype == torch.bfloat16
+            assert ops.spike_linear(s, weight, bias).dtype == torch.bfloat16
         with forward_ad.dual_level():
-            assert not op._bare(s, weight, bias)
-        learned = weight.clone().requires_grad_()
-        assert op.spike_linear(s, learned, bias).requires_grad
-        with torch.no_grad():
-            assert op._bare(s, learned, bias)
-        assert not op._bare(s.double(), weight) and not op._bare(s.to("meta"), weight)
-        assert not op._bare(s, torch._neg_view(weight)) and not op._bare(s, weight.to_sparse())
+            assert not passes_by(s, weight, bias)
+        for learned in ((s, weight.clone().requires_grad_()), (s.clone().requires_grad_(), weight)):
+            assert ops.spike_linear(*learned).requires_grad
+            with torch.no_grad():
+                assert passes_by(*learned)
+        assert ops.spike_linear(s, weight, bias.clone().requires_grad_()).requires_grad
         inside = []
-        torch.vmap(lambda x: (inside.append(op._bare(x, weight)), x)[1])(s[None])
+        torch.vmap(lambda x: (inside.append(passes_by(x, weight)), x)[1])(s[None])
         assert inside == [False]
+        with pytest.raises(ValueError, match="bits are set beyond"):
+            ops.spike_linear(words | 1 << 50, weight)
+        monkeypatch.setattr(native, "SEES_TENSORS", False)
+        assert not passes_by(s, weight, bias) and torch.equal(ops.spike_linear(s, weight, bias), y)
 
 
 def test_a_tangent_is_refused_where_it_would_be_lost():

@@ -287,6 +287,9 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
   kernels().gather_few({s.data(), few_words.data(), columns.data(), bias.data(), y.data(), M, K, N, threads});
   CHECK(close(y, expected));
   CHECK(few_words == words);
+  y.assign(y.size(), NAN);
+  kernels().gather_few({nullptr, few_words.data(), columns.data(), bias.data(), y.data(), M, K, N, threads});
+  CHECK(close(y, expected) && few_words == words);
   for (auto kernel : {kernels().gather_weight_grad, kernels().subset_sums_weight_grad, kernels().tile_weight_grad,
                       kernels().matmul_weight_grad}) {
     for (Element type : {Element::float32, Element::bfloat16}) {

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
+# Asked for each call of an operator: looked up once.
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
@@ -24,18 +28,18 @@ def unwatched(*tensors: Tensor | None) -> bool:
     ):
         raise NotImplementedError("this operator has no forward-mode derivative, and its input has a tangent")
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_tracing()
+        _is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transform() is not None
+        or _is_tracing()
         or forward_ad._current_level >= 0
     ):
         return False
-    return all(
-        x is None or (type(x) in _PLAIN and x.layout == torch.strided and not x.is_meta and not x.is_neg())
-        for x in tensors
-    )
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.layout != torch.strided or x.is_meta or x.is_neg()):
+            return False
+    return True
 
 
 def as_tensors(like: Tensor, *found: Tensor | None, dtype: torch.dtype | None = None) -> Any:
@@ -98,6 +102,11 @@ def direct(
                 found = backward(ctx, *grads)
             return found if tensors is None else (*found[:tensors], None)
 
-    if tensors is None:
-        return Direct.apply
-    return lambda *inputs: Direct.apply(*inputs[:tensors], inputs[tensors:])
+    def call(*inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        if tensors is None:
+            return Direct.apply(*inputs)
+        return Direct.apply(*inputs[:tensors], inputs[tensors:])
+
+    return call

@@ -70,12 +70,18 @@ def _check_name(name: str, where: str) -> str:
 
 
 def requested_backend() -> str:
-    """The backend in force: set by `use_backend`, else by SPIKEDECODER_BACKEND, else "auto"."""
+    """The backend in force: set by `use_backend`, else by SPIKEDECODER_BACKEND when it was first asked for,
+    else "auto"."""
     return _forced if _forced is not None else _from_environment()
 
 
 @constant
 def _from_environment() -> str:
+    return _read_environment()
+
+
+@functools.cache
+def _read_environment() -> str:
     return _check_name(os.environ.get(_ENV) or "auto", f"environment variable {_ENV}")
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -184,29 +188,12 @@ def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
     return weight.to(dtype), None if bias is None else bias.to(dtype), backend
 
 
-def _bare(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether a call's result is all that is wanted: no gradient, no trace, tensors that are what they seem.
-
-    Then the dispatcher, which for one token takes as long as the kernel, can be passed by.
-    """
-    if not unwatched(s, weight, bias) or torch.is_autocast_enabled("cpu") or s is None or weight is None:
-        return False
-    learns = torch.is_grad_enabled()
-    for x in (s, weight, bias):
-        if x is None or (x is s and x.dtype == torch.int64 and x.is_cpu):
-            continue
-        if x.dtype != torch.float32 or (learns and x.requires_grad) or not x.is_cpu:
-            return False
-    return True
-
-
-def _fits(s: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `check_linear`, or `_check_words`, has nothing to say of the shapes."""
-    if weight.dim() != 2 or s.dim() < 1:
-        return False
-    n, k = weight.shape
-    last = -(-k // WORD) if s.dtype == torch.int64 else k
-    return s.shape[-1] == last and (bias is None or bias.shape == (n,))
+@functools.cache
+def _few_rows(requested: str) -> Callable[..., Any] | None:
+    """What the backend "cpu" has for a handful of rows, whose product takes less time than all else here."""
+    if resolve("spike_linear", "cpu", torch.float32, requested) != "cpu":
+        return None
+    return module("cpu", "spike_linear").few_rows
 
 
 def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -225,15 +212,10 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if (
-        _bare(s, weight, bias)
-        and _fits(s, weight, bias)
-        and resolve("spike_linear", "cpu", torch.float32, requested_backend()) == "cpu"
-    ):
-        impl = module("cpu", "spike_linear")
-        if s.dtype == torch.int64:
-            return impl.from_words(s, weight.shape[1], weight, bias)
-        return impl.product(s, weight, bias)
+    if unwatched() and not torch.is_autocast_enabled("cpu") and (few_rows := _few_rows(requested_backend())):
+        found = few_rows(s, weight, bias, torch.is_grad_enabled(), False)
+        if found is not None:
+            return found[0]
     packed = isinstance(s, Tensor) and s.dtype == torch.int64
     (_check_words if packed else check_linear)(s, weight, bias)
     weight, bias, backend = as_product(weight, bias)

@@ -14,19 +14,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from spikedecoder.ext import cpu
 from spikedecoder.ext.cpu import native
 
-# past torch.utils.dlpack and torch.empty: where other work has emptied the caches they take 20 microseconds
-_from_dlpack = torch._C._from_dlpack
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+# Whether the compiled functions can look at tensors and make some: a later torch may have another way.
+SEES_TENSORS = native is not None and _exchange is not None and native.use_torch(_exchange, Tensor, Parameter)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """An uninitialised tensor that cannot be resized in place, since its memory is not torch's."""
-    if cpu.KEEPS_FREED_MEMORY and dtype in _TYPES:
-        return _from_dlpack(native.result(shape, _TYPES[dtype]))
+    if cpu.KEEPS_FREED_MEMORY and SEES_TENSORS:
+        return native.empty(shape, _TYPES[dtype])
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 

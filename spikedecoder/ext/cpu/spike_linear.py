@@ -6,19 +6,20 @@ Which of these runs is decided from the shape and the measured spike rate; see `
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spikedecoder.ext import cpu
 from spikedecoder.ext.cpu import _cost, native
 from spikedecoder.ext.cpu._arguments import BITS, ELEMENTS, address, dense, floats_on_cpu, same
-from spikedecoder.ext.cpu._memory import empty
+from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty
 from spikedecoder.ext.cpu.pack_spikes import pack_and_count, packable, unpack
 
 why_not = floats_on_cpu
 
-FEW_ROWS = 32
-_FEW_CHANNELS = 65536  # that a list of 16-bit numbers can name
 UNKNOWN = -1  # how many bits are set, which the kernel's caller then counts
 _ROUNDED_ONCE = 2048  # channels up to which a kernel's bfloat16 output was summed in float32 throughout
 
@@ -32,9 +33,8 @@ def forward(
     (``weight.t().contiguous().t()``, made once before generating), any other is transposed in each call,
     which for a handful of rows costs more than the product itself.
     """
-    if method is None and _is_few(s, weight):
-        words = s.new_empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
-        return _few_rows(s, weight, bias, words), words
+    if method is None and (found := few_rows(s, weight, bias)) is not None:
+        return found
     way = way_of(s, weight, method)
     if weight.dtype == torch.float32 and not way.torch_dense:
         s = packable(s)
@@ -46,13 +46,25 @@ def forward(
     return multiply(words, count, weight, bias, way), words
 
 
-def product(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The y of `forward`, where nobody wants the bits."""
-    return _few_rows(s, weight, bias, None) if _is_few(s, weight) else forward(s, weight, bias)[0]
+def few_rows(
+    s: Tensor, weight: Tensor, bias: Tensor | None, learns: bool = False, want_words: bool = True
+) -> Any:
+    """(y, words) of a handful of rows, for a weight that lies by columns: `forward` where microseconds count.
+
+    s: spikes, or words of them. None where the arguments, whatever they are, are not what this takes, or one
+    of them needs a gradient and `learns`. Without `want_words` those of spikes are None.
+    """
+    if not SEES_TENSORS:
+        return None
+    return native.few_rows(
+        s, weight, bias, learns, want_words, cpu.KEEPS_FREED_MEMORY, torch.get_num_threads()
+    )
 
 
 def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [..., N] from the spikes' bits: that of `forward`, bit for bit."""
+    if (found := few_rows(words, weight, bias)) is not None:
+        return found[0]
     words = words.contiguous()
     return multiply(words, UNKNOWN, weight, bias, way_of(words, weight))
 
@@ -129,31 +141,8 @@ def _matmul(
     )
 
 
-def _is_by_columns(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.stride() == (1, weight.shape[0])
-
-
 def _lies_by_columns(weight: Tensor) -> bool:
     return not weight.is_contiguous() and weight.t().is_contiguous()
-
-
-def _is_few(s: Tensor, weight: Tensor) -> bool:
-    channels = s.shape[-1]
-    return 0 < s.numel() <= FEW_ROWS * channels and channels <= _FEW_CHANNELS and _is_by_columns(weight)
-
-
-def _few_rows(s: Tensor, weight: Tensor, bias: Tensor | None, words: Tensor | None) -> Tensor:
-    """Packing (where `words` are wanted) and gathering in one call: each microsecond counts."""
-    s = dense(s)
-    out_channels, channels = weight.shape
-    y = s.new_empty((*s.shape[:-1], out_channels))
-    if bias is not None:
-        bias = dense(bias)
-    native.gather_few(
-        *(s.data_ptr(), address(words), weight.data_ptr(), address(bias), y.data_ptr()),
-        *(y.numel() // out_channels if out_channels else 0, channels, out_channels, torch.get_num_threads()),
-    )
-    return y
 
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None = None) -> Tensor:
