@@ -29,6 +29,7 @@ if not ext.is_built():
 
 from spikedecoder.ext import cpu as backend
 from spikedecoder.ext.cpu import (
+    dense_linear,
     ilif,
     lif,
     linear_norm_lif,
@@ -263,6 +264,24 @@ def spike_linear_dense_grads(m: int, k: int, n: int) -> Calls:
     return calls
 
 
+@named("cpu", "torch")
+def dense_linear_train(m: int, k: int, n: int) -> Calls:
+    """A linear layer on counts of I-LIF neurons, forward and all gradients. The row cpu is what it is on CPUs
+    that torch's BLAS was not written for; on others the operator is torch's product."""
+    s, (_, weight, bias) = torch.randint(0, LEVELS + 1, (m, k)).float(), _linear(m, k, n, 0)
+    grad = torch.randn(m, n)
+
+    def cpu() -> tuple[Any, ...]:
+        return dense_linear.forward(s, weight, bias), *dense_linear.backward(grad, s, weight, (True,) * 3)
+
+    def by_torch() -> tuple[Any, ...]:
+        return F.linear(s, weight, bias), grad @ weight, grad.t() @ s, grad.sum(0)
+
+    calls: Calls = {"cpu": cpu, "torch": by_torch}
+    assert_same(calls, 1e-2)
+    return calls
+
+
 @named("cpu", "parts")
 def linear_norm_lif_forward(m: int, k: int, n: int, rate: float) -> Calls:
     """Linear, LayerNorm and LIF over 4 timesteps, beside the operators one after the other."""
@@ -303,6 +322,7 @@ def variant(benchmark: Any) -> None:
         *rows(spike_linear_token, *TOKEN),
         *rows(spike_linear_weight_grad, *LINEAR),
         *rows(spike_linear_dense_grads, *SHAPES),
+        *rows(dense_linear_train, (1024, 96, 96), (1024, 96, 384), (1024, 384, 96), *SHAPES),
         *rows(
             linear_norm_lif_forward,
             *[(8192, *k_n, p) for k_n in ((80, 1280), (512, 2048)) for p in (0.05, 0.2)],

@@ -165,14 +165,16 @@ void bind_linear(py::module_& m) {
     return ready(spikes, 0, rows, threads);
   });
   m.def("matmul", [](uintptr_t a, int a_type, uintptr_t b, int b_type, uintptr_t bias, uintptr_t c, int c_type,
-                     uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads) {
+                     uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads, bool by_columns) {
     const Element of_a = make_element(a_type, 3), of_b = make_element(b_type, 1), of_c = make_element(c_type, 1);
     require(of_a != Element::byte, "a_type: takes 0 (float32), 1 (bfloat16) or 3 (bits)");
+    require(!by_columns || (of_a == Element::float32 && of_c == Element::float32 && !a_sums),
+            "by_columns: takes float32 without a_sums");
     const Matmul p{typed_array(a, of_a, M, of_a == Element::bits ? words_for(K) : K, "a"),
                    typed_array(b, of_b, K, N, "b"), optional_array<const float>(bias, "bias"),
                    typed_output(c, of_c, M, N, "c"),
                    optional_array<float>(a_sums, "a_sums"), of_a, of_b, of_c, M, K, N,
-                   checked_threads(threads)};
+                   checked_threads(threads), by_columns};
     run(kernels().matmul, p);
   });
 }

@@ -288,6 +288,7 @@ struct WeightGrad {
 
 // c = a b + bias. a [M, K]: float32, bfloat16 or bits; b [K, N], c [M, N]: float32 or bfloat16; bias [N] or null.
 // Sums are float32. a_sums [K], or null, gets the sums of a's columns: a bias's gradient, where a is dL/dy.
+// by_columns: a, of float32, lies as its transpose [K, M], and there are no a_sums.
 struct Matmul {
   const void *a, *b;
   const float* bias;
@@ -296,6 +297,7 @@ struct Matmul {
   Element a_type, b_type, c_type;
   int64_t M, K, N;
   int threads;
+  bool by_columns = false;
 };
 
 // x [rows, columns] -> out [columns, rows].

@@ -23,6 +23,8 @@ constexpr int ROWS = 6, VECTORS = 2;  // 12 sums of 16 registers
 
 constexpr int64_t CHUNK = 16 * ROWS;  // rows of a whose tiles lie in the cache together, with a panel
 constexpr int64_t DEPTH = 1280;       // of a panel, at most
+// the same for an a that lies by columns: few rows, each a long sum, so that all threads have some
+constexpr int64_t COLUMNS_CHUNK = 48, COLUMNS_DEPTH = 512;
 constexpr int64_t PACKED = 16;        // rows of b that become parts of all panels in one task
 
 // One block of the product: `depth` rows of b from row `first` on, as panels.
@@ -32,7 +34,10 @@ struct Block {
   bool dot, past;
 
   int64_t columns() const { return vectors * W; }
-  int64_t stride() const { return round_up(depth, 64) + 16; }  // of a tile's rows: not a power of two
+  int64_t chunk() const { return p.by_columns ? COLUMNS_CHUNK : CHUNK; }
+  // of a tile's rows: not a power of two; or of its columns
+  int64_t stride() const { return p.by_columns ? COLUMNS_CHUNK : round_up(depth, 64) + 16; }
+  int64_t tile_values() const { return round_up(p.by_columns ? depth * stride() : CHUNK * stride(), 64); }
   int64_t sums_stride() const { return round_up(p.K, 64); }  // of the sums of a chunk's columns
   int64_t panel_floats() const { return (dot ? (depth + 1) / 2 : depth) * columns(); }
 };
@@ -108,6 +113,16 @@ void copy_row(const Block& s, int64_t r, bfloat16* to) {
 }
 #endif
 
+// `rows` rows of an a that lies by columns, from row `begin` on; what lies between them and the stride becomes 0.
+void copy_columns(const Block& s, int64_t begin, int64_t rows, float* to) {
+  const float* from = static_cast<const float*>(s.p.a) + s.first * s.p.M + begin;
+  for (int64_t k = 0; k < s.depth; k++, from += s.p.M, to += s.stride()) {
+    for (int64_t r = 0; r < s.stride(); r += W) {
+      store(to + r, r < rows ? load_up_to(from + r, static_cast<int>(smaller(W, rows - r))) : zero());
+    }
+  }
+}
+
 // Where a tile's sums go.
 template <class E>
 struct Target {
@@ -145,7 +160,7 @@ SPIKEDECODER_INLINE void clear(F (&sums)[ROWS][V]) {
   }
 }
 
-template <int V, class E>
+template <int V, bool BY_COLUMNS, class E>
 void tile(const float* a, int64_t stride, const float* panel, int64_t panel_stride, int64_t depth,
           const Target<E>& target) {
   F sums[ROWS][V];
@@ -156,7 +171,7 @@ void tile(const float* a, int64_t stride, const float* panel, int64_t panel_stri
     for (int j = 0; j < V; j++) b[j] = load(panel + j * W);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
-      const F x = set1(a[r * stride + k]);
+      const F x = set1(BY_COLUMNS ? a[k * stride + r] : a[r * stride + k]);
 #pragma GCC unroll 4
       for (int j = 0; j < V; j++) sums[r][j] = fma(x, b[j], sums[r][j]);
     }
@@ -165,7 +180,7 @@ void tile(const float* a, int64_t stride, const float* panel, int64_t panel_stri
 }
 
 #if defined(SPIKEDECODER_AVX512)
-template <int V, class E>
+template <int V, bool, class E>
 SPIKEDECODER_DOT void tile(const bfloat16* a, int64_t stride, const float* panel, int64_t panel_stride, int64_t depth,
                            const Target<E>& target) {
   F sums[ROWS][V];
@@ -198,12 +213,16 @@ void add_rows(const A* tiles, int64_t stride, int64_t rows, int64_t depth, float
 }
 
 // Rows of one chunk times panels begin..end. A: what tiles of a hold; E: what c holds.
-template <class A, class E>
+template <class A, bool BY_COLUMNS, class E>
 void multiply(const Block& s, int64_t chunk, Range panels, const float* packed, A* tiles, float* sums) {
-  const int64_t begin = chunk * CHUNK, rows = smaller(CHUNK, s.p.M - begin), stride = s.stride();
-  for (int64_t r = 0; r < rows; r++) copy_row(s, begin + r, tiles + r * stride);
-  if (sums && !panels.begin) add_rows(tiles, stride, rows, s.depth, sums + chunk * s.sums_stride() + s.first);
-  for (int64_t r = rows; r < round_up(rows, ROWS); r++) memset(tiles + r * stride, 0, sizeof(A) * static_cast<size_t>(stride));
+  const int64_t begin = chunk * s.chunk(), rows = smaller(s.chunk(), s.p.M - begin), stride = s.stride();
+  if constexpr (BY_COLUMNS) {
+    copy_columns(s, begin, rows, tiles);
+  } else {
+    for (int64_t r = 0; r < rows; r++) copy_row(s, begin + r, tiles + r * stride);
+    if (sums && !panels.begin) add_rows(tiles, stride, rows, s.depth, sums + chunk * s.sums_stride() + s.first);
+    for (int64_t r = rows; r < round_up(rows, ROWS); r++) memset(tiles + r * stride, 0, sizeof(A) * static_cast<size_t>(stride));
+  }
   for (int64_t panel = panels.begin; panel < panels.end; panel++) {
     const int64_t column = panel * s.columns(), width = smaller(s.columns(), s.p.N - column);
     const int used = static_cast<int>((width + W - 1) / W);
@@ -212,18 +231,18 @@ void multiply(const Block& s, int64_t chunk, Range panels, const float* packed, 
                              s.p.bias && !s.first ? s.p.bias + column : nullptr,
                              static_cast<int>(smaller(ROWS, rows - r)), static_cast<int>(width - (used - 1) * W),
                              s.first > 0, s.past};
-      const A* a = tiles + r * stride;
+      const A* a = tiles + r * (BY_COLUMNS ? 1 : stride);
       const float* b = packed + panel * s.panel_floats();
       switch (used) {
-        case 1: tile<1, E>(a, stride, b, s.columns(), s.depth, target); break;
-        case 2: tile<2, E>(a, stride, b, s.columns(), s.depth, target); break;
-        default: tile<VECTORS, E>(a, stride, b, s.columns(), s.depth, target);
+        case 1: tile<1, BY_COLUMNS, E>(a, stride, b, s.columns(), s.depth, target); break;
+        case 2: tile<2, BY_COLUMNS, E>(a, stride, b, s.columns(), s.depth, target); break;
+        default: tile<VECTORS, BY_COLUMNS, E>(a, stride, b, s.columns(), s.depth, target);
       }
     }
   }
 }
 
-template <class A, class E>
+template <class A, bool BY_COLUMNS, class E>
 void block(const Block& s, Tasks& pack_tasks, Tasks& tasks, int64_t groups, float* packed, A* tiles,
            float* sums) {
   for (int64_t task; pack_tasks.next(task);) {
@@ -243,27 +262,28 @@ void block(const Block& s, Tasks& pack_tasks, Tasks& tasks, int64_t groups, floa
   barrier();
   for (int64_t task; tasks.next(task);) {
     const Range panels = share(s.panels, static_cast<int>(task % groups), static_cast<int>(groups));
-    multiply<A, E>(s, task / groups, panels, packed, tiles, sums);
+    multiply<A, BY_COLUMNS, E>(s, task / groups, panels, packed, tiles, sums);
   }
   finish_stores();
 }
 
-template <class A>
+template <class A, bool BY_COLUMNS = false>
 void multiply_all(const Matmul& p, bool dot) {
   const int64_t vectors_in_all = (p.N + W - 1) / W, panels = (vectors_in_all + VECTORS - 1) / VECTORS;
-  const int64_t vectors = (vectors_in_all + panels - 1) / panels, chunks = (p.M + CHUNK - 1) / CHUNK;
+  const int64_t vectors = (vectors_in_all + panels - 1) / panels;
   const double work = (dot ? 0.01 : 0.02) * (16 / W) * static_cast<double>(p.M * p.N) * static_cast<double>(p.K);
   const int threads = threads_for(work, p.threads);
+  const int64_t rows = BY_COLUMNS ? COLUMNS_CHUNK : CHUNK, chunks = (p.M + rows - 1) / rows;
   int64_t groups = 1;  // of panels, so that each thread has some tasks to choose from
   while (chunks * groups < 4 * threads && groups < panels) groups++;
   // sums that are rounded when they are stored are stored once
-  const int64_t blocks = (p.K + DEPTH - 1) / DEPTH;
+  const int64_t most = BY_COLUMNS ? COLUMNS_DEPTH : DEPTH, blocks = (p.K + most - 1) / most;
   const int64_t depth = p.c_type == Element::float32 ? smaller(p.K, round_up((p.K + blocks - 1) / blocks, 64)) : p.K;
   Block s{p, 0, depth, vectors, panels, dot, false};
   s.past = depth == p.K && (p.c_type == Element::float32
                                 ? past_cache(static_cast<float*>(p.c), p.M * p.N, p.N)
                                 : past_cache(static_cast<bfloat16*>(p.c), p.M * p.N, p.N));
-  const int64_t own = round_up(CHUNK * s.stride(), 64);
+  const int64_t own = s.tile_values();
   Scratch packed(sizeof(float) * static_cast<size_t>(s.panel_floats() * panels));
   Scratch tiles(sizeof(A) * static_cast<size_t>(own * threads));
   // of each chunk, so that they do not depend on which thread took it
@@ -274,10 +294,10 @@ void multiply_all(const Matmul& p, bool dot) {
     Tasks pack_tasks((s.depth + PACKED - 1) / PACKED), tasks(chunks * groups);
     team(threads, [&](int thread, int) {
       A* const mine = static_cast<A*>(tiles.get()) + own * thread;
-      if (p.c_type == Element::float32) {
-        block<A, float>(s, pack_tasks, tasks, groups, packed.floats(), mine, sums);
+      if (BY_COLUMNS || p.c_type == Element::float32) {
+        block<A, BY_COLUMNS, float>(s, pack_tasks, tasks, groups, packed.floats(), mine, sums);
       } else {
-        block<A, bfloat16>(s, pack_tasks, tasks, groups, packed.floats(), mine, sums);
+        block<A, false, bfloat16>(s, pack_tasks, tasks, groups, packed.floats(), mine, sums);
       }
     });
   }
@@ -300,6 +320,7 @@ void matmul(const Matmul& p) {
     return multiply_all<bfloat16>(p, true);
   }
 #endif
+  if (p.K && p.by_columns) return multiply_all<float, true>(p, false);
   if (p.K) return multiply_all<float>(p, false);
   for (int64_t i = 0; i < p.M * p.N; i++) {
     const F start = set1(p.bias ? p.bias[i % p.N] : 0);

@@ -314,7 +314,12 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
     CHECK(close(widened(y16), expected, 4e-3f));
     CHECK(close(sums, expected_sums));
   }
-  auto transposed = array<float>(K * N);
+  auto s_by_columns = array<float>(M * K), transposed = array<float>(K * N);
+  for (int64_t i = 0; i < M * K; i++) s_by_columns[i % K * M + i / K] = s[i];
+  y.assign(y.size(), NAN);
+  kernels().matmul({s_by_columns.data(), columns.data(), bias.data(), y.data(), nullptr, Element::float32,
+                    Element::float32, Element::float32, M, K, N, threads, true});
+  CHECK(close(y, expected));
   kernels().transpose({columns.data(), transposed.data(), K, N, threads});
   for (int64_t k = 0; k < K; k++) {
     for (int64_t n = 0; n < N; n++) CHECK(transposed[n * K + k] == columns[k * N + n]);

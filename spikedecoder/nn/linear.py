@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikedecoder import ops
@@ -38,7 +37,7 @@ class SpikeLinear(nn.Linear):
             return ops.spike_linear(s, self.weight, bias)
         if self.unrolled:
             return ops.unrolled_linear(s, self.weight, bias, levels=self.levels)
-        return F.linear(s, self.weight, bias)
+        return ops.dense_linear(s, self.weight, bias)
 
 
 class LinearNorm(nn.Module):

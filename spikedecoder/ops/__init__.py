@@ -2,6 +2,7 @@
 
 from spikedecoder.ops._dispatch import BackendError, use_backend
 from spikedecoder.ops.binarize import binarize
+from spikedecoder.ops.dense_linear import dense_linear
 from spikedecoder.ops.ilif import ilif, ilif_params
 from spikedecoder.ops.lif import lif, lif_params
 from spikedecoder.ops.linear_norm import linear_norm
@@ -24,6 +25,7 @@ from spikedecoder.ops.unrolled import (
 __all__ = [
     "BackendError",
     "binarize",
+    "dense_linear",
     "ilif",
     "ilif_params",
     "lif",

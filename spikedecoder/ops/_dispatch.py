@@ -33,6 +33,7 @@ OPERATORS = (
     "spike_attention",
     "spike_attention_lif",
     "spike_linear",
+    "dense_linear",
     "binarize",
     "pack_spikes",
 )

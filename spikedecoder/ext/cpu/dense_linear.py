@@ -1,0 +1,53 @@
+"""Linear layer on any numbers in C++ (csrc/matmul.cpp), for CPUs that torch's BLAS was not written for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spikedecoder.ext.cpu import _cost, native
+from spikedecoder.ext.cpu._arguments import ELEMENTS, floats_on_cpu, same
+from spikedecoder.ext.cpu._memory import empty
+from spikedecoder.ext.cpu.spike_linear import input_and_bias_grad, matmul
+from spikedecoder.ops._dispatch import Call
+
+_FLOAT = ELEMENTS[torch.float32]
+
+
+def why_not(call: Call) -> str | None:
+    if (reason := floats_on_cpu(call)) is not None:
+        return reason
+    if call.dtype != torch.float32:
+        return f"it takes float32, got {call.dtype}"
+    if native.build()["vendor"] == "intel" or not _cost.own_products(native.variant(), torch.float32):
+        return "torch's own is as fast on this CPU"
+    return None
+
+
+def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y [..., N] of at least one row, K and N."""
+    n, k = weight.shape
+    s, y = same(s), empty((*s.shape[:-1], n))
+    sizes = (s.numel() // k, k, n, torch.get_num_threads())
+    matmul(s, _FLOAT, same(weight.t()), None if bias is None else same(bias), y, None, sizes)
+    return y
+
+
+def backward(
+    grad: Tensor, s: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (s, weight, bias) from that of y, None for those that nobody wants."""
+    n, k = weight.shape
+    grad, s = same(grad), same(s)
+    grad_s = grad_weight = grad_bias = None
+    if wanted[0]:
+        grad_s, grad_bias = input_and_bias_grad(grad, weight)
+    elif wanted[2]:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    if wanted[1]:
+        grad_weight = empty((n, k))
+        sizes = (n, s.numel() // k, k, torch.get_num_threads())
+        matmul(grad, _FLOAT, s, None, grad_weight, None, sizes, by_columns=True)
+    return grad_s, grad_weight, grad_bias if wanted[2] else None
