@@ -266,8 +266,8 @@ def spike_linear_dense_grads(m: int, k: int, n: int) -> Calls:
 
 @named("cpu", "torch")
 def dense_linear_train(m: int, k: int, n: int) -> Calls:
-    """A linear layer on counts of I-LIF neurons, forward and all gradients. The row cpu is what it is on CPUs
-    that torch's BLAS was not written for; on others the operator is torch's product."""
+    """A linear layer on counts of I-LIF neurons, forward and all gradients. On most CPUs the operator is
+    torch's product all the same (`_cost.outpaces_torch`)."""
     s, (_, weight, bias) = torch.randint(0, LEVELS + 1, (m, k)).float(), _linear(m, k, n, 0)
     grad = torch.randn(m, n)
 

@@ -161,18 +161,17 @@ def test_where_the_product_is_torchs(own):
 def test_it_is_left_to_torch_where_that_is_as_fast(monkeypatch):
     from spikedecoder.ext.cpu import _cost, dense_linear, native
 
+    cpus = (("amd", 26), ("amd", 25), ("intel", 6), ("other", 0))
+    for vendor, family in cpus:
+        built = {**native.build(), "vendor": vendor, "family": family}
+        monkeypatch.setattr(_cost, "native", type("", (), {"build": lambda b=built: b}))
+        found = {name for name in ("amx", "avx512", "avx2", "baseline") if _cost.outpaces_torch(name)}
+        assert found == ({"avx512"} if family == 26 else set())
+    monkeypatch.setattr(_cost, "outpaces_torch", lambda variant: variant != native.variant())
     call = Call(torch.device("cpu"), torch.float32, ())
-    for vendor, own, reason in (
-        ("amd", True, None),
-        ("amd", False, "torch's own is as fast on this CPU"),
-        ("intel", True, "torch's own is as fast on this CPU"),
-    ):
-        built = {**native.build(), "vendor": vendor}
-        monkeypatch.setattr(
-            dense_linear, "native", type("", (), {"build": lambda b=built: b, "variant": str})
-        )
-        monkeypatch.setattr(_cost, "own_products", lambda *_, own=own: own)
-        assert dense_linear.why_not(call) == reason
+    assert dense_linear.why_not(call) == "torch's own is as fast on this CPU"
+    monkeypatch.setattr(_cost, "outpaces_torch", lambda variant: variant == native.variant())
+    assert dense_linear.why_not(call) is None
     assert "takes float32" in dense_linear.why_not(Call(torch.device("cpu"), torch.bfloat16, ()))
     assert "on cuda" in dense_linear.why_not(Call(torch.device("cuda"), torch.float32, ()))
 

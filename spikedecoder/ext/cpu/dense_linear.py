@@ -1,4 +1,4 @@
-"""Linear layer on any numbers in C++ (csrc/matmul.cpp), for CPUs that torch's BLAS was not written for."""
+"""Linear layer on any numbers in C++ (csrc/matmul.cpp), for CPUs on which torch's takes much longer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def why_not(call: Call) -> str | None:
         return reason
     if call.dtype != torch.float32:
         return f"it takes float32, got {call.dtype}"
-    if native.build()["vendor"] == "intel" or not _cost.own_products(native.variant(), torch.float32):
+    if not _cost.outpaces_torch(native.variant()):
         return "torch's own is as fast on this CPU"
     return None
 
