@@ -265,8 +265,8 @@ def own_products(variant: str, dtype: torch.dtype) -> bool:
 
 
 def outpaces_torch(variant: str) -> bool:
-    """Whether the dense kernel takes far less time than torch's product of float32: on Zen 5, of whose vectors
-    of 512 bits torch's BLAS uses half. With AVX2 it takes 0.85 to 1.1 of the time there."""
+    """Whether the dense kernel takes far less time than torch's product of float32: on Zen 5, where torch's
+    BLAS uses half of the vectors' 512 bits. With AVX2 it takes 0.85 to 1.1 of the time there."""
     return variant == "avx512" and _cpus()[0] == "zen 5"
 
 
