@@ -302,6 +302,9 @@ def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches(monkeypat
         return found
 
     operator = importlib.import_module("spikedecoder.ops.spike_linear")
+    assert operator._few_rows("auto") is operator._few_rows("cpu") is native.few_rows
+    # their tensors lie on a GPU, where nothing of the CPU's is asked
+    assert not any(operator._few_rows(other) for other in ("triton", "cuda", "reference"))
     monkeypatch.setattr(operator, "_few_rows", lambda requested: few_rows)
 
     def passes_by(*given):

@@ -191,7 +191,8 @@ def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
 @functools.cache
 def _few_rows(requested: str) -> Callable[..., Any] | None:
     """What the backend "cpu" has for a handful of rows, whose product takes less time than all else here."""
-    if resolve("spike_linear", "cpu", torch.float32, requested) != "cpu":
+    # asked of "auto": that a backend asked for by name cannot run is for the general way to say
+    if requested not in ("auto", "cpu") or resolve("spike_linear", "cpu", torch.float32, "auto") != "cpu":
         return None
     return module("cpu", "spike_linear").few_rows
 
