@@ -373,7 +373,8 @@ def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches(monkeypat
         with pytest.raises(ValueError, match="bits are set beyond"):
             ops.spike_linear(words | 1 << 50, weight)
         monkeypatch.setattr(native, "SEES_TENSORS", False)
-        assert not passes_by(s, weight, bias) and torch.equal(ops.spike_linear(s, weight, bias), y)
+        assert not passes_by(s, weight, bias)
+        torch.testing.assert_close(ops.spike_linear(s, weight, bias), y)  # in another order of sums, maybe
 
 
 def test_a_tangent_is_refused_where_it_would_be_lost():
