@@ -89,6 +89,7 @@ bool look_at(py::handle x, DLTensor& seen) {
     PyErr_Clear();  // it has no memory that others could read
     return false;
   }
+  if (!seen.data) return false;  // of zeros alone, or none
   seen.data = static_cast<char*>(seen.data) + seen.byte_offset;
   return seen.device.type == kCPU.type;
 }

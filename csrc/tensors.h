@@ -29,7 +29,7 @@ inline bool operator==(DLDataType a, DLDataType b) {
 }
 
 // Whether x is a tensor whose values lie on the CPU as they are read, which `seen` then describes until Python runs
-// again. None, a subclass, a sparse tensor, and one that is negated when it is read are not.
+// again. None, a subclass, an empty tensor, a sparse one, and one that is negated when it is read are not.
 bool look_at(py::handle x, DLTensor& seen);
 
 // Whether its elements lie one after another, the last dimension first.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -174,6 +176,65 @@ def test_it_is_left_to_torch_where_that_is_as_fast(monkeypatch):
     assert dense_linear.why_not(call) is None
     assert "takes float32" in dense_linear.why_not(Call(torch.device("cpu"), torch.bfloat16, ()))
     assert "on cuda" in dense_linear.why_not(Call(torch.device("cuda"), torch.float32, ()))
+
+
+def test_what_the_product_cannot_read_is_torchs(own):
+    s, weight, bias, grad = exact(0, 300, 20, 30)
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            ops.dense_linear(s, weight, bias.to(dtype))
+    expected = whole(s, weight, bias, grad)
+    odd = torch.frombuffer(bytearray(b"0" + s.numpy().tobytes()), dtype=torch.float32, offset=1).view(300, 20)
+    assert torch.equal(ops.dense_linear(odd, weight, bias), expected[0])
+    assert not ops.dense_linear(torch._efficientzerotensor(s.shape), weight).any()
+    assert not own
+    learned = [x.clone().requires_grad_() for x in (s, weight, bias)]
+    for incoming, factor in ((torch._neg_view(grad), -1), (torch._efficientzerotensor(grad.shape), 0)):
+        found = torch.autograd.grad(ops.dense_linear(*learned), learned, incoming)
+        assert all(torch.equal(a, factor * b) for a, b in zip(found, expected[1:], strict=True))
+
+
+def test_only_what_a_gradient_needs_is_kept(own):
+    kept = []
+
+    def pack(x):
+        kept.append(tuple(x.shape))
+        return x
+
+    shapes = {"s": (300, 20), "weight": (30, 20)}
+    for learns, needs in (
+        ((1, 0, 0), ["weight"]),
+        ((0, 1, 0), ["s"]),
+        ((0, 0, 1), []),
+        ((1, 1, 0), ["s", "weight"]),
+    ):
+        s, weight, bias, grad = exact(0, 300, 20, 30)
+        given = [x.requires_grad_(bool(on)) for x, on in zip((s, weight, bias), learns, strict=True)]
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            y = ops.dense_linear(*given)
+        assert kept == [shapes[name] for name in needs]
+        learned = [x for x in given if x.requires_grad]
+        expected = [g for g, on in zip(whole(s, weight, bias, grad)[1:], learns, strict=True) if on]
+        found = torch.autograd.grad(y, learned, grad)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(own) == 4
+
+
+def test_derivatives_of_every_kind_are_those_of_torch(own):
+    s, weight, bias, grad = (x / 8 for x in exact(0, 300, 20, 30))
+    results = []
+    for linear in (ops.dense_linear, torch.nn.functional.linear):
+        learned = [x.clone().requires_grad_() for x in (s, weight, bias)]
+        first = torch.autograd.grad(linear(*learned).square().sum(), learned[:2], create_graph=True)
+        again = torch.autograd.grad(sum(x.square().sum() for x in first), learned)
+        y = linear(*learned)
+        batched = torch.autograd.grad(y, learned, torch.stack([grad, -grad]), is_grads_batched=True)
+        forward_mode = torch.func.jvp(functools.partial(linear, weight=weight), (s,), (s,))
+        results.append((*first, *again, *batched, *forward_mode))
+    assert len(own) == 2
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
 def test_bad_input_is_named():

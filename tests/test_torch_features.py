@@ -346,6 +346,7 @@ def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches(monkeypat
             (s.to("meta"), weight),
             (s, torch._neg_view(weight)),
             (s, weight.to_sparse()),
+            (s, weight, torch._efficientzerotensor((8,))),
             (s.as_subclass(Marked), weight),
             (s.expand(9, 4, 70), weight),
             (s[:0], weight),
@@ -375,6 +376,23 @@ def test_one_token_passes_the_dispatcher_by_only_where_nothing_watches(monkeypat
         monkeypatch.setattr(native, "SEES_TENSORS", False)
         assert not passes_by(s, weight, bias)
         torch.testing.assert_close(ops.spike_linear(s, weight, bias), y)  # in another order of sums, maybe
+
+
+def test_a_gradient_that_holds_its_negative_is_read_as_what_it_is():
+    x, weight = torch.randn(4, 3, 8), torch.randn(8, 8)
+    spikes = (x > 0).float()
+    for operator in (
+        lambda x: ops.lif(x),
+        lambda x: ops.ilif(x, levels=3),
+        lambda x: ops.binarize(x),
+        lambda x: ops.spike_linear(spikes + (x - x.detach()), weight),
+    ):
+        learned = x.clone().requires_grad_()
+        expected, found = (
+            torch.autograd.grad(operator(learned), learned, grad)[0]
+            for grad in (-torch.ones_like(x), torch._neg_view(torch.ones_like(x)))
+        )
+        assert expected.any() and torch.equal(expected, found)
 
 
 def test_a_tangent_is_refused_where_it_would_be_lost():

@@ -75,6 +75,7 @@ def direct(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     tensors: int | None = None,
+    twice: bool = False,
 ) -> Callable[..., Any]:
     """An operator as an autograd function, for calls that nothing watches: a training step of a small model
     feels what the dispatcher takes.
@@ -82,6 +83,7 @@ def direct(
     Args: what the operator is registered with, but functions in place of operators.
         tensors: so many of its arguments, the first, may be tensors; autograd, which looks at each argument,
             is handed the others as one. None: any may.
+        twice: backward can be differentiated itself, where gradients are on in it.
     """
 
     class Direct(torch.autograd.Function):
@@ -95,7 +97,8 @@ def direct(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if torch.is_grad_enabled():  # the gradient may be differentiated again
+            grads = tuple(grad if grad is None else grad.resolve_neg() for grad in grads)
+            if torch.is_grad_enabled() and not twice:  # the gradient may be differentiated again
                 kept = _Kept(ctx)
                 found = _Final.apply(lambda: backward(kept, *grads), *grads, *kept.saved_tensors)
             else:

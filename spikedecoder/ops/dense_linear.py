@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,14 +16,25 @@ from spikedecoder.ops.spike_linear import check_linear
 _FEW_ROWS = 128  # for which a backend's preparations take longer than the product
 
 
-def _backend(s: Tensor, weight: Tensor) -> str:
+def _backend(s: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """One with a product of its own, or "reference", which is torch's, also where others were asked for."""
     few = s.numel() <= _FEW_ROWS * s.shape[-1] or not weight.numel()
-    if few or s.dtype != weight.dtype or requested_backend() not in ("auto", "cpu"):
+    if few or s.device.type != "cpu" or requested_backend() not in ("auto", "cpu"):
         return "reference"
-    if s.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if any(x is not None and (x.dtype != s.dtype or not _lies_well(x)) for x in (s, weight, bias)):
+        return "reference"
+    if torch.is_autocast_enabled("cpu"):
         return "reference"
     return resolve("dense_linear", "cpu", s.dtype, "auto")
+
+
+def _lies_well(x: Tensor) -> bool:
+    """Whether it has memory of its own, and its numbers lie where those of its size do."""
+    try:
+        address = x.data_ptr()
+    except RuntimeError:  # one of several in a batch
+        return False
+    return address != 0 and address % x.element_size() == 0
 
 
 def _forward(s: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -31,16 +43,29 @@ def _forward(s: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Te
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     s, weight, _, ctx.backend = inputs
-    ctx.save_for_backward(s, weight)
+    of_s, of_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(s if of_weight else None, weight if of_s else None)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     s, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
+    plain = unwatched() and unwatched(grad) and _lies_well(grad)
+    if torch.is_grad_enabled() or not plain:  # such as a gradient's gradient
+        return *_by_torch(grad, s, weight, wanted), None
     return *module(ctx.backend, "dense_linear").backward(grad, s, weight, wanted), None
 
 
-_direct = direct(_forward, _setup_context, _gradients)
+def _by_torch(
+    grad: Tensor, s: Tensor | None, weight: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_s = None if weight is None else grad @ weight
+    grad_weight = None if s is None else rows.t() @ s.reshape(-1, s.shape[-1])
+    return grad_s, grad_weight, rows.sum(0) if wanted[2] else None
+
+
+_direct = direct(_forward, _setup_context, _gradients, twice=True)
 
 
 def dense_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,12 +77,16 @@ def dense_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         s: numbers [..., K]. weight: [N, K]; bias: [N] or None.
 
     Returns:
-        y [..., N]. Gradients to s, weight and bias. Kept for backward: s.
+        y [..., N]. Gradients to s, weight and bias, and of those. Kept for backward: s, where weight learns.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     check_linear(s, weight, bias)
-    if unwatched(s, weight, bias) and (backend := _backend(s, weight)) != "reference":
-        return _direct(s, weight, bias, backend)
+    if unwatched() and unwatched(
+        s, weight, bias
+    ):  # first whether there may be tangents, which the second refuses
+        backend = _backend(s, weight, bias)
+        if backend != "reference":
+            return _direct(s, weight, bias, backend)
     return F.linear(s, weight, bias)

@@ -36,18 +36,19 @@ def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def backward(
-    grad: Tensor, s: Tensor, weight: Tensor, wanted: Sequence[bool]
+    grad: Tensor, s: Tensor | None, weight: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (s, weight, bias) from that of y, None for those that nobody wants."""
-    n, k = weight.shape
-    grad, s = same(grad), same(s)
+    """Gradients of (s, weight, bias) from that of y, None for those that nobody wants: without that of s no
+    weight is needed, and without that of the weight no s."""
+    grad = same(grad)
     grad_s = grad_weight = grad_bias = None
-    if wanted[0]:
+    if wanted[0] and weight is not None:
         grad_s, grad_bias = input_and_bias_grad(grad, weight)
     elif wanted[2]:
         grad_bias = grad.flatten(0, -2).sum(0)
-    if wanted[1]:
-        grad_weight = empty((n, k))
+    if wanted[1] and s is not None:
+        n, k = grad.shape[-1], s.shape[-1]
+        s, grad_weight = same(s), empty((n, k))
         sizes = (n, s.numel() // k, k, torch.get_num_threads())
         matmul(grad, _FLOAT, s, None, grad_weight, None, sizes, by_columns=True)
     return grad_s, grad_weight, grad_bias if wanted[2] else None
