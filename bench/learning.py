@@ -20,7 +20,10 @@ from spikedecoder.viz.reports import read_metrics
 
 def main(run: str, picture: str) -> None:
     corpus = prepare_corpus()
-    fingerprint = json.loads((Path(run) / "run.json").read_text())["fingerprint"]
+    info = Path(run) / "run.json"
+    if not info.is_file():
+        sys.exit(f"{run}: holds no run, takes the folder of one on the built-in text")
+    fingerprint = json.loads(info.read_text())["fingerprint"]
     if fingerprint != corpus.fingerprint:
         sys.exit(f"{run}: got a run on another text, takes one on the built-in text")
     points = [(x["step"], x["val_loss"] / math.log(2)) for x in read_metrics(run) if "val_loss" in x]

@@ -255,3 +255,14 @@ def test_the_entry_point_answers_in_one_line(saved):
     )
     assert done.returncode == 2 and done.stdout == "", done.stderr
     assert "outside the model's vocabulary" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_error_begins_a_line_of_its_own(saved, monkeypatch):
+    """The prompt is on the terminal by then."""
+
+    def refuse(model):
+        raise ValueError("no")
+
+    monkeypatch.setattr("spikedecoder.generation.native.why_not", refuse)
+    done = CliRunner().invoke(app, ["generate", "-c", str(saved[1]), "-p", "the", "-n", "3"])
+    assert str(done.exception) == "no" and done.stdout == "the\n"

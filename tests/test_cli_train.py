@@ -221,6 +221,20 @@ def test_a_text_from_a_pipe_has_to_be_given_again(
     assert result(capsys, "train", "--resume", out, "--text", story, "--max-steps", "2")["steps"] == 2
 
 
+def test_a_run_from_python_says_that_its_text_is_asked_for(
+    story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    result(capsys, "train", "--text", story, "--out", out, "--max-steps", "1", *SMALL)
+    info = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(
+        json.dumps({**info, "source": {}})
+    )  # as `spikedecoder.training.train` leaves it
+    said = fails(capsys, "train", "--resume", out, "--max-steps", "2")
+    assert "was begun from Python and does not say where its text is" in said
+    assert result(capsys, "train", "--resume", out, "--text", story, "--max-steps", "2")["steps"] == 2
+
+
 def test_a_run_that_cannot_save_has_failed(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -537,7 +551,8 @@ def test_convert_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "truncated (nothing in it)" in fails(
         capsys, "convert", tmp_path / "empty.pt", tmp_path / "m", "--set", "heads=2"
     )
-    assert "options: missing" in fails(capsys, "convert", checkpoint, tmp_path / "m")
+    said = fails(capsys, "convert", checkpoint, tmp_path / "m")
+    assert "options: missing" in said and "--options FILE or --set KEY=VALUE" in said
     for option, message in (
         ("dictionary=5", "dictionary: got 5, takes a list of words"),
         ('normalization=["a"]', "normalization: got ['a'], takes one value"),

@@ -302,6 +302,8 @@ def test_compare_lists_each_model_with_its_twins():
     assert any("estimate" in line for line in comparison.assumptions)
     twice = energy.compare([ledgers[0], ledgers[0]])
     assert {e.model for e in twice.entries} == {"a", "a (2)"}
+    with pytest.raises(TypeError, match="ledgers: got a Ledger, takes several"):
+        energy.compare(ledgers[0])
     with pytest.raises(ValueError, match="ledgers: got none"):
         energy.compare([])
 

@@ -112,7 +112,11 @@ def generate(
         own = dataclasses.replace(sampling, seed=(seed + i) % 2**63)
         _print("\n" * (i > 0))
         begin = time.perf_counter()
-        written.append(_to_terminal(model, tokenizer, start, tokens, own, options))
+        try:
+            written.append(_to_terminal(model, tokenizer, start, tokens, own, options))
+        except Exception:
+            _print("\n")  # the message follows, on a line of its own
+            raise
         seconds += time.perf_counter() - begin
     if stats:
         print(_report(_stats(model, ids, written, seconds, past)), file=sys.stderr)

@@ -252,6 +252,11 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
         min_count=settings.min_count,
         val_fraction=settings.val_fraction,
     )
+    if not (info.source or text) and data.fingerprint != info.fingerprint:
+        raise ValueError(
+            f"--text: the run in {folder} was begun from Python and does not say where its text is; give it, "
+            "as with --text book.txt"
+        )
     _use_threads(settings.threads or info.threads)
     heading = f"going on with the run in {folder}"
     last = latest(folder)  # None where the run ended before its first checkpoint

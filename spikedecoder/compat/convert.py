@@ -164,7 +164,7 @@ def original_config(kind: str, options: Mapping[str, Any], dim_hid: int | None =
             raise ValueError(f"unknown option {name!r} of a {kind} model; known: {', '.join(known)}")
     for name in ("vocab_size", "max_len"):
         if name not in options:
-            raise ValueError(f"{name}: missing, the original has no default for it")
+            raise ValueError(f"{name}: missing among the options, and the original has no default for it")
     fields = _CONFIGS[kind](**options)
     original = {
         "binary_code": "left-aligned",
@@ -369,7 +369,8 @@ def _read_log(checkpoint: Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{path}: does not end in .pt, as a checkpoint of the original's does")
     if not path.is_file():
         raise ValueError(
-            f"options: missing, and there is no {path.name} beside the checkpoint to read them from"
+            f"options: missing, and there is no {path.name} beside the checkpoint to read them from; give "
+            "the original's keyword arguments, on the command line with --options FILE or --set KEY=VALUE"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
     kind = re.match(r"\s*(\w+) config", text)

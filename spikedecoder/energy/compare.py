@@ -87,6 +87,8 @@ def compare(
 
     Names are the mapping's, or the ledgers' own (numbered where they lack one or share it).
     """
+    if isinstance(ledgers, Ledger):
+        raise TypeError("ledgers: got a Ledger, takes several: a list, or a mapping of names to them")
     named = dict(ledgers) if isinstance(ledgers, Mapping) else _named(ledgers)
     if not named:
         raise ValueError("ledgers: got none, takes at least one")

@@ -317,10 +317,12 @@ class _Run:
 
     def _failed(self, what: str) -> TrainingError:
         mixed = self.c.mixed_precision
+        fresh = "" if latest(self.out) else f", in another folder (--out) or after deleting {self.out}"
         return TrainingError(
             f"{what}, so the run stops; {self._kept()}. Try a lower --lr (now {self.c.lr:g}), "
             f"a longer warmup (now {self.c.warmup} steps), a smaller clip (now {self.c.clip:g})"
             + ("" if mixed == "no" else f", or --set mixed_precision=no (now {mixed})")
+            + fresh
         )
 
     def _evaluate_if_due(self) -> bool:
