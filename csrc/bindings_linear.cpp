@@ -107,17 +107,10 @@ const float* floats(const DLTensor& x, const char* name) {
   return array<const float>(reinterpret_cast<uintptr_t>(x.data), 1, name);
 }
 
-bool has_stray(const uint64_t* words, int64_t rows, int64_t bits) {
-  const int64_t n = words_for(bits), last = bits - 64 * (n - 1);
-  for (int64_t r = 0; last < 64 && r < rows; r++) {
-    if (words[r * n + n - 1] >> last) return true;
-  }
-  return false;
-}
-
 // (y, words of s) for a handful of rows of float32 spikes, or (y, None) where nobody wants these or s is words; all are
 // torch's tensors, for finding out in Python what they are takes longer than the product. None where this is not the way:
-// more rows, another dtype, a weight that does not lie by columns, something that `learns`, or an argument to refuse.
+// more rows, another dtype, a weight that does not lie by columns, something that `learns`, or a shape to refuse. Bits
+// beyond the last channel are refused here, as everywhere.
 py::object few_rows(py::handle s, py::handle weight, py::handle bias, bool learns, bool want_words, bool own_memory,
                     int threads) {
   const bool has_bias = !bias.is_none();
@@ -135,7 +128,7 @@ py::object few_rows(py::handle s, py::handle weight, py::handle bias, bool learn
   if (learns && (requires_grad(s) || requires_grad(weight) || (has_bias && requires_grad(bias)))) return py::none();
 
   auto* given = packed ? array<uint64_t>(reinterpret_cast<uintptr_t>(x.data), rows, "s") : nullptr;
-  if (packed && has_stray(given, rows, bits)) return py::none();
+  if (packed) ready({nullptr, Element::float32, given, bits}, 0, rows, 1);
   std::vector<int64_t> shape(x.shape, x.shape + x.ndim);
   NewTensor words{py::none(), given};
   if (want_words && !packed) {

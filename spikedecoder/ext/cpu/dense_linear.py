@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ext.cpu import _cost, native
-from spikedecoder.ext.cpu._arguments import ELEMENTS, floats_on_cpu, same
+from spikedecoder.ext.cpu._arguments import floats_on_cpu, same
 from spikedecoder.ext.cpu._memory import empty
 from spikedecoder.ext.cpu.spike_linear import input_and_bias_grad, matmul
 from spikedecoder.ops._dispatch import Call
-
-_FLOAT = ELEMENTS[torch.float32]
 
 
 def why_not(call: Call) -> str | None:
@@ -31,7 +29,7 @@ def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
     s, y = same(s), empty((*s.shape[:-1], n))
     sizes = (s.numel() // k, k, n, torch.get_num_threads())
-    matmul(s, _FLOAT, same(weight.t()), None if bias is None else same(bias), y, None, sizes)
+    matmul(s, same(weight.t()), None if bias is None else same(bias), y, None, sizes)
     return y
 
 
@@ -50,5 +48,5 @@ def backward(
         n, k = grad.shape[-1], s.shape[-1]
         s, grad_weight = same(s), empty((n, k))
         sizes = (n, s.numel() // k, k, torch.get_num_threads())
-        matmul(grad, _FLOAT, s, None, grad_weight, None, sizes, by_columns=True)
+        matmul(grad, s, None, grad_weight, None, sizes, by_columns=True)
     return grad_s, grad_weight, grad_bias if wanted[2] else None

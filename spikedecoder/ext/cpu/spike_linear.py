@@ -107,7 +107,7 @@ def multiply(
     y = empty(shape, dtype if whole else torch.float32)
     sizes = (_rows(words), k, n, torch.get_num_threads())
     if method == "dense":
-        matmul(words, BITS, same(weight.t()), bias, y, None, sizes)
+        matmul(words, same(weight.t()), bias, y, None, sizes)
     else:
         native.spike_linear(
             *(address(spikes), 0 if spikes is None else ELEMENTS[spikes.dtype], address(words), count),
@@ -128,7 +128,6 @@ def _rows(x: Tensor) -> int:
 
 def matmul(
     a: Tensor,
-    a_type: int,
     b: Tensor,
     bias: Tensor | None,
     c: Tensor,
@@ -136,9 +135,18 @@ def matmul(
     sizes: tuple[int, ...],
     by_columns: bool = False,
 ) -> None:
-    """c = a b + bias, all contiguous; sizes: M, K, N and threads. See Matmul in csrc/kernels.h."""
+    """c = a b + bias, all contiguous, a perhaps words of bits; sizes: M, K, N and threads. See Matmul in
+    csrc/kernels.h."""
     native.matmul(
-        *(address(a), a_type, address(b), ELEMENTS[b.dtype], address(bias), address(c), ELEMENTS[c.dtype]),
+        *(
+            address(a),
+            ELEMENTS.get(a.dtype, BITS),
+            address(b),
+            ELEMENTS[b.dtype],
+            address(bias),
+            address(c),
+            ELEMENTS[c.dtype],
+        ),
         *(address(a_sums), *sizes, by_columns),
     )
 
@@ -174,5 +182,5 @@ def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grad, weight = same(grad), same(weight, grad.dtype)
     grad_s, grad_bias = empty((*grad.shape[:-1], k), grad.dtype), weight.new_empty(n, dtype=torch.float32)
     sizes = (grad.numel() // n, n, k, torch.get_num_threads())
-    matmul(grad, ELEMENTS[grad.dtype], weight, None, grad_s, grad_bias, sizes)
+    matmul(grad, weight, None, grad_s, grad_bias, sizes)
     return grad_s, grad_bias.to(grad.dtype)
