@@ -2,7 +2,7 @@
 
 For M rows of K channels, of which `count` values in all are 1, and N output channels:
 
-    gather       count * (N * add + entry) + M * K * word + M * N * row + K * N * fetch,
+    gather       count * (N * (add, far) + entry) + M * K * word + M * N * row + K * N * fetch,
                  of a small weight M * walk + count * N * step
     subset_sums  M * K * N * look_up + K * N * table + M * N * store
     tiles        M * K * (N * (byte or tile) + spread) + K * N * split * (M / 1024, up) + M * N * written
@@ -15,7 +15,8 @@ gradients, are transposed besides (TRANSPOSE_NEAR, TRANSPOSE_FAR), by all ways b
 the dense one of a FEW rows and where the CPU has none as fast (`own_products`).
 
 The constants are those of the CPU and the variant in force, one set for the product and one for the
-weight gradient, whose sources lie in other caches. Tiles are of bytes from BYTES_FROM channels on.
+weight gradient, whose sources lie in other caches. Tiles are of bytes from BYTES_FROM channels on, and `far`
+is added to `add` where the rows of a panel are more than NEAR_ROWS.
 ``python -m spikedecoder.ext.cpu.calibrate`` measures them anew and says how far from the fastest choice the
 model is; SPIKEDECODER_SPIKE_LINEAR_COST names a JSON file that it wrote, to be used instead.
 """
@@ -37,6 +38,7 @@ KINDS = ("product", "weight gradient")
 METHODS = ("gather", "subset_sums", "tiles", "dense")
 TILE_ROWS = 1024  # for which the source is split once (csrc/tiles.cpp)
 SMALL_BYTES, SMALL_CHANNELS, SMALL_OUTPUTS = 48 << 10, 256, 128  # of a weight whose spikes' bits are walked
+NEAR_ROWS = 96  # of a panel of 8 vectors, up to which they stay in the first-level cache
 SMALL_ROWS = 4  # a channel, from which on they are (csrc/spike_linear.cpp)
 BYTES_FROM = 128  # what a sum is over, from which on floats are digits of a byte (csrc/tile_digits.h)
 TILES_MARGIN = 1.25  # gathering is kept up to this: the matrix unit slows down where others use it
@@ -75,6 +77,7 @@ class Costs:
     byte: float = 0.0
     walk: float = 0.0
     step: float = 0.0
+    far: float = 0.0
 
     def of(self, method: str, m: int, k: int, n: int, count: int, weight_grad: bool) -> float:
         extra = self.bits * m * k if weight_grad else 0.0
@@ -82,7 +85,8 @@ class Costs:
         if method == "gather" and not weight_grad and _walks(m, k, n):
             return m * self.walk + count * n * self.step
         if method == "gather":
-            sums = count * (n * self.add + self.entry) + rows * summed * self.word + rows * n * self.row
+            add = self.add + (self.far if summed > NEAR_ROWS else 0.0)
+            sums = count * (n * add + self.entry) + rows * summed * self.word + rows * n * self.row
             return sums + summed * n * self.fetch + extra
         if method == "subset_sums":
             sums = rows * summed * n * self.look_up + rows * n * self.store
@@ -100,8 +104,6 @@ _AVX512 = {"walk": 9.0, "step": 0.016}
 _AVX2 = {"walk": 9.0, "step": 0.04}
 _BASELINE = {"walk": 9.0, "step": 0.105}
 
-_ZEN_4_AVX512 = Costs(0.0431, 0.0, 0.0857, 0.15, 0.0086, 0.662, 0.402, 0.0242, 0.0378, **_AVX512)
-
 # By CPU and variant, of the product and of the weight gradient: one thread, torch 2.13 with its own BLAS,
 # which used AVX-512 for all rows but those of Zen 3, which has AVX2.
 COSTS = {
@@ -116,10 +118,20 @@ COSTS = {
             Costs(0.023, 0.0, 0.0226, 0.275, 0.00325, 0.0823, 0.35, 0.00784, 0.00413, 0.0723, 0.155, 0.0287),
         ),
     },
-    # EPYC before it. AVX-512: Zen 4, in one set, with kernels that did not yet copy panels and subset sums of
-    # registers: what both take by now is not measured. The others: Zen 3.
+    # EPYC before it. AVX-512: Zen 4. The others: Zen 3.
     "amd": {
-        "avx512": (_ZEN_4_AVX512, _ZEN_4_AVX512),
+        "avx512": (
+            Costs(
+                *(0.0173, 0.0, 0.0239, 0.18, 0.00631, 0.257, 0.234, 0.0176, 0.0, 0.0619, 0.46),
+                walk=17.5,
+                step=0.0238,
+                far=0.0215,
+            ),
+            Costs(
+                *(0.0206, 0.0, 0.0176, 0.413, 0.00614, 0.281, 0.508, 0.0171, 0.0231, 0.19, 0.634, 0.196),
+                far=0.0196,
+            ),
+        ),
         "avx2": (
             Costs(
                 *(0.0517, 2.43, 0.186, 0.0544, 0.00933, 0.271, 0.191, 0.0259, 0.0, 0.0449, 0.27),
@@ -181,7 +193,7 @@ OTHERS = ("amd", "intel")  # whose costs stand for those of a CPU that nobody ha
 ZEN_5 = 26  # the family
 
 # A dense product of bfloat16, of float32's time, where the CPU multiplies pairs of them ...
-BFLOAT16_PAIRS = {"zen 5": 0.54, "amd": 0.41, "intel": 0.41}  # the others: Zen 4's
+BFLOAT16_PAIRS = {"zen 5": 0.54, "amd": 0.48, "intel": 0.48}  # the others: Zen 4's
 # ... and what it costs where the CPU multiplies tiles of them, so that torch's is used (Emerald Rapids);
 # gathering fetches bfloat16 as floats.
 BFLOAT16_TILES = {"multiply_add": 0.002, "fetch": 0.4, "panel": 0.27, "unpack": 0.4}
