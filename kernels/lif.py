@@ -218,7 +218,7 @@ def _state(v_init: Tensor | None) -> Tensor | None:
     return None if v_init is None else v_init.to(torch.float32).contiguous()
 
 
-def _forward(
+def forward_into(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool, *,
     spikes: Tensor | None = None, words: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
@@ -240,7 +240,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """(spikes [T, ...] in x's dtype, potential [...] in float32; None without `want_v`)."""
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return spikes, _forward(x, threshold, v_init, p, want_v, spikes=spikes)
+    return spikes, forward_into(x, threshold, v_init, p, want_v, spikes=spikes)
 
 
 def forward_packed(
@@ -248,7 +248,7 @@ def forward_packed(
 ) -> tuple[Tensor, Tensor | None]:
     """`forward`, spikes as bits only: int64 [T, ..., ceil(C / 64)], as `pack_spikes` lays them out."""
     words = x.new_empty(*x.shape[:-1], cdiv(x.shape[-1], 64), dtype=torch.int64)
-    return words, _forward(x, threshold, v_init, p, want_v, words=words.view(torch.int32))
+    return words, forward_into(x, threshold, v_init, p, want_v, words=words.view(torch.int32))
 
 
 def _walk_back(

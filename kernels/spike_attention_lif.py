@@ -162,8 +162,10 @@ def forward(
     size = blocks(T, batch, tokens, heads, d, way, q.device)
     if size is None:
         current = _current(way, q, k, v, scale).flatten(-2)
-        spikes = lif_kernels.forward(current, _by_channel(threshold), None, p, want_v=False)[0]
-        return spikes.view(q.shape).transpose(2, 3)
+        lif_kernels.forward_into(
+            current, _by_channel(threshold), None, p, want_v=False, spikes=spikes.flatten(-2)
+        )
+        return spikes.transpose(2, 3)
     kind, pointer, number = threshold_argument(_by_channel(threshold), torch.Size((heads * d,)))
     launch(
         attention_lif_forward, (batch * heads * cdiv(d, size.columns),), q_ptr=q, k_ptr=k, v_ptr=v,

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from test_decode import DEFAULT
 from test_model import _model
 
 from spikedecoder.generation import Graph, Recurrent, StaticStep, open_source
@@ -52,14 +53,19 @@ def test_fits():
     assert not step.fits(state)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_a_step_reads_no_value_on_the_host(variant, monkeypatch):
+@pytest.mark.parametrize(
+    ("variant", "unrolled"),
+    [*((v, False) for v in VARIANTS), (DEFAULT, False), (DEFAULT, True)],
+    ids=lambda x: "default" if x is DEFAULT else str(x),
+)
+def test_a_step_reads_and_copies_no_value_on_the_host(variant, unrolled, monkeypatch):
     model = _model(variant).eval()
+    model.unroll(unrolled)
     _, state = model.prefill(TOKENS[:, :4])
     expected, _ = model.step(TOKENS[:, 4], state.clone())
 
     def refuse(*_):
-        raise AssertionError("a value was read on the host")
+        raise AssertionError("a value was read on the host, or copied from there")
 
     # what looks at values on the CPU only: ids, decays
     monkeypatch.setattr(model, "_check", lambda *_: None)
@@ -67,6 +73,8 @@ def test_a_step_reads_no_value_on_the_host(variant, monkeypatch):
     monkeypatch.setattr(attention, "_check_decay", lambda *_: None)
     for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, refuse)
     with use_backend("reference"):
         logits, state = model.step(TOKENS[:, 4], state)
     monkeypatch.undo()
@@ -105,6 +113,30 @@ def test_graphs_give_the_logits_of_steps(variant):
         tokens = [i % 11] * len(graph.windows)
         torch.testing.assert_close(graph.step(tokens), recurrent.step(tokens), rtol=1e-5, atol=1e-5)
     assert set(graph._steps) == {3, 2}
+
+
+@pytest.mark.gpu
+def test_an_unrolled_model_is_captured():
+    model = _model(DEFAULT).to("cuda").eval()
+    model.unroll()
+    graph, recurrent = open_source(model), Recurrent(model)
+    assert type(graph) is Graph
+    for source in (graph, recurrent):
+        source.add(TOKENS[:, :3].tolist())
+    for i in range(BEFORE + 4):
+        torch.testing.assert_close(graph.step([i] * 3), recurrent.step([i] * 3), rtol=1e-5, atol=1e-5)
+    assert set(graph._steps) == {3}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_graph_is_captured_where_its_model_is():
+    model = _model({}).to("cuda:1").eval()
+    graph, recurrent = Graph(model), Recurrent(model)
+    for source in (graph, recurrent):
+        source.add(TOKENS[:, :3].tolist())
+    for i in range(BEFORE + 4):
+        torch.testing.assert_close(graph.step([i] * 3), recurrent.step([i] * 3), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -185,7 +185,7 @@ def test_lif_of_single_neurons_with_a_learned_threshold() -> None:
     """x of shape [T] has no channels."""
     results = {}
     for backend in ("reference", "triton"):
-        x, limit = torch.ones(3, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+        x, limit = (torch.full(s, a, device=DEVICE, requires_grad=True) for s, a in (((3,), 1.0), ((), 0.5)))
         with ops.use_backend(backend):
             spikes = ops.lif(x, v_threshold=limit)
         results[backend] = (spikes, *torch.autograd.grad(spikes.sum(), (x, limit)))
@@ -194,7 +194,7 @@ def test_lif_of_single_neurons_with_a_learned_threshold() -> None:
 
 def test_words_of_any_stride() -> None:
     """A dimension of size 1 may have any, and the tensor is contiguous all the same."""
-    words = torch.tensor([[1, 2, 3]]).t()
+    words = torch.tensor([[1, 2, 3]], device=DEVICE).t()
     assert words.is_contiguous() and words.stride(-1) != 1
     weight = random(4, 10).requires_grad_()
     found = {}
@@ -629,6 +629,17 @@ def test_attention_lif_is_attention_then_lif_bit_for_bit(
     for a, b in zip(found, want, strict=True):
         limit = TOLERANCE[dtype] * b.float().abs().max()
         assert (a.float() - b.float()).abs().max() <= limit
+
+
+@pytest.mark.parametrize(("T", "d"), [(1, 16), (6, 16), (5, 20), (2, 130)])
+def test_attention_lif_is_copied_for_no_one(T: int, d: int) -> None:
+    """In one kernel or two: a view of another shape would be, to be no view of the result."""
+    from spikedecoder.kernels import spike_attention_lif
+    from spikedecoder.ops.spike_attention import by_token
+
+    q = (random(T, 1, 30, 2, d) > 1).bfloat16().transpose(2, 3)
+    spikes = spike_attention_lif.forward(q, q, q, 1.0, None, 0.6, LIFParams())
+    assert by_token(spikes).data_ptr() == spikes.data_ptr()
 
 
 def test_linear_takes_weights_of_another_dtype_than_the_spikes() -> None:

@@ -51,6 +51,20 @@ def test_hooks_on_every_module_see_what_passes_it(preset, changes, recompute):
         torch.testing.assert_close(watched, alone, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("norm", ["layer", "batch", "power"])
+@pytest.mark.parametrize("watched", ["attention.q.lif", "attention.q.norm"])
+def test_a_hook_changes_no_dtype_under_autocast(norm, watched):
+    """Some norms are in float32 there, by themselves; q's spikes must still be of k's dtype."""
+    torch.manual_seed(0)
+    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16}
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", norm=norm, **small))
+    tokens, seen = torch.randint(0, 28, (2, 8)), []
+    model.get_submodule(f"blocks.0.{watched}").register_forward_hook(lambda *found: seen.append(found[-1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.loss(tokens, tokens.roll(-1, 1)).backward()
+    assert len(seen) == 1
+
+
 class _Adapter(torch.nn.Module):
     """In a Linear's place, with its attributes, as adapters of low rank are."""
 

@@ -263,7 +263,7 @@ def test_a_step_larger_than_the_memory_is_refused_before_the_system_ends_it(
     monkeypatch.setattr(memory, "available", lambda: 2**28)
     # 256 MiB, and what earlier tests have left in the heap, which 200 000 windows exceed
     with pytest.raises(MemoryError, match=r"^not enough memory on cpu .* 200000 x 16 .*--batch-size.*--max"):
-        train(tiny(corpus), corpus, settings(batch_size=200_000), out=tmp_path / "run")
+        train(tiny(corpus), corpus, settings(batch_size=200_000, device="cpu"), out=tmp_path / "run")
     assert resource.getrlimit(resource.RLIMIT_DATA) == before and not (tmp_path / "run").exists()
     train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run")
 
@@ -405,6 +405,8 @@ def test_configurations_of_another_type_are_named(corpus: Corpus, tmp_path: Path
         train({}, corpus, out=tmp_path / "run")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="train_config: got dict, takes a TrainConfig"):
         train(tiny(corpus), corpus, {"steps": 3}, out=tmp_path / "run")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="reporter: got function, takes a Reporter or None"):
+        train(tiny(corpus), corpus, out=tmp_path / "run", reporter=lambda step: None)  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
 
 

@@ -255,6 +255,10 @@ def test_bad_input(model, tokens, activity, tmp_path):
         viz.record(3, tokens)
     with pytest.raises(ValueError, match=r"ends in \.png"):
         viz.save(viz.raster(activity), tmp_path / "figure.bmp")
+    with pytest.raises(TypeError, match="picture: got NoneType, takes a str or Path"):
+        viz.save(viz.raster(activity), None)
+    with pytest.raises(TypeError, match="fig: got str, takes a figure"):
+        viz.save("figure.png", tmp_path / "figure.png")
 
 
 def test_without_matplotlib_the_way_to_get_it_is_said(activity, monkeypatch):

@@ -79,13 +79,14 @@ class StaticStep:
             mine.copy_(new)
 
     def _capture(self) -> Callable[[], object]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        # of the model's device, which may not be the current one: that one's graph would hold nothing
+        current, stream = (of(self.token.device) for of in (torch.cuda.current_stream, torch.cuda.Stream))
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._run()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self._run()
         return graph.replay
 

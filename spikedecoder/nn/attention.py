@@ -89,8 +89,10 @@ class AttentionLIF(nn.Module):
             return a.transpose(2, 3).flatten(-2)
         current = self.current(q, k, v, dropout) if layer is None else self._go_on(q, k, v, layer)
         current = current.transpose(2, 3).flatten(-2)
-        if self.norm is None or watched(self.norm):
-            return self.lif(current if self.norm is None else self.norm(current))
+        if self.norm is None:
+            return self.lif(current)
+        if watched(self.norm):
+            return self.lif.of_current(self.norm(current), current.dtype)
         return self.lif.of_norm(current, self.norm.params())
 
     def current(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:

@@ -78,6 +78,7 @@ class LinearNormLIF(nn.Module):
                 s, self.linear.weight, self.linear.bias, self.norm.params(), self.lif.params,
                 threshold=self.lif.v_threshold, recompute=learns,
             )  # fmt: skip
+        x = self.linear(s)
         if watched(self.norm):
-            return self.lif(self.norm(self.linear(s)))
-        return self.lif.of_norm(self.linear(s), self.norm.params())
+            return self.lif.of_current(self.norm(x), x.dtype)
+        return self.lif.of_norm(x, self.norm.params())

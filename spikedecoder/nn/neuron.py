@@ -60,8 +60,13 @@ class LIF(nn.Module):
     def of_norm(self, x: Tensor, n: NormParams) -> Tensor:
         """self(norm(x))."""
         if watched(self):  # someone wants the current, or the spikes
-            return self(ops.norm(x, n))
+            return self.of_current(ops.norm(x, n), x.dtype)
         return ops.norm_lif(x, n, self.params, threshold=self.v_threshold)
+
+    def of_current(self, current: Tensor, dtype: torch.dtype) -> Tensor:
+        """self(current), in the dtype of what it was made from: under autocast some norms are in float32."""
+        spikes: Tensor = self(current)
+        return spikes.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.params}, learn_threshold={self.v_threshold is not None}"
@@ -82,7 +87,7 @@ class ILIF(LIF):
 
     def of_norm(self, x: Tensor, n: NormParams) -> Tensor:
         if watched(self):
-            return self(ops.norm(x, n))
+            return self.of_current(ops.norm(x, n), x.dtype)
         return ops.norm_ilif(x, n, self.params)
 
 

@@ -31,7 +31,9 @@ def spike_planes(s: Tensor, levels: int) -> Tensor:
         TypeError, ValueError: naming the argument.
     """
     _check.floating("s", s, min_dims=0)
-    worths = torch.tensor(spike_worths(levels), device=s.device, dtype=s.dtype).view(-1, *(1,) * s.dim())
+    check_levels(levels)
+    bits = torch.arange(binary_timesteps(levels) - 1, -1, -1, device=s.device)  # copies nothing from the host
+    worths = (1 << bits).to(s.dtype).view(-1, *(1,) * s.dim())
     planes = (s.detach() / worths).floor().remainder(2)
     if s.requires_grad and torch.is_grad_enabled():
         planes = planes + (s - s.detach()) / (worths * len(worths))

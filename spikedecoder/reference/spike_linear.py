@@ -8,11 +8,6 @@ from torch import Tensor
 from spikedecoder.reference.pack_spikes import pack, unpack
 
 
-def linear(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """By autograd; keeps s as it is."""
-    return F.linear(s, weight, bias)
-
-
 def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(y [..., N], s as bits)."""
     return F.linear(s.to(weight.dtype), weight, bias), pack(s)

@@ -78,6 +78,8 @@ def train(
         raise TypeError(f"config: got {type(config).__name__}, takes a SpikeDecoderConfig")
     if not isinstance(train_config, TrainConfig | None):
         raise TypeError(f"train_config: got {type(train_config).__name__}, takes a TrainConfig or None")
+    if not isinstance(reporter, Reporter | None):
+        raise TypeError(f"reporter: got {type(reporter).__name__}, takes a Reporter or None")
     settings, out = train_config or TrainConfig(), Path(out)
     info = RunInfo.read(out) if resume else None
     if info is not None:

@@ -65,6 +65,8 @@ def save(fig: Figure, path: str | Path) -> Path:
     from spikedecoder.checkpoint import write_bytes
 
     path = check_picture(path)
+    if not hasattr(fig, "savefig"):
+        raise TypeError(f"fig: got {type(fig).__name__}, takes a figure")
     write_bytes(path, render(fig, path.suffix[1:].lower()))
     return path
 
@@ -79,7 +81,9 @@ def render(fig: Figure, kind: str = "png") -> bytes:
 
 
 def check_picture(path: str | Path) -> Path:
-    """ValueError where `path` is no name for a picture, or matplotlib is absent."""
+    """ValueError where `path` is no picture's, or matplotlib is absent; TypeError where it is no path."""
+    if not isinstance(path, str | Path):
+        raise TypeError(f"picture: got {type(path).__name__}, takes a str or Path")
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"picture: got {str(path)!r}, takes a file that ends in {', '.join(FORMATS)}")
