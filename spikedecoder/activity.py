@@ -15,6 +15,7 @@ from spikedecoder.nn.attention import AttentionLIF, SoftmaxAttention
 from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.nn.linear import LinearNormLIF
 from spikedecoder.nn.neuron import ILIF, LIF
+from spikedecoder.nn.watching import watching
 from spikedecoder.reference.lif import charge, compute_dtype
 from spikedecoder.spike_stats import neurons_of, spiking_layers
 
@@ -28,6 +29,7 @@ class Activity:
     scores: by attention layer, q k^T before masking and scaling, summed over T: [B, H, S, S], lower triangle;
         of softmax attention, the weights. score: what a number in them is.
     thresholds: by layer, a float.
+    levels: by layer of I-LIF neurons, their largest integer.
     """
 
     spikes: dict[str, Tensor]
@@ -35,6 +37,7 @@ class Activity:
     scores: dict[str, Tensor] = field(default_factory=dict)
     score: str = "spikes that coincide"
     thresholds: dict[str, float] = field(default_factory=dict)
+    levels: dict[str, int] = field(default_factory=dict)
 
     def layer(self, name: str | None) -> str:
         """`name`, or the first layer where it is None; ValueError naming the layers there are."""
@@ -60,8 +63,20 @@ class Activity:
         return {name: float((s.sum((0, 1, 2)) == 0).float().mean()) for name, s in self.spikes.items()}
 
     def saturated(self) -> dict[str, float]:
-        """By layer, the share of neurons that fired at every timestep of every token."""
-        return {name: float((s == 1).all(2).all(1).all(0).float().mean()) for name, s in self.spikes.items()}
+        """By layer, the share of neurons that fired at every timestep of every token; of I-LIF neurons, that
+        were at their largest integer at every token."""
+        return {
+            name: float((s == self._most(name)).all((0, 1, 2)).mean(dtype=torch.float32))
+            for name, s in self.spikes.items()
+        }
+
+    def _most(self, name: str) -> Tensor:
+        """What a neuron does that cannot fire more, [T, 1, 1, 1]."""
+        s = self.spikes[name]
+        if name not in self.levels:
+            return torch.ones(len(s), 1, 1, 1, dtype=torch.bool)
+        digits = ops.spike_planes(torch.tensor(float(self.levels[name])), self.levels[name])
+        return digits.bool().view(-1, 1, 1, 1)
 
 
 @torch.no_grad()
@@ -80,17 +95,15 @@ def record(
         raise ValueError("model: has no spiking layer, so there are no spikes to show")
     activity = Activity({})
     linears: dict[nn.Module, Tensor] = {}  # what came out of each Linear that neurons follow
-    handles = [m.register_forward_hook(_hook(activity, n, linears, potentials, scores)) for n, m in layers]
-    handles += [m.register_forward_hook(_softmax_hook(activity, n)) for n, m in softmax]
+    hooks: list[tuple[nn.Module, Any]] = [
+        (m, _hook(activity, n, linears, potentials, scores)) for n, m in layers
+    ]
+    hooks += [(m, _softmax_hook(activity, n)) for n, m in softmax]
     if potentials:
         fused = [m.linear for _, m in layers if isinstance(m, LinearNormLIF)]
-        handles += [m.register_forward_hook(lambda m, _, y: linears.update({m: y})) for m in fused]
-    try:
-        with evaluating(model):
-            model(tokens.to(model.device) if isinstance(tokens, Tensor) else tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+        hooks += [(m, lambda m, _, y: linears.update({m: y})) for m in fused]
+    with evaluating(model), watching(model, hooks):
+        model(tokens.to(model.device) if isinstance(tokens, Tensor) else tokens)
     return activity
 
 
@@ -103,6 +116,7 @@ def _hook(
         lif = neurons_of(module)
         if lif.levels > 1:
             spikes = ops.spike_planes(spikes, lif.levels).flatten(0, 1)
+            activity.levels[name] = lif.levels
         activity.spikes[name] = spikes.to("cpu", torch.bool)
         threshold = lif.params.v_threshold if lif.v_threshold is None else float(lif.v_threshold)
         activity.thresholds[name] = threshold

@@ -127,7 +127,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) -> None:
     """Load weights by name, each in its own dtype; CheckpointError naming what is missing, left over or of
     another shape."""
-    own = model.state_dict()
+    if problems := _misfits(model.state_dict(), tensors):
+        raise CheckpointError(f"{source}: weights do not fit the config: {problems}")
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if name in tensors and t.is_floating_point():  # norms may be wider than what they norm
+            t.data = t.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors)
+
+
+def _misfits(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
+    """What of a model's tensors is missing, left over or of another shape, in words; "" if nothing is."""
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in own]
     problems += [
@@ -135,25 +144,27 @@ def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) 
         for name, t in tensors.items()
         if name in own and t.shape != own[name].shape
     ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{source}: weights do not fit the config: {'; '.join(problems[:3])}{more}")
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if name in tensors and t.is_floating_point():  # norms may be wider than what they norm
-            t.data = t.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors)
+    return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
 def save_folder(model: SpikeDecoder, folder: Path) -> None:
     """Write the model's files over those that are there, all or none; the weights last, so that a new folder
-    with weights is complete."""
-    files = {}
+    with weights is complete. ValueError where they could not be loaded again."""
+    weights, files = model.state_dict(), {}
+    with torch.device("meta"):
+        made = type(model)(model.config).state_dict()
+    if problems := _misfits(made, weights):
+        raise ValueError(
+            f"model: holds other weights than its config makes ({problems}): no folder would bring it back; "
+            "undo what changed its modules first, as torch.nn.utils.prune.remove, parametrize."
+            "remove_parametrizations or an adapter's merge do, or keep model.state_dict() yourself"
+        )
     if model.tokenizer is not None:
         check_known(model.tokenizer, "model.tokenizer")
         files[folder / TOKENIZER] = _json(model.tokenizer.to_dict())
     head = {"format": _FORMAT, "version": __version__, **model.config.to_dict()}
     files[folder / CONFIG] = _json(head)
-    files[folder / WEIGHTS] = _safetensors(model.state_dict(), {"format": "pt"})
+    files[folder / WEIGHTS] = _safetensors(weights, {"format": "pt"})
     write_files(files)
     if model.tokenizer is None:  # another model's
         (folder / TOKENIZER).unlink(missing_ok=True)

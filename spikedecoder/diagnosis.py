@@ -10,8 +10,9 @@ from torch import Tensor
 
 from spikedecoder import ops
 from spikedecoder.activity import record
-from spikedecoder.model import SpikeDecoder
+from spikedecoder.model import IGNORE, SpikeDecoder
 from spikedecoder.nn.evaluating import evaluating
+from spikedecoder.nn.watching import watching
 from spikedecoder.params import ILIFParams
 from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.surrogate import get_surrogate
@@ -29,10 +30,11 @@ class LayerHealth:
     """One layer of neurons on the text that was read.
 
     rate: spikes per neuron and timestep. dead, saturated: shares of neurons that never fired, and that fired
-    at every timestep of every token. flat: share of membrane potentials at which the surrogate's derivative
-    is below 1 % of its largest, or of I-LIF neurons' currents through which no gradient passes. gradient:
-    root mean square of dL/ds over the layer's spikes, L the summed loss; None where no targets were given or
-    none arrives. threshold: now; v_threshold: the configuration's, where training started.
+    at every timestep of every token (of I-LIF neurons, that were at their largest integer at each). flat:
+    share of membrane potentials at which the surrogate's derivative is below 1 % of its largest, or of I-LIF
+    neurons' currents through which no gradient passes. gradient: root mean square of dL/ds over the layer's
+    spikes, L the summed loss; None where no targets were given or none arrives. threshold: now; v_threshold:
+    the configuration's, where training started.
     """
 
     name: str
@@ -105,16 +107,22 @@ def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> dict[str
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in spiking_layers(model)]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    try:
-        with evaluating(model), torch.enable_grad():
-            loss = model.loss(tokens.to(model.device), targets.to(model.device)) * targets.numel()
-            # the gradients of the parameters are computed and dropped: a caller's own stay what they are
-            torch.autograd.grad(loss, parameters, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    read: list[Tensor] = []
+
+    def start(_module: Any, _inputs: Any, x: Tensor) -> Tensor:
+        read.append(x if x.requires_grad else x.detach().requires_grad_())
+        return read[0]
+
+    hooks = [(model.embedding, start), *((module, watch(name)) for name, module in spiking_layers(model))]
+    with evaluating(model), watching(model, hooks), torch.enable_grad():
+        loss = model.loss(tokens.to(model.device), targets.to(model.device))
+        counted = targets != IGNORE
+        if model.config.pad_id is not None:
+            counted &= targets != model.config.pad_id
+        if not counted.any():
+            raise ValueError(f"targets: got none that counts, takes some besides {IGNORE} and pad_id")
+        # to what the blocks read, and to no parameter, so that it does not matter which of them learn
+        torch.autograd.grad(loss * int(counted.sum()), read, allow_unused=True)
     return found
 
 

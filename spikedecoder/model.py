@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class SpikeDecoder(nn.Module, FolderMixin):
 
     @property
     def _some_weight(self) -> Tensor:
-        return next(self.head.linear.parameters())  # there may be an adapter in its place
+        # there may be an adapter in its place, or a module without parameters
+        return next(chain(self.head.linear.parameters(), self.parameters()))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] for tokens [B, S]; position i sees tokens 0 to i."""
@@ -235,8 +237,8 @@ class SpikeDecoder(nn.Module, FolderMixin):
         Every matrix product then takes the timesteps' spikes, 0 and 1, of its integer operand, and adds up
         what they give, twice as much at each timestep as at the one after: the same numbers and gradients,
         but for the order of sums. A neuron's spikes over the timesteps are those of
-        `spikedecoder.params.ILIFParams`. Without I-LIF neurons nothing changes. A setting of this object:
-        in no config and no checkpoint.
+        `spikedecoder.params.ILIFParams`. Without I-LIF neurons nothing changes. Unrolled, a model with
+        attention_dropout > 0 cannot be trained. A setting of this object: in no config and no checkpoint.
         """
         for module in self.modules():
             if isinstance(module, (SpikeLinear, AttentionLIF)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ from spikedecoder import ops
 from spikedecoder.nn.attention import AttentionLIF
 from spikedecoder.nn.linear import LinearNormLIF
 from spikedecoder.nn.neuron import LIF
+from spikedecoder.nn.watching import watching
 from spikedecoder.params import binary_timesteps
 
 SPIKING = (LIF, LinearNormLIF, AttentionLIF)  # modules whose output is spikes
@@ -51,19 +53,18 @@ class SpikeCounter:
         self._layers = list(spiking_layers(model))
         self._totals: dict[str, Tensor] = {}
         self._slots: dict[str, int] = {}
-        self._handles: list[Any] = []
+        self._model = model
+        self._open = ExitStack()
 
     def __enter__(self) -> SpikeCounter:
-        for name, module in self._layers:
-            self._handles.append(module.register_forward_hook(self._hook(name, neurons_of(module).levels)))
+        hooks = [(module, self._hook(name, neurons_of(module).levels)) for name, module in self._layers]
+        self._open.enter_context(watching(self._model, hooks))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._open.close()
 
     def _hook(self, name: str, levels: int) -> Any:
         def count(_module: nn.Module, _inputs: Any, output: Tensor) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
 from spikedecoder import checkpoint as ck
@@ -88,6 +89,25 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot write \(No space left.*model.safetensors"):
         SpikeDecoder(config.replace(heads=8)).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_weights_that_no_config_makes_are_not_written(tmp_path):
+    """Nor do they replace those that are there."""
+    model = _model()
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    linear = model.blocks[0].mlp.fc1.linear
+    prune.l1_unstructured(linear, "weight", 0.5)
+    with pytest.raises(
+        ValueError, match=r"model: .*missing blocks\.0\.mlp\.fc1\.linear\.weight; .*prune\.remove"
+    ):
+        model.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    prune.remove(linear, "weight")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        SpikeDecoder.from_pretrained(tmp_path).blocks[0].mlp.fc1.linear.weight, linear.weight.detach()
+    )
 
 
 def test_tied_weights_are_saved(tmp_path):

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.activity import record
 from spikedecoder.cli import main
 from spikedecoder.data import CharTokenizer
 from spikedecoder.diagnosis import diagnose
+from spikedecoder.energy import measure
 from spikedecoder.spike_stats import SpikeCounter
+from spikedecoder.training import evaluate
+from spikedecoder.training.evaluate import health
 
 TOKENIZER = CharTokenizer.from_text("the quick brown fox jumps over the lazy dog. ")
 
@@ -93,6 +97,71 @@ def test_integer_neurons_are_judged_over_their_binary_timesteps() -> None:
     findings = " ".join(diagnosis.findings)
     assert "dead: no neuron of blocks.0.mlp.fc1" in findings and "saturated: blocks.1.mlp.fc1" in findings
     assert "flat: nearly all currents of" in findings and "surrogate" not in findings
+
+
+@pytest.mark.parametrize("levels", [4, 5, 8, 15])
+def test_integers_that_are_always_the_largest_are_saturated(levels: int) -> None:
+    """Whose binary digits need not all be 1."""
+    model = make(neuron="ilif", levels=levels, timesteps=1)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.norm.bias.fill_(50.0)
+    tokens, _ = text(model)
+    diagnosis = diagnose(model, tokens)
+    layers = {x.name: x.saturated for x in diagnosis.layers}
+    assert layers["blocks.1.mlp.fc1"] == 1 and layers["blocks.0.mlp.fc1"] == 0
+    assert any(f.startswith("saturated: blocks.1.mlp.fc1 fire") for f in diagnosis.findings)
+    (said,) = health(evaluate(model, tokens.flatten().numpy()), levels)
+    assert said.startswith("saturated: blocks.1.mlp.fc1 fire")
+
+
+def test_a_model_that_was_compiled_in_place_is_watched() -> None:
+    """torch calls no hook that comes after the first compiled call."""
+    model = make().eval()
+    tokens, targets = text(model)
+    expected, alone = diagnose(model, tokens, targets), record(model, tokens).spikes
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(tokens)
+        assert model._compiled_call_impl is not None
+        assert diagnose(model, tokens, targets) == expected
+        with SpikeCounter(model) as counter:
+            model(tokens)
+    assert counter.rates() == pytest.approx({x.name: x.rate for x in expected.layers})
+    assert alone and all(torch.equal(s, alone[name]) for name, s in record(model, tokens).spikes.items())
+    assert measure(model, tokens).rows
+    assert model._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("learn", ["all", "head", "none"])
+def test_gradients_do_not_depend_on_what_learns(learn: str) -> None:
+    model = make()
+    tokens, targets = text(model)
+    expected = [x.gradient for x in diagnose(model, tokens, targets).layers]
+    assert None not in expected
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learn == "all" or (learn == "head" and name.startswith("head")))
+    assert [x.gradient for x in diagnose(model, tokens, targets).layers] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [-100, TOKENIZER.pad_id])
+def test_gradients_are_of_the_targets_that_count(ignored: int) -> None:
+    model = make().eval()
+    tokens, targets = text(model)
+    few = targets.clone()
+    few[:, 2:] = ignored
+    seen: list[torch.Tensor] = []
+
+    def watch(_module: object, _inputs: object, spikes: torch.Tensor) -> None:
+        spikes.register_hook(seen.append)
+
+    handle = model.head.lif.register_forward_hook(watch)
+    logits = model(tokens)[:, :2]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), few[:, :2].flatten(), reduction="sum").backward()
+    handle.remove()
+    found = {x.name: x.gradient for x in diagnose(model, tokens, few).layers}["head.lif"]
+    assert found == pytest.approx(float(seen[0].square().mean().sqrt()), rel=1e-5)
+    with pytest.raises(ValueError, match="targets: got none that counts"):
+        diagnose(model, tokens, torch.full_like(targets, ignored))
 
 
 def test_gradients_are_those_of_the_loss_and_leave_no_trace() -> None:

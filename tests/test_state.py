@@ -99,6 +99,45 @@ def test_fork_and_select():
     assert torch.equal(logits[0], logits[2]) and not torch.equal(logits[0], logits[1])
 
 
+@pytest.mark.parametrize(
+    "variant", [{}, {"spike_degree": 0}, {"token_shift": 3, "mlp_token_shift": 2}], ids=str
+)
+def test_states_that_have_read_nothing_join_others(variant):
+    model = _model(variant).double().eval()
+    _, read = model.prefill(TOKENS[:2, :6])
+    empty = DecoderState.empty(model.config, 1, torch.device("cpu"))
+    next_tokens = torch.tensor([3, 4])
+    first, _ = model.step(next_tokens[:1], empty.clone())
+    others, _ = model.step(next_tokens, read.clone())
+    for states, tokens, expected in (
+        ([empty, read], [3, 3, 4], [first, others]),
+        ([read, empty], [3, 4, 3], [others, first]),
+        ([empty, empty], [3, 3], [first, first]),
+    ):
+        logits, state = model.step(torch.tensor(tokens), DecoderState.stack([s.clone() for s in states]))
+        torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-9, atol=1e-9)
+        assert state.longest == max(s.longest for s in states) + 1
+
+
+def test_truth_values_are_no_rows():
+    _, state = _model({}).eval().prefill(TOKENS)
+    for rows in (torch.tensor([True, False, True]), [True, False, True]):
+        with pytest.raises(TypeError, match="rows: got truth values, takes the numbers of rows"):
+            state.select(rows)
+    assert state.select(torch.tensor([2, 0])).batch_size == 2
+
+
+@pytest.mark.parametrize("degree", [0, 1, 4])
+def test_a_state_of_inference_mode_goes_on_outside_of_it(degree):
+    model = _model({"spike_degree": degree}).eval()
+    with torch.inference_mode():
+        _, state = model.prefill(TOKENS)
+    expected, _ = model.step(TOKENS[:, 0], model.prefill(TOKENS)[1])
+    logits, state = model.step(TOKENS[:, 0], state)
+    torch.testing.assert_close(logits, expected)
+    model.step(TOKENS[:, 0], state)
+
+
 def test_state_of_spiking_attention_has_a_bounded_size():
     model = _model({"token_shift": 2}).eval()
     _, state = model.prefill(TOKENS[:1, :4])

@@ -22,6 +22,7 @@ from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data import ORIGINAL_ALPHABET, CharTokenizer, WordTokenizer, clean_words
 from spikedecoder.generation import SamplingParams, generate
 from spikedecoder.model import IGNORE, SpikeDecoder
+from spikedecoder.nn.watching import watching
 
 # what the original uses where the vocabulary is not the one of 30
 LONG_ALPHABET = "abcdefghijklmnopqrstuvwxyz.'SEP "
@@ -261,11 +262,8 @@ class _Shim(nn.Module):
             raise ValueError(f"targets: got shape {tuple(targets.shape)}, takes that of x, {tuple(x.shape)}")
         values: list[Tensor] = []
         last: Any = self.decoder.blocks[-1]
-        handle = last.attention.v.register_forward_hook(lambda _module, _args, out: values.append(out))
-        try:
+        with watching(self.decoder, [(last.attention.v, lambda _module, _args, out: values.append(out))]):
             preds = self.decoder(x.to(self.decoder.device))
-        finally:
-            handle.remove()
         # [..., S, E] -> [..., H, S, d]
         attention = values[0].unflatten(-1, (self.decoder.config.heads, -1)).transpose(-3, -2)
         if targets is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,7 @@ from spikedecoder.nn.linear import LinearNormLIF, SpikeLinear
 from spikedecoder.nn.mlp import MLP
 from spikedecoder.nn.neuron import ILIF, LIF
 from spikedecoder.nn.norm import Norm
+from spikedecoder.nn.watching import watching
 from spikedecoder.params import binary_timesteps
 
 Mode = Literal["prompt", "token"]
@@ -53,22 +55,20 @@ class Recorder:
         self._rows: dict[tuple[str, str], Row] = {}
         self._tokens = self._sequences = self._pairs = 0
         self._has_embedding = False
-        self._handles: list[Any] = []
+        self._open = ExitStack()
         self._spike_fed, self._unkept = _linears(model)
         self._hooks = [(m, hook) for name, m in model.named_modules() if (hook := self._hook(name, m))]
         if not self._hooks:
             raise ValueError(f"model: {type(model).__name__} has no layer whose operations are known here")
 
     def __enter__(self) -> Recorder:
-        self._handles = [m.register_forward_hook(hook) for m, hook in self._hooks]
+        self._open.enter_context(watching(self.model, self._hooks))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._open.close()
 
     def ledger(self, name: str = "") -> Ledger:
         """What was counted so far. ValueError where the model has seen no input."""

@@ -163,6 +163,8 @@ class SoftmaxAttention(nn.Module):
                 cache = new.new_zeros(*new.shape[:2], max(self.capacity, needed), new.shape[-1])
             elif needed > cache.shape[-2]:
                 cache = grow(cache, max(needed, 2 * cache.shape[-2]))
+            elif cache.is_inference() and not torch.is_inference_mode_enabled():  # not to be changed in place
+                cache = cache.clone()
             cache[torch.arange(b, device=q.device)[:, None], :, places] = new.transpose(1, 2)
             layer[name] = cache
             caches.append(cache)

@@ -72,9 +72,12 @@ class DecoderState:
     def to(self, device: torch.device | str) -> DecoderState:
         return self._map(lambda t: t.to(device))
 
-    def select(self, rows: Sequence[int]) -> DecoderState:
+    def select(self, rows: Sequence[int] | Tensor) -> DecoderState:
         """The sequences `rows`, in that order; a row may come more than once: n ways to go on."""
+        rows = rows.tolist() if isinstance(rows, Tensor) else rows
         for row in rows:
+            if isinstance(row, bool):
+                raise TypeError("rows: got truth values, takes the numbers of rows")
             if not -self.batch_size <= row < self.batch_size:
                 raise ValueError(f"rows: got {row}, takes 0 to {self.batch_size - 1}")
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.position.device)
@@ -91,11 +94,11 @@ class DecoderState:
         for state in states:
             if state.config != first.config:
                 raise ValueError("states: got states of different configs, takes those of one model")
+        sizes = [state.batch_size for state in states]
         layers: list[LayerState] = []
         for parts in zip(*(state.layers for state in states), strict=True):
-            layers.append(
-                {name: _join(name, [p[name] for p in parts], first._batch_dim) for name in parts[0]}
-            )
+            names = dict.fromkeys(name for part in parts for name in part)
+            layers.append({name: _join(name, parts, sizes, first._batch_dim) for name in names})
         position = torch.cat([state.position for state in states])
         return cls(first.config, position, layers, max(state.longest for state in states))
 
@@ -124,7 +127,13 @@ class DecoderState:
         return cls(config, position, layers, int(position.max()))
 
 
-def _join(name: str, parts: list[Tensor], dim: int) -> Tensor:
+def _join(name: str, layers: Sequence[LayerState], sizes: Sequence[int], dim: int) -> Tensor:
+    """The tensors of that name of so many sequences each as one; zeros for those that have read nothing."""
+    known = next(layer[name] for layer in layers if name in layer)
+    shapes = [(*known.shape[:dim], size, *known.shape[dim + 1 :]) for size in sizes]
+    parts = [
+        layer[name] if name in layer else known.new_zeros(s) for layer, s in zip(layers, shapes, strict=True)
+    ]
     if name in ("attention.k", "attention.v"):
         capacity = max(p.shape[-2] for p in parts)
         parts = [grow(p, capacity) for p in parts]

@@ -34,6 +34,7 @@ def forward(
     """LayerNorm of x [..., C]: (y in `dtype`, mean, rstd), statistics [..., 1]."""
     if x.dtype != dtype:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    weight, bias = _alike(x, weight, bias)
     y, mean, rstd = torch.ops.aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     return y, mean.to(compute_dtype(dtype)), rstd.to(compute_dtype(dtype))
 
@@ -45,12 +46,20 @@ def backward(
     wide = x.to(grad.dtype)
     if x.dtype != grad.dtype:
         weight = weight.to(grad.dtype)
+    weight, _ = _alike(wide, weight, weight)
     if not x.is_cuda:  # torch has statistics in the weight's dtype there, in float32 on CUDA
         mean, rstd = mean.to(weight.dtype), rstd.to(weight.dtype)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(  # of a bias only the shape
         grad.contiguous(), wide, x.shape[-1:], mean, rstd, weight, weight, [True, True, True]
     )
     return grad_x.to(x.dtype), grad_weight, grad_bias
+
+
+def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Parameters as torch's LayerNorm takes them with x: both in its dtype, or in the one it computes in."""
+    if weight.dtype == bias.dtype and weight.dtype in (x.dtype, compute_dtype(x.dtype)):
+        return weight, bias
+    return weight.to(compute_dtype(x.dtype)), bias.to(compute_dtype(x.dtype))
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,7 +143,7 @@ def move_running(n: NormParams, mean: Tensor, var: Tensor, rows: Tensor | int) -
 def norm(x: Tensor, p: NormParams) -> Tensor:
     """y [..., C] for x [..., C]; updates ``p.running`` in training."""
     if p.kind == "layer":
-        return F.layer_norm(x, x.shape[-1:], p.weight, p.bias, p.eps)
+        return F.layer_norm(x, x.shape[-1:], *_alike(x, p.weight, p.bias), p.eps)
     if p.kind == "batch" and p.synced is not None:
         with torch.no_grad():
             mean, var = moments(x, center=True)

@@ -15,6 +15,7 @@ from spikedecoder.data import held_out_batches
 from spikedecoder.diagnosis import dead_layers, saturated_layers
 from spikedecoder.model import IGNORE, SpikeDecoder
 from spikedecoder.nn.evaluating import evaluating
+from spikedecoder.params import binary_timesteps
 from spikedecoder.spike_stats import SpikeCounter, spiking_layers
 
 
@@ -114,8 +115,9 @@ def _sum_over_processes(
     return total, sums[0], sums[1], pairs
 
 
-def health(evaluation: Evaluation) -> list[str]:
-    """Layers that carry nothing, in words, with what to try."""
+def health(evaluation: Evaluation, levels: int = 1) -> list[str]:
+    """Layers that carry nothing, in words, with what to try: silent ones, and those always at `levels`."""
+    most = levels.bit_count() / binary_timesteps(levels)
     silent = [name for name, rate in evaluation.spike_rates.items() if rate == 0]
-    full = [name for name, rate in evaluation.spike_rates.items() if rate == 1]
+    full = [name for name, rate in evaluation.spike_rates.items() if rate == most]
     return [dead_layers(silent)] * bool(silent) + [saturated_layers(full)] * bool(full)

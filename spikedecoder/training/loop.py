@@ -11,6 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -147,6 +148,9 @@ def _first_line(error: BaseException) -> str:
 
 def _check(config: SpikeDecoderConfig, corpus: Corpus) -> None:
     check_known(corpus.tokenizer, "corpus.tokenizer")
+    for name, ids in (("train", corpus.train), ("val", corpus.val)):
+        if not isinstance(ids, np.ndarray):
+            raise TypeError(f"corpus.{name}: got {type(ids).__name__}, takes a numpy array of token ids")
     for name in ("vocab_size", "pad_id"):
         got, takes = getattr(config, name), getattr(corpus.tokenizer, name)
         if got != takes:
@@ -351,7 +355,7 @@ class _Run:
         self.evaluation, self.evaluated, self.saved = evaluation, self.step, -1
         self.report.evaluated(self.step, evaluation)
         self._watch()
-        known, self.warnings = self.warnings, health(evaluation)
+        known, self.warnings = self.warnings, health(evaluation, self.model.config.spike_levels)
         for warning in self.warnings:
             if warning not in known:
                 self.report.message(f"warning: {warning}")
