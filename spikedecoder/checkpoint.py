@@ -46,7 +46,9 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     path = Path()
     try:
         for path, data in files.items():
-            if path.exists() and not path.is_file() and not path.is_dir():
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder, takes a file", str(path))
+            if path.exists() and not path.is_file():
                 with open(path, "wb") as stream:
                     stream.write(data)
                 continue

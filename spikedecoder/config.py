@@ -127,6 +127,8 @@ class SpikeDecoderConfig:
         for name in ("vocab_size", "max_len", "token_dim", "position_dim", "heads", "blocks", "mlp_ratio"):
             at_least(name, getattr(self, name), 1)
         at_least("timesteps", self.timesteps, 1)
+        if self.blocks > _MOST_BLOCKS:
+            raise ValueError(f"blocks: got {self.blocks}, takes 1 to {_MOST_BLOCKS}")
         for name, top in (("spike_degree", 4), ("spiking_residuals", 2)):
             if not 0 <= getattr(self, name) <= top:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes 0 to {top}")
@@ -171,7 +173,9 @@ class SpikeDecoderConfig:
     def _check_neuron(self) -> None:
         if self.neuron == "lif":
             if self.levels is not None:
-                raise ValueError(f"levels: got {self.levels}, takes None with neuron='lif'")
+                raise ValueError(
+                    f"levels: got {self.levels}, takes None with neuron='lif', as the preset default-lif has"
+                )
             _ = self.lif  # its own checks
             rest = self.v_reset or 0.0
             if self.v_threshold <= rest:
@@ -185,7 +189,8 @@ class SpikeDecoderConfig:
         if self.timesteps != 1:
             raise ValueError(
                 f"timesteps: got {self.timesteps}, takes 1 with neuron='ilif': its integers, up to levels = "
-                f"{self.levels}, stand for {binary_timesteps(self.levels)} binary timesteps"
+                f"{self.levels}, stand for {binary_timesteps(self.levels)} binary timesteps; the preset "
+                "default-lif has neurons of several"
             )
         for name in _LIF_ONLY:
             got, default = getattr(self, name), _DEFAULTS[name]
@@ -345,5 +350,6 @@ def bits(n: int) -> int:
 
 _HINTS: dict[str, Any] = typing.get_type_hints(SpikeDecoderConfig)
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(SpikeDecoderConfig)}
+_MOST_BLOCKS = 10_000
 _POSITIVE = ("embedding_gain", "embedding_std", "residual_init", "attention_scale", "surrogate_alpha")
 _LIF_ONLY = ("tau", "decay_input", "learn_threshold", "surrogate", "surrogate_alpha", "detach_reset")

@@ -186,7 +186,7 @@ def test_the_last_tokens_are_shown_with_what_came_before(
 
 
 def test_one_training_at_a_time_and_it_can_be_stopped(tmp_path: Path):
-    from spikedecoder.app.training import Stopped, train_small
+    from spikedecoder.app.training import train_small
 
     told: list[str] = []
 
@@ -195,11 +195,14 @@ def test_one_training_at_a_time_and_it_can_be_stopped(tmp_path: Path):
         if "step" in said:
             with pytest.raises(ValueError, match="being trained already"):
                 train_small("non-spiking", "words", 1, tmp_path, tell)
-            raise Stopped
 
-    with pytest.raises(Stopped):
-        train_small("non-spiking", "characters", 50, tmp_path, tell)
+    result = train_small("non-spiking", "characters", 50, tmp_path, tell, lambda: len(told) > 1)
     assert told[0] == "reading the text" and told[1].startswith("step 1 of 50")
+    assert result is not None and (result.step, result.interrupted) == (1, "reporter")
+    assert SpikeDecoder.from_pretrained(result.out).config == result.model.config  # what it had learned
+    others = set(tmp_path.iterdir())
+    assert train_small("non-spiking", "characters", 50, tmp_path, tell, lambda: True) is None
+    assert set(tmp_path.iterdir()) == others
     with pytest.raises(ValueError, match="kind: got 'x'"):
         train_small("x", "words", 1, tmp_path, tell)
     with pytest.raises(ValueError, match="steps: got 0"):

@@ -298,6 +298,13 @@ def test_push_to_hub_says_that_it_reached_nobody(saved, monkeypatch):
         saved[0].push_to_hub("me/small")
 
 
+def test_a_folder_is_not_written_to(tmp_path):
+    (tmp_path / "figure.png").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"a folder, takes a file: '.*figure\.png'"):
+        ck.write_bytes(tmp_path / "figure.png", b"")
+    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+
+
 @pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_no_litter(saved, monkeypatch, fails):
     model, folder = saved

@@ -66,7 +66,9 @@ def test_bad_tables_are_named(tmp_path, old, new, message):
         energy.EnergyTable.load(path)
 
 
-def test_tables_that_are_not_there():
+def test_tables_that_are_not_there(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"a folder, takes a TOML file"):
+        energy.EnergyTable.load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.toml: no such file"):
         energy.EnergyTable.load("nowhere.toml")
     with pytest.raises(ValueError, match="got 'horowitz', takes horowitz-45nm"):

@@ -20,7 +20,9 @@ import pytest
 import torch
 
 from spikedecoder.cli import main
+from spikedecoder.data import CharTokenizer
 from spikedecoder.sweep import Search, sweep
+from spikedecoder.training import train
 from spikedecoder.training.checkpoints import read_step
 
 optuna = pytest.importorskip("optuna")
@@ -180,6 +182,47 @@ def test_bad_trials_are_stopped_and_impossible_ones_said(story, tmp_path):
     assert found.best["bits"] == min(t["bits"] for t in found.trials if t["state"] == "complete")
 
 
+@pytest.mark.parametrize("how", ["pruned", "complete"])
+def test_a_signal_during_the_last_step_of_a_trial_ends_the_sweep(story, tmp_path, monkeypatch, how):
+    """Of a trial that was about to be over anyway, so that nothing is left of it to go on with."""
+    from spikedecoder.sweep import worker
+    from spikedecoder.training.signals import stop_on_signals
+
+    def trained(*arguments, reporter, **options):
+        result = train(*arguments, reporter=reporter, **options)
+        with stop_on_signals():
+            signal.raise_signal(signal.SIGINT)
+        if how == "pruned":
+            raise optuna.TrialPruned
+        return result
+
+    monkeypatch.setattr(worker, "train", trained)
+    before = signal.getsignal(signal.SIGINT)
+    found = sweep(search(SPACE), tmp_path / "sweep", texts=[str(story)], say=lambda _: None)
+    assert found.interrupted and len(found.trials) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_searches_of_the_benchmarks_can_be_run():
+    """Every choice, and both ends of every range, make a configuration."""
+    from spikedecoder.cli.settings import tomllib
+
+    files = sorted((Path(__file__).parents[1] / "bench" / "searches").glob("*.toml"))
+    assert files
+    for file in files:
+        wanted = Search.from_dict(tomllib.loads(file.read_text()))
+        for dimension in wanted.space:
+            for value in dimension.choices or (dimension.low, dimension.high):
+                wanted.settings({dimension.name: value})
+                wanted.config({dimension.name: value}, CharTokenizer.from_text("a text"))
+
+
+def test_a_file_is_no_folder_of_a_study(story, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: a file, takes a folder"):
+        sweep(search(SPACE), tmp_path / "file", texts=[str(story)])
+
+
 def metrics(out: Path, trial: dict) -> list[dict]:
     lines = (out / "trials" / trial["folder"] / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -287,6 +330,14 @@ def test_a_stop_a_kill_and_several_processes(story, tmp_path):
         ("[space]\ntokenizer = { choices = ['char', 'word'] }", "changes what is measured"),
         ("[space]\nblocks = { choices = [1, 2] }", "blocks: stands in [space] and in [model]"),
         ("[space]\nlr = { low = 1, high = 2 }\n[study]\nsampler = 'grid'", "a grid needs choices, step, or"),
+        (
+            "[space]\nlr = { low = 0.1, high = 1, points = 1000000000 }\n[study]\nsampler = 'grid'",
+            "lr: a grid of more than 10,000 values",
+        ),
+        (
+            "[space]\nlr = { low = 0.1, high = 1, step = 1e-300 }\n[study]\nsampler = 'grid'",
+            "lr: a grid of more than 10,000 values",
+        ),
         ("[space]\nlr = { low = 1, high = 2 }\n[study]\nsampler = 'gp'", "sampler: got 'gp', takes tpe"),
         ("[space]\nlr = { low = 1, high = 2 }\n[study]\ntrials = 0", "trials: got 0"),
         ("[space]\nlr = { low = 1, high = 2 }\n[study]\ntrial = 1", "did you mean trials"),

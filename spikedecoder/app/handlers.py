@@ -14,7 +14,7 @@ import gradio as gr
 
 from spikedecoder import viz
 from spikedecoder.app.models import TOKENS, Found, Library
-from spikedecoder.app.training import Stopped, train_small
+from spikedecoder.app.training import train_small
 from spikedecoder.app.writing import (
     Observation,
     Settings,
@@ -248,18 +248,21 @@ class Handlers:
     ) -> tuple[Any, ...]:
         session.stop = False
 
-        def tell(share: float, said: str) -> None:
-            if session.stop:
-                raise Stopped
-            progress(share, desc=said)
-
-        try:
-            folder = train_small(kind, tokens, _whole("steps", steps) or 0, self.library.roots[0], tell)
-        except Stopped:
-            gr.Info("Training stopped. What it had learned stays where it was saved.")
-            return session, *self.choices(tokens, kind), self.comparable(), "Stopped."
-        said = f"Trained: {folder}"
-        return session, *self.choices(tokens, kind, str(folder)), self.comparable(), said
+        result = train_small(
+            kind,
+            tokens,
+            _whole("steps", steps) or 0,
+            self.library.roots[0],
+            lambda share, said: progress(share, desc=said),
+            lambda: session.stop,
+        )
+        if result is None:
+            return session, *self.choices(tokens, kind), self.comparable(), "Stopped before the first step."
+        said = f"Trained: {result.out}"
+        if result.interrupted:
+            said = f"Stopped at step {result.step} of {result.steps}, and saved: {result.out}"
+            gr.Info(said)
+        return session, *self.choices(tokens, kind, str(result.out)), self.comparable(), said
 
 
 def _whole(name: str, value: float | None) -> int | None:

@@ -10,24 +10,22 @@ from pathlib import Path
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data import prepare_corpus
 from spikedecoder.kinds import KINDS
-from spikedecoder.training import Evaluation, Reporter, TrainConfig, free_folder, train
+from spikedecoder.training import Evaluation, Reporter, TrainConfig, TrainResult, free_folder, train
 
 _ONE = threading.Lock()  # training sets the threads of the whole process
 _SECONDS = 0.25  # between two looks at the progress
 
-# (share done, what to say); an exception that it raises ends the training
-Tell = Callable[[float, str], None]
+Tell = Callable[[float, str], None]  # (share done, what to say)
 
 
-class Stopped(Exception):
-    """The user asked the training to end."""
+def train_small(
+    kind: str, tokens: str, steps: int, parent: Path, tell: Tell, stop: Callable[[], bool] = lambda: False
+) -> TrainResult | None:
+    """Train the small default of a kind on the built-in text, until `stop` says so, in a new folder of
+    `parent`. None if it said so before the first step.
 
-
-def train_small(kind: str, tokens: str, steps: int, parent: Path, tell: Tell) -> Path:
-    """Train the small default of a kind on the built-in text; its run's folder.
-
-    Raises ValueError (bad arguments, another training in progress), Stopped (raised by `tell`), and what
-    `spikedecoder.training.train` raises.
+    Raises ValueError (bad arguments, another training in progress), and what `spikedecoder.training.train`
+    raises.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {', '.join(KINDS)}")
@@ -47,19 +45,23 @@ def train_small(kind: str, tokens: str, steps: int, parent: Path, tell: Tell) ->
         )
         tell(0.0, "reading the text")
         corpus = prepare_corpus(tokenizer=settings.tokenizer, min_count=settings.min_count)
+        if stop():
+            return None
         vocabulary = {"vocab_size": corpus.tokenizer.vocab_size, "pad_id": corpus.tokenizer.pad_id}
         shape = {"max_len": 64} if words else {}
         config = SpikeDecoderConfig.preset("default-lif", **vocabulary, **shape, **KINDS[kind])
         out = free_folder(f"{kind}-{tokens}".replace(" ", "-"), corpus.name, parent)
-        train(config, corpus, settings, out=out, reporter=_Progress(tell))
-        return out
+        return train(config, corpus, settings, out=out, reporter=_Progress(tell, stop))
     finally:
         _ONE.release()
 
 
 class _Progress(Reporter):
-    def __init__(self, tell: Tell) -> None:
-        self.tell, self.last, self.bits = tell, 0.0, ""
+    def __init__(self, tell: Tell, stop: Callable[[], bool]) -> None:
+        self.tell, self.stop, self.last, self.bits = tell, stop, 0.0, ""
+
+    def asks_to_stop(self) -> bool:
+        return self.stop()
 
     def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
         self.steps, self.begin = steps, time.monotonic()

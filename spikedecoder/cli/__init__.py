@@ -100,7 +100,8 @@ def _answer(error: Exception) -> int:
         return _fail(error, 2)
     if is_lack_of_memory(error):
         known = str(error).startswith("not enough memory")
-        return _fail(error if known else MemoryError(f"not enough memory: {error}"), 2)
+        reason = f": {error}" if str(error) else ""
+        return _fail(error if known else MemoryError(f"not enough memory{reason}"), 2)
     raise error
 
 

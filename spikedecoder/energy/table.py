@@ -107,6 +107,8 @@ class EnergyTable:
             return cls._parse((_TABLES / f"{table}.toml").read_bytes(), str(table), str(table))
         path = Path(table)
         if not path.is_file():
+            if path.is_dir():
+                raise IsADirectoryError(f"table: {path}: a folder, takes a TOML file")
             if path.suffix == ".toml" or len(path.parts) > 1:
                 raise FileNotFoundError(f"table: {path}: no such file")
             raise ValueError(f"table: got {str(table)!r}, takes {', '.join(cls.names())} or a TOML file")

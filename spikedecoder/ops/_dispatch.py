@@ -148,7 +148,7 @@ def select(operator: str, call: Call, requested: str | None = None) -> ModuleTyp
         if reason is not None:
             raise BackendError(
                 f"{operator}: backend {requested!r} was asked for and cannot run it: {reason}. "
-                f"Others: use_backend('auto'), or one of {', '.join(BACKENDS)}"
+                f"Others: use_backend('auto'), or one of {', '.join(b for b in BACKENDS if b != requested)}"
             )
         return module(requested, operator)
     for backend in candidates(call.device):

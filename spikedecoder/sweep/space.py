@@ -101,8 +101,12 @@ class Dimension:
         """The values of a grid."""
         if self.choices:
             return self.choices
+        n = self.points or 0
         if self.step is not None:
-            n = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+            n = math.floor(min((self.high - self.low) / self.step, 2.0 * _MOST) + 1e-9) + 1
+        if n > _MOST:
+            raise ValueError(f"space: {self.name}: a grid of more than {_MOST:,} values, takes up to as many")
+        if self.step is not None:
             found = [self.low + i * self.step for i in range(n)]
         elif self.points is None:
             raise ValueError(f"space: {self.name}: a grid needs choices, step, or points = N for this range")

@@ -41,6 +41,8 @@ def open_study(out: Path, search: Search, fingerprint: str) -> Any:
     fingerprint: of the text and its tokens.
     """
     o, path = optuna(), out / STUDY
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file, takes a folder")
     new = not path.exists()
     if new and (out / TRIALS).exists():
         raise ValueError(f"{out}: holds trials but no {STUDY}; takes a new folder, or the study file back")

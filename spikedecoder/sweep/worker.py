@@ -23,6 +23,7 @@ from spikedecoder.sweep.study import (
     trial_lock,
 )
 from spikedecoder.training import Evaluation, Reporter, RunInfo, TrainingError, train
+from spikedecoder.training.signals import stop_on_signals
 from spikedecoder.viz.reports import read_metrics
 
 Say = Callable[[str], None]
@@ -54,21 +55,22 @@ def work(
     """
     data = read_corpus(search, texts, corpus)
     study = open_study(out, search, data.fingerprint)
-    while alive():
-        with contextlib.ExitStack() as held:
-            with claiming(out):
-                trial = claim(study, search)
-                if trial is None:
-                    return None
-                trial.set_user_attr("folder", folder_of(trial))
-                # taken before anyone else can look for trials without a process
-                held.enter_context(locked(trial_lock(out, folder_of(trial))))
-            interrupted = _run(study, trial, search, data, out, texts, corpus, threads, say)
-            if interrupted:
-                return interrupted  # the trial stays "running" without a lock, and is taken up again
-            with claiming(out):
-                drop_checkpoints(study, out)
-    return None
+    with stop_on_signals() as stop:
+        while alive() and stop.requested is None:
+            with contextlib.ExitStack() as held:
+                with claiming(out):
+                    trial = claim(study, search)
+                    if trial is None:
+                        return None
+                    trial.set_user_attr("folder", folder_of(trial))
+                    # taken before anyone else can look for trials without a process
+                    held.enter_context(locked(trial_lock(out, folder_of(trial))))
+                interrupted = _run(study, trial, search, data, out, texts, corpus, threads, say)
+                if interrupted:
+                    return interrupted  # the trial stays "running" without a lock, and is taken up again
+                with claiming(out):
+                    drop_checkpoints(study, out)
+        return stop.requested
 
 
 def _run(
@@ -82,6 +84,7 @@ def _run(
     threads: int | None,
     say: Say,
 ) -> str | None:
+    """What interrupted the trial, if it is not over."""
     o = optuna()
     state = o.trial.TrialState
     params = search.suggest(trial)

@@ -64,7 +64,8 @@ def train(
     threads and processes ends bit for bit as if it had never stopped. reporter: told of what happens; None:
     nobody. source: kept in run.json.
 
-    SIGINT and SIGTERM finish the step, save, and return with `interrupted` set; a second one ends at once.
+    SIGINT and SIGTERM, or a reporter that asks for it, finish the step, save, and return with `interrupted`
+    set; a second signal ends at once.
     Everything random is a function of (seed, step), so a checkpoint needs no generator state. The generator
     is the process's: where another thread trains, the call waits for its run to end.
 
@@ -232,6 +233,8 @@ class _Run:
         interrupted = self._evaluate_if_due()
         while not interrupted and self.step < c.steps:
             self._train_step()
+            if self.report.asks_to_stop():
+                self.stop.requested = self.stop.requested or "reporter"
             interrupted = self._agree(self.stop.requested) or self._evaluate_if_due()
             if self._due(c.log_every):
                 self._log()

@@ -48,6 +48,10 @@ class Reporter:
     def message(self, text: str) -> None:
         """Something that a person should read."""
 
+    def asks_to_stop(self) -> bool:
+        """Asked after every step: True ends the run as a signal does, with a checkpoint."""
+        return False
+
     def close(self) -> None:
         """When the run ends, in whatever way."""
 
@@ -83,6 +87,9 @@ class Several(Reporter):
     def message(self, text: str) -> None:
         for reporter in self.reporters:
             reporter.message(text)
+
+    def asks_to_stop(self) -> bool:
+        return any(reporter.asks_to_stop() for reporter in self.reporters)
 
     def close(self) -> None:
         for reporter in self.reporters:

@@ -26,7 +26,7 @@ class TrainResult:
     `evaluated_step` steps (= step, unless the run was interrupted; None if it had none). best: step and
     held-out loss of OUT/best. baselines: bits per token of n-gram models on the same held-out tokens.
     tokens_per_second: of the training steps alone, in this process. checkpoint: OUT/last. interrupted: name
-    of the signal that ended the run early. model: after the last step, in evaluation mode.
+    of the signal that ended the run early, or "reporter". model: after the last step, in evaluation mode.
     """
 
     steps: int

@@ -16,16 +16,24 @@ class Stop:
         self.requested: str | None = None
 
 
+_outer: Stop | None = None  # of the main thread
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
     """Turn SIGINT and SIGTERM into a request; a second signal acts as if this were not here.
 
-    Off the main thread, where Python delivers no signals, nothing is installed.
+    Inside of another one it is that one's request, so that who runs several runs learns of it, too. Off the
+    main thread, where Python delivers no signals, nothing is installed.
     """
-    stop = Stop()
+    global _outer
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield Stop()
         return
+    if _outer is not None:
+        yield _outer
+        return
+    stop = _outer = Stop()
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
@@ -41,4 +49,5 @@ def stop_on_signals() -> Iterator[Stop]:
     try:
         yield stop
     finally:
+        _outer = None
         restore()
