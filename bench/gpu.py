@@ -86,7 +86,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     build += "ops.use_backend('triton'); print(ops.lif(x).sum())"
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
     kernels = [str(ROOT / "tests/test_kernels_parity.py"), str(ROOT / "tests/test_kernels_launch.py")]
-    marked = ("convergence", "ext_cuda", "torch_features", "generation_graph", "training")
+    marked = ("convergence", "ext_cuda", "torch_features", "generation_graph", "model_parts", "training")
     others = ("others", [*pytest, "-m", "gpu", *(str(ROOT / f"tests/test_{name}.py") for name in marked)])
     runs = [str(ROOT / f"tests/test_{name}.py") for name in ("training_graph", "training_runs")]
     if dry:  # all of the second are skipped, but imported

@@ -53,14 +53,15 @@ def test_hooks_on_every_module_see_what_passes_it(preset, changes, recompute):
 
 @pytest.mark.parametrize("norm", ["layer", "batch", "power"])
 @pytest.mark.parametrize("watched", ["attention.q.lif", "attention.q.norm"])
-def test_a_hook_changes_no_dtype_under_autocast(norm, watched):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_hook_changes_no_dtype_under_autocast(norm, watched, device):
     """Some norms are in float32 there, by themselves; q's spikes must still be of k's dtype."""
     torch.manual_seed(0)
     small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16}
-    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", norm=norm, **small))
-    tokens, seen = torch.randint(0, 28, (2, 8)), []
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default-lif", norm=norm, **small)).to(device)
+    tokens, seen = torch.randint(0, 28, (2, 8), device=device), []
     model.get_submodule(f"blocks.0.{watched}").register_forward_hook(lambda *found: seen.append(found[-1]))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         model.loss(tokens, tokens.roll(-1, 1)).backward()
     assert len(seen) == 1
 
