@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spikedecoder._version import __version__
 from spikedecoder.config import SpikeDecoderConfig
@@ -149,13 +150,29 @@ def _misfits(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
     return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
+class _Unfilled(TorchFunctionMode):
+    """Draws no numbers: on the meta device they would import the compiler, which takes a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _made_by(model: SpikeDecoder) -> dict[str, Tensor]:
+    """The tensors that its config makes, by name, without memory."""
+    with torch.device("meta"), _Unfilled():
+        return type(model)(model.config).state_dict()
+
+
 def save_folder(model: SpikeDecoder, folder: Path) -> None:
     """Write the model's files over those that are there, all or none; the weights last, so that a new folder
     with weights is complete. ValueError where they could not be loaded again."""
     weights, files = model.state_dict(), {}
-    with torch.device("meta"):
-        made = type(model)(model.config).state_dict()
-    if problems := _misfits(made, weights):
+    if problems := _misfits(_made_by(model), weights):
         raise ValueError(
             f"model: holds other weights than its config makes ({problems}): no folder would bring it back; "
             "undo what changed its modules first, as torch.nn.utils.prune.remove, parametrize."

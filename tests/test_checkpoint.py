@@ -110,6 +110,16 @@ def test_weights_that_no_config_makes_are_not_written(tmp_path):
     )
 
 
+def test_a_save_imports_no_compiler(tmp_path):
+    """It takes a second: that of what is looked at to know what a config makes is not needed."""
+    code = (
+        "import sys; from spikedecoder import SpikeDecoder, SpikeDecoderConfig\n"
+        "SpikeDecoder(SpikeDecoderConfig.preset('default', vocab_size=9)).save_pretrained(sys.argv[1])\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], check=True)
+
+
 def test_tied_weights_are_saved(tmp_path):
     model = SpikeDecoder(SpikeDecoderConfig.preset("default-ann", vocab_size=20, max_len=16, blocks=1)).eval()
     model.head.linear.weight = model.embedding.token.weight

@@ -83,9 +83,8 @@ def dense_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         TypeError, ValueError: naming the argument.
     """
     check_linear(s, weight, bias)
-    if unwatched() and unwatched(
-        s, weight, bias
-    ):  # first whether there may be tangents, which the second refuses
+    # first whether there may be tangents, which the second refuses
+    if unwatched() and unwatched(s, weight, bias):
         backend = _backend(s, weight, bias)
         if backend != "reference":
             return _direct(s, weight, bias, backend)

@@ -101,18 +101,19 @@ class Dimension:
         """The values of a grid."""
         if self.choices:
             return self.choices
-        n = self.points or 0
         if self.step is not None:
-            n = math.floor(min((self.high - self.low) / self.step, 2.0 * _MOST) + 1e-9) + 1
-        if n > _MOST:
+            n = (self.high - self.low) / self.step + 1 + 1e-9
+        elif self.points is not None:
+            n = self.points
+        else:
+            raise ValueError(f"space: {self.name}: a grid needs choices, step, or points = N for this range")
+        if n >= _MOST + 1:  # before they are made
             raise ValueError(f"space: {self.name}: a grid of more than {_MOST:,} values, takes up to as many")
         if self.step is not None:
-            found = [self.low + i * self.step for i in range(n)]
-        elif self.points is None:
-            raise ValueError(f"space: {self.name}: a grid needs choices, step, or points = N for this range")
+            found = [self.low + i * self.step for i in range(math.floor(n))]
         else:
             low, high = (math.log(x) if self.log else x for x in (self.low, self.high))
-            spread = [low + (high - low) * i / (self.points - 1) for i in range(self.points)]
+            spread = [low + (high - low) * i / (n - 1) for i in range(math.floor(n))]
             found = [math.exp(x) if self.log else x for x in spread]
             found[0], found[-1] = self.low, self.high
         whole = [round(x) for x in found] if self.integer else found
