@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_report import draw, render
+from quality_report import KINDS_OF_ENERGY, draw, render
 from quality_rows import ROWS, Row
 from quality_tried import TRIED
 from quality_twin import GPT
@@ -112,18 +112,17 @@ def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int, device: st
 
 @torch.no_grad()
 def spikes_and_energy(model: SpikeDecoder, corpus: Corpus, length: int) -> dict[str, Any]:
-    """Mean spike rate, and estimated joules a token: its own, and of the same shapes without spikes."""
+    """Mean spike rate, and estimated joules a token of each kind: its own, and of the same shapes without spikes."""
     tokens, _ = next(held_out_batches(corpus.val, length, 16))
     tokens = tokens.to(model.device)
     with SpikeCounter(model) as counter:
         model(tokens)
     rates = counter.rates()
-    ledger = energy.measure(model, tokens)
     estimates: dict[str, dict[str, float]] = {}
-    for entry in energy.compare({"": ledger}, PRICES).entries:
-        estimates.setdefault(entry.variant, {})["arithmetic"] = entry.estimate.per_token
-    for entry in energy.compare({"": ledger}, PRICES, memory=True).entries:
-        estimates[entry.variant]["with memory"] = entry.estimate.per_token
+    for kind, (mode, memory) in KINDS_OF_ENERGY.items():
+        ledger = energy.measure(model, tokens, mode=mode)
+        for entry in energy.compare({"": ledger}, PRICES, memory=memory).entries:
+            estimates.setdefault(entry.variant, {})[kind] = entry.estimate.per_token
     return {"spike_rate": sum(rates.values()) / len(rates), "energy": estimates}
 
 

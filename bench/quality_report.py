@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quality_rows import Row
 
@@ -33,6 +33,15 @@ def half_width(runs: list[dict[str, Any]]) -> float | None:
     return _T95.get(n - 1, 1.96) * statistics.stdev(r["bits"] for r in runs) / math.sqrt(n)
 
 
+# of an energy estimate: what its mode is called in the package, and whether memory is counted
+KINDS_OF_ENERGY: dict[str, tuple[Literal["prompt", "token"], bool]] = {
+    "arithmetic": ("prompt", False),
+    "with memory": ("prompt", True),
+    "written, arithmetic": ("token", False),
+    "written, with memory": ("token", True),
+}
+
+
 def best_ann(by_row: dict[str, list[dict[str, Any]]], rows: list[Row]) -> str | None:
     names = [row.name for row in rows if row.ann and row.name in by_row]
     return min(names, key=lambda name: mean(by_row[name]), default=None)
@@ -55,8 +64,8 @@ def render(study: dict[str, Any], runs: list[dict[str, Any]], rows: list[Row]) -
         "",
         "± is the 95 % confidence interval over seeds (Student's t; two seeds make it wide). Columns with a "
         "factor: bits where windows are so many times as long as in training. Energy: estimated arithmetic "
-        f"per token ({study['prices']}) with int8 weights, and in fp32. Tokens/s: of training, on a machine "
-        "that other runs shared.",
+        f"per token of a text that is read at once ({study['prices']}), with int8 weights, and in fp32. "
+        "Tokens/s: of training, on a machine that other runs shared.",
         "",
         "| model | bits | ± | seeds | over the best ANN | "
         + " | ".join(f"{n}x" for n in factors if n > 1)
@@ -97,18 +106,17 @@ def twins_energy(by_row: dict[str, list[dict[str, Any]]]) -> list[str]:
     runs = by_row.get("default") or next((r for r in by_row.values() if r[0]["energy"]), None)
     if not runs or not runs[0]["energy"]:
         return []
+    kinds = [kind for kind in KINDS_OF_ENERGY if all(kind in r["energy"]["this model, int8"] for r in runs)]
     lines = [
-        f'The shapes of "{runs[0]["row"]}", estimated nJ per token:',
+        f'The shapes of "{runs[0]["row"]}", estimated nJ per token of a text that is read at once'
+        + (", and of one that is written token by token:" if len(kinds) > 2 else ":"),
         "",
-        "| | arithmetic | with memory |",
-        "|---|---|---|",
+        "| | " + " | ".join(kinds) + " |",
+        "|---" * (1 + len(kinds)) + "|",
     ]
     for variant in runs[0]["energy"]:
-        values = [
-            statistics.mean(r["energy"][variant][kind] for r in runs)
-            for kind in ("arithmetic", "with memory")
-        ]
-        lines.append(f"| {variant} | {1e9 * values[0]:.0f} | {1e9 * values[1]:.0f} |")
+        values = [statistics.mean(r["energy"][variant][kind] for r in runs) for kind in kinds]
+        lines.append(f"| {variant} | " + " | ".join(f"{1e9 * v:.0f}" for v in values) + " |")
     return lines
 
 

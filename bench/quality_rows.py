@@ -13,7 +13,8 @@ SHIFT: dict[str, Any] = {**GAIN, "token_shift": 4, "mlp_token_shift": 4}
 SOFT: dict[str, Any] = {**SHIFT, "v_reset": None}
 DECAY: dict[str, Any] = {**SOFT, "decay_fastest": 0.75, "decay_slowest": 0.99}
 BATCH: dict[str, Any] = {**DECAY, "norm": "batch"}
-LIF: dict[str, Any] = {**BATCH, "decay_slowest": 0.96, "token_dim": 95, "position_dim": 1}
+QUICK: dict[str, Any] = {**BATCH, "decay_slowest": 0.96}
+LIF: dict[str, Any] = {**QUICK, "token_dim": 95, "position_dim": 1}
 SPREAD: dict[str, Any] = {**LIF, "embedding_std": 1.0}
 BEST_LIF: dict[str, Any] = {**SPREAD, "residual_init": 0.3}
 
@@ -74,7 +75,8 @@ SMALL: list[Row] = [
     Row("+ decay per head", "spike", DECAY),
     Row("+ learning rate 8e-3", "spike", DECAY, FAST),
     Row("+ BatchNorm", "spike", BATCH, FAST),
-    Row("+ one position channel", "spike", LIF, FAST),  # and decay of 0.75 to 0.96
+    Row("+ decay of 0.75 to 0.96", "spike", QUICK, FAST),
+    Row("+ one position channel", "spike", LIF, FAST),
     Row("+ embedding spread 1", "spike", SPREAD, FAST),
     Row("+ residual init 0.3", "spike", BEST_LIF, FAST, steps=4),
     Row("+ I-LIF, 15 levels", "spike", integers(15, 0.2), FAST, steps=4),
@@ -140,6 +142,12 @@ SMALL: list[Row] = [
         "the original's baseline, shifts",
         "spike",
         {**SHIFT, "spike_degree": 0, "embedding_gain": 1.0},
+    ),
+    Row(
+        "the original's baseline, shifts, lr 8e-3",
+        "spike",
+        {**SHIFT, "spike_degree": 0, "embedding_gain": 1.0},
+        FAST,
     ),
 ]
 

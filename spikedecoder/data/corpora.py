@@ -44,10 +44,11 @@ CORPORA = {
 
 
 def builtin_text() -> str:
-    """About 465 000 characters of English that Python itself carries: its documentation topics.
+    """About 373 000 characters of English that Python itself carries: its documentation topics.
 
-    The topics of ``pydoc_data.topics`` in the order of their names, joined by line ends. The text differs a
-    little from one Python release to the next.
+    The topics of ``pydoc_data.topics`` in the order of their names, joined by line ends, but for those that
+    are part of another topic ("while" of "compound"): what is held out would else be learned by heart. The
+    text differs a little from one Python release to the next.
     """
     try:
         from pydoc_data.topics import topics
@@ -55,7 +56,21 @@ def builtin_text() -> str:
         raise FileNotFoundError(
             "the built-in text is not there: this Python comes without pydoc_data.topics; pass --text FILE"
         ) from None
-    return "\n".join(topics[name] for name in sorted(topics))
+    return "\n".join(topics[name] for name in _no_part_of_another(topics))
+
+
+def _no_part_of_another(topics: dict[str, str]) -> list[str]:
+    """The names, in order, of the topics of which not all lines are in another; but for rules and short lines."""
+    lines = {
+        name: {line for line in map(str.strip, text.splitlines()) if len(line) > 20 and len(set(line)) > 2}
+        for name, text in topics.items()
+    }
+
+    def is_part(name: str) -> bool:
+        own = lines[name]
+        return any((len(of), other) > (len(own), name) and own <= of for other, of in lines.items())
+
+    return [name for name in sorted(topics) if not is_part(name)]
 
 
 def read_text_files(paths: Iterable[str | Path], encoding: str = "utf-8") -> Iterator[str]:
