@@ -30,10 +30,13 @@ SPIKEDECODER_INLINE void block_moments(const E* x, int64_t rows, int64_t stride,
                                        F (&squares)[U]) {
   for (int u = 0; u < U; u++) mean[u] = squares[u] = zero();
   if (center) {
-    for (int64_t r = 0; r < rows; r++) {
-      for (int u = 0; u < U; u++) mean[u] = add(mean[u], load_up_to(x + r * stride + u * W, n));
+    // of what lies above the first row: so that a channel that never changes has its value as mean, and variance 0
+    F first[U];
+    for (int u = 0; u < U; u++) first[u] = load_up_to(x + u * W, n);
+    for (int64_t r = 1; r < rows; r++) {
+      for (int u = 0; u < U; u++) mean[u] = add(mean[u], sub(load_up_to(x + r * stride + u * W, n), first[u]));
     }
-    for (int u = 0; u < U; u++) mean[u] = div(mean[u], set1(static_cast<float>(rows)));
+    for (int u = 0; u < U; u++) mean[u] = add(first[u], div(mean[u], set1(static_cast<float>(rows))));
   }
   for (int64_t r = 0; r < rows; r++) {
     for (int u = 0; u < U; u++) {

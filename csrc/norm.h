@@ -100,7 +100,11 @@ SPIKEDECODER_OUTLINE void row_statistics(const Normal<E, Groups>& all, int64_t f
             return fma(d, d, sum);
           });
     }
-    for (int64_t row = 0; row < end - first; row++) squares[row] = 1 / sqrt(squares[row] / n + eps);
+    // (and NaN where the variance overflows, which would else look sound)
+    for (int64_t row = 0; row < end - first; row++) {
+      const Four variance = squares[row] / n;
+      squares[row] = 1 / sqrt(variance + eps) + 0 * variance;
+    }
     for (int64_t row = first; row < end; row++) {
       const auto& p = all.of(row);
       for (int i = 0; i < 4 && t + i < p.T; i++) {

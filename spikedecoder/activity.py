@@ -16,7 +16,7 @@ from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.nn.linear import LinearNormLIF
 from spikedecoder.nn.neuron import ILIF, LIF
 from spikedecoder.nn.watching import watching
-from spikedecoder.reference.lif import charge, compute_dtype
+from spikedecoder.reference.lif import after, charge, compute_dtype
 from spikedecoder.spike_stats import neurons_of, spiking_layers
 
 
@@ -160,7 +160,7 @@ def _potentials(x: Tensor, lif: LIF, threshold: float) -> Tensor:
     for current in x:
         h = charge(current, v, p)
         fired = h - threshold >= 0
-        v = h - fired * threshold if p.v_reset is None else h.masked_fill(fired, p.v_reset)
+        v = after(h, fired, threshold, p)
         kept.append(h)
     return torch.stack(kept)
 

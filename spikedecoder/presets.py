@@ -72,12 +72,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# the original's: 10 epochs of 90 000 windows in batches of 32
+# the original's: 10 epochs of 90 000 windows in batches of 32, which are the first of the 200 over which its cosine
+# falls to 5e-5
 _ORIGINAL_RUN: dict[str, Any] = {
     "steps": 28_125,
     "batch_size": 32,
     "lr": 1e-3,
-    "min_lr": 5e-5,
+    "warmup": 0,
+    "min_lr": 9.94e-4,
     "eval_every": 1000,
 }
 
@@ -85,7 +87,7 @@ _ORIGINAL_RUN: dict[str, Any] = {
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "default": {"lr": 8e-3},
     "default-lif": {"lr": 8e-3},
-    "default-ann": {},
+    "default-ann": {"lr": 8e-3},
     "best-small": {"lr": 8e-3, "steps": 5000},
     "best-medium": {"lr": 3e-3, "steps": 20_000, "batch_size": 32, "warmup": 500, "eval_every": 1000},
     "original-char": {**_ORIGINAL_RUN, "tokenizer": "original-char"},

@@ -181,7 +181,7 @@ def test_it_is_left_to_torch_where_that_is_as_fast(monkeypatch):
 def test_what_the_product_cannot_read_is_torchs(own):
     s, weight, bias, grad = exact(0, 300, 20, 30)
     for dtype in (torch.float64, torch.bfloat16):
-        with pytest.raises(RuntimeError, match="same dtype"):
+        with pytest.raises(TypeError, match=rf"bias: got dtype {dtype}, takes that of s, torch.float32"):
             ops.dense_linear(s, weight, bias.to(dtype))
     expected = whole(s, weight, bias, grad)
     odd = torch.frombuffer(bytearray(b"0" + s.numpy().tobytes()), dtype=torch.float32, offset=1).view(300, 20)
@@ -245,6 +245,8 @@ def test_bad_input_is_named():
         ops.dense_linear(s, weight, bias[1:])
     with pytest.raises(TypeError, match="weight: got int"):
         ops.dense_linear(s, 3)
+    with pytest.raises(TypeError, match="weight: got dtype torch.bfloat16, takes that of s, torch.float32"):
+        ops.dense_linear(s, weight.bfloat16())
 
 
 def test_counts_go_through_it(own):

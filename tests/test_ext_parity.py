@@ -350,6 +350,25 @@ def test_channels_whose_mean_has_no_square_in_float32(variant):
     torch.testing.assert_close(var, x.double().var(0, correction=0).float(), rtol=1e-4, atol=0.0)
 
 
+def test_channels_that_never_change_have_no_variance(variant):
+    """Where nothing fires, a Linear gives its bias in every row."""
+    bias = torch.randn(77, generator=torch.Generator().manual_seed(0))
+    mean, var = norm_lif.moments(bias.expand(1000, 77).contiguous(), True)
+    torch.testing.assert_close(mean, bias, rtol=0, atol=0)
+    assert (var == 0).all()
+
+
+def test_rows_whose_variance_overflows_do_not_look_sound(variant):
+    x = torch.randn(4, 6, 80, generator=torch.Generator().manual_seed(0))
+    x[1, 2] *= 1e20
+    n = NormParams("layer", torch.ones(80).requires_grad_(), torch.zeros(80).requires_grad_())
+    with ops.use_backend("cpu"):
+        spikes = ops.norm_lif(x.requires_grad_(), n, LIFParams())
+    of_x, *of_parameters = torch.autograd.grad(spikes.sum(), [x, n.weight, n.bias])
+    assert of_x[:, 2].isnan().any() and of_x[:, 1].isfinite().all()
+    assert all(grad.isnan().all() for grad in of_parameters)
+
+
 @pytest.mark.parametrize("surrogate", list(SURROGATES))
 @pytest.mark.parametrize("options", [{}, {"v_reset": None}, {"detach_reset": False}], ids=str)
 def test_what_is_no_number_stays_so_in_gradients(options, surrogate, variant):

@@ -142,7 +142,7 @@ def test_bad_stop_strings(model):
 @pytest.mark.parametrize("past", PAST)
 @pytest.mark.parametrize("changes", [{}, {"reunite": "concatenate", "token_shift": 2}], ids=str)
 def test_cost_is_counted_where_the_text_was_written(changes, past):
-    """Equal to what counters see while generating (re-reading at a slide aside), and to a count by hand."""
+    """Equal to what counters see while generating, and to a count by hand."""
     model = make(**changes)
     prompt = [[1, 2, 3]]
     n = 40 if past == "continue" else 10
@@ -172,11 +172,15 @@ def test_cost_is_counted_where_the_text_was_written(changes, past):
 
 
 def test_cost_of_texts_that_slide():
-    """Each token once, where it first stood."""
+    """What generation read again is counted again, as counters see it."""
     model = make()
-    result = generate(model, [[1] * 20, [2]], 30, SamplingParams(seed=0))
-    cost = text_cost(model, result.prompts, result.tokens)
-    assert cost.tokens == 6 + 29 + 1 + 29  # of the long prompt the last half of the context is read
+    with SpikeCounter(model) as spikes, Recorder(model, "token") as recorder:
+        results = [generate(model, [p], 30, SamplingParams(seed=0)) for p in ([1] * 20, [2])]
+    prompts, tokens = [r.prompts[0] for r in results], [r.tokens[0] for r in results]
+    cost = text_cost(model, prompts, tokens)
+    assert cost.ledger.totals() == recorder.ledger().totals() and cost.spike_rates == spikes.rates()
+    # of the long prompt the last half of the context is read; and so at each slide, the new token among it
+    assert cost.again == 4 * 5 + 3 * 5 and cost.tokens - cost.again == 6 + 29 + 1 + 29
     parts = list(windows([1] * 20, list(range(30)), Context.of(model, None, "slide")))
     read = [token for window, known in parts for token in window[known:]]
     assert read == [1] * 6 + list(range(29)) and all(len(window) <= 12 for window, _ in parts)

@@ -17,6 +17,7 @@ from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.testing import CALLS, CASES, cases, leaves, make_inputs, run
 
 X = torch.ones(4, 2, 8)
+NONE = torch.ones(0)
 
 
 def _fake_backend(monkeypatch, tmp_path, name, source):
@@ -469,6 +470,14 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.binarize(X, alpha="2"), TypeError, "alpha: got '2'"),
         (lambda: ops.lif_params(X, ILIFParams(4)), TypeError, "p: got ILIFParams, takes LIFParams"),
         (lambda: ops.ilif_params(X, LIFParams()), TypeError, "p: got LIFParams, takes ILIFParams"),
+        (lambda: ops.pack_spikes(X.to_sparse()), TypeError, "spikes: got layout torch.sparse_coo"),
+        (
+            lambda: ops.norm_lif(
+                X[..., :0], NormParams("batch", NONE, NONE, running=(NONE, NONE)), LIFParams()
+            ),
+            ValueError,
+            r"x: got no channels \(shape \(4, 2, 0\)\), takes at least 1 for batch",
+        ),
         (
             lambda: ops.pack_spikes(torch.ones(())),
             TypeError,
@@ -601,6 +610,7 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
                     "running_var: got dtype torch.int32",
                 ),
                 (NormParams("power", ONES, ONES, running=(ONES, ONES, 0)), TypeError, "iters: got int"),
+                (NormParams("batch", ONES, ONES, running=None), TypeError, "running: got NoneType, takes a"),
                 (
                     NormParams("power", ONES, ONES, running=(torch.ones(9), ONES, torch.tensor(0))),
                     ValueError,

@@ -370,3 +370,90 @@ def test_autocast_leaves_float64_alone():
     s, weight = torch.ones(2, 3, dtype=torch.float64), torch.full((4, 3), 1 / 3, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ops.spike_linear(s, weight), torch.nn.functional.linear(s, weight))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("kind", ["batch", "power"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_frozen_norms_in_half_precision_compute_in_float32(dtype, kind, backend):
+    """After model.half() the running statistics have 16 bits, too: what is made of them has not."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(4, 16, 80, generator=generator) * 2 + 1).to(dtype)
+    values = (torch.rand(80, generator=generator) + 0.5).to(dtype)
+    running = {"batch": (values, values * 2), "power": (values, values, torch.tensor(3))}[kind]
+    up = torch.randn(x.shape, generator=generator).to(dtype)
+    p = LIFParams(v_threshold=0.5, surrogate="rectangular", alpha=1.0)
+    found = []
+    for statistics in (running, tuple(r.float() if r.is_floating_point() else r for r in running)):
+        own = [
+            a.clone().requires_grad_() for a in (x, torch.ones(80, dtype=dtype), torch.zeros(80, dtype=dtype))
+        ]
+        n = NormParams(kind, own[1], own[2], training=False, running=statistics)
+        with ops.use_backend(backend):
+            spikes = ops.norm_lif(own[0], n, p)
+        found.append([spikes, *torch.autograd.grad(spikes, own, up)])
+    for of_16_bits, of_32_bits in zip(*found, strict=True):
+        torch.testing.assert_close(of_16_bits, of_32_bits, rtol=0, atol=0)
+    if kind == "batch":  # and the gradient is that of the membrane which fired
+        y = (x.float() - values.float()) * (values.float() * 2 + 1e-5).rsqrt()
+        with ops.use_backend("reference"):
+            y.requires_grad_()
+            spikes = ops.lif_params(y, p)
+            (grad_y,) = torch.autograd.grad(spikes, y, up.float())
+        expected = grad_y * (values.float() * 2 + 1e-5).rsqrt()
+        torch.testing.assert_close(found[0][1].float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_torchs_default_dtype(default):
+    x = torch.rand(4, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+    phi = torch.full((50,), 0.3)
+
+    def results(dtype):
+        spikes, v = ops.lif(x.to(dtype), v_threshold=0.3, v_reset=None, return_state=True)
+        running = (phi.to(dtype, copy=True), torch.zeros(50, dtype=dtype), torch.tensor(0))
+        n = NormParams("power", torch.ones(50, dtype=dtype), torch.zeros(50, dtype=dtype), running=running)
+        for _ in range(30):
+            ops.norm_lif(x.to(dtype), n, LIFParams())
+        return spikes, v, *running
+
+    expected = {dtype: results(dtype) for dtype in (torch.float32, torch.float64)}
+    threshold = torch.tensor(0.3, dtype=torch.float64)
+    of_tensor = ops.lif(x, v_threshold=threshold, v_reset=None, return_state=True)
+    torch.testing.assert_close(expected[torch.float64][1], of_tensor[1], rtol=0, atol=0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = {dtype: results(dtype) for dtype in expected}
+    finally:
+        torch.set_default_dtype(before)
+    for dtype in expected:
+        torch.testing.assert_close(found[dtype], expected[dtype], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_neuron_with_an_infinite_threshold_never_fires(backend):
+    x = (torch.rand(4, 3, 40, generator=torch.Generator().manual_seed(0)) * 2).requires_grad_()
+    threshold = torch.ones(40).index_fill(0, torch.tensor([7]), torch.inf)
+    with ops.use_backend(backend):
+        spikes, v = ops.lif(x, v_threshold=threshold, v_reset=None, return_state=True)
+    (grad,) = torch.autograd.grad(spikes.sum() + v.sum(), x)
+    assert spikes[..., 7].sum() == 0 < spikes.sum() and v.isfinite().all() and grad.isfinite().all()
+    by_autograd, _ = lif_spec.lif(x, threshold, None, LIFParams(v_reset=None))
+    torch.testing.assert_close(by_autograd, spikes)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_attention_state_in_half_precision_gets_a_gradient_computed_in_float32(dtype, backend):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = ((torch.rand(1, 1, 1, 400, 8, generator=generator) < 0.3).to(dtype) for _ in range(3))
+    up = torch.rand(1, 1, 1, 400, 8, generator=generator).to(dtype)
+    state = torch.randint(0, 9, (1, 1, 1, 8, 8), generator=generator).to(dtype).requires_grad_()
+    with ops.use_backend(backend):
+        out = ops.spike_attention(q, k, v, 1.0, torch.tensor([0.99]), state)
+    (grad,) = torch.autograd.grad(out, state, up)
+    powers = 0.99 ** torch.arange(1, 401, dtype=torch.float64)
+    expected = (q.double() * powers[:, None]).transpose(-1, -2) @ up.double()
+    assert grad.dtype == dtype
+    torch.testing.assert_close(grad.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)

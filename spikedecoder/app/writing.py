@@ -111,7 +111,7 @@ class Observation:
         fired = "no spikes" if rate is None else f"mean spike rate {rate:.1%}"
         return (
             f"{len(w.tokens)} tokens in {w.seconds:.2f} s ({w.speed:,.0f} tokens/s) · {fired} · "
-            f"{si(estimate.per_token)} a token, estimated ({estimate.table}, fp32, arithmetic alone)"
+            f"{si(estimate.per_token)} a token read, estimated ({estimate.table}, fp32, arithmetic alone)"
         )
 
 

@@ -212,7 +212,10 @@ def _stats(
         "spike_rates": cost.spike_rates,
         "accumulates_per_token": cost.accumulates,
         "multiply_accumulates_per_token": cost.multiply_accumulates,
-        "joules_per_token": energy.per_token,  # an estimate
+        "joules_per_token": energy.per_token,  # an estimate, as that of all tokens that were read
+        "joules": energy.joules,
+        "tokens_read": cost.tokens,
+        "tokens_read_again": cost.again,
         "energy_table": energy.table,
     }
 
@@ -223,11 +226,15 @@ def _report(stats: dict[str, Any]) -> str:
         lines.append(f"spikes per neuron and timestep: {stats['spike_rate']:.4f} (mean of the layers)")
         width = max(map(len, stats["spike_rates"]))
         lines += [f"  {name:<{width}}  {rate:.4f}" for name, rate in stats["spike_rates"].items()]
-    lines.append(
-        f"per token: {stats['accumulates_per_token']:,.0f} accumulates, "
+    again = stats["tokens_read_again"]
+    outgrown = f" ({again:,} of them again, where the context was full)" if again else ""
+    lines += [
+        f"{stats['tokens_read']:,} tokens read{outgrown}; for each of them",
+        f"  {stats['accumulates_per_token']:,.0f} accumulates, "
         f"{stats['multiply_accumulates_per_token']:,.0f} multiply-accumulates; "
-        f"{stats['joules_per_token'] * 1e6:.3g} uJ of arithmetic estimated with {stats['energy_table']}"
-    )
+        f"{stats['joules_per_token'] * 1e6:.3g} uJ of arithmetic estimated with {stats['energy_table']}, "
+        f"{stats['joules'] * 1e6:,.3g} uJ for all",
+    ]
     return "\n".join(lines)
 
 

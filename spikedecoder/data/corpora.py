@@ -60,7 +60,7 @@ def builtin_text() -> str:
 
 
 def _no_part_of_another(topics: dict[str, str]) -> list[str]:
-    """The names, in order, of the topics of which not all lines are in another; but for rules and short lines."""
+    """The names, in order, of topics of which not all lines (but for short ones and rules) are in another."""
     lines = {
         name: {line for line in map(str.strip, text.splitlines()) if len(line) > 20 and len(set(line)) > 2}
         for name, text in topics.items()

@@ -18,7 +18,7 @@ from spikedecoder.generation.sampling import (
     distribution,
     draw,
     generators,
-    log_probability,
+    log_normalizers,
     predictions,
     to_scores,
 )
@@ -135,16 +135,23 @@ class Batch:
         if new:
             logits.append(self.source.add([c.prompt for c in new]))
             self.running = self.running + new
-        scores = to_scores(logits[0] if len(logits) == 1 else torch.cat(logits), self.suppress)
+        all_logits = logits[0] if len(logits) == 1 else torch.cat(logits)
+        scores = to_scores(all_logits, self.suppress)
         for c in new:
             if c.sampling.repetition_penalty != 1:
                 c.seen = np.zeros(scores.shape[1], dtype=bool)
                 c.seen[list(c.prompt)] = True
         tokens = self._draw(scores)
+        own = None  # the model's own probabilities are also of the tokens that are never drawn
+        if any(c.top or c.logprob for c in self.running):
+            own = log_normalizers(to_scores(all_logits) if self.suppress else scores)
         drawn = []
         for row, (c, token) in enumerate(zip(self.running, tokens, strict=True)):
-            best = predictions(scores[row : row + 1], c.top)[0] if c.top else []
-            logprob = log_probability(scores[row], token) if c.logprob else None
+            best, logprob = [], None
+            if own is not None and c.top:
+                best = predictions(scores[row : row + 1], own[row : row + 1], c.top)[0]
+            if own is not None and c.logprob:
+                logprob = float(scores[row, token] - own[row])
             finish, text = c.take(token)
             drawn.append(GeneratedToken(c.number, token, best, finish, text, logprob))
         self._keep([i for i, new_token in enumerate(drawn) if new_token.finish is None])

@@ -191,10 +191,16 @@ def sample(
     return torch.tensor(ids, device=device), torch.from_numpy(probabilities).to(device)
 
 
-def predictions(scores: Floats, k: int) -> list[list[Prediction]]:
-    """`top_predictions` of `to_scores`."""
-    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-    probabilities = weights / weights.sum(axis=1, keepdims=True)
+def log_normalizers(scores: Floats) -> Floats:
+    """[B]: what log-softmax takes from the scores [B, V]."""
+    top = scores.max(axis=1)
+    total: Floats = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
+    return total
+
+
+def predictions(scores: Floats, normalizers: Floats, k: int) -> list[list[Prediction]]:
+    """`top_predictions` of `to_scores` [B, V] and of the `log_normalizers` [B] of all tokens' scores."""
+    probabilities = np.exp(scores - normalizers[:, None])
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     return [
         [Prediction(int(i), float(row[i])) for i in ids if row[i] > 0]
@@ -202,21 +208,16 @@ def predictions(scores: Floats, k: int) -> list[list[Prediction]]:
     ]
 
 
-def log_probability(scores: Floats, token: int) -> float:
-    """Natural logarithm of the probability that scores [V] give a token."""
-    shifted = scores - scores.max()
-    return float(shifted[token] - np.log(np.exp(shifted).sum()))
-
-
 def top_predictions(
     logits: Tensor, k: int, suppress: Tensor | Sequence[int] | None = None
 ) -> list[list[Prediction]]:
     """The k most probable tokens of each row of logits [B, V], best first (of equals the lowest id first).
 
-    The probabilities are the model's own: at temperature 1, before any penalty or filter.
+    The probabilities are the model's own: at temperature 1, before any penalty or filter, of all tokens. Those
+    of `suppress` are left out of the list, not of the sum.
     """
     suppressed = suppress.tolist() if isinstance(suppress, Tensor) else suppress or ()
-    return predictions(to_scores(logits, suppressed), k)
+    return predictions(to_scores(logits, suppressed), log_normalizers(to_scores(logits)), k)
 
 
 def _is_number(value: object) -> bool:

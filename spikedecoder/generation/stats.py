@@ -21,10 +21,12 @@ class TextCost:
     """Of texts, prompts included.
 
     spike_rates: by layer, spikes per neuron and timestep, 0 to 1. ledger: all operations, token by token.
+    `tokens` were read, of which `again` had been read before, when a text outgrew the context.
     """
 
     spike_rates: dict[str, float]
     ledger: Ledger
+    again: int
 
     @property
     def tokens(self) -> int:
@@ -38,12 +40,12 @@ class TextCost:
 
     @property
     def accumulates(self) -> float:
-        """Additions per token that a spike caused: in Linears on spikes and in spiking attention."""
+        """Additions per token read that a spike caused: in Linears on spikes and in spiking attention."""
         return float(self.ledger.totals()["ac"] / self.tokens)
 
     @property
     def multiply_accumulates(self) -> float:
-        """Per token, where real numbers meet weights or each other: what does not spike."""
+        """Per token read, where real numbers meet weights or each other: what does not spike."""
         return float(self.ledger.totals()["mac"] / self.tokens)
 
 
@@ -58,21 +60,19 @@ def text_cost(
     """The cost of texts generated with these arguments; prompts not empty.
 
     The recurrent and the parallel form spike alike, so this counts what the generation did, however it was
-    computed, without slowing it down. Each token counts once, where it first stood; reading the last `keep`
-    tokens anew, where the text outgrew the context, is left out. The last token was never read.
+    computed, without slowing it down; reading the last `keep` tokens anew, where the text outgrew the context,
+    too. The last token was never read.
     """
     context = Context.of(model, keep, past)
-    spikes, recorder = SpikeCounter(model), Recorder(model, "token")
-    with evaluating(model):
+    spikes, recorder, again = SpikeCounter(model), Recorder(model, "token"), 0
+    with evaluating(model), spikes, recorder:
         for prompt, new in zip(prompts, tokens, strict=True):
             state: DecoderState | None = None
             for window, known in windows(prompt, new, context):
-                read = torch.tensor([window], device=model.device)
-                if past == "slide":
-                    state = model.prefill(read[:, :known])[1] if known else None
-                with spikes, recorder:
-                    _, state = model.prefill(read[:, known:], state)
-    return TextCost(spikes.rates(), recorder.ledger())
+                before = state if past == "continue" else None
+                _, state = model.prefill(torch.tensor([window], device=model.device), before)
+                again += known
+    return TextCost(spikes.rates(), recorder.ledger(), again)
 
 
 def windows(

@@ -15,13 +15,17 @@ def floating(name: str, x: object, *, dims: int | None = None, min_dims: int = 1
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {x.dtype}, takes float32, float64, float16 or bfloat16")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {x.layout}, takes torch.strided, a dense tensor")
+    dense(name, x)
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes {dims} dimensions")
     if x.dim() < min_dims:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, takes at least {min_dims} dimensions")
     return x
+
+
+def dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {x.layout}, takes torch.strided, a dense tensor")
 
 
 def of_type(name: str, value: object, takes: type) -> None:

@@ -28,6 +28,10 @@ def _backend(s: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     return resolve("dense_linear", "cpu", s.dtype, "auto")
 
 
+def _autocast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch has none there, and raises
+
+
 def _lies_well(x: Tensor) -> bool:
     """Whether it has memory of its own, and its numbers lie where those of its size do."""
     try:
@@ -83,6 +87,9 @@ def dense_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         TypeError, ValueError: naming the argument.
     """
     check_linear(s, weight, bias)
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != s.dtype and not _autocast(s.device.type):
+            raise TypeError(f"{name}: got dtype {x.dtype}, takes that of s, {s.dtype}")
     # first whether there may be tangents, which the second refuses
     if unwatched() and unwatched(s, weight, bias):
         backend = _backend(s, weight, bias)

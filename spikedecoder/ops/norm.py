@@ -62,9 +62,10 @@ def statistics(x: Tensor, n: NormParams) -> Statistics | None:
 @torch.no_grad()
 def _of_channels(x: Tensor, n: NormParams) -> Statistics:
     if not n.training:
+        first, *rest = (running.to(compute_dtype(running.dtype), copy=True) for running in n.running[:2])
         if n.kind == "power":
-            return Statistics(torch.zeros_like(n.running[0]), (n.running[0] + n.eps).rsqrt())
-        return Statistics(n.running[0].clone(), (n.running[1] + n.eps).rsqrt())
+            return Statistics(torch.zeros_like(first), (first + n.eps).rsqrt())
+        return Statistics(first, (rest[0] + n.eps).rsqrt())
     plain = unwatched(x, *n.running)
     if n.kind == "batch" and n.synced is None and plain and x.numel():
         impl = _of_backend(x, requested_backend())
@@ -82,7 +83,8 @@ def _of_channels(x: Tensor, n: NormParams) -> Statistics:
     phi, ema_gz, iters = n.running
     iters += 1
     scale = torch.where(iters <= n.warmup, var, phi).add(n.eps).rsqrt()
-    mean_so_far = phi * ((iters - 1) / iters) + var / iters
+    passes = iters.to(var.dtype)  # a quotient of integers would be in torch's default dtype
+    mean_so_far = phi * ((passes - 1) / passes) + var / passes
     phi.copy_(torch.lerp(torch.where(iters < n.warmup, mean_so_far, phi), var, n.momentum))
     return Statistics(mean, scale, (var + n.eps).rsqrt(), ema_gz, rows)
 
@@ -94,7 +96,13 @@ def check_norm(x: Tensor, n: NormParams) -> None:
     _check.floating("weight", n.weight, dims=1)
     if n.weight.shape != x.shape[-1:]:
         raise ValueError(f"x: got {x.shape[-1]} channels (shape {tuple(x.shape)}), takes {n.weight.shape[0]}")
+    if n.kind != "layer" and not n.weight.numel():
+        raise ValueError(
+            f"x: got no channels (shape {tuple(x.shape)}), takes at least 1 for {n.kind} statistics"
+        )
     names = RUNNING[n.kind]
+    if not isinstance(n.running, (tuple, list)):
+        raise TypeError(f"running: got {type(n.running).__name__}, takes a tuple ({', '.join(names)})")
     if len(n.running) != len(names):
         raise ValueError(f"running: got {len(n.running)} tensors, takes ({', '.join(names)})")
     of_channels = dict(zip(("bias", *names), (n.bias, *n.running), strict=True))

@@ -49,6 +49,7 @@ def pack_spikes(spikes: Tensor) -> Tensor:
     """
     if not isinstance(spikes, Tensor) or spikes.dim() < 1:
         raise TypeError(f"spikes: got {_seen(spikes)}, takes a tensor of at least one dimension")
+    _check.dense("spikes", spikes)
     return _pack(spikes, requested_backend())
 
 
@@ -56,6 +57,7 @@ def unpack_spikes(words: Tensor, channels: int, dtype: torch.dtype = torch.float
     """The inverse of `pack_spikes`: int64 words [..., ceil(C / 64)] -> spikes [..., C] in `dtype`."""
     if not isinstance(words, Tensor) or words.dtype != torch.int64 or words.dim() < 1:
         raise TypeError(f"words: got {_seen(words)}, takes an int64 tensor of at least one dimension")
+    _check.dense("words", words)
     if dtype not in _check.FLOATS:
         raise TypeError(f"dtype: got {dtype}, takes a floating dtype")
     _check.integer("channels", channels)

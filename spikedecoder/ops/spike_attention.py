@@ -152,10 +152,11 @@ def _autograd(ctx, grad, _grad_state):
 
 def _state_gradient(grad: Tensor, q: Tensor, scale: float, decay: Tensor | None, state: Tensor) -> Tensor:
     """scale sum_i decay^(i+1) q[i]^T g[i], by one product."""
-    q, grad = q.to(state.dtype), grad.to(state.dtype)
+    dtype = compute_dtype(state.dtype)
+    q, grad = q.to(dtype), grad.to(dtype)
     if decay is not None:
-        q = q * decay_powers(decay.to(state.dtype), 1, q.shape[-2])
-    return q.transpose(-1, -2) @ grad * scale
+        q = q * decay_powers(decay.to(dtype), 1, q.shape[-2])
+    return (q.transpose(-1, -2) @ grad * scale).to(state.dtype)
 
 
 _spike_attention.register_autograd(_autograd, setup_context=_setup_context)

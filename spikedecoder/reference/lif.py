@@ -33,6 +33,11 @@ def charge(x: Tensor, v: Tensor, p: LIFParams) -> Tensor:
     return v + over_tau(x - leak, p) if p.decay_input else v + x - over_tau(leak, p)
 
 
+def after(h: Tensor, fired: Tensor, threshold: Tensor | float, p: LIFParams) -> Tensor:
+    """Membrane potential after firing. (A threshold may be infinite, where a product with no spike is NaN.)"""
+    return h.masked_fill(fired, p.v_reset) if p.v_reset is not None else torch.where(fired, h - threshold, h)
+
+
 def over_tau(x: Tensor, p: LIFParams) -> Tensor:
     """x / tau, rounded once. (For a number PyTorch multiplies by 1 / tau on a GPU, which is rounded too.)"""
     return x / (torch.full((), p.tau, dtype=x.dtype, device=x.device) if x.is_cuda else p.tau)
@@ -61,10 +66,10 @@ def lif(x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParam
         h = charge(x_t, v, p)
         s = spike(h - threshold, p.surrogate, p.alpha)
         s_reset = s.detach() if p.detach_reset else s
-        if p.v_reset is None:
+        if p.detach_reset:
+            v = torch.where(s_reset > 0, h - threshold if p.v_reset is None else p.v_reset, h)
+        elif p.v_reset is None:
             v = h - s_reset * threshold
-        elif p.detach_reset:
-            v = torch.where(s_reset > 0, p.v_reset, h)
         else:
             v = h + s_reset * (p.v_reset - h)
         spikes.append(s)
@@ -83,7 +88,7 @@ def forward(
         v = charge(x[t].to(dtype), v, p)
         fired = v - threshold >= 0
         spikes[t] = fired
-        v = v - fired * threshold if p.v_reset is None else v.masked_fill(fired, p.v_reset)
+        v = after(v, fired, threshold, p)
     return spikes, v
 
 
@@ -111,7 +116,7 @@ def backward(
         h = charge(x[t].to(dtype), v, p)
         hs.append(h)
         fired = h - threshold >= 0
-        v = h - fired * threshold if p.v_reset is None else h.masked_fill(fired, p.v_reset)
+        v = after(h, fired, threshold, p)
 
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_threshold = torch.zeros_like(v)

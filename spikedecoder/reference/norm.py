@@ -86,7 +86,8 @@ class _PowerNorm(torch.autograd.Function):
         if group is not None:
             _, var, ctx.count = sync.moments_over(mean, var, x.numel() // x.shape[-1], group)
         z_scale = torch.where(iters <= warmup, var, running_phi).add(eps).rsqrt()
-        mean_so_far = running_phi * ((iters - 1) / iters) + var / iters
+        passes = iters.to(var.dtype)  # a quotient of integers would be in torch's default dtype
+        mean_so_far = running_phi * ((passes - 1) / passes) + var / passes
         phi = torch.where(iters < warmup, mean_so_far, running_phi)
         running_phi.copy_(alpha * phi + (1 - alpha) * var)
         ctx.save_for_backward(x, weight, z_scale, (var + eps).rsqrt())
@@ -162,5 +163,5 @@ def norm(x: Tensor, p: NormParams) -> Tensor:
         return _PowerNorm.apply(
             x, p.weight, p.bias, running_phi, ema_gz, iters, p.eps, 1 - p.momentum, p.warmup, p.synced
         )
-    y = x * (running_phi + p.eps).rsqrt() * p.weight + p.bias
+    y = x * (running_phi.to(compute_dtype(running_phi.dtype)) + p.eps).rsqrt() * p.weight + p.bias
     return y.to(torch.promote_types(x.dtype, p.weight.dtype))
