@@ -112,7 +112,7 @@ def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int, device: st
 
 @torch.no_grad()
 def spikes_and_energy(model: SpikeDecoder, corpus: Corpus, length: int) -> dict[str, Any]:
-    """Mean spike rate; estimated joules a token, of each kind: its own, and of the same shapes without spikes."""
+    """Mean spike rate; joules a token, of each kind: its own, and of the same shapes without spikes."""
     tokens, _ = next(held_out_batches(corpus.val, length, 16))
     tokens = tokens.to(model.device)
     with SpikeCounter(model) as counter:

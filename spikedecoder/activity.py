@@ -174,9 +174,9 @@ def _integer_potentials(x: Tensor, neurons: ILIF) -> Tensor:
     h = x + unit / 2
     kept = [h / worths[0]]
     h = h.clamp(max=(neurons.levels + 0.5) * unit)
-    for now, after in itertools.pairwise(worths):
+    for now, soon in itertools.pairwise(worths):
         h = h - (h >= now * unit) * now * unit
-        kept.append(h / after)
+        kept.append(h / soon)
     return torch.cat(kept)
 
 

@@ -72,8 +72,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# the original's: 10 epochs of 90 000 windows in batches of 32, which are the first of the 200 over which its cosine
-# falls to 5e-5
+# the original's: 10 epochs of 90 000 windows in batches of 32, of the 200 over which its cosine falls
+# to 5e-5
 _ORIGINAL_RUN: dict[str, Any] = {
     "steps": 28_125,
     "batch_size": 32,

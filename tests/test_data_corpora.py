@@ -33,6 +33,16 @@ def test_builtin_text() -> None:
     assert " the " in text and text == builtin_text()
 
 
+def test_the_builtin_text_holds_out_what_it_does_not_teach() -> None:
+    """Topics that are part of others would be learned by heart: no run of prose stands in both parts."""
+    text = builtin_text()
+    cut = len(text) * 9 // 10
+    taught = {text[i : i + 100] for i in range(cut - 100)}
+    held_out = [text[i : i + 100] for i in range(cut, len(text) - 100)]
+    copied = [run for run in held_out if run in taught and len(set(run)) > 20]
+    assert len(copied) < len(held_out) / 100
+
+
 def test_builtin_text_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(FileNotFoundError, match=r"built-in text is not there.*pass --text FILE"):

@@ -245,7 +245,7 @@ def test_bad_input_is_named():
         ops.dense_linear(s, weight, bias[1:])
     with pytest.raises(TypeError, match="weight: got int"):
         ops.dense_linear(s, 3)
-    with pytest.raises(TypeError, match="weight: got dtype torch.bfloat16, takes that of s, torch.float32"):
+    with pytest.raises(TypeError, match=r"weight: got dtype torch\.bfloat16, takes that of s"):
         ops.dense_linear(s, weight.bfloat16())
 
 

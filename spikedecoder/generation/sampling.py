@@ -213,8 +213,8 @@ def top_predictions(
 ) -> list[list[Prediction]]:
     """The k most probable tokens of each row of logits [B, V], best first (of equals the lowest id first).
 
-    The probabilities are the model's own: at temperature 1, before any penalty or filter, of all tokens. Those
-    of `suppress` are left out of the list, not of the sum.
+    The probabilities are the model's own: at temperature 1, before any penalty or filter, of all tokens.
+    Those of `suppress` are left out of the list, not of the sum.
     """
     suppressed = suppress.tolist() if isinstance(suppress, Tensor) else suppress or ()
     return predictions(to_scores(logits, suppressed), log_normalizers(to_scores(logits)), k)

@@ -60,8 +60,8 @@ def text_cost(
     """The cost of texts generated with these arguments; prompts not empty.
 
     The recurrent and the parallel form spike alike, so this counts what the generation did, however it was
-    computed, without slowing it down; reading the last `keep` tokens anew, where the text outgrew the context,
-    too. The last token was never read.
+    computed, without slowing it down; also reading the last `keep` tokens anew, where the text outgrew the
+    context. The last token was never read.
     """
     context = Context.of(model, keep, past)
     spikes, recorder, again = SpikeCounter(model), Recorder(model, "token"), 0

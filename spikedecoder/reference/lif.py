@@ -34,7 +34,7 @@ def charge(x: Tensor, v: Tensor, p: LIFParams) -> Tensor:
 
 
 def after(h: Tensor, fired: Tensor, threshold: Tensor | float, p: LIFParams) -> Tensor:
-    """Membrane potential after firing. (A threshold may be infinite, where a product with no spike is NaN.)"""
+    """Membrane potential after firing. (No product: a threshold may be infinite, and 0 times that is NaN.)"""
     return h.masked_fill(fired, p.v_reset) if p.v_reset is not None else torch.where(fired, h - threshold, h)
 
 
