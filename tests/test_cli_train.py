@@ -167,6 +167,9 @@ def test_words_and_standard_input(story: Path, tmp_path: Path) -> None:
     got = json.loads(done.stdout.splitlines()[-1])
     assert got["out"] == os.path.join("runs", "default-stdin-1")
     assert SpikeDecoder.from_pretrained(tmp_path / got["checkpoint"]).tokenizer.kind == "word"
+    said = done.stderr.decode()
+    assert 0 < got["val_unknown"] < 1 and f"unknown words: {got['val_unknown']:.1%} of the held-out" in said
+    assert f", {got['val_unknown']:.1%} of them unknown words" in said
 
 
 def test_the_first_free_folder_is_taken(

@@ -403,3 +403,12 @@ def test_fingerprint_is_stable(book: Path, tmp_path: Path) -> None:
     cut = len(TEXT) - round(0.1 * len(TEXT))
     spec = json.dumps([1, text, cut, ["char"]])
     assert corpus.fingerprint == hashlib.sha256(spec.encode()).hexdigest()
+
+
+def test_the_share_of_unknown_words_is_told(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a b c a b c a b c a b c a b c a b d e a", encoding="utf-8")
+    corpus = prepare_corpus([text], tokenizer="word", val_fraction=0.25, cache_dir=tmp_path)
+    assert corpus.tokenizer.decode(corpus.val).split() == ["a", "b", "<unk>", "<unk>", "a"]
+    assert corpus.unknown == 2 / 5
+    assert prepare_corpus([text], cache_dir=tmp_path).unknown == 0

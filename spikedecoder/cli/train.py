@@ -283,10 +283,12 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, folder: Path) -> list[str]:
+    unknown = f"unknown words: {data.unknown:.1%} of the held-out tokens, all of them one token"
     return [
         f"text: {data.name}, {data.characters:,} characters, {len(data.train):,} tokens to learn and "
         f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones",
         *([data.left_out] if data.lost else []),
+        *([unknown] if data.unknown else []),
         f"model: {config.blocks} blocks, {config.embed_dim} channels, {config.heads} heads, "
         + (f"{config.binary_timesteps} timesteps, " if config.spike_degree else "")
         + f"spike degree {config.spike_degree}; {settings.steps} steps of "
@@ -309,7 +311,9 @@ def _finish(result: TrainResult, as_json: bool) -> None:
         bits = ", ".join(f"{name} {value:.3f}" for name, value in result.baselines.items())
         report.message(
             f"held-out: {result.evaluation.bits:.3f} bits per token, accuracy "
-            f"{result.evaluation.accuracy:.1%} ({result.evaluation.covers}); "
+            f"{result.evaluation.accuracy:.1%} ({result.evaluation.covers}"
+            + (f", {result.unknown:.1%} of them unknown words" if result.unknown else "")
+            + "); "
             f"n-gram models of the same text: {bits}"
         )
         speed = f"{result.tokens_per_second:,.0f} tokens/s, " if result.tokens_per_second else ""

@@ -53,6 +53,12 @@ class Corpus:
     lost: int = 0
 
     @property
+    def unknown(self) -> float:
+        """The share of the held-out tokens that are words outside the vocabulary, all of them one token."""
+        unk = self.tokenizer.unk_id
+        return 0.0 if unk is None else float(np.count_nonzero(self.val == unk) / len(self.val))
+
+    @property
     def left_out(self) -> str:
         """What the tokenizer left out of the text, in words."""
         return (

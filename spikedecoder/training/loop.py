@@ -250,6 +250,7 @@ class _Run:
             evaluated_step=self.evaluated if self.evaluation else None,
             best=self.best,
             baselines=baselines,
+            unknown=self.corpus.unknown,
             warnings=self.warnings,
             peak_rss_mib=peak_rss_mib(),
             checkpoint=self.out / LAST,

@@ -25,8 +25,10 @@ class TrainResult:
     train_loss: mean of the last 20 steps, nats per token. evaluation: the last held-out one, made after
     `evaluated_step` steps (= step, unless the run was interrupted; None if it had none). best: step and
     held-out loss of OUT/best. baselines: bits per token of n-gram models on the same held-out tokens.
-    tokens_per_second: of the training steps alone, in this process. checkpoint: OUT/last. interrupted: name
-    of the signal that ended the run early, or "reporter". model: after the last step, in evaluation mode.
+    unknown: the share of unknown words among all held-out tokens, where figures compare only with others of
+    the same vocabulary. tokens_per_second: of the training steps alone, in this process. checkpoint:
+    OUT/last. interrupted: name of the signal that ended the run early, or "reporter". model: after the last
+    step, in evaluation mode.
     """
 
     steps: int
@@ -43,6 +45,7 @@ class TrainResult:
     out: Path
     model: SpikeDecoder
     interrupted: str | None = None
+    unknown: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Fit for JSON."""
@@ -59,6 +62,7 @@ class TrainResult:
             "val_tokens": e.tokens if e else None,
             "val_of_tokens": e.of_tokens if e else None,
             "val_step": self.evaluated_step,
+            "val_unknown": self.unknown,
             "baselines": self.baselines,
             "spike_rates": e.spike_rates if e else {},
             "best": self.best,
