@@ -162,7 +162,8 @@ def test_words_and_standard_input(story: Path, tmp_path: Path) -> None:
     ]
     command += ["--tokenizer", "word", "--min-count", "2", "--max-steps", "2", "--json"]
     environment = {**os.environ, "SPIKEDECODER_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, cwd=tmp_path, input=STORY.encode(), capture_output=True, env=environment)
+    story = STORY + "the zebra sat on the mat."
+    done = subprocess.run(command, cwd=tmp_path, input=story.encode(), capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()
     got = json.loads(done.stdout.splitlines()[-1])
     assert got["out"] == os.path.join("runs", "default-stdin-1")
