@@ -80,6 +80,8 @@ class CMakeBuild(build_ext):
             return
         import pybind11
 
+        if shutil.which("cmake") is None:
+            raise SystemExit("no cmake on PATH: pip install cmake ninja, or leave out --no-build-isolation")
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         names = [extension.name for extension in self.extensions]

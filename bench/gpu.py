@@ -117,6 +117,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         "triton": ["--row", "triton"],
         "reference": ["--row", "reference"],
         "reference-compiled": ["--row", "reference", "--compile", "default"],
+        "reference-graph": ["--row", "reference", "--graph"],  # how much of the rest is the host's
         "triton-reduce-overhead": ["--row", "triton", "--compile", "reduce-overhead"],
     }
     steps = [

@@ -88,7 +88,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # the name of a file that is not UTF-8, which escapes can say
+        return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

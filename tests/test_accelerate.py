@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import types
 
 import pytest
 import torch
@@ -182,6 +183,29 @@ def test_what_is_changed_afterwards_is_followed(old, change):
         torch.testing.assert_close(ours[0].v_seq, theirs[0].v_seq)
     (entry,) = accelerate(ours)
     assert (entry.reason is None) == change.startswith("v ")
+
+
+@OLD
+def test_what_is_put_in_a_neurons_own_place_is_called(old):
+    def charge(self, x):
+        self.v = self.v + 0.3 * x
+
+    def own_charge(neuron):
+        neuron.neuronal_charge = types.MethodType(charge, neuron)
+
+    theirs, ours = _pair(old, own_charge)
+    x = _current(6, 4, 5)
+    assert torch.equal(theirs(x), ours(x))
+    assert accelerate(ours)[0].reason == "neuronal_charge is this neuron's own, not its class's"
+
+    calls = []
+
+    def hook(neuron):
+        neuron.surrogate_function.register_forward_hook(lambda *_: calls.append(neuron))
+
+    theirs, ours = _pair(old, hook, surrogate_function=_part(old, "surrogate").Sigmoid())
+    assert torch.equal(theirs(x), ours(x)) and calls.count(theirs[0]) == calls.count(ours[0])
+    assert "hooks" in accelerate(ours)[0].reason
 
 
 def test_a_smaller_last_batch_starts_a_new_memory_as_in_spikingjelly_2():

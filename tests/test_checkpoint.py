@@ -363,3 +363,10 @@ def test_reading_never_unpickles(saved, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", guarded)
     SpikeDecoder.from_pretrained(folder)
+
+
+def test_names_that_are_no_utf_8_are_kept(tmp_path):
+    """Linux takes any bytes as a file's name; a run's settings hold the names of its texts."""
+    value = {"texts": ["f\udcfcr.txt", "für.txt"]}
+    ck.write_json(tmp_path / "a.json", value)
+    assert ck.read_json(tmp_path / "a.json") == value

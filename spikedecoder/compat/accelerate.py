@@ -13,9 +13,11 @@ fires strictly above the threshold where SpikingJelly and this package fire at i
 a call, so that there is no loop over time to fuse.
 
 What differs in a replaced neuron: with 16-bit input, potentials stay in float32 between timesteps, where
-theirs are rounded at each, so that a few spikes in ten thousand differ; MultiStepLIFNode's ``v_seq``, the
-potential of each timestep, is None; a gradient cannot be differentiated again; an infinite input resets the
-neuron, where theirs is NaN from then on.
+theirs are rounded at each, so that a few spikes in ten thousand differ; with ``decay_input=False`` sums of
+potentials are in another order, so that one at the threshold may be rounded to its other side;
+MultiStepLIFNode's ``v_seq``, the potential of each timestep, is None; a gradient cannot be differentiated
+again; the input is kept for the backward pass, and may not be changed in place before it; an infinite input
+resets the neuron, where theirs is NaN from then on.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from spikedecoder.params import LIFParams
 # surrogates of SpikingJelly with the same derivative and the same meaning of alpha
 _SURROGATES = {"Sigmoid": "sigmoid", "ATan": "atan", "PiecewiseQuadratic": "triangle", "Rect": "rectangular"}
 _LIBRARIES = ("spikingjelly.", "snntorch.")
+# what their forward pass is made of, and may be put in a neuron's own place
+_METHODS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_forward", "multi_step_forward")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MULTI_STEP = {
     ("spikingjelly.clock_driven", "MultiStepLIFNode"): "forward",
     ("spikingjelly.activation_based", "LIFNode"): "multi_step_forward",
@@ -103,6 +108,9 @@ def _why_not(module: Any) -> str | None:
         return "it is in single-step mode: functional.set_step_mode(model, 'm') first"
     if getattr(module, "store_v_seq", False):
         return "store_v_seq=True asks for every timestep's potential, which is not kept"
+    own = [name for name in _METHODS if name in vars(module)]
+    if own:
+        return f"{own[0]} is this neuron's own, not its class's"
     if getattr(module, "_neuron_precision", None) is not None:
         return "it has a precision of its own"
     if getattr(module, "backend", "torch") not in ("torch", "cupy", "triton", "inductor"):
@@ -112,6 +120,8 @@ def _why_not(module: Any) -> str | None:
         return f"surrogate {getattr(surrogate, '__name__', type(surrogate).__name__)} is not SpikingJelly's"
     if type(surrogate).__name__ not in _SURROGATES:
         return f"surrogate {type(surrogate).__name__} is none of {', '.join(_SURROGATES)}"
+    if any(getattr(surrogate, hooks) for hooks in _HOOKS):
+        return "its surrogate has hooks, which would not be called"
     if not getattr(surrogate, "spiking", True):
         return "its surrogate is set to spiking=False: it emits real numbers"
     for name in ("tau", "v_reset"):
