@@ -62,10 +62,12 @@ def statistics(x: Tensor, n: NormParams) -> Statistics | None:
 @torch.no_grad()
 def _of_channels(x: Tensor, n: NormParams) -> Statistics:
     if not n.training:
-        first, *rest = (running.to(compute_dtype(running.dtype), copy=True) for running in n.running[:2])
+        dtype = compute_dtype(n.running[0].dtype)  # as the neurons behind them are computed
         if n.kind == "power":
-            return Statistics(torch.zeros_like(first), (first + n.eps).rsqrt())
-        return Statistics(first, (rest[0] + n.eps).rsqrt())
+            phi = n.running[0].to(dtype)
+            return Statistics(torch.zeros_like(phi), (phi + n.eps).rsqrt())
+        mean, var = n.running
+        return Statistics(mean.to(dtype, copy=True), (var.to(dtype) + n.eps).rsqrt())
     plain = unwatched(x, *n.running)
     if n.kind == "batch" and n.synced is None and plain and x.numel():
         impl = _of_backend(x, requested_backend())
