@@ -8,7 +8,7 @@ Every row of `quality_rows.py` is trained with every seed by the same loop: wind
 of `TrainConfig`. Kept of each run: held-out bits per token, over training and at the end; bits where the
 context is 4 and 16 times the training length; spike rate; estimated energy; tokens per second. A run is one
 file under OUT/, so that an interrupted study goes on, and several processes may work on it at once. The table
-and the pictures are drawn from those files.
+and the pictures are drawn from those files, and OUT.json keeps them: a study goes on from it alone, too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from quality_report import KINDS_OF_ENERGY, draw, render
-from quality_rows import ROWS, Row
+from quality_rows import ROWS, Row, slug
 from quality_tried import TRIED
 from quality_twin import GPT
 
@@ -198,6 +198,11 @@ def describe(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
 def prepare(out: Path, study: dict[str, Any], parser: argparse.ArgumentParser) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "study.json"
+    if not path.exists() and out.with_suffix(".json").exists():  # goes on from what was kept of its runs
+        kept = json.loads(out.with_suffix(".json").read_text())
+        for result in kept.pop("runs"):
+            write_json(out / f"run-{slug(result['row'])}-{result['seed']}.json", result)
+        write_json(path, kept)
     if not path.exists():
         machine = f"{platform.machine()}, torch {torch.__version__}, spikedecoder {__version__}"
         write_json(path, {**study, "date": time.strftime("%Y-%m-%d"), "machine": machine})
@@ -210,7 +215,7 @@ def prepare(out: Path, study: dict[str, Any], parser: argparse.ArgumentParser) -
 
 def work(out: Path, row: Row, seed: int, corpus: Corpus, options: argparse.Namespace) -> None:
     """Run one row with one seed, unless it is there or another process is at it."""
-    path = out / f"run-{row.slug}-{seed}.json"
+    path = out / f"run-{slug(row.name)}-{seed}.json"
     claim = path.with_suffix(".claim")
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL))

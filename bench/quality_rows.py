@@ -37,6 +37,11 @@ SLOW: dict[str, Any] = {"lr": 4e-3}
 FAST: dict[str, Any] = {"lr": 8e-3}
 
 
+def slug(name: str) -> str:
+    """A row's name in that of a file."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
 @dataclass(frozen=True)
 class Row:
     """One model of the study.
@@ -52,10 +57,6 @@ class Row:
     train: dict[str, Any] = field(default_factory=lambda: dict(SLOW))
     tried: str | None = None
     steps: int | None = None  # binary timesteps, of the rows that differ by these alone
-
-    @property
-    def slug(self) -> str:
-        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
 
     @property
     def ann(self) -> bool:

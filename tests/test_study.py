@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ def config_of(row: Any) -> SpikeDecoderConfig:
 @pytest.mark.parametrize("size", study.ROWS)
 def test_every_row_is_a_configuration_of_its_own(size: str) -> None:
     rows = study.ROWS[size]
-    assert len({row.slug for row in rows}) == len(rows)
+    assert len({study.slug(row.name) for row in rows}) == len(rows)
     seen = []
     for row in rows:
         settings = TrainConfig(**row.train)
@@ -56,3 +59,30 @@ def test_the_ladder_ends_at_the_presets() -> None:
     recipe |= {"embedding_gain", "embedding_std", "residual_init", "token_shift", "mlp_token_shift"}
     recipe |= {"decay_fastest", "decay_slowest"}
     assert all(getattr(original, name) == getattr(medium, name) for name in recipe)
+
+
+def test_a_study_goes_on_from_what_was_kept_of_it(tmp_path: Path) -> None:
+    """As from bench/results in a fresh clone, where the folder of its runs is not."""
+    pytest.importorskip("matplotlib")
+    text, out = tmp_path / "text.txt", tmp_path / "study"
+    text.write_text("the cat sat on the mat. " * 300, encoding="utf-8")
+
+    def run(seeds: str) -> str:
+        command = [
+            sys.executable,
+            str(SCRIPT.with_name("quality.py")),
+            "--text",
+            str(text),
+            "--out",
+            str(out),
+        ]
+        command += ["--rows", "GPT, ALiBi", "--steps", "2", "--length", "16", "--seeds", seeds]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert "seed 0  GPT, ALiBi: " in run("0")
+    first = json.loads(out.with_suffix(".json").read_text())
+    shutil.rmtree(out)
+    said = run("0,1")
+    assert "seed 1  GPT, ALiBi: " in said and "seed 0  GPT, ALiBi: " not in said
+    both = json.loads(out.with_suffix(".json").read_text())
+    assert both["runs"][:1] == first["runs"] and len(both["runs"]) == 2
