@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import module, requested_backend, resolve
-from spikedecoder.ops.spike_linear import check_linear
+from spikedecoder.ops.spike_linear import autocast_is_on, check_linear
 from spikedecoder.reference.dense_linear import linear
 
 _FEW_ROWS = 128  # for which a backend's preparations take longer than the product
@@ -26,10 +26,6 @@ def _backend(s: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     if torch.is_autocast_enabled("cpu"):
         return "reference"
     return resolve("dense_linear", "cpu", s.dtype, "auto")
-
-
-def _autocast(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # torch has none there, and raises
 
 
 def _lies_well(x: Tensor) -> bool:
@@ -88,7 +84,7 @@ def dense_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     check_linear(s, weight, bias)
     for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and x.dtype != s.dtype and not _autocast(s.device.type):
+        if x is not None and x.dtype != s.dtype and not autocast_is_on(s.device.type):
             raise TypeError(f"{name}: got dtype {x.dtype}, takes that of s, {s.dtype}")
     # first whether there may be tangents, which the second refuses
     if unwatched() and unwatched(s, weight, bias):

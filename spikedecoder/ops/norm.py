@@ -14,7 +14,7 @@ from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, resolve, select
 from spikedecoder.params import RUNNING, NormParams
 from spikedecoder.reference.lif import compute_dtype
-from spikedecoder.reference.norm import move_running
+from spikedecoder.reference.norm import mean_so_far, move_running
 from spikedecoder.reference.norm import norm as _reference
 
 
@@ -85,9 +85,7 @@ def _of_channels(x: Tensor, n: NormParams) -> Statistics:
     phi, ema_gz, iters = n.running
     iters += 1
     scale = torch.where(iters <= n.warmup, var, phi).add(n.eps).rsqrt()
-    passes = iters.to(var.dtype)  # a quotient of integers would be in torch's default dtype
-    mean_so_far = phi * ((passes - 1) / passes) + var / passes
-    phi.copy_(torch.lerp(torch.where(iters < n.warmup, mean_so_far, phi), var, n.momentum))
+    phi.copy_(torch.lerp(torch.where(iters < n.warmup, mean_so_far(phi, var, iters), phi), var, n.momentum))
     return Statistics(mean, scale, (var + n.eps).rsqrt(), ema_gz, rows)
 
 

@@ -178,11 +178,14 @@ def _check_bias(s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check.same_device(s=s, weight=weight, bias=bias)
 
 
+def autocast_is_on(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch has none there, and raises
+
+
 def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, str]:
     """(weight, bias, backend) in the dtype that the product runs in: autocast's where that is on."""
     device = weight.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)  # torch has none there, and raises
-    autocast = autocast and weight.dtype != torch.float64  # which torch leaves as it is
+    autocast = autocast_is_on(device) and weight.dtype != torch.float64  # which torch leaves as it is
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     backend = resolve("spike_linear", device, dtype, requested_backend())
     return weight.to(dtype), None if bias is None else bias.to(dtype), backend

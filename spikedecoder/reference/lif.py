@@ -67,7 +67,7 @@ def lif(x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParam
         s = spike(h - threshold, p.surrogate, p.alpha)
         s_reset = s.detach() if p.detach_reset else s
         if p.detach_reset:
-            v = torch.where(s_reset > 0, h - threshold if p.v_reset is None else p.v_reset, h)
+            v = after(h, s_reset > 0, threshold, p)
         elif p.v_reset is None:
             v = h - s_reset * threshold
         else:

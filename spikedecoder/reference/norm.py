@@ -55,6 +55,12 @@ def backward(
     return grad_x.to(x.dtype), grad_weight, grad_bias
 
 
+def mean_so_far(running_phi: Tensor, var: Tensor, iters: Tensor) -> Tensor:
+    """PowerNorm's mean of var over `iters` passes, running_phi being that of all before the last."""
+    passes = iters.to(var.dtype)  # a quotient of integers would be in torch's default dtype
+    return running_phi * ((passes - 1) / passes) + var / passes
+
+
 def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Parameters as torch's LayerNorm takes them with x: both in its dtype, or in the one it computes in."""
     if weight.dtype == bias.dtype and weight.dtype in (x.dtype, compute_dtype(x.dtype)):
@@ -86,9 +92,7 @@ class _PowerNorm(torch.autograd.Function):
         if group is not None:
             _, var, ctx.count = sync.moments_over(mean, var, x.numel() // x.shape[-1], group)
         z_scale = torch.where(iters <= warmup, var, running_phi).add(eps).rsqrt()
-        passes = iters.to(var.dtype)  # a quotient of integers would be in torch's default dtype
-        mean_so_far = running_phi * ((passes - 1) / passes) + var / passes
-        phi = torch.where(iters < warmup, mean_so_far, running_phi)
+        phi = torch.where(iters < warmup, mean_so_far(running_phi, var, iters), running_phi)
         running_phi.copy_(alpha * phi + (1 - alpha) * var)
         ctx.save_for_backward(x, weight, z_scale, (var + eps).rsqrt())
         ctx.ema_gz, ctx.group = ema_gz, group
