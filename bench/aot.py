@@ -31,7 +31,7 @@ from typing import Any
 
 import aot_sass
 import triton
-from aot_code import OPCODES, Compiled, faults
+from aot_code import OPCODES, Compiled, beyond_memory, faults
 from aot_page import RATES, floors, on_the_page, page, table
 from aot_rows import MORE_CASES, OPERATORS, TYPES, rows
 from torch import Tensor
@@ -191,11 +191,12 @@ def check_cases(target: int, part: int = 0, parts: int = 1, whole: bool = True) 
     for case, launch in chosen:
         try:
             if whole:
-                compile_launch(launch, target)
+                found = beyond_memory(compile_launch(launch, target)[1], target)
             else:
-                check_source(launch, target)
+                found = check_source(launch, target) or []
         except Exception as error:
-            wrong.append(f"{launch.kernel.__name__} ({case}, sm_{target}): {_innermost(error)}")
+            found = [_innermost(error)]
+        wrong += [f"{launch.kernel.__name__} ({case}, sm_{target}): {fault}" for fault in found]
     return len(chosen), wrong
 
 

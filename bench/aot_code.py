@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from spikedecoder.kernels._launch import SHARED_MEMORY
+
 CAPPED = 64  # bytes of local memory, at the most, where registers are as many as were measured to be fastest
 OPCODES = re.compile(r"\b((?:FFMA|LDG\.E|LDGSTS|STG\.E|LDL|STL)[.\w]*|(?:[HIQ]G?|UTC\w*)MMA\b(?:\.\w+)*)")
 _WITHOUT_PRODUCT = (
@@ -55,11 +57,15 @@ class Compiled:
         return self.local + sum(n for o, n in self.opcodes.items() if o.startswith(("LDL", "STL")))
 
 
+def beyond_memory(shared: int, target: int) -> list[str]:
+    limit = SHARED_MEMORY[target // 10]
+    return [f"{shared} bytes of shared memory, a program has {limit}"] if shared > limit else []
+
+
 def faults(c: Compiled) -> list[str]:
     """Where the compiled code is not what its row needs; empty if it is."""
     wrong = []
-    if c.shared > (limit := {80: 163, 90: 227, 100: 227}[c.target] * 1024):
-        wrong.append(f"{c.shared} bytes of shared memory, a program has {limit}")
+    wrong += beyond_memory(c.shared, c.target)
     if "no spill" in c.needs and (c.local > CAPPED if c.capped else c.spills):
         wrong.append(f"spills: {c.local} bytes of local memory")
     if "no FFMA" in c.needs and any(opcode.startswith("FFMA") for opcode in c.opcodes):

@@ -188,8 +188,8 @@ def norm_lif_rows() -> Iterator[Row]:
     yield row("moments", 4, 512)
     for T, C in ((4, 80), (8, 80), (4, 1280), (16, 1280), (4, 4096), (16, 4096), (4, 8192), (16, 8192)):
         yield from (row(call, T, C) for call in layer)
-    for T in (4, 16):
-        yield from (row(call, T, 1024, torch.float32) for call in layer)
+    for T, C in ((4, 1024), (16, 1024), (4, 4096)):
+        yield from (row(call, T, C, torch.float32) for call in layer)
     for dtype, C in ((bf16, 384), (bf16, 512), (torch.float32, 512)):
         yield from (row(call, 1, C, dtype, ILIFParams(15)) for call in (*layer, *channels))
     yield from (row(call, 1, C, p=ILIFParams(15)) for C in (4096, 8192) for call in layer)

@@ -32,7 +32,7 @@ if INTERPRETED:
 REGISTERS = 65536  # of a multiprocessor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of A100, H100/H200, B200: used where no device is asked
-_SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
+SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _shared_memory(index: int | None) -> int:
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program may have; what a multiprocessor has in all is some 1 KiB more."""
     if _recorder is not None:
-        return _SHARED_MEMORY[_recorder.major]
+        return SHARED_MEMORY[_recorder.major]
     return _shared_memory(device.index) if device.type == "cuda" else 2**16
 
 

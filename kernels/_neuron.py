@@ -26,13 +26,14 @@ MAX_T = 16  # timesteps whose potentials a kernel keeps in registers
 
 
 def neuron(p: LIFParams) -> dict[str, Any]:
-    """The kernel arguments of the neuron. `tau` is passed as 1 / tau where that is exact."""
+    """The kernel arguments of the neuron. `tau` is passed as 1 / tau where that is exact; no integers, of
+    which Triton would make another variant."""
     exact = math.frexp(p.tau)[0] == 0.5
     return {
-        "tau": 1 / p.tau if exact else p.tau,
+        "tau": 1 / p.tau if exact else float(p.tau),
         "keep": 1 - 1 / p.tau,
         "v_reset": float(p.v_reset or 0.0),
-        "alpha": p.alpha,
+        "alpha": float(p.alpha),
         "RECIPROCAL": exact,
         "HARD": SOFT if p.v_reset is None else TO_ZERO if p.v_reset == 0 else TO_NUMBER,
         "DECAY_INPUT": p.decay_input,

@@ -200,10 +200,12 @@ def _forward_tile(T: int, x: Tensor, statistics: int, p: LIFParams | ILIFParams)
 
 @dataclass(frozen=True)
 class _Backward:
-    """Tile, timesteps whose potentials are kept in registers, registers a thread, rows (or, where timesteps
-    are walked in pieces, pieces) that are on their way at once, the one that is worked on included."""
+    """Tile, timesteps, those of them whose potentials are kept in registers, registers a thread, rows (or,
+    where timesteps are walked in pieces, pieces) that are on their way at once, the one that is worked on
+    included."""
 
     tile: dict[str, int]
+    T: int
     chunk: int
     registers: int
     stages: int
@@ -214,9 +216,11 @@ class _Backward:
         return max(1, min(REGISTERS // (threads * self.registers), shared_memory(device) // max(1, shared)))
 
     def shared(self, size: int) -> int:
-        """Bytes of shared memory: x and gradient of what is on its way."""
-        tile = self.tile["BLOCK_R"] * self.tile["BLOCK_C"] * size
-        return 2 * self.chunk * tile * (self.stages - 1)
+        """Bytes of shared memory, at most: x and gradient of what is on its way; of pieces also
+        the potentials before each, and what hands them from thread to thread."""
+        tile, ahead = self.tile["BLOCK_R"] * self.tile["BLOCK_C"], self.stages - 1
+        pieces = (4 * ahead + 2) * tile if self.chunk < self.T else 0
+        return 2 * self.chunk * tile * size * ahead + pieces
 
 
 def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams | ILIFParams) -> _Backward:
@@ -247,7 +251,7 @@ def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams |
         stages = 4
     tile = _tile(channels, rows, a_thread, warps)
     registers = min(registers, REGISTERS // (32 * tile["num_warps"]))
-    way = _Backward(tile, chunk, registers, stages)
+    way = _Backward(tile, T, chunk, registers, stages)
     while way.stages > 1 and way.shared(size) > shared_memory(x.device):
         way = replace(way, stages=way.stages - 1)
     return way

@@ -324,10 +324,34 @@ def test_layer_norm_under_autocast_keeps_16_bits() -> None:
     torch.testing.assert_close(found["auto"], found["reference"], rtol=2e-2, atol=2e-2)
 
 
+def test_layer_norm_takes_16_bits_and_float32_parameters_without_autocast() -> None:
+    """On CUDA torch's own takes one dtype."""
+    n = make_inputs(Case("norm", "", (5, 80), {"norm": "layer"}), device=DEVICE)["n"]
+    found = {}
+    for backend in ("reference", "triton"):
+        x = random(5, 80).bfloat16().requires_grad_()
+        with ops.use_backend(backend):
+            y = ops.norm(x, n)
+        assert y.dtype == torch.bfloat16
+        grad = random(5, 80, seed=1).bfloat16()
+        found[backend] = (y, *torch.autograd.grad(y, (x, n.weight, n.bias), grad))
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=2e-2, atol=2e-2)
+    wide = torch.ones(2, 4097, device=DEVICE)  # rows that Triton leaves to torch
+    y = ops.norm(wide.bfloat16(), NormParams("layer", *wide))
+    assert torch.equal(y, wide.bfloat16())
+
+
 @pytest.mark.parametrize("T", [1, 6, 17, 64])
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_norm_lif_walks_every_number_of_timesteps(T: int, norm: str) -> None:
     compare(Case("norm_lif", f"{norm}-T{T}", (T, 3, 20), {"norm": norm}, exact=False), torch.float32)
+
+
+@pytest.mark.parametrize("channels", [2050, 4096])
+@pytest.mark.parametrize("T", [4, 6])
+def test_norm_lif_takes_the_widest_rows_of_a_tile(T: int, channels: int) -> None:
+    """They ask for most of a GPU's shared memory."""
+    compare(Case("norm_lif", "widest", (T, 2, channels), {"norm": "layer"}, exact=False), torch.float32)
 
 
 @pytest.mark.parametrize("T", [3, 7])
@@ -415,7 +439,13 @@ def test_norm_lif_takes_any_threshold_that_broadcasts(norm: str, threshold: tupl
 
 @pytest.mark.parametrize(
     "neuron",
-    [{"v_reset": None}, {"v_reset": -0.5}, {"detach_reset": False}, {"decay_input": False, "tau": 3.0}],
+    [
+        {"v_reset": None},
+        {"v_reset": -0.5},
+        {"detach_reset": False},
+        {"decay_input": False, "tau": 3.0},
+        {"tau": 3, "alpha": 2},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("norm", ["layer", "batch"])

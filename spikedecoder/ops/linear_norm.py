@@ -7,17 +7,11 @@ from torch import Tensor
 
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, select
-from spikedecoder.ops.norm import (
-    check_norm,
-    layer_backend,
-    layer_dtype,
-    layer_fake,
-    layer_norm_backward,
-    norm,
-)
+from spikedecoder.ops.norm import check_norm, layer_backend, layer_fake, layer_norm_backward, norm
 from spikedecoder.ops.spike_linear import _spike_linear, as_product, check_linear, from_words, spike_linear
 from spikedecoder.ops.spike_linear import backward as linear_backward
 from spikedecoder.params import NormParams
+from spikedecoder.reference.norm import layer_dtype
 
 
 @torch.library.custom_op("spikedecoder::linear_norm", mutates_args=())

@@ -14,7 +14,7 @@ from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, resolve, select
 from spikedecoder.params import RUNNING, NormParams
 from spikedecoder.reference.lif import compute_dtype
-from spikedecoder.reference.norm import mean_so_far, move_running
+from spikedecoder.reference.norm import layer_dtype, mean_so_far, move_running
 from spikedecoder.reference.norm import norm as _reference
 
 
@@ -181,12 +181,6 @@ def layer_backend() -> str:
     """The one in force, or torch's own LayerNorm where that has none."""
     requested = requested_backend()
     return requested if requested == "auto" or offers(requested, "norm") else "reference"
-
-
-def layer_dtype(x: Tensor) -> torch.dtype:
-    """Of the result: autocast takes a LayerNorm to float32 on CUDA, and leaves it alone on the CPU."""
-    wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
-    return torch.float32 if wide else x.dtype
 
 
 def norm(x: Tensor, n: NormParams) -> Tensor:

@@ -34,9 +34,9 @@ def forward(
     """LayerNorm of x [..., C]: (y in `dtype`, mean, rstd), statistics [..., 1]."""
     if x.dtype != dtype:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    weight, bias = _alike(x, weight, bias)
+    x, weight, bias = _alike(x, weight, bias)
     y, mean, rstd = torch.ops.aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-    return y, mean.to(compute_dtype(dtype)), rstd.to(compute_dtype(dtype))
+    return _as(y, dtype), mean.to(compute_dtype(dtype)), rstd.to(compute_dtype(dtype))
 
 
 def backward(
@@ -46,11 +46,11 @@ def backward(
     wide = x.to(grad.dtype)
     if x.dtype != grad.dtype:
         weight = weight.to(grad.dtype)
-    weight, _ = _alike(wide, weight, weight)
+    wide, weight, _ = _alike(wide, weight, weight)
     if not x.is_cuda:  # torch has statistics in the weight's dtype there, in float32 on CUDA
         mean, rstd = mean.to(weight.dtype), rstd.to(weight.dtype)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(  # of a bias only the shape
-        grad.contiguous(), wide, x.shape[-1:], mean, rstd, weight, weight, [True, True, True]
+        grad.contiguous().to(wide.dtype), wide, x.shape[-1:], mean, rstd, weight, weight, [True, True, True]
     )
     return grad_x.to(x.dtype), grad_weight, grad_bias
 
@@ -61,11 +61,20 @@ def mean_so_far(running_phi: Tensor, var: Tensor, iters: Tensor) -> Tensor:
     return running_phi * ((passes - 1) / passes) + var / passes
 
 
-def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Parameters as torch's LayerNorm takes them with x: both in its dtype, or in the one it computes in."""
-    if weight.dtype == bias.dtype and weight.dtype in (x.dtype, compute_dtype(x.dtype)):
-        return weight, bias
-    return weight.to(compute_dtype(x.dtype)), bias.to(compute_dtype(x.dtype))
+def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x and parameters as torch's LayerNorm takes them: all of x's dtype or, if they are not, parameters
+    of the one it computes in, and on CUDA x too."""
+    if not weight.dtype == bias.dtype == x.dtype:
+        dtype = compute_dtype(x.dtype)
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        x = _as(x, dtype) if x.is_cuda else x
+    return x, weight, bias
+
+
+def layer_dtype(x: Tensor) -> torch.dtype:
+    """Of LayerNorm's result: autocast takes it to float32 on CUDA, and leaves it alone on the CPU."""
+    wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return torch.float32 if wide else x.dtype
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,7 +157,8 @@ def move_running(n: NormParams, mean: Tensor, var: Tensor, rows: Tensor | int) -
 def norm(x: Tensor, p: NormParams) -> Tensor:
     """y [..., C] for x [..., C]; updates ``p.running`` in training."""
     if p.kind == "layer":
-        return F.layer_norm(x, x.shape[-1:], *_alike(x, p.weight, p.bias), p.eps)
+        alike, weight, bias = _alike(x, p.weight, p.bias)
+        return _as(F.layer_norm(alike, x.shape[-1:], weight, bias, p.eps), layer_dtype(x))
     if p.kind == "batch" and p.synced is not None:
         with torch.no_grad():
             mean, var = moments(x, center=True)
