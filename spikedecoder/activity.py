@@ -27,7 +27,7 @@ class Activity:
     Of I-LIF neurons, the binary timesteps that their integers stand for.
 
     scores: by attention layer, q k^T before masking and scaling, summed over T: [B, H, S, S], lower triangle;
-        of softmax attention, the weights. score: what a number in them is.
+        of I-LIF neurons, of their integers; of softmax attention, the weights. score: what they are called.
     thresholds: by layer, a float.
     levels: by layer of I-LIF neurons, their largest integer.
     """
@@ -123,6 +123,8 @@ def _hook(
         if scores and isinstance(module, AttentionLIF):
             q, k = (x.unflatten(-1, (module.heads, -1)).transpose(2, 3) for x in inputs[:2])
             activity.scores[name] = (q @ k.transpose(-1, -2)).tril().sum(0).cpu()
+            if lif.levels > 1:
+                activity.score = "q k of integers"
         if potentials:
             activity.potentials[name] = _potentials(_current(module, inputs, linears), lif, threshold).cpu()
 

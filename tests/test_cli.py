@@ -1,6 +1,7 @@
 """The command line before any command runs: help, version, wrong words, Ctrl-C while torch is imported."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,18 @@ def test_ctrl_c_while_torch_is_imported(slow_torch: dict[str, str]) -> None:
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert said in ("", "error: interrupted\n")  # by typer's version
+
+
+def test_every_environment_variable_is_documented() -> None:
+    root = Path(__file__).parent.parent
+    read = {
+        name
+        for path in (root / "setup.py", *(root / "spikedecoder").rglob("*.py"))
+        for name in re.findall(r"SPIKEDECODER_[A-Z_]+", path.read_text("utf-8"))
+    }
+    read -= {"SPIKEDECODER_CUDA", "SPIKEDECODER_SOURCES"}  # what CMake is given
+    documented = re.findall(r"^\| `(\w+)`", (root / "docs" / "design.md").read_text("utf-8"), re.M)
+    assert sorted(read) == sorted(name for name in documented if name.startswith("SPIKEDECODER_"))
 
 
 def test_the_package_gives_what_it_promises() -> None:

@@ -124,7 +124,7 @@ def test_stats(saved):
     cost = text_cost(model, [model.tokenizer.encode("the").tolist(), [start_token(model)]], tokens)
     assert stats["accumulates_per_token"] == cost.accumulates > 0
     assert stats["joules_per_token"] == cost.ledger.joules().per_token > 0
-    assert "uJ of arithmetic estimated with horowitz-45nm" in told.stderr
+    assert "J of arithmetic estimated with horowitz-45nm" in told.stderr
     assert stats["spike_rate"] == cost.spike_rate and stats["tokens_per_second"] > 0
     assert f"{cost.accumulates:,.0f} accumulates" in told.stderr and "tokens/s" in told.stderr
     for name, rate in cost.spike_rates.items():

@@ -51,6 +51,7 @@ def test_streaming_joins_to_the_same_text(client, model):
     texts, finishes, pieces, used = [""] * 4, [None] * 4, 0, None
     for chunk in stream:
         used = chunk.usage or used
+        assert "usage" in chunk.model_fields_set  # null, before the last
         for choice in chunk.choices:
             texts[choice.index] += choice.text
             finishes[choice.index] = choice.finish_reason or finishes[choice.index]
@@ -194,7 +195,7 @@ GOOD = {"prompt": "the"}
         ({}, 400, "prompt", "prompt: Field required"),
         ({"prompt": 5}, 400, "prompt", "prompt: takes a string, a list"),
         ({"prompt": []}, 400, "prompt", "empty list"),
-        ({"prompt": "Zebra"}, 400, "prompt", "outside the model's vocabulary: 'Z'"),
+        ({"prompt": "Zebra"}, 400, "prompt", "vocabulary: 'Z', 'b', 'r'; a server that was started with --errors"),
         ({"prompt": "the " * 20}, 400, "prompt", "prompt: got 80 tokens, takes at most 50"),
         ({"prompt": [2, 999]}, 400, "prompt", "prompt: got token 999"),
         ({"prompt": [2, -1]}, 400, "prompt", "prompt: takes a string, a list"),

@@ -125,6 +125,14 @@ def test_scores_are_q_times_k(model, tokens, activity):
         assert activity.scores["blocks.1.attention.attention_lif"][1, head, 4, 2] == expected
 
 
+def test_scores_of_integers_are_called_so(model, tokens, activity):
+    other = SpikeDecoder(model.config.replace(neuron="ilif", levels=15, timesteps=1)).eval()
+    seen = viz.record(other, tokens, scores=True)
+    assert (activity.score, seen.score) == ("spikes that coincide", "q k of integers")
+    figure = viz.attention_map(seen)
+    assert any(ax.get_ylabel() == seen.score for ax in figure.axes)
+
+
 @pytest.mark.parametrize("degree", [0, 1])
 def test_softmax_attention_shows_its_weights(model, tokens, degree):
     config = model.config.replace(spike_degree=degree, token_shift=2)

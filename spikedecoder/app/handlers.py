@@ -97,7 +97,7 @@ class Handlers:
         else:
             offer = f"No trained model in {where} yet. Train the small default first, which takes minutes:"
         box = gr.Dropdown(choices=[(m.label, m.path) for m in found], value=value)
-        return box, gr.Accordion(open=not found), offer
+        return box, gr.skip() if found else gr.Accordion(open=True), offer
 
     def begin(self) -> tuple[Any, ...]:
         """The state of the controls for a new tab: the first model that there is."""
@@ -243,26 +243,21 @@ class Handlers:
         session.stop = True
         return session
 
-    def train(
-        self, session: Session, tokens: str, kind: str, steps: float, progress: Any = _PROGRESS
-    ) -> tuple[Any, ...]:
-        session.stop = False
-
+    def train(self, tokens: str, kind: str, steps: float, progress: Any = _PROGRESS) -> tuple[Any, ...]:
         result = train_small(
             kind,
             tokens,
             _whole("steps", steps) or 0,
             self.library.roots[0],
             lambda share, said: progress(share, desc=said),
-            lambda: session.stop,
         )
         if result is None:
-            return session, *self.choices(tokens, kind), self.comparable(), "Stopped before the first step."
+            return *self.choices(tokens, kind), self.comparable(), "Stopped before the first step."
         said = f"Trained: {result.out}"
         if result.interrupted:
             said = f"Stopped at step {result.step} of {result.steps}, and saved: {result.out}"
-            gr.Info(said)
-        return session, *self.choices(tokens, kind, str(result.out)), self.comparable(), said
+        gr.Info(said)
+        return *self.choices(tokens, kind, str(result.out)), self.comparable(), said
 
 
 def _whole(name: str, value: float | None) -> int | None:
@@ -278,7 +273,7 @@ def told_with_progress(train: Callable[..., Any]) -> Callable[..., Any]:
     """`told`, with the default argument by which Gradio hands in a progress bar."""
     inner = told(train)
 
-    def run(session: Session, tokens: str, kind: str, steps: float, progress: Any = _PROGRESS) -> Any:
-        return inner(session, tokens, kind, steps, progress)
+    def run(tokens: str, kind: str, steps: float, progress: Any = _PROGRESS) -> Any:
+        return inner(tokens, kind, steps, progress)
 
     return run

@@ -8,13 +8,14 @@ from typing import Any
 
 import gradio as gr
 
+from spikedecoder.app import training
 from spikedecoder.app.handlers import MOST_COMPARED, Handlers, Session, told, told_with_progress
 from spikedecoder.app.models import TOKENS, Library
 from spikedecoder.app.writing import MOST_TOKENS, VIEWS
 from spikedecoder.kinds import KINDS
 
 CSS = """
-.gradio-container {max-width: 1240px !important; margin: auto}
+.gradio-container {max-width: 1240px !important; width: 100%; margin: auto}
 .cards {display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 12px}
 .card {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px}
 .card h4 {margin: 0 0 6px; overflow-wrap: anywhere}
@@ -133,11 +134,11 @@ def build(roots: list[Path]) -> Any:
         memory.input(told(do.energy_note), [session, memory], note, show_progress="hidden")
         train.click(
             told_with_progress(do.train),
-            [session, tokens, kind, steps],
-            [session, *lists, several, trained],
+            [tokens, kind, steps],
+            [*lists, several, trained],
             show_progress_on=[trained],
         )
-        stop_training.click(do.stop, session, session, show_progress="hidden", queue=False)
+        stop_training.click(training.stop_training, None, None, show_progress="hidden", queue=False)
         several.focus(told(do.comparable), None, several, show_progress="hidden")
         side_by_side.click(
             told(do.compare),

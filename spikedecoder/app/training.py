@@ -13,16 +13,20 @@ from spikedecoder.kinds import KINDS
 from spikedecoder.training import Evaluation, Reporter, TrainConfig, TrainResult, free_folder, train
 
 _ONE = threading.Lock()  # training sets the threads of the whole process
+_STOP = threading.Event()  # asked for, from whichever tab
 _SECONDS = 0.25  # between two looks at the progress
 
 Tell = Callable[[float, str], None]  # (share done, what to say)
 
 
-def train_small(
-    kind: str, tokens: str, steps: int, parent: Path, tell: Tell, stop: Callable[[], bool] = lambda: False
-) -> TrainResult | None:
-    """Train the small default of a kind on the built-in text, until `stop` says so, in a new folder of
-    `parent`. None if it said so before the first step.
+def stop_training() -> None:
+    """End the training in progress, if there is one, and save what it has."""
+    _STOP.set()
+
+
+def train_small(kind: str, tokens: str, steps: int, parent: Path, tell: Tell) -> TrainResult | None:
+    """Train the small default of a kind on the built-in text in a new folder of `parent`, until
+    `stop_training`. None if that came before the first step.
 
     Raises ValueError (bad arguments, another training in progress), and what `spikedecoder.training.train`
     raises.
@@ -33,8 +37,9 @@ def train_small(
         raise ValueError(f"steps: got {steps!r}, takes an integer >= 1")
     words = tokens == "words"
     if not _ONE.acquire(blocking=False):
-        raise ValueError("a model is being trained already, perhaps from another tab; wait for it")
+        raise ValueError("a model is being trained already, perhaps from another tab; wait, or stop it")
     try:
+        _STOP.clear()
         settings = TrainConfig(
             steps=steps,
             lr=2e-3 if kind == "non-spiking" else 4e-3,
@@ -45,23 +50,23 @@ def train_small(
         )
         tell(0.0, "reading the text")
         corpus = prepare_corpus(tokenizer=settings.tokenizer, min_count=settings.min_count)
-        if stop():
+        if _STOP.is_set():
             return None
         vocabulary = {"vocab_size": corpus.tokenizer.vocab_size, "pad_id": corpus.tokenizer.pad_id}
         shape = {"max_len": 64} if words else {}
         config = SpikeDecoderConfig.preset("default-lif", **vocabulary, **shape, **KINDS[kind])
         out = free_folder(f"{kind}-{tokens}".replace(" ", "-"), corpus.name, parent)
-        return train(config, corpus, settings, out=out, reporter=_Progress(tell, stop))
+        return train(config, corpus, settings, out=out, reporter=_Progress(tell))
     finally:
         _ONE.release()
 
 
 class _Progress(Reporter):
-    def __init__(self, tell: Tell, stop: Callable[[], bool]) -> None:
-        self.tell, self.stop, self.last, self.bits = tell, stop, 0.0, ""
+    def __init__(self, tell: Tell) -> None:
+        self.tell, self.last, self.bits = tell, 0.0, ""
 
     def asks_to_stop(self) -> bool:
-        return self.stop()
+        return _STOP.is_set()
 
     def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
         self.steps, self.begin = steps, time.monotonic()

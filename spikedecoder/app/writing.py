@@ -74,7 +74,9 @@ def write(loaded: Loaded, prompt: str, settings: Settings) -> Iterator[Written]:
     if not isinstance(settings.tokens, int) or not 1 <= settings.tokens <= MOST_TOKENS:
         raise ValueError(f"tokens: got {settings.tokens!r}, takes 1 to {MOST_TOKENS}")
     model, tokenizer = loaded.model, loaded.model.tokenizer
-    ids = encode_prompt(tokenizer, prompt, "drop" if settings.drop else "strict")
+    ids = encode_prompt(
+        tokenizer, prompt, "drop" if settings.drop else "strict", way_out="a box under More leaves them out"
+    )
     written = Written(ids or [start_token(model)], tokenizer.decode(ids) if ids else "")
     begin = time.perf_counter()
     for new in stream_tokens(model, tokenizer, ids, settings.tokens, settings.sampling(), top=_CANDIDATES):

@@ -221,6 +221,8 @@ def _stats(
 
 
 def _report(stats: dict[str, Any]) -> str:
+    from spikedecoder.energy.units import si
+
     lines = [f"{stats['tokens_per_second']:.1f} tokens/s"]
     if stats["spike_rate"] is not None:
         lines.append(f"spikes per neuron and timestep: {stats['spike_rate']:.4f} (mean of the layers)")
@@ -232,8 +234,8 @@ def _report(stats: dict[str, Any]) -> str:
         f"{stats['tokens_read']:,} tokens read{outgrown}; for each of them",
         f"  {stats['accumulates_per_token']:,.0f} accumulates, "
         f"{stats['multiply_accumulates_per_token']:,.0f} multiply-accumulates; "
-        f"{stats['joules_per_token'] * 1e6:.3g} uJ of arithmetic estimated with {stats['energy_table']}, "
-        f"{stats['joules'] * 1e6:,.3g} uJ for all",
+        f"{si(stats['joules_per_token'])} of arithmetic estimated with {stats['energy_table']}, "
+        f"{si(stats['joules'])} for all",
     ]
     return "\n".join(lines)
 

@@ -129,7 +129,7 @@ class Ledger:
         memory: False leaves memory out; True puts weights, activations and state each in the smallest memory
             that holds them; a mapping such as {"weights": "dram"} places some by hand.
         number_format: of weights and activations: fp32, fp16, int8. Neurons, norms, softmax, GELU and the
-            residual sums stay fp32, sums of spikes int32.
+            residual sums stay fp32, sums of spikes int32, or fp32 where attention decays.
         activation_bits: with int8 weights, the bits of an activation.
         compat: the original program's formulas instead; see `original_estimate`.
         """
@@ -236,7 +236,8 @@ def assumptions(mode: str, table: EnergyTable, placement: Mapping[str, str]) -> 
     said = [
         f"an estimate from operation counts, not a measurement; energies: {table.source}",
         "spikes are counted as they occurred; a layer on anything but spikes is billed dense, zeros included",
-        "neurons, norms, softmax, GELU and residual sums are fp32, sums of spikes int32, in every format",
+        "neurons, norms, softmax, GELU and residual sums are fp32, sums of spikes int32 (fp32 where "
+        "attention decays), in every format",
         "no figure in the source: a comparison or choice = an addition, a 1-bit AND = int8_add / 8, exp, "
         f"tanh, 1/x, 1/sqrt(x) = {SPECIAL_IN_MACS} fp32 multiply-accumulates",
         "token shift and the split into heads are addressing and cost nothing; control, event routing, "

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
 
 ERRORS = ("strict", "replace", "drop")
+_WAY_OUT = "errors 'drop' leaves them out, 'replace' puts the unknown token"
 _NAMED = 8  # how many unknown characters or words a message names
 
 
@@ -33,13 +34,18 @@ def named(unknown: Sequence[str]) -> str:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: str, errors: str = "strict", name: str = "prompt"
+    tokenizer: Tokenizer,
+    prompt: str,
+    errors: str = "strict",
+    name: str = "prompt",
+    way_out: str = _WAY_OUT,
 ) -> list[int]:
     """The ids of a prompt, which errors call by `name`.
 
     errors: what to do with characters (or words) that are outside the vocabulary: "strict" raises a
         ValueError that names them, "replace" puts the unknown token (tokenizers without one drop them),
         "drop" leaves them out.
+    way_out: what whoever gave the prompt can do about them, as the message ends.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"{name}: got {type(prompt).__name__}, takes a str")
@@ -49,8 +55,7 @@ def encode_prompt(
     if unknown:
         what = "word" if "word" in tokenizer.kind else "character"
         raise ValueError(
-            f"{name}: {len(unknown)} {what}(s) outside the model's vocabulary: {named(unknown)}; "
-            "errors 'drop' leaves them out, 'replace' puts the unknown token"
+            f"{name}: {len(unknown)} {what}(s) outside the model's vocabulary: {named(unknown)}; {way_out}"
         )
     return [int(i) for i in tokenizer.encode(prompt, errors="replace" if errors == "strict" else errors)]
 

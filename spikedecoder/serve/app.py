@@ -38,6 +38,7 @@ DEFAULT_TOKENS = 16  # OpenAI's
 # Seconds between two events of a stream, at least: where tokens come faster than anybody reads, an event each
 # would cost more than the token. All streams have theirs at the same moments: the loop wakes once for all.
 PAUSE = 0.05
+_WAY_OUT = "a server that was started with --errors drop leaves them out"
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ class Completion:
     def _encode(self, prompt: str | list[int], limits: Limits) -> list[int]:
         try:
             if isinstance(prompt, str):
-                ids = encode_prompt(self.tokenizer, prompt, limits.errors)
+                ids = encode_prompt(self.tokenizer, prompt, limits.errors, way_out=_WAY_OUT)
             else:
                 check_ids("prompt", prompt, self.tokenizer.vocab_size)
                 ids = prompt
@@ -215,19 +216,26 @@ class Completion:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Server-sent events, the last one [DONE]."""
+        options = self.request.stream_options
+        tells_usage = options is not None and options.include_usage
+
+        def events(choices: list[dict[str, Any]]) -> bytes:
+            """One each: clients look at the first choice of an event only."""
+            rest = {"usage": None} if tells_usage else {}
+            return b"".join(_event({**self.body([each]), **rest}) for each in choices)
+
         echoes = [choice(i, text, None) for i, text in enumerate(self.echoes()) if text]
         if echoes:
-            yield b"".join(_event(self.body([each])) for each in echoes)
+            yield events(echoes)
         try:
             async for new in self.news():
                 choices = [choice(*each) for each in new if each[1] or each[2] or each[3]]
-                if choices:  # an event each: clients look at the first choice of an event only
-                    yield b"".join(_event(self.body([each])) for each in choices)
+                if choices:
+                    yield events(choices)
         except EngineError as error:
             yield _event(ApiError(503 if isinstance(error, Stopping) else 500, str(error)).body)
             return
-        options = self.request.stream_options
-        if options is not None and options.include_usage:
+        if tells_usage:
             yield _event({**self.body([]), "usage": self.usage()})
         yield b"data: [DONE]\n\n"
 

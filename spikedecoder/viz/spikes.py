@@ -151,7 +151,7 @@ def attention_map(
         columns = min(2, len(chosen)) if s > 16 else min(4, len(chosen))
         rows = -(-len(chosen) // columns)
         side = max(2.2, min(4.2, 0.8 + 0.11 * s))
-        fig = figure(side * columns + 1.0, side * rows + 0.5)
+        fig = figure(side * columns + 1.0, side * rows + 0.9)
         axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
         for ax in axes[len(chosen) :]:
             ax.set_visible(False)
