@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spikedecoder import ops
-from spikedecoder.model import SpikeDecoder
+from spikedecoder.model import SpikeDecoder, check_model
 from spikedecoder.nn.attention import AttentionLIF, SoftmaxAttention
 from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.nn.linear import LinearNormLIF
@@ -87,8 +87,7 @@ def record(
 
     Raises ValueError where the model has no spiking layer (and no scores are asked for), or fires NaN.
     """
-    if not isinstance(model, SpikeDecoder):
-        raise TypeError(f"model: got {type(model).__name__}, takes a SpikeDecoder")
+    check_model(model)
     layers = list(spiking_layers(model))
     softmax = [(n, m) for n, m in model.named_modules() if scores and isinstance(m, SoftmaxAttention)]
     if not layers and not softmax:

@@ -17,18 +17,22 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from spikedecoder._version import __version__
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data.tokenizers import check_known, load_tokenizer
+from spikedecoder.nn.made import changed, made_by
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 _FORMAT = 1
+_HUB = (
+    "revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder", "endpoint",
+    "proxies", "etag_timeout",
+)  # fmt: skip
 _STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 
 
@@ -123,7 +127,10 @@ def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None) ->
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with open(path, "rb"):  # safetensors says of any file that it cannot open that there is none
+            return load_file(path)
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
@@ -153,33 +160,26 @@ def _misfits(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
     return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
-class _Unfilled(TorchFunctionMode):
-    """Draws no numbers: on the meta device they would import the compiler, which takes a second."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (Tensor.normal_, nn.init.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def _made_by(model: SpikeDecoder) -> dict[str, Tensor]:
-    """The tensors that its config makes, by name, without memory."""
-    with torch.device("meta"), _Unfilled():
-        return type(model)(model.config).state_dict()
-
-
 def save_folder(model: SpikeDecoder, folder: Path) -> None:
     """Write the model's files over those that are there, all or none; the weights last, so that a new folder
     with weights is complete. ValueError where they could not be loaded again."""
     weights, files = model.state_dict(), {}
-    if problems := _misfits(_made_by(model), weights):
+    if any(hasattr(t, "full_tensor") for t in weights.values()):
+        raise ValueError(
+            "model: holds only its part of the weights (DTensors, as FSDP makes them): load "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict into a model of its config, and save that"
+        )
+    if problems := _misfits(made_by(model).state_dict(), weights):
         raise ValueError(
             f"model: holds other weights than its config makes ({problems}): no folder would bring it back; "
             "undo what changed its modules first, as torch.nn.utils.prune.remove, parametrize."
             "remove_parametrizations or an adapter's merge do, or keep model.state_dict() yourself"
+        )
+    if (other := changed(model)) is not None:
+        raise ValueError(
+            f"model: is not what its config makes ({other}): no folder would bring that back; change it "
+            "back, set it in the config, or keep model.state_dict() and what changes the model yourself"
         )
     if model.tokenizer is not None:
         check_known(model.tokenizer, "model.tokenizer")
@@ -280,9 +280,16 @@ class FolderMixin:
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device = "cpu", **hub: Any
     ) -> SpikeDecoder:
-        """The model in folder `name`, or of that name on the hub (`hub`: revision, token, cache_dir, ...)."""
+        """The model in folder `name`, or of that name on the hub.
+
+        hub: what `huggingface_hub.hf_hub_download` does with them; a folder needs none.
+
+        Raises TypeError for other options, and CheckpointError for what cannot be read.
+        """
         if name == "":  # Path would take it for the folder that we are in
             raise ValueError("name: got '', takes a folder, or a name on the hub")
+        if unknown := [option for option in hub if option not in _HUB]:
+            raise TypeError(f"from_pretrained: got {unknown[0]!r}, takes name, device and {', '.join(_HUB)}")
         get = _local(Path(name)) if Path(name).is_dir() else _remote(str(name), hub)
         config = read_config(get(CONFIG))
         model = cast("Callable[[SpikeDecoderConfig], SpikeDecoder]", cls)(config)

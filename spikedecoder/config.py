@@ -337,10 +337,17 @@ class SpikeDecoderConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SpikeDecoderConfig:
-        """A named configuration, with some fields changed: ``preset("original-char", blocks=2)``."""
+        """A named configuration, with some fields changed: ``preset("original-char", blocks=2)``.
+
+        With another vocab_size a preset's pad_id, a token of its own vocabulary, is left out.
+        """
         if name not in cls.presets():  # of any type: files hold lists too
             raise ValueError(f"preset: got {name!r}, takes one of {', '.join(PRESETS)}")
-        return cls.from_dict({**PRESETS[name], **changes})
+        fields = dict(PRESETS[name])
+        own = fields.get("vocab_size", _DEFAULTS["vocab_size"])
+        if changes.get("vocab_size", own) != own:
+            fields.pop("pad_id", None)
+        return cls.from_dict({**fields, **changes})
 
 
 def bits(n: int) -> int:

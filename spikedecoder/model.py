@@ -22,6 +22,14 @@ from spikedecoder.nn.state import DecoderState, LayerState
 IGNORE = -100  # target that the loss does not count
 
 
+def check_model(model: object) -> None:
+    if not isinstance(model, SpikeDecoder):
+        wraps = isinstance(getattr(model, "module", None), SpikeDecoder)
+        raise TypeError(
+            f"model: got {type(model).__name__}, takes a SpikeDecoder" + " (its .module is one)" * wraps
+        )
+
+
 class Block(nn.Module):
     """One decoder block, x [T, B, S, E] (or [B, S, E] where attention does not spike).
 
@@ -90,7 +98,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
     @property
     def _some_weight(self) -> Tensor:
         # there may be an adapter in its place, or a module without parameters
-        return next(chain(self.head.linear.parameters(), self.parameters()))
+        return next(chain(self.head.parameters(), self.parameters()))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] for tokens [B, S]; position i sees tokens 0 to i."""
@@ -111,6 +119,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
 
         The same logits as the parallel forward over all tokens read so far, in memory that does not grow
         with them (spiking attention). Consumes `state`: see `DecoderState`. In evaluation mode only.
+        `forward` is not called, nor hooks on the model itself; those of its modules are.
         """
         if self.training:
             raise ValueError("prefill: the model is in training mode; call model.eval() first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import os
 import subprocess
@@ -41,6 +42,55 @@ def test_round_trip(saved):
     assert loaded.tokenizer.tokens == model.tokenizer.tokens
     tokens = torch.randint(0, 7, (2, 8))
     assert torch.equal(loaded(tokens), model.eval()(tokens))
+
+
+def test_what_no_file_would_bring_back_is_not_lost(tmp_path):
+    def neuron(model):
+        model.blocks[0].mlp.input_lif = torch.nn.Threshold(1.0, 0.0)
+
+    def threshold(model):
+        lif = model.blocks[0].mlp.fc1.lif
+        lif.params = dataclasses.replace(lif.params, v_threshold=0.3)
+
+    def forward(model):
+        model.head.forward = lambda x: x
+
+    def scale(model):
+        model.blocks[0].attention.attention_lif.scale *= 2
+
+    for change, said in (
+        (neuron, r"blocks\.0\.mlp\.input_lif is a Threshold, not a LIF"),
+        (threshold, r"blocks\.0\.mlp\.fc1\.lif: params is LIFParams.*v_threshold=0\.3"),
+        (forward, "head has a forward of its own"),
+        (scale, r"blocks\.0\.attention\.attention_lif: scale is 0\.25, not 0\.125"),
+    ):
+        model = _model()
+        change(model)
+        with pytest.raises(ValueError, match=f"model: is not what its config makes .{said}"):
+            model.save_pretrained(tmp_path / "m")
+        assert not (tmp_path / "m").exists()
+    model = _model()  # how a module runs is the object's own affair
+    model.recompute_activations()
+    model.blocks[0].attention.attention_lif.dropout = 0.1
+    model.half().train().save_pretrained(tmp_path / "m")
+
+
+def test_options_that_mean_nothing_are_refused(saved):
+    _, folder = saved
+    for option in ("torch_dtype", "strict", "vocab_size"):
+        with pytest.raises(
+            TypeError, match=f"from_pretrained: got '{option}', takes name, device and revision"
+        ):
+            SpikeDecoder.from_pretrained(folder, **{option: None})
+    assert SpikeDecoder.from_pretrained(folder, revision="main", local_files_only=True)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="this user may read everything")
+def test_weights_that_may_not_be_read(saved):
+    _, folder = saved
+    (folder / ck.WEIGHTS).chmod(0)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read \(Permission denied\)"):
+        SpikeDecoder.from_pretrained(folder)
 
 
 def test_a_tokenizer_that_cannot_be_read_again_is_not_written(tmp_path):

@@ -38,6 +38,14 @@ def test_original_presets_are_the_models_of_the_original():
     assert (word.max_len, word.embed_dim, word.blocks, word.heads) == (128, 120, 20, 5)
 
 
+def test_a_presets_pad_is_of_its_own_vocabulary():
+    for name in ("original-char", "original-char-ann"):
+        own = SpikeDecoderConfig.preset(name)
+        assert own.pad_id == 28 == SpikeDecoderConfig.preset(name, vocab_size=own.vocab_size).pad_id
+        assert SpikeDecoderConfig.preset(name, vocab_size=65).pad_id is None
+        assert SpikeDecoderConfig.preset(name, vocab_size=65, pad_id=3).pad_id == 3
+
+
 def test_the_default_preset_shifts_tokens_and_is_small():
     config = SpikeDecoderConfig.preset("default")
     assert config.token_shift > 1 and config.mlp_token_shift > 1 and config.spike_degree == 4

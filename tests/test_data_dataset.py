@@ -226,6 +226,10 @@ def test_bad_arguments(book: Path, tmp_path: Path) -> None:
 
     fails("texts and corpus: expected one of them, got both", [book], corpus="builtin")
     fails("texts: expected at least one file, got none", [])
+    fails("texts: expected paths of files, got a text, 'the cat", "the cat\nsat on the mat")
+    for wrong in (b"the cat", iter([book]), [1]):
+        with pytest.raises(TypeError, match="texts: expected paths of files, got "):
+            prepare_corpus(wrong, cache_dir=tmp_path)  # type: ignore[arg-type]
     fails("corpus: expected one of builtin, war-and-peace, got 'bible'", corpus="bible")
     fails("tokenizer: expected one of char, .*, got 'bpe'", [book], tokenizer="bpe")
     takes = "takes a name, a CharTokenizer or a WordTokenizer: no other"

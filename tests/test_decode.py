@@ -31,6 +31,7 @@ from spikedecoder.generation import (
 from spikedecoder.generation.native import why_not
 from spikedecoder.nn.state import DecoderState
 from spikedecoder.ops import use_backend
+from spikedecoder.params import LIFParams
 
 pytestmark = [pytest.mark.skipif(not ext.is_built(), reason=ext.NOT_BUILT), pytest.mark.poison_empty]
 if ext.is_built():
@@ -427,6 +428,23 @@ def test_a_model_that_it_does_not_know_is_refused(monkeypatch):
     monkeypatch.setattr(decode_module, "_OPTIONS", decode_module._OPTIONS - {"heads", "pad_id"})
     assert why_not(model) == "it does not know the option heads=2"
     monkeypatch.undo()
+    for change, said in (
+        (
+            lambda block: setattr(block.mlp.fc1.lif, "params", LIFParams(v_threshold=0.3)),
+            "fc1.lif: params is LIF",
+        ),
+        (
+            lambda block: setattr(block.attention.attention_lif, "scale", 0.5),
+            "attention_lif: scale is 0.5, not",
+        ),
+        (lambda block: block.attention.attention_lif.decay.mul_(0.5), "attention_lif: decay is not what"),
+        (lambda block: setattr(block.attention, "shift", 2), "attention: shift is 2, not 1"),
+    ):
+        other = _model({"decay_fastest": 0.5, "decay_slowest": 0.9}).eval()
+        assert why_not(other) is None
+        change(other.blocks[1])
+        assert why_not(other).startswith("it knows what the config makes alone: blocks.1.")
+        assert said in why_not(other) and type(open_source(other)) is Recurrent
     model.blocks[0].mlp.fc1.lif.v_threshold = torch.nn.Parameter(torch.ones(48))
     assert why_not(model) == "it takes one threshold a layer"
     assert type(open_source(model)) is Recurrent

@@ -353,6 +353,15 @@ def test_a_spike_is_one_bit_whatever_the_format():
         assert estimate.placement["activations"] == "sram_32kB"
 
 
+def test_what_is_not_known_is_not_left_out():
+    config = SpikeDecoderConfig.preset("default", vocab_size=9, blocks=1, heads=2, token_dim=11, max_len=8)
+    for place in ("blocks.0.mlp.input_lif", "blocks.0.attention.q.lif"):
+        model = SpikeDecoder(config)
+        model.set_submodule(place, torch.nn.ReLU())
+        with pytest.raises(ValueError, match=f"model: {place}: the operations of ReLU are not known here"):
+            energy.measure(model, torch.zeros(1, 4, dtype=torch.int64))
+
+
 def test_a_model_that_recomputes_is_counted_in_full():
     model = small()
     want = energy.measure(model, tokens())

@@ -368,6 +368,14 @@ def test_window_as_logit_source(model):
     assert not first.requires_grad
 
 
+def test_what_wraps_a_model_is_no_model(model):
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with pytest.raises(
+        TypeError, match=r"model: got AveragedModel, takes a SpikeDecoder \(its .module is one\)"
+    ):
+        generate(average, [[1]], 2)
+
+
 @pytest.mark.parametrize(
     "arguments, error, why",
     [

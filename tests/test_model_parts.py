@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils import prune
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.nn.norm import Norm, measure_norms
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
@@ -49,6 +50,63 @@ def test_hooks_on_every_module_see_what_passes_it(preset, changes, recompute):
         results.append([loss.detach(), logits, *(p.grad.clone() for p in model.parameters())])
     for alone, watched in zip(*results, strict=True):
         torch.testing.assert_close(watched, alone, rtol=1e-9, atol=1e-9)
+
+
+class Steps(torch.nn.Module):
+    """Neurons of another make: no parameters, none of our attributes."""
+
+    def forward(self, x):
+        return (x > 0.3).to(x.dtype) + x - x.detach()
+
+
+@pytest.mark.parametrize("preset", ["default", "default-lif"])
+@pytest.mark.parametrize("attention_norm", [False, True])
+@pytest.mark.parametrize(
+    "place", ["mlp.fc1.lif", "attention.q.lif", "attention.attention_lif.lif", "mlp.input_lif"]
+)
+def test_neurons_of_another_make(preset, attention_norm, place):
+    """They are called, trained through and generated with, and are not lost by being saved."""
+    torch.manual_seed(0)
+    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "vocab_size": 30}
+    config = SpikeDecoderConfig.preset(preset, **small, attention_norm=attention_norm)
+    model = SpikeDecoder(config)
+    model.set_submodule(f"blocks.0.{place}", Steps())
+    tokens = torch.randint(0, 30, (2, 8))
+    model.loss(tokens, tokens.roll(-1, 1)).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    logits, state = model.prefill(tokens[:, :5])
+    for i in range(5, 8):
+        logits, state = model.step(tokens[:, i], state)
+    torch.testing.assert_close(logits, model(tokens)[:, -1])
+    greedy = tokens
+    for _ in range(6):
+        greedy = torch.cat([greedy, model(greedy)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(model.generate(tokens, 6, temperature=0), greedy)
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "subclass", "instance"])
+def test_generation_calls_a_forward_that_somebody_changed(how):
+    torch.manual_seed(0)
+
+    class Masked(SpikeDecoder):
+        def forward(self, tokens):
+            return -super().forward(tokens)
+
+    small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "vocab_size": 30}
+    config = SpikeDecoderConfig.preset("default", **small)
+    model = (Masked if how == "subclass" else SpikeDecoder)(config).eval()
+    if how == "hook":
+        model.register_forward_hook(lambda _module, _inputs, logits: -logits)
+    elif how == "pre-hook":
+        model.register_forward_pre_hook(lambda _module, inputs: (29 - inputs[0],))
+    elif how == "instance":
+        model.forward = lambda tokens: -SpikeDecoder.forward(model, tokens)
+    tokens = torch.randint(0, 30, (2, 4))
+    greedy = tokens
+    for _ in range(6):
+        greedy = torch.cat([greedy, model(greedy)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(model.generate(tokens, 6, temperature=0), greedy)
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch", "power"])
@@ -173,3 +231,37 @@ def test_pruned_weights_are_those_of_each_step():
             optimizer.step()
             losses[recompute].append(loss.item())
     assert losses[True] == pytest.approx(losses[False], rel=1e-5) and len(set(losses[True])) == 3
+
+
+def test_averaged_weights_get_statistics_of_their_own():
+    """The mean over the batches, by each norm's own input, as torch's update_bn gives it."""
+    torch.manual_seed(0)
+    small = {"blocks": 2, "heads": 2, "token_dim": 15, "max_len": 16, "vocab_size": 30}
+    config = SpikeDecoderConfig.preset("default", **small, mlp_dropout=0.5)
+    average = torch.optim.swa_utils.AveragedModel(SpikeDecoder(config).eval())
+    model = average.module
+    batches = [torch.randint(0, 30, (4, 16)) for _ in range(3)]
+    seen: dict[str, list[torch.Tensor]] = {}
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, Norm)}
+    hooks = [
+        norm.register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0].flatten(0, -2))
+        )
+        for name, norm in norms.items()
+    ]
+    assert measure_norms(average, iter(batches)) == len(norms) == 12
+    for hook in hooks:
+        hook.remove()
+    for name, norm in norms.items():
+        assert len(seen[name]) == 3 and not norm.training and norm.momentum == 0.1
+        means = torch.stack([x.mean(0) for x in seen[name]])
+        variances = torch.stack([x.var(0) for x in seen[name]])
+        torch.testing.assert_close(norm.running_mean, means.mean(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm.running_var, variances.mean(0), rtol=1e-5, atol=1e-6)
+    watched = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert measure_norms(average, batches) == 12  # now in operators that hold several modules together
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(buffer, watched[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="batches: got none, takes at least one"):
+        measure_norms(average, [])

@@ -195,7 +195,7 @@ GOOD = {"prompt": "the"}
         ({}, 400, "prompt", "prompt: Field required"),
         ({"prompt": 5}, 400, "prompt", "prompt: takes a string, a list"),
         ({"prompt": []}, 400, "prompt", "empty list"),
-        ({"prompt": "Zebra"}, 400, "prompt", "vocabulary: 'Z', 'b', 'r'; a server that was started with --errors"),
+        ({"prompt": "Zebra"}, 400, "prompt", "'Z', 'b', 'r'; a server that was started with --errors"),
         ({"prompt": "the " * 20}, 400, "prompt", "prompt: got 80 tokens, takes at most 50"),
         ({"prompt": [2, 999]}, 400, "prompt", "prompt: got token 999"),
         ({"prompt": [2, -1]}, 400, "prompt", "prompt: takes a string, a list"),

@@ -16,7 +16,8 @@ from spikedecoder.presets import PRESETS
 if TYPE_CHECKING:
     from spikedecoder.cli.settings import Overrides
     from spikedecoder.config import SpikeDecoderConfig
-    from spikedecoder.data import Corpus
+    from spikedecoder.data import Corpus, Tokenizer
+    from spikedecoder.model import SpikeDecoder
     from spikedecoder.training import TrainConfig, TrainResult
 
 _MODEL, _TRAINING, _TEXT = "Model", "Training", "Text"
@@ -64,6 +65,13 @@ def train(
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder, from its last checkpoint.")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="Fine-tune this model (a folder, a run, or a name on the hub): begin with its weights, "
+            "shape and vocabulary, and the settings of its run.",
+        ),
     ] = None,
     max_steps: Annotated[
         int | None,
@@ -163,11 +171,16 @@ def train(
         raise ValueError("--text and --corpus: got both, takes one of them")
     overrides = collect(config, flags, set_ or [])
     if resume is not None:
-        others = {"--preset": preset, "--config": config, "--out": out, "--corpus": corpus}
+        others = {"--preset": preset, "--config": config, "--out": out, "--corpus": corpus, "--init": init}
         for name, given in {**others, "--print-config": print_config or None}.items():
             if given is not None:
                 raise ValueError(f"{name}: not together with --resume, which goes on with the run as it is")
         result = _resume(resume, overrides, text, as_json)
+    elif init is not None:
+        for name, chosen in {"--preset": preset or overrides.preset, "--print-config": print_config}.items():
+            if chosen:
+                raise ValueError(f"{name}: not together with --init, whose model and settings are its own")
+        result = _new(None, overrides, text, corpus, out, as_json, init)
     else:
         preset = preset or overrides.preset or "default"
         if print_config:
@@ -181,13 +194,15 @@ def train(
 
 
 def _new(
-    preset: str,
+    preset: str | None,
     overrides: Overrides,
     text: list[str] | None,
     corpus: str | None,
     out: Path | None,
     as_json: bool,
+    init: str | None = None,
 ) -> TrainResult:
+    """A run of a preset, or (None) one that begins with the model `init`."""
     from spikedecoder import training
     from spikedecoder.cli.settings import model_config
     from spikedecoder.config import SpikeDecoderConfig
@@ -196,8 +211,12 @@ def _new(
     from spikedecoder.training.run_folder import check_unused
 
     # what can be said without reading the text comes first
-    SpikeDecoderConfig.preset(preset)
-    settings = training.TrainConfig.preset(preset, **overrides.train)
+    begin = None
+    if preset is not None:
+        SpikeDecoderConfig.preset(preset)
+        settings = training.TrainConfig.preset(preset, **overrides.train)
+    else:
+        begin, settings = _begin(str(init), overrides.train)
     check_device(settings.device)
     if overrides.train.get("min_count", 1) > 1 and settings.tokenizer not in ("word", "original-word"):
         raise ValueError(
@@ -209,31 +228,59 @@ def _new(
     data = prepare_corpus(
         text,
         corpus=corpus,
-        tokenizer=settings.tokenizer,
+        tokenizer=settings.tokenizer if begin is None else begin.tokenizer,
         min_count=settings.min_count,
         val_fraction=settings.val_fraction,
     )
-    config = model_config(preset, overrides.model, data.tokenizer)
+    if begin is None:
+        config = model_config(str(preset), overrides.model, data.tokenizer)
+    else:
+        config = begin.config.replace(**overrides.model)
     _use_threads(settings.threads)
     source = {
         "preset": preset,
         "text": [_absolute(path) for path in text] if text else None,
         "corpus": corpus,
+        "init": init,
     }
     while True:
-        folder = out or training.free_folder(preset, data.name)
-        reporter = training.ScreenReporter(not as_json, _heading(config, data, settings, folder))
+        folder = out or training.free_folder(preset or "fine-tuned", data.name)
+        heading = [*([f"begins with the weights of {init}"] if init else [])]
+        heading += _heading(config, data, settings, folder)
+        reporter = training.ScreenReporter(not as_json, heading)
         try:
-            return training.train(config, data, settings, out=folder, reporter=reporter, source=source)
+            return training.train(
+                config, data, settings, out=folder, init=begin, reporter=reporter, source=source
+            )
         except FileExistsError:
             # another process may have taken the free folder a moment ago: then the next one
             if out is not None or _processes() > 1 or not folder.exists():
                 raise
 
 
+def _begin(where: str, changes: dict[str, Any]) -> tuple[SpikeDecoder, TrainConfig]:
+    """The model to fine-tune, and the settings of its run (of the default preset where it lies in none)."""
+    from spikedecoder import SpikeDecoder, training
+    from spikedecoder.checkpoint import CheckpointError
+
+    for name in ("tokenizer", "min_count"):
+        if name in changes:
+            raise ValueError(f"{name}: not together with --init, whose model keeps its vocabulary")
+    model = SpikeDecoder.from_pretrained(where)
+    if model.tokenizer is None:
+        raise ValueError(f"--init: the model in {where} has no tokenizer to read a text with")
+    try:
+        settings = training.RunInfo.read(Path(where)).train
+    except CheckpointError:  # a model alone
+        settings = training.TrainConfig.preset("default")
+    return model, settings.replace(**{"tokenizer": model.tokenizer.kind, "min_count": 1, **changes})
+
+
 def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json: bool) -> TrainResult:
     from spikedecoder import training
+    from spikedecoder.checkpoint import TOKENIZER
     from spikedecoder.data import prepare_corpus
+    from spikedecoder.data.tokenizers import load_tokenizer
     from spikedecoder.training.checkpoints import latest, read_step
 
     info = training.RunInfo.read(folder)
@@ -245,10 +292,12 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
     source = info.source
     if text:  # the same text, as its fingerprint will show, perhaps in another place
         source = {**source, "text": [_absolute(path) for path in text], "corpus": None}
+    last = latest(folder)  # None where the run ended before its first checkpoint
+    fine_tuned = info.source.get("init") is not None and last is not None
     data = prepare_corpus(
         texts,
         corpus=None if texts else info.source.get("corpus"),
-        tokenizer=settings.tokenizer,
+        tokenizer=load_tokenizer(last / TOKENIZER) if last and fine_tuned else settings.tokenizer,
         min_count=settings.min_count,
         val_fraction=settings.val_fraction,
     )
@@ -259,7 +308,6 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
         )
     _use_threads(settings.threads or info.threads)
     heading = f"going on with the run in {folder}"
-    last = latest(folder)  # None where the run ended before its first checkpoint
     if last is not None and read_step(last) == settings.steps:
         heading = f"the run in {folder} has done its {settings.steps} steps; --max-steps N trains longer"
     reporter = training.ScreenReporter(not as_json, [heading])
@@ -283,7 +331,7 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, folder: Path) -> list[str]:
-    unknown = f"unknown words: {data.unknown:.1%} of the held-out tokens, all of them one token"
+    unknown = f"{_unknown(data.tokenizer)}: {data.unknown:.1%} of the held-out tokens, all of them one token"
     return [
         f"text: {data.name}, {data.characters:,} characters, {len(data.train):,} tokens to learn and "
         f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones",
@@ -295,6 +343,10 @@ def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, fo
         f"{settings.batch_size * settings.grad_accum * _processes()} x {config.max_len} tokens; "
         f"output in {folder}",
     ]
+
+
+def _unknown(tokenizer: Tokenizer) -> str:
+    return "unknown words" if "word" in tokenizer.kind else "unknown characters"
 
 
 def _finish(result: TrainResult, as_json: bool) -> None:
@@ -312,7 +364,7 @@ def _finish(result: TrainResult, as_json: bool) -> None:
         report.message(
             f"held-out: {result.evaluation.bits:.3f} bits per token, accuracy "
             f"{result.evaluation.accuracy:.1%} ({result.evaluation.covers}"
-            + (f", {result.unknown:.1%} of them unknown words" if result.unknown else "")
+            + (f", {result.unknown:.1%} of them {_unknown(result.model.tokenizer)}" if result.unknown else "")
             + "); "
             f"n-gram models of the same text: {bits}"
         )

@@ -25,6 +25,7 @@ BUILTIN = "builtin"
 
 _VERSION = 1  # of the cached files; part of their key
 _CHUNK_CHARACTERS = 1 << 20
+_LONGEST_PATH = 4096
 
 Chunks = Callable[[], Iterator[str]]
 
@@ -105,8 +106,14 @@ def prepare_corpus(
         raise ValueError("texts and corpus: expected one of them, got both")
     if isinstance(texts, (str, Path)):
         texts = [texts]
-    if texts is not None and len(texts) == 0:
-        raise ValueError("texts: expected at least one file, got none")
+    if texts is not None:
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(t, (str, Path)) for t in texts):
+            raise TypeError(f"texts: expected paths of files, got {type(texts).__name__}")
+        if not texts:
+            raise ValueError("texts: expected at least one file, got none")
+        for given in map(str, texts):
+            if "\n" in given or len(given) > _LONGEST_PATH:
+                raise ValueError(f"texts: expected paths of files, got a text, {given[:30]!r}...")
     if not isinstance(tokenizer, str):
         check_known(tokenizer, "tokenizer", also="a name, ")
     elif tokenizer not in TOKENIZER_KINDS:

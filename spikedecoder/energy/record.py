@@ -21,7 +21,7 @@ from spikedecoder.nn.embedding import Embedding, FloatEmbedding
 from spikedecoder.nn.head import Head
 from spikedecoder.nn.linear import LinearNormLIF, SpikeLinear
 from spikedecoder.nn.mlp import MLP
-from spikedecoder.nn.neuron import ILIF, LIF
+from spikedecoder.nn.neuron import ILIF, LIF, foreign
 from spikedecoder.nn.norm import Norm
 from spikedecoder.nn.watching import watching
 from spikedecoder.params import binary_timesteps
@@ -117,7 +117,11 @@ class Recorder:
         method = next((m for kind, m in parts if isinstance(module, kind)), None)
         if method is None:
             known = isinstance(module, nn.Embedding)  # its look-ups are the Embedding's
-            if not known and next(module.parameters(recurse=False), None) is not None:
+            computes = next(module.parameters(recurse=False), None) is not None
+            if isinstance(self.model, SpikeDecoder):  # all of whose operations are known
+                leaf = next(module.children(), None) is None and not isinstance(module, nn.Identity)
+                computes = computes or (leaf and foreign(module))
+            if not known and computes:
                 raise ValueError(
                     f"model: {name or 'itself'}: the operations of {type(module).__name__} are not known here"
                 )

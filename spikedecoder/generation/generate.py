@@ -14,6 +14,7 @@ from spikedecoder.generation.detokenize import TextStream
 from spikedecoder.generation.native import open_source
 from spikedecoder.generation.sampling import Prediction, SamplingParams, fresh_seed
 from spikedecoder.generation.window import LogitSource
+from spikedecoder.model import check_model
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
@@ -194,6 +195,7 @@ def prepare(
     texts: Sequence[TextStream] | None = None,
 ) -> Request:
     """`generate`'s arguments, checked; `texts`: where each sequence's tokens become text."""
+    check_model(model)
     vocabulary = model.config.vocab_size
     for name, value in (("max_new_tokens", max_new_tokens), ("top", top)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

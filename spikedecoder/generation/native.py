@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spikedecoder.generation import graph
 from spikedecoder.generation.recurrent import Recurrent
-from spikedecoder.generation.window import LogitSource
+from spikedecoder.generation.window import LogitSource, Window
+from spikedecoder.nn.neuron import foreign
 from spikedecoder.nn.state import DecoderState
 from spikedecoder.ops._dispatch import requested_backend
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def open_source(model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> LogitSource:
-    """What generation and the server use: `Native` or `Graph` where they can be, else `Recurrent`."""
+    """What generation and the server use: `Native` or `Graph` where they can be, else `Recurrent`; `Window`
+    where the model's forward is somebody's own, or hooks wait on it: no other calls it."""
+    if foreign(model) or model._forward_hooks or model._forward_pre_hooks:
+        return Window(model, keep, past)
     if why_not(model) is None:
         return Native(model, keep, past)
     if graph.why_not(model) is None:

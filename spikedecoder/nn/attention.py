@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.linear import LinearNorm, LinearNormLIF
-from spikedecoder.nn.neuron import neurons, watched
+from spikedecoder.nn.neuron import fire, neurons, watched
 from spikedecoder.nn.norm import Norm
 from spikedecoder.nn.shift import token_shift
 from spikedecoder.nn.state import LayerState, grow
@@ -52,7 +52,7 @@ class AttentionLIF(nn.Module):
     def __init__(self, c: SpikeDecoderConfig) -> None:
         super().__init__()
         self.heads, self.scale, self.dropout = c.heads, c.attention_scale, c.attention_dropout
-        self.unrolled = False  # see SpikeDecoder.unroll
+        self.levels, self.unrolled = c.spike_levels, False  # see SpikeDecoder.unroll
         self.lif = neurons(c)
         self.norm = Norm(c.norm, c.embed_dim) if c.attention_norm else None
         # a constant of the config: in no checkpoint
@@ -71,6 +71,12 @@ class AttentionLIF(nn.Module):
             self.decay = self._made(self.decay.device, torch.promote_types(self.decay.dtype, torch.float32))
         return self
 
+    def decays_as_made(self) -> bool:
+        """Whether the decay is the config's."""
+        if self.decay is None or self.decay.is_meta:
+            return (self.decay is None) == (self._decays is None)
+        return torch.equal(self.decay, self._made(self.decay.device, self.decay.dtype))
+
     def _decay_for(self, x: Tensor) -> Tensor | None:
         """The decay; made here where weights were assigned to a module of the meta device."""
         if self.decay is not None and self.decay.is_meta and not x.is_meta:
@@ -81,7 +87,7 @@ class AttentionLIF(nn.Module):
         # [T, B, S, E] -> [T, B, H, S, d]
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(2, 3) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        if layer is None and self.norm is None and self.lif.fused and not watched(self.lif):
+        if layer is None and self.norm is None and not watched(self.lif) and self.lif.fused:
             p, threshold = self.lif.params, self.lif.v_threshold
             a = ops.spike_attention_lif(
                 q, k, v, p, self.scale, self._decay_for(q), threshold=threshold, dropout=dropout
@@ -89,11 +95,7 @@ class AttentionLIF(nn.Module):
             return a.transpose(2, 3).flatten(-2)
         current = self.current(q, k, v, dropout) if layer is None else self._go_on(q, k, v, layer)
         current = current.transpose(2, 3).flatten(-2)
-        if self.norm is None:
-            return self.lif(current)
-        if watched(self.norm):
-            return self.lif.of_current(self.norm(current), current.dtype)
-        return self.lif.of_norm(current, self.norm.params())
+        return self.lif(current) if self.norm is None else fire(self.lif, self.norm, current)
 
     def current(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         """The attention itself, before norm and neurons: [T, B, H, S, d] for q, k, v of that shape."""
@@ -103,7 +105,7 @@ class AttentionLIF(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         attention = ops.unrolled_attention if self.unrolled else ops.spike_attention
-        return attention(q, k, v, self.scale, self._decay_for(q), levels=self.lif.levels, **options)
+        return attention(q, k, v, self.scale, self._decay_for(q), levels=self.levels, **options)
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState) -> Tensor:
         """The attention with the past's sum of k^T v, in the dtype that keeps it exact; [T, B, H, S, d]."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
-from spikedecoder.nn.neuron import neurons, watched
+from spikedecoder.nn.neuron import fire, neurons, watched
 from spikedecoder.nn.norm import Norm
 
 
@@ -72,13 +72,10 @@ class LinearNormLIF(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         learns = torch.is_grad_enabled()
-        parts = not self.lif.fused or watched(self.linear, self.norm, self.lif)
+        parts = watched(self.linear, self.norm, self.lif) or not self.lif.fused
         if not parts and (self.recompute or not learns):
             return ops.linear_norm_lif(
                 s, self.linear.weight, self.linear.bias, self.norm.params(), self.lif.params,
                 threshold=self.lif.v_threshold, recompute=learns,
             )  # fmt: skip
-        x = self.linear(s)
-        if watched(self.norm):
-            return self.lif.of_current(self.norm(x), x.dtype)
-        return self.lif.of_norm(x, self.norm.params())
+        return fire(self.lif, self.norm, self.linear(s))

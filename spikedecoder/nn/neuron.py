@@ -8,6 +8,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from spikedecoder import ops
 from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.nn.norm import Norm
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 # torch's modules that this package's own are made of
@@ -59,14 +60,7 @@ class LIF(nn.Module):
 
     def of_norm(self, x: Tensor, n: NormParams) -> Tensor:
         """self(norm(x))."""
-        if watched(self):  # someone wants the current, or the spikes
-            return self.of_current(ops.norm(x, n), x.dtype)
         return ops.norm_lif(x, n, self.params, threshold=self.v_threshold)
-
-    def of_current(self, current: Tensor, dtype: torch.dtype) -> Tensor:
-        """self(current), in the dtype of what it was made from: under autocast some norms are in float32."""
-        spikes: Tensor = self(current)
-        return spikes.to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.params}, learn_threshold={self.v_threshold is not None}"
@@ -86,9 +80,16 @@ class ILIF(LIF):
         return ops.ilif_params(x, self.params)
 
     def of_norm(self, x: Tensor, n: NormParams) -> Tensor:
-        if watched(self):
-            return self.of_current(ops.norm(x, n), x.dtype)
         return ops.norm_ilif(x, n, self.params)
+
+
+def fire(lif: LIF, norm: Norm, x: Tensor) -> Tensor:
+    """lif(norm(x)) in x's dtype, of which under autocast some norms make float32; in one operator unless
+    someone wants the current or the spikes, or neurons of another make are in ours' place."""
+    if watched(norm, lif):
+        spikes: Tensor = lif(norm(x))
+        return spikes.to(x.dtype)
+    return lif.of_norm(x, norm.params())
 
 
 def neurons(c: SpikeDecoderConfig) -> LIF:

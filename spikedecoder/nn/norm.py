@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ class Norm(nn.Module):
         super().__init__()
         self.kind = kind
         self.group: str | None = None  # whose processes share the statistics: see `sync_norms`
+        self.momentum = NormParams.momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         if kind == "batch":
@@ -37,8 +39,9 @@ class Norm(nn.Module):
             self.num_batches_tracked.add_(1)
         tensors = tuple(getattr(self, name) for name in RUNNING[self.kind])
         return NormParams(
-            self.kind, self.weight, self.bias, training=self.training, running=tensors, group=self.group
-        )
+            self.kind, self.weight, self.bias, training=self.training, running=tensors,
+            momentum=self.momentum, group=self.group,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.norm(x, self.params())
@@ -70,4 +73,38 @@ def sync_norms(model: nn.Module, group: Any = None) -> int:
     norms = [m for m in model.modules() if isinstance(m, Norm) and m.kind != "layer"]
     for norm in norms:
         norm.group = name
+    return len(norms)
+
+
+@torch.no_grad()
+def measure_norms(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Measure BatchNorm's running statistics anew, as the mean over `batches`, each an input of `model`.
+
+    For weights that training has not seen, as averaged ones (`torch.optim.swa_utils.AveragedModel`), whose
+    `update_bn` knows torch's own norms alone. Dropout is off meanwhile. Where norms share statistics
+    (`sync_norms`), each process calls this with its share of the batches.
+
+    Returns:
+        how many norms were measured.
+
+    Raises:
+        ValueError: no batches; the statistics then stay as they are.
+    """
+    norms = [m for m in model.modules() if isinstance(m, Norm) and m.kind == "batch"]
+    modes = [(m, m.training) for m in model.modules()]
+    momenta, seen = [norm.momentum for norm in norms], 0
+    try:
+        model.eval()
+        for seen, batch in enumerate(batches, 1):
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1 / seen  # the first takes the place of what was there
+            model(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes:
+            module.training = training
+    if not seen:
+        raise ValueError("batches: got none, takes at least one")
     return len(norms)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from spikedecoder.data import held_out_batches
 from spikedecoder.diagnosis import dead_layers, saturated_layers
-from spikedecoder.model import IGNORE, SpikeDecoder
+from spikedecoder.model import IGNORE, SpikeDecoder, check_model
 from spikedecoder.nn.evaluating import evaluating
 from spikedecoder.params import binary_timesteps
 from spikedecoder.spike_stats import SpikeCounter, spiking_layers
@@ -61,6 +61,7 @@ def evaluate(
     counted. With an `accelerator`, its processes share the batches and all return the same. `stop` is asked
     between batches; None is returned where it says so (processes must then agree).
     """
+    check_model(model)
     config = model.config
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     pad = config.pad_id

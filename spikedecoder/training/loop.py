@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from spikedecoder.activity import record
+from spikedecoder.checkpoint import load_state
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data import Corpus, WindowSampler, check_context, held_out_batches, ngram_bits
 from spikedecoder.data.tokenizers import check_known
-from spikedecoder.model import SpikeDecoder
+from spikedecoder.model import SpikeDecoder, check_model
 from spikedecoder.nn.norm import sync_norms
 from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.training.checkpoints import (
@@ -53,6 +54,7 @@ def train(
     *,
     out: str | Path,
     resume: bool = False,
+    init: SpikeDecoder | None = None,
     reporter: Reporter | None = None,
     source: dict[str, Any] | None = None,
 ) -> TrainResult:
@@ -61,7 +63,9 @@ def train(
     config: its vocab_size and pad_id are those of corpus.tokenizer. corpus: with several processes the same
     in each; they share its batches. out: a folder that is new or empty; with `resume`, one that holds a run
     of this config and corpus, which goes on from its last checkpoint and on a CPU with the same number of
-    threads and processes ends bit for bit as if it had never stopped. reporter: told of what happens; None:
+    threads and processes ends bit for bit as if it had never stopped. init: a model with whose weights a new
+    run begins, in place of random ones, as for fine-tuning: they fit the config, and its tokenizer is that of
+    the corpus (`prepare_corpus(..., tokenizer=init.tokenizer)`). reporter: told of what happens; None:
     nobody. source: kept in run.json.
 
     SIGINT and SIGTERM, or a reporter that asks for it, finish the step, save, and return with `interrupted`
@@ -82,6 +86,8 @@ def train(
         raise TypeError(f"train_config: got {type(train_config).__name__}, takes a TrainConfig or None")
     if not isinstance(reporter, Reporter | None):
         raise TypeError(f"reporter: got {type(reporter).__name__}, takes a Reporter or None")
+    if init is not None:
+        _check_init(init, corpus, resume)
     settings, out = train_config or TrainConfig(), Path(out)
     info = RunInfo.read(out) if resume else None
     if info is not None:
@@ -126,6 +132,8 @@ def train(
             stack.enter_context(no_more_than_available())
         try:
             run = _Run(config, corpus, settings, out, accelerator, report, stop)
+            if init is not None:
+                run.begin_with(init)
             if info is not None:
                 run.restore()
             if accelerator.is_main_process:
@@ -157,6 +165,17 @@ def _check(config: SpikeDecoderConfig, corpus: Corpus) -> None:
         if got != takes:
             raise ValueError(f"{name}: got {got}, takes that of the text's tokenizer, {takes}")
     check_context(corpus, config.max_len)
+
+
+def _check_init(init: SpikeDecoder, corpus: Corpus, resume: bool) -> None:
+    check_model(init)
+    if resume:
+        raise ValueError("init: not together with resume, which goes on with the run's own weights")
+    if init.tokenizer is not None and init.tokenizer != corpus.tokenizer:
+        raise ValueError(
+            "init: its tokenizer is another than the corpus'; encode the text with that, as "
+            "prepare_corpus(..., tokenizer=init.tokenizer) does"
+        )
 
 
 def _check_shared(corpus: Corpus, accelerator: Any) -> None:
@@ -215,6 +234,7 @@ class _Run:
         self.step_tokens = config.max_len * settings.batch_size * settings.grad_accum * processes
         self.on_cpu = accelerator.device.type == "cpu"
 
+        self.fresh = True  # begins with random weights, which the seed makes again
         self.step = 0
         self.saved = -1  # step of the last checkpoint that holds everything known now
         self.recent: deque[float] = deque(maxlen=max(_RECENT, settings.log_every))
@@ -228,6 +248,8 @@ class _Run:
 
     def train(self) -> TrainResult:
         c = self.c
+        if not self.fresh:
+            self._save()
         baselines = self._baselines()
         self.report.start(self.step, c.steps, baselines)
         interrupted = self._evaluate_if_due()
@@ -407,6 +429,13 @@ class _Run:
                 ) from error
         self.accelerator.wait_for_everyone()
         self.saved = self.step
+
+    def begin_with(self, model: SpikeDecoder) -> None:
+        """Take over the model's weights, and keep them as a first checkpoint: resuming needs no more."""
+        dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
+        weights = {name: t.detach().to("cpu", dtypes.get(name)) for name, t in model.state_dict().items()}
+        load_state(self.model, weights, "init")
+        self.fresh = False
 
     def restore(self) -> None:
         """Take up the last checkpoint, if there is one yet."""
