@@ -88,7 +88,7 @@ def norm_lif_tables(elements: int) -> Iterator[Table]:
             lambda x, w: norm_lif.forward(x, w, 0 * w, None, None, 1e-5, 1.0, P)[0],
         )  # fmt: skip
         backward = (
-            _Backward(_rows(C, w, 32 * w * n // width), min(T, c), min(registers, 65536 // (32 * w)), s)
+            _Backward(_rows(C, w, 32 * w * n // width), T, min(T, c), min(registers, 65536 // (32 * w)), s)
             for w, n in ((max(1, width // (32 * n)), n) for n in (4, 8, 16))
             for c in (2, 4, 8, 16) if 32 <= min(T, c) * n <= 64
             for registers in (128, 160, 255)
