@@ -87,7 +87,7 @@ def record(
 
     Raises ValueError where the model has no spiking layer (and no scores are asked for), or fires NaN.
     """
-    check_model(model)
+    model = check_model(model)
     layers = list(spiking_layers(model))
     softmax = [(n, m) for n, m in model.named_modules() if scores and isinstance(m, SoftmaxAttention)]
     if not layers and not softmax:

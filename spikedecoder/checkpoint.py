@@ -176,7 +176,7 @@ def save_folder(model: SpikeDecoder, folder: Path) -> None:
             "undo what changed its modules first, as torch.nn.utils.prune.remove, parametrize."
             "remove_parametrizations or an adapter's merge do, or keep model.state_dict() yourself"
         )
-    if (other := changed(model)) is not None:
+    if (other := changed(model, type(model))) is not None:
         raise ValueError(
             f"model: is not what its config makes ({other}): no folder would bring that back; change it "
             "back, set it in the config, or keep model.state_dict() and what changes the model yourself"

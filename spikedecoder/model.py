@@ -22,12 +22,15 @@ from spikedecoder.nn.state import DecoderState, LayerState
 IGNORE = -100  # target that the loss does not count
 
 
-def check_model(model: object) -> None:
-    if not isinstance(model, SpikeDecoder):
+def check_model(model: object) -> SpikeDecoder:
+    """The model itself, also out of what torch.compile makes of it; TypeError where it is none."""
+    found = getattr(model, "_orig_mod", model)
+    if not isinstance(found, SpikeDecoder):
         wraps = isinstance(getattr(model, "module", None), SpikeDecoder)
         raise TypeError(
             f"model: got {type(model).__name__}, takes a SpikeDecoder" + " (its .module is one)" * wraps
         )
+    return found
 
 
 class Block(nn.Module):
@@ -98,7 +101,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
     @property
     def _some_weight(self) -> Tensor:
         # there may be an adapter in its place, or a module without parameters
-        return next(chain(self.head.parameters(), self.parameters()))
+        return next(chain(getattr(self.head, "linear", self.head).parameters(), self.parameters()))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] for tokens [B, S]; position i sees tokens 0 to i."""

@@ -374,6 +374,9 @@ def test_what_wraps_a_model_is_no_model(model):
         TypeError, match=r"model: got AveragedModel, takes a SpikeDecoder \(its .module is one\)"
     ):
         generate(average, [[1]], 2)
+    compiled = torch.compile(model, backend="eager")
+    greedy = SamplingParams(temperature=0)
+    assert generate(compiled, [[1]], 20, greedy).tokens == generate(model, [[1]], 20, greedy).tokens
 
 
 @pytest.mark.parametrize(

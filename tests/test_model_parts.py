@@ -90,8 +90,12 @@ def test_generation_calls_a_forward_that_somebody_changed(how):
     torch.manual_seed(0)
 
     class Masked(SpikeDecoder):
+        def __init__(self, config, sign=-1):
+            super().__init__(config)
+            self.sign = sign
+
         def forward(self, tokens):
-            return -super().forward(tokens)
+            return self.sign * super().forward(tokens)
 
     small = {"blocks": 1, "heads": 2, "token_dim": 15, "max_len": 16, "vocab_size": 30}
     config = SpikeDecoderConfig.preset("default", **small)

@@ -245,9 +245,8 @@ def _new(
     }
     while True:
         folder = out or training.free_folder(preset or "fine-tuned", data.name)
-        heading = [*([f"begins with the weights of {init}"] if init else [])]
-        heading += _heading(config, data, settings, folder)
-        reporter = training.ScreenReporter(not as_json, heading)
+        begins = [f"begins with the weights of {init}"] if init else []
+        reporter = training.ScreenReporter(not as_json, begins + _heading(config, data, settings, folder))
         try:
             return training.train(
                 config, data, settings, out=folder, init=begin, reporter=reporter, source=source
@@ -293,7 +292,7 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
     if text:  # the same text, as its fingerprint will show, perhaps in another place
         source = {**source, "text": [_absolute(path) for path in text], "corpus": None}
     last = latest(folder)  # None where the run ended before its first checkpoint
-    fine_tuned = info.source.get("init") is not None and last is not None
+    fine_tuned = info.source.get("init") is not None  # whose first checkpoint is there before its run.json
     data = prepare_corpus(
         texts,
         corpus=None if texts else info.source.get("corpus"),

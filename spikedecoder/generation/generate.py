@@ -195,7 +195,7 @@ def prepare(
     texts: Sequence[TextStream] | None = None,
 ) -> Request:
     """`generate`'s arguments, checked; `texts`: where each sequence's tokens become text."""
-    check_model(model)
+    model = check_model(model)
     vocabulary = model.config.vocab_size
     for name, value in (("max_new_tokens", max_new_tokens), ("top", top)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

@@ -45,16 +45,16 @@ def _without_memory(kind: type[SpikeDecoder], config: SpikeDecoderConfig) -> Spi
         return kind(config)
 
 
-def changed(model: SpikeDecoder) -> str | None:
-    """The first module that is another, or is set otherwise, than what the config makes, in words."""
-    model_class: Any = type(model)
-    own, made = _settings(model), _settings_made(model_class, model.config)
-    for name, (kind, expected) in made.items():
+def changed(model: SpikeDecoder, kind: Any) -> str | None:
+    """The first module that is another, or is set otherwise, than in what `kind`, the model's class or one
+    that it is derived from, makes of the config, in words."""
+    own, made = _settings(model), _settings_made(kind, model.config)
+    for name, (module_class, expected) in made.items():
         if name not in own:
             return f"{name} is gone"
         found, settings = own[name]
-        if name and found is not kind:  # a model may be a subclass
-            return f"{name} is a {found.__name__}, not a {kind.__name__}"
+        if name and found is not module_class:
+            return f"{name} is a {found.__name__}, not a {module_class.__name__}"
         for key, value in expected.items():
             if key not in settings or not _same(settings[key], value):
                 of = f"{name}: " if name else ""

@@ -87,6 +87,7 @@ def train(
     if not isinstance(reporter, Reporter | None):
         raise TypeError(f"reporter: got {type(reporter).__name__}, takes a Reporter or None")
     if init is not None:
+        init = check_model(init)
         _check_init(init, corpus, resume)
     settings, out = train_config or TrainConfig(), Path(out)
     info = RunInfo.read(out) if resume else None
@@ -168,7 +169,6 @@ def _check(config: SpikeDecoderConfig, corpus: Corpus) -> None:
 
 
 def _check_init(init: SpikeDecoder, corpus: Corpus, resume: bool) -> None:
-    check_model(init)
     if resume:
         raise ValueError("init: not together with resume, which goes on with the run's own weights")
     if init.tokenizer is not None and init.tokenizer != corpus.tokenizer:
@@ -234,7 +234,6 @@ class _Run:
         self.step_tokens = config.max_len * settings.batch_size * settings.grad_accum * processes
         self.on_cpu = accelerator.device.type == "cpu"
 
-        self.fresh = True  # begins with random weights, which the seed makes again
         self.step = 0
         self.saved = -1  # step of the last checkpoint that holds everything known now
         self.recent: deque[float] = deque(maxlen=max(_RECENT, settings.log_every))
@@ -248,8 +247,6 @@ class _Run:
 
     def train(self) -> TrainResult:
         c = self.c
-        if not self.fresh:
-            self._save()
         baselines = self._baselines()
         self.report.start(self.step, c.steps, baselines)
         interrupted = self._evaluate_if_due()
@@ -435,7 +432,7 @@ class _Run:
         dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
         weights = {name: t.detach().to("cpu", dtypes.get(name)) for name, t in model.state_dict().items()}
         load_state(self.model, weights, "init")
-        self.fresh = False
+        self._save()
 
     def restore(self) -> None:
         """Take up the last checkpoint, if there is one yet."""

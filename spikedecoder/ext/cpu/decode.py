@@ -48,6 +48,8 @@ _POSITIONS = 1024  # rows held beyond max_len
 
 def why_not(model: SpikeDecoder) -> str | None:
     """Why `Decoder` cannot step this model; None if it can."""
+    from spikedecoder.model import SpikeDecoder
+
     c = model.config
     if native is None:
         return missing() or NOT_BUILT
@@ -71,7 +73,7 @@ def why_not(model: SpikeDecoder) -> str | None:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) and foreign(module):
             return f"{name or 'the model'} has a forward of its own, which one call for all would pass by"
-    if (other := changed(model)) is not None:
+    if (other := changed(model, SpikeDecoder)) is not None:
         return f"it knows what the config makes alone: {other}"
     widest = max(c.embed_dim, c.hidden_dim)
     if widest > _MOST_CHANNELS:
