@@ -143,6 +143,8 @@ def run_fsdp(backend: str, rank: int) -> dict[str, Tensor]:
         model.loss(mine, mine.roll(-1, 1)).backward()
     found = gradients(model)
     optimizer.step()
+    with pytest.raises(ValueError, match="model: holds only its part of the weights"):
+        model.save_pretrained("never-made")
     return found | {f"after.{n}": p.full_tensor().detach() for n, p in model.named_parameters()}  # type: ignore[operator]
 
 
