@@ -190,10 +190,11 @@ def check_cases(target: int, part: int = 0, parts: int = 1, whole: bool = True) 
     chosen = case_launches(target)[part::parts]
     for case, launch in chosen:
         try:
+            found = []
             if whole:
                 found = beyond_memory(compile_launch(launch, target)[1], target)
             else:
-                found = check_source(launch, target) or []
+                check_source(launch, target)
         except Exception as error:
             found = [_innermost(error)]
         wrong += [f"{launch.kernel.__name__} ({case}, sm_{target}): {fault}" for fault in found]

@@ -85,7 +85,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     build = "from spikedecoder import ops; import torch; x = torch.ones(4, 8, device={!r}); "
     build += "ops.use_backend('triton'); print(ops.lif(x).sum())"
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
-    kernels = [str(ROOT / "tests/test_kernels_parity.py"), str(ROOT / "tests/test_kernels_launch.py")]
+    kernels = [str(ROOT / f"tests/test_kernels_{name}.py") for name in ("parity", "norm", "launch")]
     marked = ("convergence", "ext_cuda", "torch_features", "generation_graph", "model_parts", "training")
     others = ("others", [*pytest, "-m", "gpu", *(str(ROOT / f"tests/test_{name}.py") for name in marked)])
     runs = [str(ROOT / f"tests/test_{name}.py") for name in ("training_graph", "training_runs")]

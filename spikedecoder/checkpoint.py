@@ -22,7 +22,7 @@ from torch import Tensor
 from spikedecoder._version import __version__
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data.tokenizers import check_known, load_tokenizer
-from spikedecoder.nn.made import changed, made_by
+from spikedecoder.nn.made import changed, made
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
@@ -163,6 +163,7 @@ def _misfits(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
 def save_folder(model: SpikeDecoder, folder: Path) -> None:
     """Write the model's files over those that are there, all or none; the weights last, so that a new folder
     with weights is complete. ValueError where they could not be loaded again."""
+    kind: Any = type(model)
     weights, files = model.state_dict(), {}
     if any(hasattr(t, "full_tensor") for t in weights.values()):
         raise ValueError(
@@ -170,13 +171,13 @@ def save_folder(model: SpikeDecoder, folder: Path) -> None:
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
             "torch.distributed.checkpoint.state_dict into a model of its config, and save that"
         )
-    if problems := _misfits(made_by(model).state_dict(), weights):
+    if problems := _misfits(made(kind, model.config).state_dict(), weights):
         raise ValueError(
             f"model: holds other weights than its config makes ({problems}): no folder would bring it back; "
             "undo what changed its modules first, as torch.nn.utils.prune.remove, parametrize."
             "remove_parametrizations or an adapter's merge do, or keep model.state_dict() yourself"
         )
-    if (other := changed(model, type(model))) is not None:
+    if (other := changed(model, kind)) is not None:
         raise ValueError(
             f"model: is not what its config makes ({other}): no folder would bring that back; change it "
             "back, set it in the config, or keep model.state_dict() and what changes the model yourself"

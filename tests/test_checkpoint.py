@@ -69,7 +69,23 @@ def test_what_no_file_would_bring_back_is_not_lost(tmp_path):
         with pytest.raises(ValueError, match=f"model: is not what its config makes .{said}"):
             model.save_pretrained(tmp_path / "m")
         assert not (tmp_path / "m").exists()
-    model = _model()  # how a module runs is the object's own affair
+
+    class Counting(SpikeDecoder):
+        """What a class of one's own keeps in its models is its own affair."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.calls, self.mask, self.log = 0, torch.zeros(3), object()
+
+        def forward(self, tokens):
+            self.calls += 1
+            return super().forward(tokens)
+
+    model = Counting(_model().config)
+    model(torch.zeros(1, 2, dtype=torch.int64))
+    model.save_pretrained(tmp_path / "counting")
+    assert isinstance(Counting.from_pretrained(tmp_path / "counting"), Counting)
+    model = _model()  # how a module runs is the object's
     model.recompute_activations()
     model.blocks[0].attention.attention_lif.dropout = 0.1
     model.half().train().save_pretrained(tmp_path / "m")

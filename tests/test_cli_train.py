@@ -150,39 +150,6 @@ def test_every_setting_as_a_file_that_gives_them_back(
     assert capsys.readouterr().out == text
 
 
-def test_fine_tuning(story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, out, other = tmp_path / "base", tmp_path / "fine", tmp_path / "other.txt"
-    other.write_text("the hat ran to the öther cat. " * 60)
-    assert run("train", "--text", story, "--out", base, "--max-steps", "3", *SMALL, "--lr", "0.003") == 0
-    capsys.readouterr()
-    flags = ["--text", other, "--out", out, "--max-steps", "4"]
-    assert run("train", "--init", base, *flags, "--json") == 0
-    said = capsys.readouterr()
-    got = json.loads(said.out.splitlines()[-1])
-    assert f"begins with the weights of {base}" in said.err
-    assert f"unknown characters: {got['val_unknown']:.1%}" in said.err and got["val_unknown"] > 0
-    begun, ended = SpikeDecoder.from_pretrained(base), SpikeDecoder.from_pretrained(out)
-    assert ended.tokenizer == begun.tokenizer and ended.config == begun.config
-    kept = json.loads((out / "run.json").read_text())
-    assert kept["train"]["lr"] == 0.003 and kept["source"]["init"] == str(base)
-    assert result(capsys, "train", "--resume", out, "--max-steps", "6")["steps"] == 6
-    assert read_step(out / "last") == 6
-    # of a model alone, with the settings of the default preset
-    begun.save_pretrained(tmp_path / "alone")
-    more = ["--out", tmp_path / "more", "--max-steps", "1"]
-    assert result(capsys, "train", "--init", tmp_path / "alone", "--text", other, *more)["steps"] == 1
-    for wrong, why in (
-        (["--preset", "default"], "--preset: not together with --init"),
-        (["--tokenizer", "word"], "tokenizer: not together with --init"),
-        (["--blocks", "2"], "init: weights do not fit the config"),
-        (["--resume", out], "--init: not together with --resume"),
-    ):
-        asked = [] if "--resume" in wrong else ["--out", tmp_path / "new", "--text", other]
-        assert run("train", "--init", base, *asked, *wrong) == 2
-        assert why in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
 def test_words_and_standard_input(story: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -231,7 +231,9 @@ def test_several_gradients_are_compared_as_one(monkeypatch: pytest.MonkeyPatch) 
 def test_a_real_run_fits_ten_minutes_and_looks_at_every_kernel_test(tmp_path: Path) -> None:
     assert gpu.TOTAL < 600
     parity = next(s for s in gpu.stages(tmp_path, False) if s.name == "parity")
-    tests = [str(SCRIPT.parent.parent / "tests" / f"test_kernels_{n}.py") for n in ("parity", "launch")]
+    tests = [
+        str(SCRIPT.parent.parent / "tests" / f"test_kernels_{n}.py") for n in ("parity", "norm", "launch")
+    ]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     nodes = {line for line in done.stdout.splitlines() if "::" in line}

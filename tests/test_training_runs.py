@@ -2,7 +2,6 @@
 
 # ruff: noqa: F811 (fixtures)
 
-import copy
 import dataclasses
 import functools
 import json
@@ -63,48 +62,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert files(out / "best") == files(whole_run.out / "best")
     assert resumed.train_loss == whole_run.train_loss
     assert resumed.evaluation == whole_run.evaluation
-
-
-def test_a_run_begins_with_a_models_weights_and_goes_on_bit_for_bit(
-    corpus: Corpus, tmp_path: Path, whole_run: TrainResult
-) -> None:
-    class First(Reporter):
-        """What the run has before its first step."""
-
-        weights: dict[str, torch.Tensor]
-
-        def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
-            if step == 0:
-                self.weights = SpikeDecoder.from_pretrained(out / "last").state_dict()
-
-    half = copy.deepcopy(whole_run.model).half()
-    config, out = dropping(corpus).replace(mlp_dropout=0.0), tmp_path / "run"
-    first = First()
-    train(config, corpus, settings(save_every=0), out=out, init=half, reporter=first)
-    for name, weight in half.state_dict().items():
-        own = first.weights.pop(name)
-        assert torch.equal(own, weight.to(own.dtype)), name
-        assert own.dtype == torch.float32 or not own.is_floating_point()
-    assert not first.weights
-    stopped = tmp_path / "stopped"
-    train(config, corpus, settings(save_every=0), out=stopped, init=half, reporter=StopAt(3))
-    train(config, corpus, settings(save_every=0), out=stopped, resume=True)
-    assert files(stopped / "last") == files(out / "last")
-
-
-def test_what_a_run_cannot_begin_with(corpus: Corpus, tmp_path: Path) -> None:
-    model = SpikeDecoder(tiny(corpus))
-    out = tmp_path / "run"
-    with pytest.raises(CheckpointError, match=r"init: weights do not fit the config: missing blocks\.1\."):
-        train(tiny(corpus, blocks=2), corpus, settings(), out=out, init=model)
-    model.tokenizer = CharTokenizer.from_text(["other"])
-    with pytest.raises(ValueError, match="init: its tokenizer is another than the corpus'"):
-        train(tiny(corpus), corpus, settings(), out=out, init=model)
-    with pytest.raises(ValueError, match="init: not together with resume"):
-        train(tiny(corpus), corpus, settings(), out=out, init=model, resume=True)
-    with pytest.raises(TypeError, match="model: got str, takes a SpikeDecoder"):
-        train(tiny(corpus), corpus, settings(), out=out, init="runs/x")  # type: ignore[arg-type]
-    assert not out.exists() or not any(out.iterdir())
 
 
 def test_a_run_leaves_the_callers_generator_and_threads_alone(corpus: Corpus, tmp_path: Path) -> None:

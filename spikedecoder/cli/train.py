@@ -176,17 +176,16 @@ def train(
             if given is not None:
                 raise ValueError(f"{name}: not together with --resume, which goes on with the run as it is")
         result = _resume(resume, overrides, text, as_json)
-    elif init is not None:
-        for name, chosen in {"--preset": preset or overrides.preset, "--print-config": print_config}.items():
-            if chosen:
-                raise ValueError(f"{name}: not together with --init, whose model and settings are its own")
-        result = _new(None, overrides, text, corpus, out, as_json, init)
     else:
-        preset = preset or overrides.preset or "default"
+        preset = preset or overrides.preset
+        for name, chosen in {"--preset": preset, "--print-config": print_config}.items():
+            if init is not None and chosen:
+                raise ValueError(f"{name}: not together with --init, whose model and settings are its own")
+        preset = preset or "default"
         if print_config:
             sys.stdout.write(to_toml(preset, overrides))
             return
-        result = _new(preset, overrides, text, corpus, out, as_json)
+        result = _new(preset, init, overrides, text, corpus, out, as_json)
     if _first_process():
         _finish(result, as_json)
     if result.interrupted:
@@ -194,15 +193,15 @@ def train(
 
 
 def _new(
-    preset: str | None,
+    preset: str,
+    init: str | None,
     overrides: Overrides,
     text: list[str] | None,
     corpus: str | None,
     out: Path | None,
     as_json: bool,
-    init: str | None = None,
 ) -> TrainResult:
-    """A run of a preset, or (None) one that begins with the model `init`."""
+    """A run of a preset, or one that begins with the model `init`."""
     from spikedecoder import training
     from spikedecoder.cli.settings import model_config
     from spikedecoder.config import SpikeDecoderConfig
@@ -211,12 +210,11 @@ def _new(
     from spikedecoder.training.run_folder import check_unused
 
     # what can be said without reading the text comes first
-    begin = None
-    if preset is not None:
+    if init is None:
         SpikeDecoderConfig.preset(preset)
-        settings = training.TrainConfig.preset(preset, **overrides.train)
+        begin, settings = None, training.TrainConfig.preset(preset, **overrides.train)
     else:
-        begin, settings = _begin(str(init), overrides.train)
+        begin, settings = _begin(init, overrides.train)
     check_device(settings.device)
     if overrides.train.get("min_count", 1) > 1 and settings.tokenizer not in ("word", "original-word"):
         raise ValueError(
@@ -233,18 +231,18 @@ def _new(
         val_fraction=settings.val_fraction,
     )
     if begin is None:
-        config = model_config(str(preset), overrides.model, data.tokenizer)
+        config = model_config(preset, overrides.model, data.tokenizer)
     else:
         config = begin.config.replace(**overrides.model)
     _use_threads(settings.threads)
     source = {
-        "preset": preset,
+        "preset": preset if init is None else None,
         "text": [_absolute(path) for path in text] if text else None,
         "corpus": corpus,
         "init": init,
     }
     while True:
-        folder = out or training.free_folder(preset or "fine-tuned", data.name)
+        folder = out or training.free_folder(preset if init is None else "fine-tuned", data.name)
         begins = [f"begins with the weights of {init}"] if init else []
         reporter = training.ScreenReporter(not as_json, begins + _heading(config, data, settings, folder))
         try:

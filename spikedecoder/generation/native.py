@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,12 +10,11 @@ from torch import Tensor
 from spikedecoder.generation import graph
 from spikedecoder.generation.recurrent import Recurrent
 from spikedecoder.generation.window import LogitSource, Window
+from spikedecoder.model import SpikeDecoder
+from spikedecoder.nn.made import changed
 from spikedecoder.nn.neuron import foreign
 from spikedecoder.nn.state import DecoderState
 from spikedecoder.ops._dispatch import requested_backend
-
-if TYPE_CHECKING:
-    from spikedecoder.model import SpikeDecoder
 
 
 def open_source(model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> LogitSource:
@@ -40,17 +38,18 @@ def why_not(model: SpikeDecoder) -> str | None:
     # importing the extension changes malloc's settings: only for those who can use it
     from spikedecoder.ext.cpu import decode
 
-    return decode.why_not(model)
+    reason = decode.why_not(model)
+    if reason is None and (other := changed(model, SpikeDecoder)) is not None:
+        reason = f"it knows what the config makes alone: {other}"
+    return reason
 
 
 class Native(Recurrent):
     """`Recurrent`, computed by `spikedecoder.ext.cpu.decode.Decoder`.
 
     Prompts, windows that are read anew and steps alike; where float32 would not hold the sums exactly, the
-    model itself goes on. Takes a copy of the weights: for a model that has changed, open another.
-
-    Raises:
-        ValueError: `why_not` has a reason.
+    model itself goes on. Takes a copy of the weights: for a model that has changed, open another. For models
+    of which `why_not` has nothing to say.
     """
 
     def __init__(self, model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> None:

@@ -11,16 +11,14 @@ from torch.overrides import TorchFunctionMode
 
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.attention import AttentionLIF
+from spikedecoder.params import ILIFParams, LIFParams
 
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
 
+_PLAIN = (bool, int, float, str, type(None), LIFParams, ILIFParams, SpikeDecoderConfig)
 # how a module runs or is trained, which is in no config
-_OF_THE_OBJECT = {
-    "training", "recompute", "unrolled", "group", "dropout", "p", "inplace", "capacity", "tokenizer",
-}  # fmt: skip
-
-Settings = dict[str, tuple[type[nn.Module], dict[str, Any]]]  # class and attributes of each module, by name
+_OF_THE_OBJECT = {"training", "recompute", "unrolled", "group", "dropout", "capacity", "tokenizer"}
 
 
 class _Unfilled(TorchFunctionMode):
@@ -35,58 +33,40 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def made_by(model: SpikeDecoder) -> SpikeDecoder:
-    """What the model's config makes, without memory."""
-    return _without_memory(type(model), model.config)
-
-
-def _without_memory(kind: type[SpikeDecoder], config: SpikeDecoderConfig) -> SpikeDecoder:
+@functools.lru_cache(maxsize=16)
+def made(kind: Any, config: SpikeDecoderConfig) -> SpikeDecoder:
+    """What `kind`, SpikeDecoder or a class derived from it, makes of the config; it has no memory."""
     with torch.device("meta"), _Unfilled():
-        return kind(config)
+        model: SpikeDecoder = kind(config)
+    return model
 
 
 def changed(model: SpikeDecoder, kind: Any) -> str | None:
-    """The first module that is another, or is set otherwise, than in what `kind`, the model's class or one
-    that it is derived from, makes of the config, in words."""
-    own, made = _settings(model), _settings_made(kind, model.config)
-    for name, (module_class, expected) in made.items():
-        if name not in own:
-            return f"{name} is gone"
-        found, settings = own[name]
-        if name and found is not module_class:
-            return f"{name} is a {found.__name__}, not a {module_class.__name__}"
-        for key, value in expected.items():
-            if key not in settings or not _same(settings[key], value):
-                of = f"{name}: " if name else ""
-                return f"{of}{key} is {settings.get(key)!r}, not {value!r}"
-    for name, module in model.named_modules():
-        if name not in made:
+    """The first module that is another, or is set otherwise, than in `made(kind, model.config)`, in words."""
+    own = dict(model.named_modules(remove_duplicate=False))
+    expected = dict(made(kind, model.config).named_modules(remove_duplicate=False))
+    for name, module in own.items():
+        if name not in expected:
             return f"{name} was added"
-        if "forward" in module.__dict__:
+        same = expected[name]
+        if name and type(module) is not type(same):  # a model may be of a class derived from `kind`
+            return f"{name} is a {type(module).__name__}, not a {type(same).__name__}"
+        if "forward" in vars(module) and "forward" not in vars(same):
             return f"{name or 'it'} has a forward of its own"
+        for key, value in _settings(same).items():
+            if (found := vars(module).get(key)) != value:
+                return f"{name}: {key} is {found!r}, not {value!r}"
         if isinstance(module, AttentionLIF) and not module.decays_as_made():
             return f"{name}: decay is not what the config makes"
-    return None
+    return next((f"{name} is gone" for name in expected if name not in own), None)
 
 
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and bool(a == b)
-
-
-@functools.lru_cache(maxsize=16)
-def _settings_made(kind: Any, config: SpikeDecoderConfig) -> Settings:
-    return _settings(_without_memory(kind, config))
-
-
-def _settings(model: nn.Module) -> Settings:
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The attributes by which a config sets a module of this package."""
+    if not type(module).__module__.startswith("spikedecoder."):
+        return {}
     return {
-        name: (
-            type(module),
-            {
-                key: value
-                for key, value in vars(module).items()
-                if not key.startswith("_") and key not in _OF_THE_OBJECT
-            },
-        )
-        for name, module in model.named_modules()
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key not in _OF_THE_OBJECT and isinstance(value, _PLAIN)
     }

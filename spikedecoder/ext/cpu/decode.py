@@ -19,7 +19,6 @@ from spikedecoder.ext import NOT_BUILT
 from spikedecoder.ext.cpu import missing, native
 from spikedecoder.ext.cpu._arguments import address, neuron
 from spikedecoder.nn.embedding import Embedding
-from spikedecoder.nn.made import changed
 from spikedecoder.nn.neuron import LIF, followed, foreign
 from spikedecoder.nn.norm import Norm
 from spikedecoder.nn.state import DecoderState
@@ -47,9 +46,7 @@ _POSITIONS = 1024  # rows held beyond max_len
 
 
 def why_not(model: SpikeDecoder) -> str | None:
-    """Why `Decoder` cannot step this model; None if it can."""
-    from spikedecoder.model import SpikeDecoder
-
+    """Why `Decoder` cannot step this model, as its config makes it; None if it can."""
     c = model.config
     if native is None:
         return missing() or NOT_BUILT
@@ -73,8 +70,6 @@ def why_not(model: SpikeDecoder) -> str | None:
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) and foreign(module):
             return f"{name or 'the model'} has a forward of its own, which one call for all would pass by"
-    if (other := changed(model, SpikeDecoder)) is not None:
-        return f"it knows what the config makes alone: {other}"
     widest = max(c.embed_dim, c.hidden_dim)
     if widest > _MOST_CHANNELS:
         return f"it takes at most {_MOST_CHANNELS} channels, the model has {widest}"
