@@ -20,10 +20,11 @@ SPIKEDECODER_INLINE F count(F u, F levels) {
   return sub(nearest, drop(ge(inside, nearest), set1(1)));
 }
 
-constexpr float LOG2_E = 1.44269504088896341f;
+// exp(-|a|) = exp2_of_minus_abs(TO_EXP2 a)
+constexpr float TO_EXP2 = 1.44269504088896341f * EXP2_PARTS;
 
 SPIKEDECODER_INLINE F sigmoid_derivative(F u, F alpha) {
-  const F e = exp2_of_minus_abs(mul(mul(alpha, set1(LOG2_E)), u));  // symmetric in u
+  const F e = exp2_of_minus_abs(mul(mul(alpha, set1(TO_EXP2)), u));  // symmetric in u
   const F d = add(set1(1), e);
   return div(mul(alpha, e), mul(d, d));
 }
@@ -50,7 +51,7 @@ SPIKEDECODER_INLINE F surrogate_derivative(Surrogate surrogate, F u, F alpha) {
 // sigmoid, the common case, in which the branches below are decided at compile time.
 template <bool Plain>
 struct Cell {
-  F tau, inverse_tau, reset, leak, alpha, alpha_log2_e, scale;
+  F tau, inverse_tau, reset, leak, alpha, alpha_exp2, scale;
   Surrogate surrogate;
   bool exact_inverse, hard_reset, decay_input, detach_reset, shifted;
 
@@ -60,7 +61,7 @@ struct Cell {
         reset(set1(n.v_reset)),
         leak(set1(n.leak)),
         alpha(set1(n.alpha)),
-        alpha_log2_e(set1(n.alpha * LOG2_E)),
+        alpha_exp2(set1(n.alpha * TO_EXP2)),
         scale(set1(__builtin_sqrtf(n.tau / n.alpha))),
         surrogate(n.surrogate),
         exact_inverse(exact(n.tau)),
@@ -112,7 +113,7 @@ struct Cell {
       return;
     }
     F d[U];
-    for (int u = 0; u < U; u++) slope[u] = fma(h[u], alpha_log2_e, mul(threshold[u], sub(zero(), alpha_log2_e)));
+    for (int u = 0; u < U; u++) slope[u] = fma(h[u], alpha_exp2, mul(threshold[u], sub(zero(), alpha_exp2)));
     exp2_of_minus_abs(slope);
     for (int u = 0; u < U; u++) d[u] = fma(slope[u], scale, scale);
     for (int u = 0; u < U; u++) d[u] = mul(d[u], d[u]);

@@ -88,49 +88,50 @@ void forward(const NormLifForward& a, const CellType& cell) {
   });
 }
 
+// What backward knows of a row before it goes back through its neurons.
+struct Charged {
+  float *mean, *rstd;  // [T]: the row's own, where rows have statistics
+  float *h, *z;        // [T, BLOCK]: membrane potentials and z of the channels at hand
+
+  static constexpr int64_t BLOCK = 16 * W;  // channels whose potentials stay in the nearest cache
+
+  static int64_t size(int64_t T) { return 2 * round_up(T, 16) + 2 * T * BLOCK; }
+  Charged(float* memory, int64_t T)
+      : mean(memory), rstd(mean + round_up(T, 16)), h(rstd + round_up(T, 16)), z(h + T * BLOCK) {}
+};
+
 // One thread's scratch for the backward pass.
 struct RowScratch {
-  float *mean, *rstd;      // [T]: the row's own, where rows have statistics
-  float *h, *z;            // [T, BLOCK]: membrane potentials and z of the channels at hand
+  Charged now, next;       // the row at hand, and the one after it
   float* g;                // [T, C] of one row: dL/dz
   float *sum_g, *sum_gz;   // [T to a multiple of 4, 1 vector]: of the row's dL/dz, and of its products with z
   float *weight, *bias;    // [C]: sums over rows of g z and of g
   float* threshold;
   int64_t padded;          // C, to whole vectors
 
-  static constexpr int64_t BLOCK = 16 * W;  // channels whose potentials stay in the nearest cache
+  void swap() {
+    const Charged done = now;
+    now = next;
+    next = done;
+  }
 
   static int64_t weight_at(int64_t T, int64_t C) {
-    return 2 * round_up(T, 16) + 2 * T * BLOCK + T * round_up(C, 16) + 2 * round_up(T, 4) * 16;
+    return 2 * Charged::size(T) + T * round_up(C, 16) + 2 * round_up(T, 4) * 16;
   }
   static int64_t threshold_at(int64_t T, int64_t C) { return weight_at(T, C) + 2 * round_up(C, 16); }
   static int64_t size(const Threshold& t, int64_t T, int64_t C) {
     return threshold_at(T, C) + ThresholdSum::size(t, C);
   }
 
-  RowScratch(float* memory, int64_t T, int64_t C) : padded(round_up(C, 16)) {
-    mean = memory;
-    rstd = mean + round_up(T, 16);
-    h = rstd + round_up(T, 16);
-    z = h + T * BLOCK;
-    g = z + T * BLOCK;
+  RowScratch(float* memory, int64_t T, int64_t C)
+      : now(memory, T), next(memory + Charged::size(T), T), padded(round_up(C, 16)) {
+    g = memory + 2 * Charged::size(T);
     sum_g = g + T * padded;
     sum_gz = sum_g + round_up(T, 4) * 16;
     weight = memory + weight_at(T, C);
     bias = weight + padded;
     threshold = memory + threshold_at(T, C);
     for (int64_t c = 0; c < padded; c++) weight[c] = bias[c] = 0;
-  }
-
-  // Its statistics; its sums start at 0.
-  template <class E, bool Groups>
-  void start_row(const Normal<E, Groups>& p, int64_t row) const {
-    for (int64_t t = 0; t < p.T; t++) {
-      mean[t] = p.mean[p.index(t, row)];
-      rstd[t] = p.rstd[p.index(t, row)];
-      store(sum_g + t * W, zero());
-      store(sum_gz + t * W, zero());
-    }
   }
 };
 
@@ -151,15 +152,25 @@ struct Backward {
         past(past_cache(grad_x, p.all * of.C, of.C)) {}
 };
 
-// z and membrane potentials of a row's channels first..first + width in all timesteps, as forward had them.
+// The channels at hand: those from `first` on.
+SPIKEDECODER_INLINE int64_t width_of_block(int64_t C, int64_t first) {
+  return C - first < Charged::BLOCK ? C - first : Charged::BLOCK;
+}
+
+// z and membrane potentials of a row's channels from `first` on in all timesteps, as forward had them.
 template <bool ByRow, int KNOWN, class CellType, class E, bool Groups>
-SPIKEDECODER_INLINE void charge_row(const CellType& cell, const Backward<E, Groups>& b, const Normal<E, Groups>& p,
-                                    int64_t row, const RowScratch& s, int64_t first, int64_t width) {
+SPIKEDECODER_INLINE void charge_row(const CellType& cell, const Backward<E, Groups>& b, int64_t row, int64_t first,
+                                    const Charged& to) {
+  const auto& p = b.p.of(row);
   // copies of what a store to h or z might change, for all that the compiler knows
-  float *const potentials = s.h, *const normals = s.z;
-  const float *const means = s.mean, *const rstds = s.rstd;
-  const int64_t T = p.T, step = p.step() * p.C, ahead = p.stride() * p.C;
+  float *const potentials = to.h, *const normals = to.z, *const means = to.mean, *const rstds = to.rstd;
+  const int64_t T = p.T, width = width_of_block(p.C, first);
+  const int64_t step = p.step() * p.C, ahead = p.stride() * p.C;
   constexpr int MOST = usual<CellType> ? MOST_AT_ONCE : OTHERS_AT_ONCE;
+  for (int64_t t = 0; ByRow && first == 0 && t < T; t++) {
+    means[t] = p.mean[p.index(t, row)];
+    rstds[t] = p.rstd[p.index(t, row)];
+  }
   for_channels_evenly<MOST>(width, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const Normalise<U, ByRow> normalise(p, first + c, n);
@@ -180,21 +191,22 @@ SPIKEDECODER_INLINE void charge_row(const CellType& cell, const Backward<E, Grou
         __builtin_prefetch(x + ahead + u * W, 0, 2);
       }
       x += step;
-      h += RowScratch::BLOCK;
-      normal += RowScratch::BLOCK;
+      h += Charged::BLOCK;
+      normal += Charged::BLOCK;
     });
   });
 }
 
-// g = dL/dy back through the neurons, and all sums. Where dL/dx = a g + b z + c with known coefficients (Apply), it is
-// written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known. Thresholds:
+// g = dL/dy back through the neurons, and sums over rows. Where dL/dx = a g + b z + c with known coefficients (Apply),
+// it is written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known. Thresholds:
 // whether theirs is among the sums.
 template <bool ByRow, bool Sums, bool Apply, bool Thresholds, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E, Groups>& b,
                                           const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
-                                          ThresholdSum& threshold_sum, int64_t first, int64_t width) {
+                                          ThresholdSum& threshold_sum, int64_t first) {
   const NormLifBackward& a = b.a;
-  const int64_t T = p.T, step = p.step() * p.C, ahead = p.stride() * p.C, padded = s.padded;
+  const int64_t T = p.T, width = width_of_block(p.C, first), padded = s.padded;
+  const int64_t step = p.step() * p.C, ahead = p.stride() * p.C;
   E* const grad_x = b.grad_x;
   const bool apply = Apply && (usual<CellType> || a.part != NormLifPart::reduce), past = b.past;
   const bool writes = (ByRow || apply) && !past;  // through the cache, whose lines are then asked for ahead, too
@@ -216,17 +228,13 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
     }
     const E* grad = b.grad_spikes + last;
     int64_t out = last;
-    const float *h = s.h + (T - 1) * RowScratch::BLOCK + at, *normal = s.z + (T - 1) * RowScratch::BLOCK + at;
-    float *kept = s.g + (T - 1) * padded + c, *rows = s.sum_g + (T - 1) * W, *rows_z = s.sum_gz + (T - 1) * W;
+    const int64_t last_step = (T - 1) * Charged::BLOCK + at;
+    const float *h = s.now.h + last_step, *normal = s.now.z + last_step;
+    float* kept = s.g + (T - 1) * padded + c;
     for_steps<KNOWN>(T, [&](int64_t) SPIKEDECODER_INLINE_LAMBDA {
       F potential[U], slope[U];
       for (int u = 0; u < U; u++) potential[u] = load(h + u * W);
       cell.slopes(potential, threshold, slope);
-      F of_row = zero(), of_row_z = zero();
-      if (ByRow) {
-        of_row = load(rows);
-        of_row_z = load(rows_z);
-      }
       for (int u = 0; u < U; u++) {
         const F z = load(normal + u * W), grad_spike = load_up_to(grad + u * W, n);
         __builtin_prefetch(grad + ahead + u * W, 0, 2);
@@ -235,24 +243,13 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
         if (apply) store_result(grad_x + out + u * W, fma(of_g[u], g, fma(of_z[u], z, of_1[u])), n, past);
         if (Sums) sum_g[u] = add(sum_g[u], g);
         if (Sums) sum_gz[u] = fma(g, z, sum_gz[u]);
-        if (ByRow) {
-          const F grad_z = mul(g, weight[u]);
-          of_row = add(of_row, grad_z);
-          of_row_z = fma(grad_z, z, of_row_z);
-          store(kept + u * W, grad_z);
-        }
-      }
-      if (ByRow) {
-        store(rows, of_row);
-        store(rows_z, of_row_z);
+        if (ByRow) store(kept + u * W, mul(g, weight[u]));
       }
       grad -= step;
       out -= step;
-      h -= RowScratch::BLOCK;
-      normal -= RowScratch::BLOCK;
+      h -= Charged::BLOCK;
+      normal -= Charged::BLOCK;
       kept -= padded;
-      rows -= W;
-      rows_z -= W;
     });
     for (int u = 0; Sums && u < U; u++) {
       store(s.bias + c + u * W, add(load(s.bias + c + u * W), sum_g[u]));
@@ -262,15 +259,41 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
   });
 }
 
-template <bool ByRow, bool Sums, bool Apply, bool Thresholds, int KNOWN, class CellType, class E, bool Groups>
-SPIKEDECODER_INLINE void back_through_row(const CellType& cell, const Backward<E, Groups>& b,
-                                          const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
-                                          ThresholdSum& threshold_sum) {
-  if (ByRow) s.start_row(p, row);
-  for (int64_t c = 0; c < p.C; c += RowScratch::BLOCK) {
-    const int64_t width = p.C - c < RowScratch::BLOCK ? p.C - c : RowScratch::BLOCK;
-    charge_row<ByRow, KNOWN>(cell, b, p, row, s, c, width);
-    back_through_lif<ByRow, Sums, Apply, Thresholds, KNOWN>(cell, b, p, row, s, threshold_sum, c, width);
+// Sums of dL/dz and z dL/dz of timesteps t..t+3 grow by those of the row's channels from `first` on. Not as the
+// gradients come by: reading them again costs less than storing the sums again and again. Where fewer timesteps are
+// left, the first of them stands for those that are not.
+SPIKEDECODER_INLINE void add_up(const RowScratch& s, int64_t T, int64_t t, int64_t C, int64_t first, F (&of_g)[4],
+                                F (&of_gz)[4]) {
+  const int64_t width = width_of_block(C, first);
+  const float *g[4], *z[4];
+  for (int i = 0; i < 4; i++) {
+    const int64_t step = t + i < T ? t + i : t;
+    g[i] = s.g + step * s.padded + first;
+    z[i] = s.now.z + step * Charged::BLOCK;
+  }
+  for (int64_t c = 0; c < width; c += W) {
+    for (int i = 0; i < 4; i++) {
+      const F grad_z = load(g[i] + c);
+      of_g[i] = add(of_g[i], grad_z);
+      of_gz[i] = fma(grad_z, load(z[i] + c), of_gz[i]);
+    }
+  }
+}
+
+// The same for all timesteps of a row that is worked on in blocks.
+SPIKEDECODER_OUTLINE void add_up_block(const RowScratch& s, int64_t T, int64_t C, int64_t first) {
+  for (int64_t t = 0; t < T; t += 4) {
+    float *const sum_g = s.sum_g + t * W, *const sum_gz = s.sum_gz + t * W;
+    F of_g[4], of_gz[4];
+    for (int i = 0; i < 4; i++) {
+      of_g[i] = first ? load(sum_g + i * W) : zero();
+      of_gz[i] = first ? load(sum_gz + i * W) : zero();
+    }
+    add_up(s, T, t, C, first, of_g, of_gz);
+    for (int i = 0; i < 4; i++) {
+      store(sum_g + i * W, of_g[i]);
+      store(sum_gz + i * W, of_gz[i]);
+    }
   }
 }
 
@@ -281,14 +304,15 @@ SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t
                                           const RowScratch& s) {
   const float over_C = -1 / static_cast<float>(C);
   for (int64_t t = 0; t < T; t += 4, x += 4 * step, out += 4 * step) {
-    const float *const mean = s.mean + t, *const rstd = s.rstd + t;
+    const float *const mean = s.now.mean + t, *const rstd = s.now.rstd + t;
     F of_g[4], of_gz[4];
     Four scale;
     for (int i = 0; i < 4; i++) {
-      of_g[i] = load(s.sum_g + (t + i) * W);
-      of_gz[i] = load(s.sum_gz + (t + i) * W);
+      of_g[i] = Near ? zero() : load(s.sum_g + (t + i) * W);
+      of_gz[i] = Near ? zero() : load(s.sum_gz + (t + i) * W);
       scale[i] = over_C * rstd[i];
     }
+    if (Near) add_up(s, KNOWN ? KNOWN : T, t, C, 0, of_g, of_gz);
     const Four shift = lane_sums(of_g) * scale;
     Four slope = lane_sums(of_gz) * scale;
     for (int i = 0; !Near && i < 4; i++) slope[i] *= rstd[i];
@@ -296,7 +320,7 @@ SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t
     for_channels_evenly<MOST_AT_ONCE>(C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
       const E* from = x + c;
       E* to = out + c;
-      const float *z = s.z + t * RowScratch::BLOCK + c, *g = s.g + t * s.padded + c;
+      const float *z = s.now.z + t * Charged::BLOCK + c, *g = s.g + t * s.padded + c;
       for_steps<KNOWN>(steps, [&](int64_t i) SPIKEDECODER_INLINE_LAMBDA {
         const F by_g = set1(rstd[i]), by_z = set1(slope[i]), rest = set1(shift[i]);
         for (int u = 0; u < decltype(vectors)::count; u++) {
@@ -305,7 +329,7 @@ SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t
         }
         from += step;
         to += step;
-        z += RowScratch::BLOCK;
+        z += Charged::BLOCK;
         g += s.padded;
       });
     });
@@ -315,15 +339,22 @@ SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t
 // One thread's rows. A function of its own for each kind of work, since one of them all takes the compiler minutes.
 template <bool ByRow, bool Sums, bool Apply, bool Thresholds, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_OUTLINE void back_through_rows(const CellType& shared_cell, const Backward<E, Groups>& b, Range rows,
-                                            const RowScratch& s, ThresholdSum& threshold_sum) {
+                                            RowScratch& s, ThresholdSum& threshold_sum) {
   const auto cell = shared_cell;  // this thread's own stays in registers
+  const bool near = ByRow && b.p.C <= Charged::BLOCK;
   for (int64_t row = rows.begin; row < rows.end; row++) {
     const auto& p = b.p.of(row);
-    back_through_row<ByRow, Sums, Apply, Thresholds, KNOWN>(cell, b, p, row, s, threshold_sum);
+    for (int64_t c = 0; c < p.C; c += Charged::BLOCK) {
+      if (!near || row == rows.begin) charge_row<ByRow, KNOWN>(cell, b, row, c, s.now);
+      back_through_lif<ByRow, Sums, Apply, Thresholds, KNOWN>(cell, b, p, row, s, threshold_sum, c);
+      if (ByRow && !near) add_up_block(s, p.T, p.C, c);
+    }
     if (!ByRow) continue;
-    const bool near = p.C <= RowScratch::BLOCK;
+    // the next row, while this one's sums are waited for
+    if (near && row + 1 < rows.end) charge_row<ByRow, KNOWN>(cell, b, row + 1, 0, s.next);
     const auto second_pass = near ? gradient_of_row<true, KNOWN, E> : gradient_of_row<false, KNOWN, E>;
     second_pass(p.x + p.at(0, row), b.grad_x + p.at(0, row), p.T, p.step() * p.C, p.C, b.past, s);
+    if (near) s.swap();
   }
 }
 
@@ -339,7 +370,7 @@ void backward(const NormLifBackward& a, const CellType& cell) {
 
   parallel(most, [&](int thread, int threads) {
     const FlushDenormals flush;
-    const RowScratch s(scratch.floats() + own * thread, b.p.T, a.C);
+    RowScratch s(scratch.floats() + own * thread, b.p.T, a.C);
     ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
     const Range rows = share(b.p.rows, thread, threads);
     // the usual neuron's work is compiled for just what is asked; the others' may add up more, which nobody reads

@@ -393,23 +393,40 @@ SPIKEDECODER_INLINE void for_channels_evenly(int64_t C, const Body& body) {
   }
 }
 
-// 2^-|a|. It stops falling at 2^-110, which keeps denormal numbers (slow) out of what is multiplied with it. A NaN
-// stays one: max gives its second argument there. For gradients: it contracts. U vectors step by step together, each
-// of which waits for the one before.
+// 2^-|a / EXP2_PARTS|. It stops falling at 2^-110, which keeps denormal numbers (slow) out of what is multiplied with
+// it. A NaN stays one: max gives its second argument there. For gradients: it contracts. U vectors step by step
+// together, each of which waits for the one before.
+#if defined(SPIKEDECODER_AVX512)
+// a = n + r with n whole: 2^(r / 16) = 1 + r p(r), right to 4.3e-7, and 2^(n / 16) is one of sixteen numbers, looked up by
+// n's last four bits, with what lies above these added to its exponent. (The table's numbers lack what the four bits
+// add to.) A number to which 1.5 * 2^23 is added has n as its last bits.
+constexpr float EXP2_PARTS = 16;
+alignas(64) constexpr uint32_t POWERS_OF_2[16] = {
+      0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+      0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d,
+};
 template <int U>
 SPIKEDECODER_INLINE void exp2_of_minus_abs(F (&a)[U]) {
+  const F shift = set1(12582912.f), powers = _mm512_load_ps(POWERS_OF_2);
   F r[U], p[U];
-#if defined(SPIKEDECODER_AVX512)
-  for (int u = 0; u < U; u++) a[u] = max(set1(-110.f), _mm512_or_ps(set1(-0.f), a[u]));
-  for (int u = 0; u < U; u++) r[u] = _mm512_reduce_ps(a[u], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  for (int u = 0; u < U; u++) p[u] = fma(set1(1.8775766948e-3f), r[u], set1(8.9893406257e-3f));
-  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(5.5826317519e-2f));
-  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(2.4015361071e-1f));
-  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(6.9315308332e-1f));
-  for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(0.99999994f));
-  for (int u = 0; u < U; u++) a[u] = _mm512_scalef_ps(p[u], a[u]);
+  __m512i n[U];
+  for (int u = 0; u < U; u++) a[u] = max(set1(-110 * EXP2_PARTS), _mm512_or_ps(set1(-0.f), a[u]));
+  for (int u = 0; u < U; u++) p[u] = add(a[u], shift);
+  for (int u = 0; u < U; u++) n[u] = _mm512_castps_si512(p[u]);
+  for (int u = 0; u < U; u++) r[u] = sub(a[u], sub(p[u], shift));
+  for (int u = 0; u < U; u++) p[u] = fma(set1(9.3842e-4f), r[u], set1(4.332424e-2f));
+  for (int u = 0; u < U; u++) p[u] = mul(p[u], r[u]);
+  for (int u = 0; u < U; u++) {
+    const __m512i power = _mm512_castps_si512(_mm512_permutexvar_ps(n[u], powers));
+    a[u] = _mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_slli_epi32(n[u], 23 - 4)));
+  }
+  for (int u = 0; u < U; u++) a[u] = fma(p[u], a[u], a[u]);
+}
 #else
-  F n[U];
+constexpr float EXP2_PARTS = 1;
+template <int U>
+SPIKEDECODER_INLINE void exp2_of_minus_abs(F (&a)[U]) {
+  F r[U], p[U], n[U];
   for (int u = 0; u < U; u++) a[u] = max(set1(-110.f), minus_abs(a[u]));
   for (int u = 0; u < U; u++) n[u] = round(a[u]);
   for (int u = 0; u < U; u++) r[u] = sub(a[u], n[u]);
@@ -419,8 +436,8 @@ SPIKEDECODER_INLINE void exp2_of_minus_abs(F (&a)[U]) {
   for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(6.9314720671e-1f));
   for (int u = 0; u < U; u++) p[u] = fma(p[u], r[u], set1(1.f));
   for (int u = 0; u < U; u++) a[u] = scale_by_exp2(p[u], n[u]);
-#endif
 }
+#endif
 SPIKEDECODER_INLINE F exp2_of_minus_abs(F a) {
   F one[1] = {a};
   exp2_of_minus_abs(one);
