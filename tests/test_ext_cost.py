@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -136,6 +137,30 @@ def test_the_choice_is_what_was_measured(cpu_of, cpu, shape, rate, weight_grad, 
     assert fastest(*shape, int(rate * shape[0] * shape[1]), weight_grad) == best
 
 
+@pytest.mark.parametrize("cpu", [cpu for cpu in MEASURED if _cost.COSTS[cpu[0]][cpu[1]][0].far])
+def test_sums_over_many_rows_of_a_panel_are_sooner_looked_up(cpu_of, cpu, monkeypatch):
+    """They come from farther away than the first-level cache, unlike those of a shape as large of few."""
+    cpu_of(*cpu)
+    product, gradient = _cost.COSTS[cpu[0]][cpu[1]]
+    count = 8192 * 80
+    near, far = (
+        [c.of("gather", 8192, rows, 1280, count, False) for rows in (_cost.NEAR_ROWS, _cost.NEAR_ROWS + 1)]
+        for c in (replace(product, far=0.0, word=0.0, fetch=0.0), replace(product, word=0.0, fetch=0.0))
+    )
+    assert near[0] == near[1] == far[0]
+    assert far[1] - far[0] == pytest.approx(count * 1280 * product.far)
+
+    def crossing():
+        forget_costs()
+        return next(r for r in range(1000) if fastest(8192, 1280, 80, r * 8192 * 1280 // 1000) != "gather")
+
+    assert fastest(8192, 1280, 80, 0) == "gather"
+    measured = crossing()
+    cheaper = {**_cost.COSTS[cpu[0]], cpu[1]: (replace(product, far=0.0), gradient)}
+    monkeypatch.setitem(_cost.COSTS, cpu[0], cheaper)
+    assert crossing() > measured
+
+
 def test_bfloat16_is_dense_sooner_where_tiles_multiply_it(cpu_of):
     case = (8192, 80, 1280, int(0.5 * 8192 * 80))
     cpu_of("intel", pairs=True, tiles=True)
@@ -184,7 +209,7 @@ def test_calibration_finds_the_constants_again():
     """Points made from known constants give these constants back, and choices without regret."""
     true = _cost.Costs(
         *(0.05, 0.3, 0.1, 0.2, 0.01, 0.7, 0.4, 0.03, 0.05, 0.1, 0.3, 0.2, 0.004, 0.3, 0.2, 0.1),
-        *(0.003, 9.0, 0.02),
+        *(0.003, 9.0, 0.02, 0.02),
     )
     points = []
     for m, k, n in calibrate.SHAPES:
