@@ -56,6 +56,60 @@ def _reset(old, model):
     _part(old, "functional").reset_net(model)
 
 
+def _mnist_net(old):
+    """The libraries' own network for MNIST, of the paper on learnable membrane time constants."""
+    part = "clock_driven" if old else "activation_based"
+    models = _library(f"spikingjelly.{part}.model.parametric_lif_net")
+    neuron, surrogate = _part(old, "neuron"), _part(old, "surrogate").ATan()
+    options = {"channels": 8, "surrogate_function": surrogate, "detach_reset": True}
+    if old:
+        network = models.MultiStepMNISTNet(multi_step_neuron=neuron.MultiStepLIFNode, **options)
+        return network, lambda net, x: net(x[0], len(x))
+    network = models.MNISTNet(spiking_neuron=neuron.LIFNode, **options)
+    _part(old, "functional").set_step_mode(network, "m")
+    return network, lambda net, x: net(x)
+
+
+def _spikformer(old):
+    """SpikingJelly 2.0's own Spikformer, small."""
+    if old:
+        pytest.skip("0.0.0.0.14 has none")
+    model = _library("spikingjelly.activation_based.model.spikformer")
+    size = {"img_size_h": 28, "img_size_w": 28, "patch_size": 4, "embed_dims": 32, "depths": 1}
+    network = model.Spikformer(T=4, in_channels=1, num_classes=10, num_heads=4, **size)
+    _part(old, "functional").set_step_mode(network, "m")
+    return network, lambda net, x: net(x[0])
+
+
+@OLD
+@pytest.mark.parametrize("make", [_mnist_net, _spikformer])
+def test_their_own_networks(old, make):
+    torch.manual_seed(0)
+    theirs, call = make(old)
+    with torch.no_grad():  # strong enough for every layer to fire
+        for p in theirs.parameters():
+            p.mul_(4 if make is _mnist_net and p.dim() > 1 else 2)
+    ours = copy.deepcopy(theirs)
+    report = accelerate(ours)
+    assert len(report) >= 4 and not any(r.reason for r in report), [str(r) for r in report]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = 4 * torch.randn(4, 2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for network in (theirs, ours):
+        torch.manual_seed(2)  # dropout
+        outputs.append(call(network, x))
+    assert torch.equal(*outputs) and outputs[0].any()
+    upstream = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(3))
+    for network, out in zip((theirs, ours), outputs, strict=True):
+        out.backward(upstream)
+        _reset(old, network)
+    for (name, p), q in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        if p.grad is not None:
+            largest = p.grad.abs().max().item()
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5 * largest, msg=name)
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in ours.parameters()) > 5
+
+
 OPTIONS = [
     {},
     {"detach_reset": True},
