@@ -1,5 +1,5 @@
-"""Linear on spikes, normalisation and LIF, rows at a time: the Linear's result is never there as a whole,
-and is read from the cache into which it was written."""
+"""Linear on spikes, normalisation and LIF, rows at a time where the Linear's result is large: no more than
+NEAR bytes of it are ever there."""
 
 from __future__ import annotations
 
