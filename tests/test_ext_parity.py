@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -225,6 +227,25 @@ def test_attention_lif_of_other_neurons(variant, options):
     assert torch.equal(actual[0], expected[0])
     for a, e in zip(actual[1:], expected[1:], strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-4)
+
+
+def test_every_case_from_several_threads_at_once():
+    """Each thread begins with another case; sums may be taken in another order than alone."""
+    table = cases()
+    with ops.use_backend("cpu"):
+        expected = [run(case, make_inputs(case)) for case in table]
+
+        def work(first: int) -> None:
+            for i in range(first, first + len(table)):
+                case, wanted = table[i % len(table)], expected[i % len(table)]
+                for name, value in run(case, make_inputs(case)).items():
+                    close = (
+                        {"rtol": 1e-5, "atol": 1e-5} if value.is_floating_point() else {"rtol": 0, "atol": 0}
+                    )
+                    torch.testing.assert_close(value, wanted[name], msg=f"{case} {name}", **close)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, (0, 25, 50, 75)))
 
 
 @pytest.mark.parametrize(
