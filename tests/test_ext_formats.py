@@ -85,6 +85,58 @@ def test_spike_linear(rows, channels, out_channels, rate, with_bias, by_columns,
             assert torch.equal(found, expected_grad), (name, method)
 
 
+@FUZZ
+@given(
+    rows=st.integers(1, 70),
+    channels=st.integers(1, 200),
+    every=st.integers(1, 3),
+    words_every=st.integers(1, 2),
+    seed=st.integers(0, 2**32),
+)
+def test_words_that_lie_apart(rows, channels, every, words_every, seed):
+    """Some rows of a larger tensor, and words with others between them."""
+    s = random_spikes(seed, (rows, channels), 0.2)
+    packed = reference.pack(s)
+    around = torch.full((rows * every, packed.shape[1], words_every), -1, dtype=torch.int64)
+    words = around[::every, :, 0]
+    words.copy_(packed)
+    weight = torch.randint(-8, 9, (24, channels), generator=torch.Generator().manual_seed(seed)).float()
+    for name in on_each_variant():
+        with ops.use_backend("cpu"):
+            assert torch.equal(ops.spike_linear(words, weight), s @ weight.t()), name
+            assert torch.equal(ops.unpack_spikes(words, channels), s), name
+
+
+@FUZZ
+@given(
+    steps=st.integers(1, 5),
+    sequences=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 40),
+    channels=st.integers(1, 70),
+    rate=st.floats(0, 1),
+    fused=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_attention_keeps_its_spikes_as_bits(steps, sequences, heads, length, channels, rate, fused, seed):
+    """Whole numbers as incoming gradients: every order of summation gives the same floats."""
+    shape = (steps, sequences, length, heads, channels)
+    inputs = [random_spikes(seed + i, shape, rate).transpose(2, 3).requires_grad_() for i in range(3)]
+    generator = torch.Generator().manual_seed(seed)
+    upstream = torch.randint(-4, 5, inputs[0].shape, generator=generator).float()
+
+    def results(backend):
+        with ops.use_backend(backend):
+            if not fused:
+                out = ops.spike_attention(*inputs, 0.25)
+                return out.detach(), *torch.autograd.grad(out, inputs, upstream)
+            return (ops.spike_attention_lif(*inputs, LIFParams(), 0.25).detach(),)
+
+    expected = results("reference")
+    for name in on_each_variant():
+        assert all(map(torch.equal, results("cpu"), expected)), name
+
+
 @pytest.mark.parametrize("method", _cost.METHODS)
 @pytest.mark.parametrize("shape", [(700, 40_000, 3), (5000, 70, 40), (3, 33_000, 20), (2100, 2100, 17)])
 def test_spike_linear_beyond_one_block(method, shape):
