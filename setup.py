@@ -14,6 +14,7 @@ error.
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -31,36 +32,34 @@ CUDA_ARCHS = "80;90;100"
 ALL_CUDA_ARCHS = "80;86;89;90;100;120"
 
 
-def find_program(variable: str, *names: str) -> str | None:
-    """What the environment variable names, else the first of these programs on the PATH."""
-    asked = os.environ.get(variable)
-    if asked:
-        found = shutil.which(asked.split()[0])
-        if found is None:
-            raise SystemExit(f"{variable}: got {asked!r}, which is not a program here")
-        return found
-    return next((found for name in names if (found := shutil.which(name))), None)
+def from_package(file: str, function: str, *arguments: Path) -> str | None:
+    """What a function of the package says, without importing the package and torch."""
+    try:
+        return runpy.run_path(str(ROOT / "spikedecoder" / "ext" / file))[function](*arguments)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+def find_compiler() -> str | None:
+    return from_package("_programs.py", "find_compiler")
 
 
 def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return find_program("CUDACXX", "nvcc", f"{home}/bin/nvcc")
+    return from_package("_programs.py", "find_nvcc")
 
 
-def sources_fingerprint() -> str:
-    """What spikedecoder.ext compares with the sources beside it, without importing the package and torch."""
-    module = runpy.run_path(str(ROOT / "spikedecoder" / "ext" / "_sources.py"))
-    return module["fingerprint"](ROOT / "csrc")
-
-
-def chosen_modules() -> list[str]:
+def build_mode() -> str:
     mode = os.environ.get("SPIKEDECODER_BUILD") or "auto"
     if mode not in MODES:
         raise SystemExit(f"SPIKEDECODER_BUILD: got {mode!r}, takes one of {', '.join(MODES)}")
+    return mode
+
+
+def chosen_modules() -> list[str]:
+    mode = build_mode()
     if mode == "off":
         return []
-    # the kernels use attributes of GCC and Clang
-    if os.name == "nt" or find_program("CXX", "c++", "g++", "clang++") is None:
+    if find_compiler() is None:
         if mode != "auto":
             raise SystemExit(f"SPIKEDECODER_BUILD={mode}: needs GCC or Clang (set CXX, or install g++)")
         print("spikedecoder: no C++ compiler (GCC or Clang) found: installing without the compiled extension")
@@ -91,10 +90,10 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSPIKEDECODER_CUDA={'ON' if with_cuda else 'OFF'}",
-            f"-DSPIKEDECODER_SOURCES={sources_fingerprint()}",
+            f"-DSPIKEDECODER_SOURCES={from_package('_sources.py', 'fingerprint', ROOT / 'csrc')}",
         ]
+        archs = os.environ.get("SPIKEDECODER_CUDA_ARCHS") or CUDA_ARCHS
         if with_cuda:
-            archs = os.environ.get("SPIKEDECODER_CUDA_ARCHS") or CUDA_ARCHS
             configure += [
                 f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
                 f"-DSPIKEDECODER_CUDA_ARCHS={ALL_CUDA_ARCHS if archs == 'all' else archs}",
@@ -112,6 +111,9 @@ class CMakeBuild(build_ext):
             partial = target.with_name(target.name + ".part")
             shutil.copy2(built, partial)
             os.replace(partial, target)
+        # beside them: what was asked for, so that what is missing can be told from what was not wanted
+        record = Path(self.get_ext_fullpath("spikedecoder._C")).resolve().with_name("_build.json")
+        record.write_text(json.dumps({"build": build_mode(), "cuda_archs": archs}) + "\n", "utf-8")
 
 
 setup(

@@ -29,7 +29,8 @@ from quality_tried import TRIED
 from quality_twin import GPT
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, __version__, energy
-from spikedecoder.checkpoint import write_bytes, write_json
+from spikedecoder._files import write_bytes
+from spikedecoder.checkpoint import write_json
 from spikedecoder.data import Corpus, WindowSampler, held_out_batches, ngram_bits, prepare_corpus
 from spikedecoder.spike_stats import SpikeCounter
 from spikedecoder.training import TrainConfig

@@ -25,7 +25,8 @@ import torch
 from processor import processor
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, __version__, energy
-from spikedecoder.checkpoint import write_bytes, write_json
+from spikedecoder._files import write_bytes
+from spikedecoder.checkpoint import write_json
 from spikedecoder.data import Corpus, builtin_text, clean_words, ngram_bits, prepare_corpus, read_text_files
 from spikedecoder.generation import SamplingParams, generate
 from spikedecoder.kinds import KINDS

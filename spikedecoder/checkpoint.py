@@ -6,11 +6,9 @@ file whole. Reading checks what it reads and says in one line what is wrong.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from spikedecoder._files import write_bytes, write_files
 from spikedecoder._version import __version__
 from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data.tokenizers import check_known, load_tokenizer
@@ -33,58 +32,10 @@ _HUB = (
     "revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder", "endpoint",
     "proxies", "etag_timeout",
 )  # fmt: skip
-_STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read: truncated, of another format, or with tensors missing."""
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all. A device or a pipe is written to: a renamed file would replace it."""
-    write_files({path: data})
-
-
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """`write_bytes` for several that belong together: none takes its name before all are on the disk."""
-    staged: dict[Path, Path] = {}
-    path = Path()
-    try:
-        for path, data in files.items():
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "a folder, takes a file", str(path))
-            if path.exists() and not path.is_file():
-                with open(path, "wb") as stream:
-                    stream.write(data)
-                continue
-            handle, staged[path] = _temporary_beside(path)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(staged[path], 0o644)
-        for path in list(staged):
-            os.replace(staged[path], path)
-            del staged[path]
-    except BaseException as error:
-        for temporary in staged.values():
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk: say which
-            raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
-        raise
-
-
-def _temporary_beside(path: Path) -> tuple[int, Path]:
-    """An open file in `path`'s folder, which is made where it is not there, and its name."""
-    if path.is_file() and path.parent in _STREAMS:
-        reason = "cannot write (a stream that leads to a file; give that file a name of its own)"
-        raise OSError(errno.EINVAL, reason, str(path))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
-    return handle, Path(name)
 
 
 def write_json(path: Path, value: Any) -> None:

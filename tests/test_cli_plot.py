@@ -78,6 +78,16 @@ def test_attention_of_the_baseline(run: Path, capsys, tmp_path: Path) -> None:
     assert "has no spiking layer" in plot(capsys, "raster", *common, code=2).err
 
 
+def test_a_picture_that_cannot_be_written_is_refused_before_a_model_is_read(capsys, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    common = ["rates", "-p", TEXT, "-c", "no-such-model", "-o"]
+    assert "cannot write (Not a dir" in plot(capsys, *common, tmp_path / "file" / "a.png", code=2).err
+    assert "a folder, takes a file" in plot(capsys, *common, tmp_path / "folder.png", code=2).err
+    assert "no-such-model" in plot(capsys, *common, tmp_path / "new" / "a.png", code=2).err
+    assert not (tmp_path / "new").exists()
+
+
 def test_bad_input_is_one_line(run: Path, capsys, tmp_path: Path) -> None:
     out = tmp_path / "figure.png"
     for arguments, message in (

@@ -1,4 +1,4 @@
-"""The commands train, convert and doctor, as a user meets them."""
+"""The commands train and convert, as a user meets them."""
 
 import io
 import json
@@ -20,7 +20,6 @@ import torch
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.cli import main
 from spikedecoder.cli.settings import MODEL_FIELDS, TRAIN_FIELDS, read_toml
-from spikedecoder.ops import _dispatch
 from spikedecoder.training import TrainConfig
 from spikedecoder.training.checkpoints import read_step
 
@@ -568,31 +567,3 @@ def test_convert_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "does not end in .pt" in fails(capsys, "convert", tmp_path / "a.model", tmp_path / "m")
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
     assert case
-
-
-# --- doctor, and the rest ---
-
-
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    got = result(capsys, "doctor")
-    assert got["training_step"]["works"] is True and got["torch"] == torch.__version__
-    assert "reference" in got["operators"]["cpu"]["lif"]
-    for rows in got["operators"]["cpu"].values():
-        assert list(rows.values()).count("chosen") == 1
-    for part in ("cpu", "cuda"):
-        assert got["extension"][part]["built"] or "pip install" in got["extension"][part]["mend"]
-    assert run("doctor") == 0
-    text = capsys.readouterr().out
-    assert "works" in text and "C++ kernels: " in text and "CUDA kernels: " in text
-
-
-def test_doctor_says_what_is_broken(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_dispatch, "_read_environment", _dispatch._read_environment.__wrapped__)
-    monkeypatch.setenv("SPIKEDECODER_BACKEND", "cuda")
-    assert run("doctor", "--json") == 1
-    step = json.loads(capsys.readouterr().out)["training_step"]
-    assert not step["works"] and "BackendError" in step["error"]
-    monkeypatch.setenv("SPIKEDECODER_BACKEND", "cudda")
-    assert "SPIKEDECODER_BACKEND: got 'cudda'" in fails(capsys, "doctor")

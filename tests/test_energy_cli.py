@@ -147,6 +147,19 @@ def test_bad_input_is_one_line(folders, capsys, tmp_path):
     assert "ends in .png" in fails(capsys, "-c", spiking, "--prompt", "a", "--picture", "bars.bmp")
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    folders, capsys, tmp_path, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.delattr(energy, "measure")
+    (tmp_path / "file").touch()
+    for option, name in (("--csv", "rows.csv"), ("--picture", "bars.png")):
+        flags = ["-c", folders[0], "--prompt", "the cat", option]
+        assert "cannot write (Not a directory)" in fails(capsys, *flags, tmp_path / "file" / name)
+    assert "a folder, takes a file" in fails(capsys, "-c", folders[0], "-p", "the cat", "--csv", tmp_path)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_nan_weights_are_named(folders, capsys, tmp_path):
     model = SpikeDecoder.from_pretrained(folders[0])
     with torch.no_grad():

@@ -233,11 +233,22 @@ def test_calibration_asked_for_help_or_wrongly_measures_nothing(arguments, statu
     assert left.value.code == status
 
 
+def test_calibration_into_no_file_measures_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.delattr(calibrate, "measure")
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "costs.json"):
+        with pytest.raises(SystemExit) as left:
+            calibrate.main([str(path)])
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and f"'{path}'" in said and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_calibration_writes_what_the_model_reads(monkeypatch, tmp_path, capsys):
     real = calibrate.measure
     monkeypatch.setattr(calibrate, "SHAPES", ((64, 80, 80), (128, 80, 160)))
     monkeypatch.setattr(calibrate, "measure", lambda: real(budget=0.002))
-    path = tmp_path / "costs.json"
+    path = tmp_path / "new" / "costs.json"
     assert calibrate.main([str(path)]) == 0
     assert "its time" in capsys.readouterr().out
     monkeypatch.setenv("SPIKEDECODER_SPIKE_LINEAR_COST", str(path))

@@ -7,13 +7,15 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from spikedecoder import ext, ops
+from spikedecoder.ext import _programs, _sources
 from spikedecoder.ops._dispatch import Call
 from spikedecoder.testing import cases, make_inputs, run
 
@@ -35,6 +37,24 @@ def dump(*options: str) -> str:
         pytest.skip("needs cuobjdump")
     module = importlib.util.find_spec("spikedecoder._C_cuda").origin
     return subprocess.run([tool, *options, module], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_build_that_could_have_it_has_it():
+    """Else every test of it would be skipped without a word."""
+    asked = ext.asked_for().get("build")
+    if asked not in ("auto", "cuda") or _programs.find_nvcc() is None:
+        pytest.skip(f"nothing was built here with nvcc (SPIKEDECODER_BUILD: {asked or 'nothing noted'})")
+    assert ext.is_cuda_built(), ext.CUDA_NOT_BUILT
+
+
+@needs_module
+def test_by_default_it_is_for_sm_80_90_and_100_with_ptx():
+    archs = ext.asked_for().get("cuda_archs", "80;90;100")
+    if archs != "80;90;100":
+        pytest.skip(f"it was built with SPIKEDECODER_CUDA_ARCHS={archs}")
+    assert ext.info()["cuda"]["architectures"] == ["80-real", "90-real", "100-real", "100-virtual"]
+    assert set(re.findall(r"sm_(\d+)", dump("-lelf"))) == {"80", "90", "100"}
+    assert set(re.findall(r"sm_(\d+)", dump("-lptx"))) == {"100"}
 
 
 @needs_module
@@ -76,6 +96,21 @@ def test_without_a_gpu_the_reason_is_given():
         assert reason is None or not ext.is_cuda_built()
     else:
         assert reason == (NO_GPU if ext.is_cuda_built() else ext.CUDA_NOT_BUILT)
+
+
+def test_a_module_built_from_other_sources_is_not_used_and_said_so(monkeypatch):
+    """On a machine with a GPU; both the module and the GPU are made up."""
+    from spikedecoder.ext import cuda
+
+    module = ModuleType("spikedecoder._C_cuda")
+    module.__spec__ = importlib.util.spec_from_loader(module.__name__, None)
+    module.sources = "other"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match=re.escape(ext.STALE)):
+        assert cuda._load() == (None, ext.STALE)
+    module.sources = _sources.fingerprint()
+    assert cuda._load() == (module, None)
 
 
 def test_a_kernel_is_queued_on_the_device_of_its_tensor_and_the_current_one_stays(monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,14 +14,12 @@ from pathlib import Path
 
 import operators
 import pytest
-import setuptools
 import torch
 
 from spikedecoder import _waiting, ext, ops
 from spikedecoder.ext import _sources
 from spikedecoder.params import LIFParams
 
-ROOT = Path(__file__).parent.parent
 needs_extension = pytest.mark.skipif(not ext.is_built(), reason=ext.NOT_BUILT)
 
 
@@ -424,27 +421,3 @@ with ops.use_backend("cpu"):
     assert "'built': False" in done.stdout
     assert "BackendError" in done.stderr
     assert ext.NOT_BUILT in done.stderr
-
-
-def modules_that_setup_builds(monkeypatch, **environment):
-    for name in ("SPIKEDECODER_BUILD", "CXX", "CUDACXX"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    arguments = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **given: arguments.update(given))
-    monkeypatch.chdir(ROOT)
-    runpy.run_path(str(ROOT / "setup.py"))
-    return [extension.name for extension in arguments["ext_modules"]]
-
-
-def test_setup_builds_what_it_is_told(monkeypatch, tmp_path, capsys):
-    assert modules_that_setup_builds(monkeypatch, SPIKEDECODER_BUILD="off") == []
-    with pytest.raises(SystemExit, match="SPIKEDECODER_BUILD: got 'all', takes one of auto, cpu, cuda, off"):
-        modules_that_setup_builds(monkeypatch, SPIKEDECODER_BUILD="all")
-    with pytest.raises(SystemExit, match="CXX: got 'no-such-compiler'"):
-        modules_that_setup_builds(monkeypatch, CXX="no-such-compiler")
-    assert modules_that_setup_builds(monkeypatch, PATH=str(tmp_path)) == []
-    assert "no C++ compiler" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="SPIKEDECODER_BUILD=cpu: needs GCC or Clang"):
-        modules_that_setup_builds(monkeypatch, SPIKEDECODER_BUILD="cpu", PATH=str(tmp_path))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +20,21 @@ _OPTIONAL = {
     "optuna": ("sweeps", "pip install 'spikedecoder[sweep]'"),
     "fastapi": ("serving", "pip install 'spikedecoder[serve]'"),
 }
+# where there is none: what brings one, by `platform.system()`
+_COMPILERS = {
+    "Linux": "apt install g++ (Debian, Ubuntu), or dnf install gcc-c++ (Fedora)",
+    "Darwin": "xcode-select --install",
+    "Windows": "they need GCC or Clang under Linux: wsl --install, and all of this in there",
+}
+_TOOLKITS = {
+    "Linux": "conda install -c nvidia cuda-toolkit, or https://developer.nvidia.com/cuda-downloads; an nvcc "
+    "elsewhere is named by CUDACXX or CUDA_HOME",
+    "Darwin": "there is no CUDA for macOS",
+    "Windows": "wsl --install, and all of this in there",
+}
 _SHAPES = {"spike_attention": (4, 1, 4, 128, 24), "spike_attention_lif": (4, 1, 4, 128, 24)}
 _SHAPE = (4, 1, 128, 96)
+_CASES = 4  # of each operator, beside the reference
 
 
 def doctor(
@@ -45,8 +56,9 @@ def doctor(
 ) -> None:
     """Show what this machine has, and which backend computes each operator here, and why.
 
-    Runs a small training step, so that "works" means tried. With --checkpoint, show instead which layers of
-    a model are dead or saturated, where gradients vanish and thresholds drift, and what to change.
+    Runs a small training step, and the C++ kernels beside the reference, so that "works" means tried. With
+    --checkpoint, show instead which layers of a model are dead or saturated, where gradients vanish and
+    thresholds drift, and what to change.
     """
     if checkpoint is not None:
         from spikedecoder.cli.diagnosis import examine_checkpoint
@@ -60,7 +72,7 @@ def doctor(
         print(json.dumps(report))
     else:
         _show(report)
-    if not report["training_step"]["works"]:
+    if not report["training_step"]["works"] or report["kernels"]["differ"]:
         raise typer.Exit(1)
 
 
@@ -88,6 +100,8 @@ def examine() -> dict[str, Any]:
             )
             for name in _dispatch.OPERATORS
         }
+    tools = {"compiler": _look_for("compiler"), "nvcc": _look_for("nvcc")}
+    extension = ext.info()
     return {
         "spikedecoder": spikedecoder.__version__,
         "python": platform.python_version(),
@@ -96,16 +110,58 @@ def examine() -> dict[str, Any]:
         "devices": names,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "compiler": shutil.which(os.environ.get("CXX", "c++"))
-        or shutil.which("g++")
-        or shutil.which("clang++"),
-        "nvcc": shutil.which("nvcc"),
+        **{tool: path for tool, (path, _) in tools.items()},
+        "mend": {tool: mend for tool, (_, mend) in tools.items() if mend is not None},
         "requested_backend": _dispatch.requested_backend(),
         "operators": operators,
-        "extension": ext.info(),
+        "extension": extension,
+        "kernels": _compare() if extension["cpu"].get("stale") is False else {"agree": 0, "differ": []},
         "optional": {name: _version(name) for name in _OPTIONAL},
         "training_step": _try_step(),
     }
+
+
+def _look_for(tool: str) -> tuple[str | None, str | None]:
+    """The program that setup.py would take, and where there is none what would bring it."""
+    from spikedecoder.ext import _programs
+
+    find, commands = {
+        "compiler": (_programs.find_compiler, _COMPILERS),
+        "nvcc": (_programs.find_nvcc, _TOOLKITS),
+    }[tool]
+    try:
+        path = find()
+    except ValueError as error:
+        return None, f"{error}; name another, or unset it"
+    return path, None if path else commands.get(platform.system(), commands["Linux"])
+
+
+def _compare() -> dict[str, Any]:
+    """How many cases of the C++ kernels agree with the reference, gradients too, and the others' names."""
+    import torch
+
+    from spikedecoder.ops import _dispatch, use_backend
+    from spikedecoder.testing import CALLS, cases, flipped, make_inputs, run
+
+    agree, differ = 0, []
+    for operator in CALLS:
+        call = _dispatch.Call(torch.device("cpu"), torch.float32, ())
+        if operator not in _dispatch.OPERATORS or _dispatch.why_not("cpu", operator, call):
+            continue
+        for case in cases(operator)[:_CASES]:
+            # sums in another order may move a spike where inputs are not exact, and gradients with it
+            exact = case.exact or not operator.endswith("lif")
+            with use_backend("cpu"):
+                found = run(case, make_inputs(case), backward=exact)
+            with use_backend("reference"):
+                expected = run(case, make_inputs(case), backward=exact)
+            if exact:
+                same = all(torch.allclose(found[k], expected[k], rtol=1e-4, atol=1e-4) for k in expected)
+            else:
+                same = flipped(found["out"], expected["out"]) < 5e-3
+            agree += same
+            differ += [] if same else [str(case)]
+    return {"agree": agree, "differ": differ}
 
 
 def _try_step() -> dict[str, Any]:
@@ -142,6 +198,7 @@ def _part(info: dict[str, Any]) -> str:
         "openmp": "OpenMP {}",
         "threads": "{} threads",
         "architectures": "for {}",
+        "asked": "built with SPIKEDECODER_BUILD={}",
     }
     said = []
     for key, text in words.items():
@@ -189,11 +246,18 @@ def _show(report: dict[str, Any]) -> None:
         console.print(table)
     for part, title in (("cpu", "C++ kernels"), ("cuda", "CUDA kernels")):
         console.print(f"{title}: {_part(report['extension'][part])}", markup=False)
-    for tool, use in (("compiler", "building the C++ kernels"), ("nvcc", "building the CUDA kernels")):
-        console.print(f"{tool}: {report[tool] or f'none found; needed for {use} only'}")
+    for tool, part, kernels in (("compiler", "cpu", "C++ kernels"), ("nvcc", "cuda", "CUDA kernels")):
+        anew = ", which are there, anew" if report["extension"][part]["built"] else ""
+        missing = f"none found; needed to build the {kernels}{anew}: {report['mend'].get(tool)}"
+        console.print(f"{tool}: {report[tool] or missing}", markup=False)
     for package, (use, command) in _OPTIONAL.items():
         version = report["optional"][package]
         console.print(f"{package}: {version or f'not installed; needed for {use}: {command}'}", markup=False)
+    agree, differ = report["kernels"]["agree"], report["kernels"]["differ"]
+    if differ:
+        console.print(f"C++ kernels that differ from the reference: {', '.join(differ)}", markup=False)
+    elif agree:
+        console.print(f"C++ kernels beside the reference: {agree} cases agree")
     step = report["training_step"]
     console.print(
         f"a training step of a small model: {'works' if step['works'] else step['error']}", markup=False

@@ -70,6 +70,7 @@ def energy(
 
     Operations are counted from the spikes that the model fires on the text, and priced by a table of joules.
     """
+    from spikedecoder._files import check_writable
     from spikedecoder.cli.generate import load
     from spikedecoder.energy import EnergyTable, compare, measure
 
@@ -81,6 +82,9 @@ def energy(
         from spikedecoder.viz import check_picture
 
         check_picture(picture)
+    for file in (csv_file, picture):
+        if file is not None:
+            check_writable(file)
     ledgers: dict[str, Ledger] = {}
     counted: dict[str, Measured | str] = {}  # or why there is none
     for given in dict.fromkeys(checkpoint):
@@ -168,7 +172,7 @@ def _original(ledger: Ledger) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, ledgers: dict[str, Ledger], table: EnergyTable, memory: bool) -> None:
-    from spikedecoder.checkpoint import write_bytes
+    from spikedecoder._files import write_bytes
     from spikedecoder.energy.ledger import COLUMNS
 
     out = io.StringIO()

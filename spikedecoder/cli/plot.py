@@ -69,6 +69,7 @@ def plot(
 ) -> None:
     """Draw what a model does: its spikes, its attention, its predictions, its energy; or how runs learned."""
     from spikedecoder import viz
+    from spikedecoder._files import check_writable
 
     if figure not in FIGURES:
         raise ValueError(f"figure: got {figure!r}, takes one of {', '.join(FIGURES)}")
@@ -80,7 +81,7 @@ def plot(
     for option, value in given.items():
         if value is not None and figure not in _TAKEN_BY[option]:
             raise ValueError(f"{option}: got with {figure}, belongs to {', '.join(_TAKEN_BY[option])}")
-    viz.check_picture(out)
+    check_writable(viz.check_picture(out))
     if figure == "loss":
         fig = viz.loss_curves(list(dict.fromkeys(checkpoint)))
     else:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from spikedecoder.ext import _sources
 
-NOT_BUILT = "the compiled extension is not built: pip install . with a C++ compiler"
-CUDA_NOT_BUILT = "the CUDA module is not built: SPIKEDECODER_BUILD=cuda pip install . with nvcc on the PATH"
+NOT_BUILT = "the compiled extension is not built: pip install . in a checkout, with a C++ compiler"
+CUDA_NOT_BUILT = (
+    "the CUDA module is not built: SPIKEDECODER_BUILD=cuda pip install . in a checkout, with nvcc"
+)
 
 STALE = (
     "the compiled extension was built from other sources than csrc/ holds now: "
@@ -37,6 +41,13 @@ def is_stale(module: ModuleType) -> bool:
     return sources is not None and getattr(module, "sources", None) != sources
 
 
+def asked_for() -> dict[str, str]:
+    """What setup.py was asked for: "build" (SPIKEDECODER_BUILD) and "cuda_archs"; empty where it has compiled
+    nothing, and so noted nothing."""
+    record = Path(__file__).parent.with_name("_build.json")
+    return json.loads(record.read_text("utf-8")) if record.exists() else {}
+
+
 def info() -> dict[str, Any]:
     """What the extension consists of here, for `spikedecoder doctor`.
 
@@ -46,7 +57,8 @@ def info() -> dict[str, Any]:
     "intel", "amd" or "other"), "family" (its number; 0 if it has none), "features" (of it, as far as kernels
     ask for them), "compiler", "openmp" (version date or None), "bfloat16_products", "threads" and
     "keeps_freed_memory"; "cuda" has "stale", "compiler", "architectures" (of machine code, and PTX as
-    "NN-virtual") and "loaded" (there is a GPU).
+    "NN-virtual") and "loaded" (there is a GPU), and, built or not, "asked" (SPIKEDECODER_BUILD of the build,
+    where one was noted).
     """
     cpu: dict[str, Any] = {"built": is_built()}
     if cpu["built"]:
@@ -66,19 +78,23 @@ def info() -> dict[str, Any]:
             "keeps_freed_memory": backend.KEEPS_FREED_MEMORY,
         }
         if cpu["openmp"] is None:
-            cpu["mend"] = "built without OpenMP: one thread only. Install libomp or GCC, then pip install ."
+            cpu["mend"] = (
+                "built without OpenMP: one thread only. With GCC: CXX=g++ pip install . in a checkout"
+            )
     else:
         cpu["mend"] = NOT_BUILT
     return {"cpu": cpu, "cuda": _cuda_info()}
 
 
 def _cuda_info() -> dict[str, Any]:
-    if not is_cuda_built():
-        return {"built": False, "mend": CUDA_NOT_BUILT}
+    found: dict[str, Any] = {"built": is_cuda_built()}
+    found |= {"asked": asked["build"]} if (asked := asked_for()) else {}
+    if not found["built"]:
+        return {**found, "mend": CUDA_NOT_BUILT}
     import torch
 
     module = importlib.import_module("spikedecoder._C_cuda")
-    found = {"built": True, "compiler": module.compiler, "architectures": module.architectures.split()}
+    found |= {"compiler": module.compiler, "architectures": module.architectures.split()}
     found["stale"] = is_stale(module)
     if found["stale"]:
         return {**found, "loaded": False, "mend": STALE}

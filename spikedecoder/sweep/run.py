@@ -137,7 +137,7 @@ def _sigterm_as_sigint() -> Iterator[None]:
 
 def finish(study: Any, search: Search, out: Path, interrupted: bool = False) -> SweepResult:
     """Write the table and the best settings."""
-    from spikedecoder.checkpoint import write_bytes
+    from spikedecoder._files import write_bytes
 
     trials = read_trials(study)
     write_bytes(out / RESULTS, to_csv(trials, search).encode())

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from spikedecoder._files import write_bytes
 from spikedecoder.activity import Activity
-from spikedecoder.checkpoint import write_bytes
 from spikedecoder.training.evaluate import Evaluation
 from spikedecoder.training.result import SavingError
 

@@ -62,7 +62,7 @@ def figure(width: float, height: float) -> Figure:
 
 def save(fig: Figure, path: str | Path) -> Path:
     """Write the figure whole or not at all; the name's ending chooses png, svg or pdf."""
-    from spikedecoder.checkpoint import write_bytes
+    from spikedecoder._files import write_bytes
 
     path = check_picture(path)
     if not hasattr(fig, "savefig"):

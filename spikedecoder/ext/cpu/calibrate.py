@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from spikedecoder._files import check_writable, write_bytes
 from spikedecoder.ext.cpu import _cost, missing, native
 
 SHAPES = (
@@ -131,11 +132,17 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "costs",
+        type=Path,
         nargs="?",
         metavar="costs.json",
         help="file to write, for SPIKEDECODER_SPIKE_LINEAR_COST; left out, the constants are only printed",
     )
-    costs = parser.parse_args(arguments).costs
+    costs: Path | None = parser.parse_args(arguments).costs
+    if costs is not None:
+        try:
+            check_writable(costs)
+        except OSError as error:
+            parser.error(str(error))
     if missing() is not None:
         print(missing(), file=sys.stderr)
         return 2
@@ -150,10 +157,8 @@ def main(arguments: list[str]) -> int:
             print(f"{kind} {m} x {k} x {n} rate {rate:.2f}: {chosen}, best {best}, {ratio:.2f}x its time")
         print(f"{variant}, {kind}: {table}")
         tables[kind] = asdict(table)
-    if costs:
-        partial = Path(costs + ".part")
-        partial.write_text(json.dumps({variant: tables}, indent=2) + "\n", "utf-8")
-        partial.replace(costs)
+    if costs is not None:
+        write_bytes(costs, (json.dumps({variant: tables}, indent=2) + "\n").encode())
     return 0
 
 

@@ -6,6 +6,7 @@ The compiled module is loaded only where torch sees a GPU. The operators that ar
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ def _load() -> tuple[Any, str | None]:
     if not torch.cuda.is_available():
         return None, NO_GPU
     module = importlib.import_module("spikedecoder._C_cuda")
-    return (None, STALE) if is_stale(module) else (module, None)
+    if is_stale(module):
+        warnings.warn(STALE, stacklevel=2)  # as for the CPU's: "auto" would go on without a word
+        return None, STALE
+    return module, None
 
 
 native, _missing = _load()

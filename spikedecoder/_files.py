@@ -1,0 +1,75 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+_STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `path` whole or not at all. A device or a pipe is written to: a renamed file would replace it."""
+    write_files({path: data})
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """`write_bytes` for several that belong together: none takes its name before all are on the disk."""
+    staged: dict[Path, Path] = {}
+    path = Path()
+    try:
+        for path, data in files.items():
+            if _is_stream(path):
+                with open(path, "wb") as stream:
+                    stream.write(data)
+                continue
+            handle, staged[path] = _temporary_beside(path)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(staged[path], 0o644)
+        for path in list(staged):
+            os.replace(staged[path], path)
+            del staged[path]
+    except BaseException as error:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk: say which
+            raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
+        raise
+
+
+def check_writable(path: Path) -> None:
+    """The OSError that `write_bytes` would raise, before long work. Nothing is made, not even a folder."""
+    if not _is_stream(path):
+        handle, temporary = _temporary_beside(path, make_folder=False)
+        os.close(handle)
+        temporary.unlink()
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a device or a pipe; an error where nothing can be written, as to a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, takes a file", str(path))
+    if path.is_file() and path.parent in _STREAMS:
+        reason = "cannot write (a stream that leads to a file; give that file a name of its own)"
+        raise OSError(errno.EINVAL, reason, str(path))
+    return path.exists() and not path.is_file()
+
+
+def _temporary_beside(path: Path, make_folder: bool = True) -> tuple[int, Path]:
+    """An open file, and its name, in `path`'s folder: where that is not there, made, or the one above."""
+    try:
+        folder = path.parent
+        if make_folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = next(above for above in path.absolute().parents if above.exists())
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
+    return handle, Path(name)
