@@ -123,7 +123,11 @@ setup(
         *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
     ],
     package_dir={KERNELS: "kernels"},
-    package_data={"spikedecoder": ["py.typed"], "spikedecoder.energy": ["*.toml"]},
+    package_data={
+        "spikedecoder": ["py.typed"],
+        "spikedecoder.energy": ["*.toml"],
+        "spikedecoder.ops": ["*.json"],
+    },
     ext_modules=[Extension(name, sources=[]) for name in chosen_modules()],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

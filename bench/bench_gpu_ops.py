@@ -1,15 +1,16 @@
 """Every operator on the GPU, beside what else computes the same.
 
     python bench/bench_gpu_ops.py --out results.json            # all groups, within --limit seconds
-    python bench/bench_gpu_ops.py --out results.json --only lif
+    python bench/bench_gpu_ops.py --out results.json --only lif --rows others   # but the compiled reference
     TRITON_INTERPRET=1 python bench/bench_gpu_ops.py --out results.json --dry-run    # no GPU, tiny shapes
 
 Rows of a group, each left out with the reason where it can't run: these kernels, the eager reference,
 torch.compile of the reference, and peers where they are installed: SpikingJelly's neurons
 (`peer_spikingjelly.py`), causal FlashAttention by way of scaled_dot_product_attention (which computes another
-function of the same inputs), flash-linear-attention's chunked linear attention. Inputs have the spike rates
-of a trained model, about one in six. A result is compared with the reference before anything is timed; a row
-that is wrong says so and has no time.
+function of the same inputs), flash-linear-attention's chunked linear attention. Spikes that come in, and
+those of `lif` and `norm_lif`, have the rate of a trained model, about one in six; the groups of
+`gpu_rates.py` go over rates. A result is compared with the reference before anything is timed; a row that is
+wrong says so and has no time. Groups that were not reached are listed in "left_out".
 
 Times are medians of device events with the cache flushed between runs, the host being ahead. GB/s counts the
 bytes that must move at the least; its share is of a large copy's, measured in the same run.
@@ -30,10 +31,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_groups import COMPILED, CUDA, DEVICE, FLASH_LINEAR, GROUPS, Group
+from gpu_groups import COMPILED, CUDA, DEVICE, EXTENSION, FLASH_LINEAR, Group
+from gpu_groups import GROUPS as OPERATOR_GROUPS
+from gpu_rates import ROWS as RATE_ROWS
+from gpu_rates import rate_groups
 from torch import Tensor
 
+GROUPS = {**OPERATOR_GROUPS, "rates": rate_groups}
 LATER = (FLASH_LINEAR, COMPILED)  # rows that tune or compile for long: after all others, in this order
+PASSES: dict[str, tuple[str | None, ...]] = {
+    "all": (None, *LATER),
+    "others": (None, FLASH_LINEAR),
+    "compiled": (COMPILED,),
+}
+CHECKED = ("ours", "ours, two kernels", COMPILED, EXTENSION, *RATE_ROWS)
 CLOCK = 2e9  # cycles a second, about: of the wait before a measured call
 PEERS = 60.0  # at most so many seconds, and half the limit, are kept for SpikingJelly
 IMPORT = 9.0  # of them that a process which can't run takes to say so
@@ -117,7 +128,7 @@ def spikingjelly_rows(dry: bool, ceiling: dict[str, float], seconds: float) -> l
         found, reason = run_peer(command, share)
         for T in steps:
             group = f"lif forward + backward bf16 T={T} n={elements}"
-            row = {"group": group, "row": f"SpikingJelly {implementation}"}
+            row: dict[str, Any] = {"group": group, "row": f"SpikingJelly {implementation}"}
             row |= found.get(str(T), {"failed": reason})
             if "ms" in row:
                 row["gb_per_s"] = round(10.0 * elements / row["ms"] / 1e6, 1)
@@ -128,12 +139,13 @@ def spikingjelly_rows(dry: bool, ceiling: dict[str, float], seconds: float) -> l
 
 def _agrees(row: str, got: Tensor | list[Tensor], want: Tensor | list[Tensor], group: Group) -> str | None:
     """What is wrong with a row's result, a tensor or several of one shape; None if nothing is."""
-    if row not in ("ours", "ours, two kernels", COMPILED, "dense"):
+    if row not in CHECKED:
         return None  # another function, or another layout
-    got, want = (torch.stack(x).double() if isinstance(x, list) else x.double() for x in (got, want))
+    got, want = (torch.stack(x) if isinstance(x, list) else x for x in (got, want))
     if row in group.exact or row == "ours, two kernels":
         differ = (got != want).double().mean().item()
         return f"{differ:.2%} of the elements differ" if differ > 2e-3 else None
+    got, want = got.double(), want.double()
     error = ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
     return None if error < 3e-2 else f"relative error {error:.2g}"
 
@@ -148,16 +160,17 @@ def bench(group: Group, dry: bool, ceiling: dict[str, float], later: str | None)
     rows = []
     try:
         calls = group.make()
-        reference = calls["eager reference"]
+        reference = calls[group.reference]
         calls = {name: call for name, call in calls.items() if (name if name in LATER else None) == later}
         if all(isinstance(call, str) for call in calls.values()):
-            return [{"group": group.name, "row": name, "skipped": call} for name, call in calls.items()]
+            rest = {"group": group.name, **group.about}
+            return [{**rest, "row": name, "skipped": call} for name, call in calls.items()]
         assert not isinstance(reference, str)
         want = reference()
     except Exception as error:  # nor must a group take the other groups with it
-        return [{"group": group.name, "row": later or "all", "failed": _said(error)}]
+        return [{"group": group.name, **group.about, "row": later or "all", "failed": _said(error)}]
     for name, call in calls.items():
-        row: dict[str, Any] = {"group": group.name, "row": name}
+        row: dict[str, Any] = {"group": group.name, **group.about, "row": name}
         if isinstance(call, str):
             rows.append({**row, "skipped": call})
             continue
@@ -173,7 +186,7 @@ def bench(group: Group, dry: bool, ceiling: dict[str, float], later: str | None)
                     call()
                     torch.cuda.synchronize()
                     row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-                ms = median_ms(call, dry)
+                ms = median_ms(call, dry or bool(group.about))  # points of a sweep are many
                 row["ms"] = round(ms, 4)
                 row["gb_per_s"] = round(group.bytes / ms / 1e6, 1)
                 row["of_copy"] = round(group.bytes / ms / 1e6 / ceiling["copy_gb_per_s"], 3)
@@ -186,24 +199,41 @@ def bench(group: Group, dry: bool, ceiling: dict[str, float], later: str | None)
     return rows
 
 
+def of(later: str | None, groups: list[Group]) -> list[Group]:
+    """Those that may have rows of a pass; the compiler's longest come last."""
+    if later == FLASH_LINEAR:
+        return [group for group in groups if "attention" in group.name]
+    if later == COMPILED:
+        return sorted((group for group in groups if not group.about), key=lambda group: group.slow)
+    return groups
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", choices=tuple(GROUPS))
+    parser.add_argument("--only", choices=tuple(GROUPS), action="append", help="may be repeated")
+    parser.add_argument(
+        "--rows", choices=tuple(PASSES), default="all", help="those that compile, or the others"
+    )
     parser.add_argument("--limit", type=float, default=170, help="seconds; groups after that are left out")
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny shapes, on the CPU under the interpreter"
     )
     options = parser.parse_args()
     end = time.monotonic() + options.limit
-    result: dict[str, Any] = {"ceilings": ceilings(options.dry_run), "rows": [], "left_out": []}
-    peers = min(PEERS, options.limit / 2) if options.only in (None, "lif") else 0.0
+    passes = PASSES[options.rows]
+    with_peers = options.only is None or "lif" in options.only
+    peers = min(PEERS, options.limit / 2) if with_peers and None in passes else 0.0
     groups = [
         group
         for operator, make in GROUPS.items()
-        if options.only in (None, operator)
+        if options.only is None or operator in options.only
         for group in make(options.dry_run)
     ]
+    work = {
+        f"{g.name}, {later}" if later else g.name: (later, g) for later in passes for g in of(later, groups)
+    }
+    result: dict[str, Any] = {"ceilings": ceilings(options.dry_run), "rows": [], "left_out": list(work)}
 
     def save() -> None:  # what is done survives a time limit, also one that ends this while it writes
         partial = options.out.with_suffix(".part")
@@ -211,21 +241,18 @@ def main() -> None:
         partial.replace(options.out)
 
     save()
-    for later in (None, *LATER):
-        for group in groups:
-            if later == FLASH_LINEAR and "attention" not in group.name:
-                continue
+    for later in passes:
+        for name, group in ((n, g) for n, (which, g) in work.items() if which == later):
             if time.monotonic() > end - (0.0 if later else peers):
-                result["left_out"].append(f"{group.name}, {later}" if later else group.name)
-                continue
+                break
             result["rows"] += bench(group, options.dry_run, result["ceilings"], later)
+            result["left_out"].remove(name)
             if CUDA:
                 torch.cuda.empty_cache()
             save()
         if peers and not later:
             result["rows"] += spikingjelly_rows(options.dry_run, result["ceilings"], peers)
             save()
-    save()
 
 
 if __name__ == "__main__":

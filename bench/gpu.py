@@ -8,9 +8,21 @@ begins. At its limit it is interrupted, as by Ctrl-C, and so can still write wha
 written under --out: results.json, results.md, each stage's log, traces, and, where matplotlib is installed, a
 roofline. The exit status is 0 if every stage came to its end.
 
-The package has to be installed; where nothing can be fetched, on top of an image's own torch and triton:
+The package has to be installed; where nothing can be fetched, on top of an image's own torch and triton. The
+stage `build` makes the CUDA extension in place where there is nvcc, unless it is there ready-made
+(`gpu_build.py`). To bring it ready-made, build it for the Python and the architecture of the GPU's machine,
+here 3.12 and 90 (that Python needs setuptools and pybind11, the PATH cmake, ninja and nvcc):
 
-    SPIKEDECODER_CUDA_ARCHS=90 python -m pip install --no-deps --no-build-isolation -e .
+    SPIKEDECODER_BUILD=cuda SPIKEDECODER_CUDA_ARCHS=90 python3.12 setup.py build_ext --inplace
+
+and carry what git ignores along with the checkout: spikedecoder/_C.cpython-312-x86_64-linux-gnu.so and
+spikedecoder/_C_cuda.cpython-312-x86_64-linux-gnu.so. Then there, in its root, within ten minutes for both:
+
+    SPIKEDECODER_BUILD=off python3 -m pip install -q --no-deps --no-build-isolation -e . \\
+        && python3 bench/gpu.py --out /tmp/gpu --limit 555
+
+A second call with --only operators-compiled has the rows for which there was no time. From what is then in
+/tmp/gpu, `python bench/gpu_crossover.py /tmp/gpu/results.json` writes the table that `auto` asks.
 
 Peers are measured where they can be imported: spikingjelly (needs loguru), fla-core (needs einops).
 """
@@ -30,11 +42,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_crossover
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TOTAL = 580.0  # seconds of the whole run
 GRACE = 5.0  # seconds of them that a process has after it was interrupted
-OPERATORS = {"spike_attention": 80, "lif": 105, "norm_lif": 65, "spike_linear": 25, "linear_norm_lif": 20}
+# seconds of each; what holds no results yet comes first. "compiled" are the compiled references of all others
+OPERATORS = {
+    "rates": 75, "elements": 30, "spike_attention": 60, "lif": 85, "norm_lif": 45, "spike_linear": 25,
+    "linear_norm_lif": 20, "compiled": 200,
+}  # fmt: skip
 
 _ENVIRONMENT = """
 import datetime, json, platform, importlib.metadata as m, torch
@@ -76,7 +94,8 @@ class Outcome:
 
 
 def stages(out: Path, dry: bool) -> list[Stage]:
-    """In this order: after the tests what no results in bench/results hold yet, then all that they hold."""
+    """In this order: after the tests what no results in bench/results hold yet, then all that they hold; the
+    compiled references last, which take the compiler long and what time there is left."""
     python = [sys.executable]
     tiny = ["--dry-run"] if dry else []
     model = [*python, str(HERE / "bench_gpu_model.py"), *tiny]
@@ -86,11 +105,12 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     build += "ops.use_backend('triton'); print(ops.lif(x).sum())"
     pytest = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
     kernels = [str(ROOT / f"tests/test_kernels_{name}.py") for name in ("parity", "norm", "launch")]
-    marked = ("convergence", "ext_cuda", "torch_features", "generation_graph", "model_parts", "training")
+    marked = ("convergence", "torch_features", "generation_graph", "model_parts", "training")
     others = ("others", [*pytest, "-m", "gpu", *(str(ROOT / f"tests/test_{name}.py") for name in marked)])
+    extension = ("extension", [*pytest, str(ROOT / "tests/test_ext_cuda.py")])
     runs = [str(ROOT / f"tests/test_{name}.py") for name in ("training_graph", "training_runs")]
     if dry:  # all of the second are skipped, but imported
-        parity = [("parity", [*pytest, kernels[0], "-k", "is_the_reference and lif-one"]), others]
+        parity = [("parity", [*pytest, kernels[0], "-k", "is_the_reference and lif-one"]), others, extension]
     else:  # compiling takes most of the time: spread over processes
         dtypes = {"float32": "float32", "float16": "float16 and not bfloat16", "bfloat16": "bfloat16"}
         kinds = {
@@ -103,8 +123,11 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         no_dtype = "not float32 and not float16 and not bfloat16"
         groups |= {"norm-rest": f"norm and {no_dtype}", "rest": f"not norm and {no_dtype}"}
         parity = [(name, [*pytest, *kernels, "-k", expression]) for name, expression in groups.items()]
-        parity += [others, ("runs", [*pytest, "-m", "gpu", *runs])]
-        parity += [("model", [*pytest, str(ROOT / "tests/test_kernels_model.py")])]
+        parity += [extension, others, ("runs", [*pytest, "-m", "gpu", *runs])]
+        # offsets are walked under the interpreter, which needs no GPU
+        parity += [
+            (name, [*pytest, str(ROOT / f"tests/test_kernels_{name}.py")]) for name in ("model", "opcheck")
+        ]
         # what the steps compile is then in the caches of Triton and inductor
         warm = {"reference": ["--compile", "default"], "triton": ["--recompute"]}
         parity += [
@@ -120,10 +143,10 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         "reference-graph": ["--row", "reference", "--graph"],  # how much of the rest is the host's
         "triton-reduce-overhead": ["--row", "triton", "--compile", "reduce-overhead"],
     }
-    steps = [
-        Stage(f"model-{name}", 90 if "--compile" in flags else 60, [("step", [*model, *flags])])
+    steps = {
+        name: Stage(f"model-{name}", 90 if "--compile" in flags else 60, [("step", [*model, *flags])])
         for name, flags in rows.items()
-    ]
+    }
     profiles = [
         Stage(
             f"profile-{row}",
@@ -132,27 +155,42 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         )
         for row in ("triton",)
     ]
-    operators = [  # each in a process of its own: after a fault on the GPU nothing else runs in one
-        Stage(
+    operators = {  # each in a process of its own: after a fault on the GPU nothing else runs in one
+        name: Stage(
             f"operators-{name}",
             limit,
-            [("rows", [*ops, "--only", name, "--limit", f"{limit - 10}", "--out", _rows_of(out, name)])],
+            [("rows", [*ops, *_which(name), "--limit", f"{limit - 10}", "--out", _rows_of(out, name)])],
         )
         for name, limit in ((name, (3 if dry else 1) * limit) for name, limit in OPERATORS.items())
-    ]
+    }
     return [
         Stage("environment", 60, [("report", [*python, "-c", _ENVIRONMENT])]),
-        Stage("build", 60, [("lif", [*python, "-c", build.format("cpu" if dry else "cuda")])]),
+        Stage(
+            "build",
+            120,
+            [
+                ("extension", [*python, str(HERE / "gpu_build.py"), *(["--no-build"] if dry else [])]),
+                ("lif", [*python, "-c", build.format("cpu" if dry else "cuda")]),
+            ],
+        ),
         Stage("parity", 200, parity),
-        *operators[:2],
-        steps[0],
-        operators[2],
-        *steps[1:5],
-        *operators[3:],
+        *(operators[name] for name in ("rates", "elements")),
+        steps["reference-graph"],
+        *(operators[name] for name in ("spike_attention", "lif")),
+        steps["triton-recompute-graph"],
+        operators["norm_lif"],
+        *(steps[name] for name in ("triton-graph", "triton", "reference", "reference-compiled")),
+        *(operators[name] for name in ("spike_linear", "linear_norm_lif")),
         *profiles,
         Stage("generate", 60, [("token", generate)]),
-        *steps[5:],
+        steps["triton-reduce-overhead"],
+        operators["compiled"],
     ]
+
+
+def _which(operators: str) -> list[str]:
+    """Arguments of `bench_gpu_ops.py`."""
+    return ["--rows", "compiled"] if operators == "compiled" else ["--rows", "others", "--only", operators]
 
 
 def _rows_of(out: Path, operator: str) -> str:
@@ -239,6 +277,7 @@ def gather(out: Path, outcomes: list[Outcome], dry: bool) -> dict[str, Any]:
     return {
         "dry_run": dry,
         "environment": _last_json(out / "environment-report.log"),
+        "extension": _last_json(out / "build-extension.log"),
         "stages": [asdict(o) | {"ok": o.ok} for o in outcomes],
         "parity": parity,
         "model": {
@@ -265,6 +304,13 @@ def render(result: dict[str, Any]) -> str:
         "",
     ]
     lines += [result["note"], ""] if "note" in result else []
+    if extension := result.get("extension"):
+        said = [
+            f"{key} {extension[key]}"
+            for key in ("python", "architectures", "compiler", "why")
+            if key in extension
+        ]
+        lines += [f"CUDA extension: {extension['how']}; " + "; ".join(said), ""]
     if result["dry_run"]:
         lines += ["**Dry run: tiny shapes under the interpreter. The times mean nothing.**", ""]
     lines += ["| stage | seconds | processes |", "|---|---|---|"]
@@ -285,7 +331,9 @@ def render(result: dict[str, Any]) -> str:
     lines += ["", "## A token of the README character model, ms", "", json.dumps(result.get("generate"))]
     operators = result["operators"] or {"rows": [], "ceilings": {}, "left_out": []}
     lines += ["", "## Operators", "", f"Measured ceilings: {json.dumps(operators['ceilings'])}", ""]
-    for group in dict.fromkeys(row["group"] for row in operators["rows"]):
+    lines += gpu_crossover.page(operators["rows"])
+    apart = (row["group"] for row in operators["rows"] if not gpu_crossover.is_point(row))
+    for group in dict.fromkeys(apart):
         rows = [row for row in operators["rows"] if row["group"] == group]
         slowest = next((r["ms"] for r in rows if r["row"] == "eager reference" and "ms" in r), None)
         lines += [

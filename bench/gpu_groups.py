@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor
 
 from spikedecoder import ops
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
+from spikedecoder.reference import binarize as binarize_reference
 from spikedecoder.reference import ilif as ilif_reference
 from spikedecoder.reference import lif as lif_reference
 from spikedecoder.reference import norm_lif as norm_lif_reference
+from spikedecoder.reference import pack_spikes as pack_reference
 from spikedecoder.reference import spike_attention as attention_reference
 from spikedecoder.reference import spike_attention_lif as attention_lif_reference
 
@@ -23,10 +27,11 @@ from spikedecoder.reference import spike_attention_lif as attention_lif_referenc
 Calls = dict[str, "Callable[[], Any] | str"]
 COMPILED = "compiled reference"
 FLASH_LINEAR = "flash-linear-attention"
-ONCE = "compiled at T = 4 only: a longer loop over time takes the compiler minutes"
+EXTENSION = "CUDA extension"
 P = LIFParams()
-INTEGERS = ILIFParams(15, 0.2)
+INTEGERS = ILIFParams(15, 0.36)
 RATE = 0.16
+SPREAD, MEAN = 1.8, 0.3  # of potentials that make one neuron in six fire, at any number of timesteps
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -39,7 +44,10 @@ class Group:
     make: Callable[[], Calls]
     bytes: float
     flops: float = 0.0
-    exact: tuple[str, ...] = field(default=("ours",))  # rows that must equal "eager reference"
+    exact: tuple[str, ...] = field(default=("ours",))  # rows that must equal `reference`
+    reference: str = "eager reference"  # the row that the others are compared with
+    slow: bool = False  # takes the compiler long: measured after all others
+    about: dict[str, Any] = field(default_factory=dict)  # what it is, in its rows: one point of a sweep
 
 
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,12 +63,24 @@ def _on(backend: str, fn: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def _spikes(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return (torch.rand(shape, device=DEVICE) < RATE).to(dtype)
+def _spikes(*shape: int, dtype: torch.dtype = torch.bfloat16, rate: float = RATE) -> Tensor:
+    return (torch.rand(shape, device=DEVICE) < rate).to(dtype)
 
 
 def currents(*shape: int) -> Tensor:
-    return (torch.randn(shape, device=DEVICE) * 0.8 + 0.3).to(torch.bfloat16)
+    return (torch.randn(shape, device=DEVICE) * SPREAD + MEAN).to(torch.bfloat16)
+
+
+def affine(C: int) -> tuple[Tensor, Tensor]:
+    """A norm's weight and bias, for the same potentials behind it."""
+    return torch.full((C,), SPREAD, device=DEVICE), torch.full((C,), MEAN, device=DEVICE)
+
+
+def extension(operator: str) -> ModuleType | str:
+    """The CUDA extension's module of an operator, or why it is not there."""
+    from spikedecoder.ext import cuda
+
+    return cuda.missing() or importlib.import_module(f"{cuda.__name__}.{operator}")
 
 
 def lif_groups(dry: bool) -> Iterator[Group]:
@@ -77,10 +97,10 @@ def lif_groups(dry: bool) -> Iterator[Group]:
                 "ours, packed": lambda: k.forward_packed(x, 1.0, None, P, want_v=False)[0],
             }
             compiled = _compiled(lambda x: lif_reference.forward(x, 1.0, None, P)[0])
-            calls[COMPILED] = ONCE if T > 4 else lambda: compiled(x)
+            calls[COMPILED] = lambda: compiled(x)
             return calls
 
-        yield Group(f"lif forward bf16 T={T} n={elements}", make, 4.0 * elements)
+        yield Group(f"lif forward bf16 T={T} n={elements}", make, 4.0 * elements, slow=T > 4)
 
         def make_both(T: int = T) -> Calls:
             x = currents(T, elements // T // 512, 512)
@@ -99,12 +119,12 @@ def lif_groups(dry: bool) -> Iterator[Group]:
                 "ours": _on("triton", through(lambda x: ops.lif_params(x, P))),  # type: ignore[arg-type, return-value]
                 "eager reference": through(lambda x: lif_reference.lif(x, 1.0, None, P)[0]),
             }
-            compiled = through(_compiled(lambda x: lif_reference.lif(x, 1.0, None, P)[0]))
-            calls[COMPILED] = ONCE if T > 4 else compiled
+            calls[COMPILED] = through(_compiled(lambda x: lif_reference.lif(x, 1.0, None, P)[0]))
             return calls
 
         # forward 2 b, backward 3 b
-        yield Group(f"lif forward + backward bf16 T={T} n={elements}", make_both, 10.0 * elements, exact=())
+        name = f"lif forward + backward bf16 T={T} n={elements}"
+        yield Group(name, make_both, 10.0 * elements, exact=(), slow=T > 4)
 
 
 def _through_norm(
@@ -113,7 +133,7 @@ def _through_norm(
     """Forward and backward of an operator on (x, norm)."""
     x, C = currents(*shape), shape[-1]
     grad = torch.randn_like(x)
-    weight, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
+    weight, bias = affine(C)
     running = (torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)) if kind == "batch" else ()
 
     def through(fn: Callable[[Tensor, NormParams], Tensor]) -> Callable[[], Tensor]:
@@ -142,7 +162,7 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
 
         def make(T: int = T) -> Calls:
             x = currents(T, elements // T // C, C)
-            weight, bias = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
+            weight, bias = affine(C)
             calls: Calls = {
                 "ours": lambda: k.forward(x, weight, bias, None, None, 1e-5, 1.0, P)[0],
                 "eager reference": lambda: norm_lif_reference.forward(
@@ -150,22 +170,22 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
                 )[0],
             }
             fn = _compiled(lambda x: norm_lif_reference.forward(x, weight, bias, None, None, 1e-5, 1.0, P)[0])
-            calls[COMPILED] = ONCE if T > 4 else lambda: fn(x)
+            calls[COMPILED] = lambda: fn(x)
             return calls
 
-        yield Group(f"norm_lif layer forward bf16 T={T} C={C} n={elements}", make, 4.0 * elements)
+        name = f"norm_lif layer forward bf16 T={T} C={C} n={elements}"
+        yield Group(name, make, 4.0 * elements, slow=T > 4)
         for kind in ("layer", "batch"):
 
             def make_both(T: int = T, kind: str = kind) -> Calls:
-                calls = _through_norm(
+                return _through_norm(
                     kind, (T, elements // T // C, C), lambda x, n: ops.norm_lif(x, n, P),
                     lambda x, n: norm_lif_reference.norm_lif(x, n, 1.0, P),
                 )  # fmt: skip
-                return calls if T <= 4 else {**calls, COMPILED: ONCE}
 
             bytes_ = (10.0 if kind == "layer" else 16.0) * elements
             name = f"norm_lif {kind} forward + backward bf16 T={T} C={C} n={elements}"
-            yield Group(name, make_both, bytes_, exact=())
+            yield Group(name, make_both, bytes_, exact=(), slow=T > 4)
 
     def make_integers() -> Calls:
         return _through_norm(
@@ -212,7 +232,8 @@ def attention_groups(dry: bool) -> Iterator[Group]:
             calls[FLASH_LINEAR] = fla if isinstance(fla, str) else lambda: fla(q, key, v)
             return calls
 
-        yield Group(f"spike_attention forward bf16 {name}", make, 8.0 * elements, flops)
+        slow = S > 256  # a loop over chunks, unrolled
+        yield Group(f"spike_attention forward bf16 {name}", make, 8.0 * elements, flops, slow=slow)
         if long:
             continue
 
@@ -243,7 +264,7 @@ def attention_groups(dry: bool) -> Iterator[Group]:
             }
 
         name_both = f"spike_attention forward + backward bf16 {name}"
-        yield Group(name_both, make_both, 22.0 * elements, 3.5 * flops, exact=())
+        yield Group(name_both, make_both, 22.0 * elements, 3.5 * flops, exact=(), slow=slow)
 
         def make_fused(shape: tuple[int, ...] = shape) -> Calls:
             q, key, v = (_spikes(*shape).transpose(2, 3) for _ in range(3))
@@ -251,13 +272,15 @@ def attention_groups(dry: bool) -> Iterator[Group]:
             def apart() -> Tensor:
                 return ops.lif_params(ops.spike_attention(q, key, v).transpose(2, 3), P).transpose(2, 3)  # type: ignore[union-attr]
 
+            fn = _compiled(lambda *x: attention_lif_reference.forward(*x, 0.125, None, 1.0, P))
             return {
                 "ours": lambda: fused.forward(q, key, v, 0.125, None, 1.0, P),
                 "ours, two kernels": _on("triton", apart),
                 "eager reference": lambda: attention_lif_reference.forward(q, key, v, 0.125, None, 1.0, P),
+                COMPILED: lambda: fn(q, key, v),
             }
 
-        yield Group(f"spike_attention_lif forward bf16 {name}", make_fused, 8.0 * elements, flops)
+        yield Group(f"spike_attention_lif forward bf16 {name}", make_fused, 8.0 * elements, flops, slow=slow)
 
 
 def _flash_linear_attention() -> Callable[..., Tensor] | str:
@@ -285,10 +308,12 @@ def linear_groups(dry: bool) -> Iterator[Group]:
         def make(M: int = M, K: int = K, N: int = N) -> Calls:
             s = _spikes(M, K)
             weight = torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) / K**0.5
+            fn = _compiled(lambda s, weight: F.linear(s.float(), weight.float()).to(torch.bfloat16))
             return {
                 "ours": lambda: k.forward(s, weight, None)[0],
                 "dense": lambda: F.linear(s, weight),
                 "eager reference": lambda: F.linear(s.float(), weight.float()).to(torch.bfloat16),
+                COMPILED: lambda: fn(s, weight),
             }
 
         name = f"spike_linear forward bf16 M={M} K={K} N={N}"
@@ -299,10 +324,12 @@ def linear_groups(dry: bool) -> Iterator[Group]:
             grad = torch.randn(M, N, device=DEVICE, dtype=torch.bfloat16)
             with ops.use_backend("triton"):
                 words = ops.pack_spikes(s)
+            fn = _compiled(lambda grad, s: (grad.float().T @ s.float()).to(torch.bfloat16))
             return {
                 "ours": lambda: k.weight_grad(words, K, grad),
                 "dense": lambda: grad.T @ s,
                 "eager reference": lambda: (grad.float().T @ s.float()).to(torch.bfloat16),
+                COMPILED: lambda: fn(grad, s),
             }
 
         name = f"spike_linear weight gradient bf16 M={M} K={K} N={N}"
@@ -320,26 +347,107 @@ def linear_norm_lif_groups(dry: bool) -> Iterator[Group]:
 
             def make(T: int = T, R: int = R, K: int = K, N: int = N, kind: str = kind) -> Calls:
                 s = _spikes(T, R, K)
-                weight = torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) * (3 / K) ** 0.5
-                ones, zeros = torch.ones(N, device=DEVICE), torch.zeros(N, device=DEVICE)
-                given = (zeros, ones) if kind == "channel" else (None, None)
-                rest = (ones, zeros, *given, 1e-5, 1.0, P)
+                # whole numbers: their sums are exact in bfloat16, and no order of adding moves a spike
+                weight = torch.randint(-3, 4, (N, K), device=DEVICE).to(torch.bfloat16)
+                mean, rstd = torch.zeros(N, device=DEVICE), torch.full((N,), 0.5, device=DEVICE)
+                given = (mean, rstd / (RATE * K) ** 0.5) if kind == "channel" else (None, None)
+                rest = (*affine(N), *given, 1e-5, 1.0, P)
 
-                def eager() -> Tensor:
+                def eager(s: Tensor) -> Tensor:
                     x = F.linear(s.float(), weight.float()).to(torch.bfloat16)
                     return norm_lif_reference.forward(x, *rest)[0]
+
+                fn = _compiled(eager)
 
                 return {
                     "ours": lambda: k.forward(s, weight, None, *rest)[0],
                     "ours, two kernels": lambda: norm_lif.forward(
                         spike_linear.forward(s, weight, None)[0], *rest
                     )[0],
-                    "eager reference": eager,
+                    "eager reference": lambda: eager(s),
+                    COMPILED: lambda: fn(s),
                 }
 
             name = f"linear_norm_lif {kind} forward bf16 T={T} R={R} K={K} N={N}"
             moved = 2.0 * (T * R * (K + N) + N * K) + T * R * K / 8
             yield Group(name, make, moved, 2.0 * T * R * K * N)
+
+
+def element_groups(dry: bool) -> Iterator[Group]:
+    """What passes over memory once: neurons without time, and bits."""
+    from spikedecoder.kernels import binarize, ilif, pack_spikes
+
+    elements, C = (1 << 12, 64) if dry else (1 << 26, 512)
+    shape, size = (elements // C, C), f"bf16 n={elements}"
+
+    def passes(
+        forward: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor]
+    ) -> Callable[[], Calls]:
+        def make() -> Calls:
+            x = currents(*shape)
+            fn = _compiled(reference)
+            return {
+                "ours": lambda: forward(x),
+                "eager reference": lambda: reference(x),
+                COMPILED: lambda: fn(x),
+            }
+
+        return make
+
+    def through(
+        operator: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor]
+    ) -> Callable[[], Calls]:
+        def make() -> Calls:
+            x = currents(*shape)
+            grad = torch.randn_like(x)
+
+            def both(fn: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+                def call() -> Tensor:
+                    leaf = x.detach().requires_grad_()
+                    fn(leaf).backward(grad)
+                    assert leaf.grad is not None
+                    return leaf.grad
+
+                return call
+
+            return {
+                "ours": _on("triton", both(operator)),
+                "eager reference": both(reference),
+                COMPILED: both(_compiled(reference)),
+            }
+
+        return make
+
+    make = passes(lambda x: binarize.forward(x, 2.0), lambda x: binarize_reference.forward(x, 2.0))
+    yield Group(f"binarize forward {size}", make, 4.0 * elements)
+    make = through(lambda x: ops.binarize(x), lambda x: binarize_reference.binarize(x, 2.0))
+    yield Group(f"binarize forward + backward {size}", make, 10.0 * elements, exact=())
+    make = passes(
+        lambda x: ilif.forward(x, INTEGERS, False)[0], lambda x: ilif_reference.forward(x, INTEGERS, False)[0]
+    )
+    yield Group(f"ilif forward {size}", make, 4.0 * elements)
+    make = through(lambda x: ops.ilif_params(x, INTEGERS), lambda x: ilif_reference.ilif(x, INTEGERS))
+    # each way 2 b, and a byte for where the gradient passes
+    yield Group(f"ilif forward + backward {size}", make, 10.0 * elements, exact=())
+
+    def make_pack() -> Calls:
+        s, cuda = _spikes(*shape), extension("pack_spikes")
+        return {
+            "ours": lambda: pack_spikes.pack(s),
+            EXTENSION: cuda if isinstance(cuda, str) else lambda: cuda.pack(s),
+            "eager reference": lambda: pack_reference.pack(s),
+        }
+
+    def make_unpack() -> Calls:
+        words, cuda = pack_reference.pack(_spikes(*shape)), extension("pack_spikes")
+        return {
+            "ours": lambda: pack_spikes.unpack(words, C, torch.bfloat16),
+            EXTENSION: cuda if isinstance(cuda, str) else lambda: cuda.unpack(words, C, torch.bfloat16),
+            "eager reference": lambda: pack_reference.unpack(words, C, torch.bfloat16),
+        }
+
+    for name, make in (("pack_spikes", make_pack), ("unpack_spikes", make_unpack)):
+        yield Group(f"{name} {size}", make, 2.125 * elements, exact=("ours", EXTENSION))
 
 
 GROUPS: dict[str, Callable[[bool], Iterator[Group]]] = {
@@ -348,4 +456,5 @@ GROUPS: dict[str, Callable[[bool], Iterator[Group]]] = {
     "norm_lif": norm_lif_groups,
     "spike_linear": linear_groups,
     "linear_norm_lif": linear_norm_lif_groups,
+    "elements": element_groups,
 }

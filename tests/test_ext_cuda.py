@@ -175,5 +175,6 @@ def test_large_and_odd_shapes():
         grad = torch.randint(-8, 9, (m, n), generator=generator, device="cuda").float()
         y, words = spike_linear.forward(s, weight, None)
         assert torch.equal(y, s @ weight.t())
+        assert torch.equal(spike_linear.from_words(words, k, weight, None), y)
         assert torch.equal(pack_spikes.unpack(words, k, torch.float32), s)
         assert torch.equal(spike_linear.weight_grad(words, k, grad), grad.t() @ s)

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from spikedecoder.kernels import _launch
 
 SCRIPT = Path(__file__).parent.parent / "bench" / "gpu.py"
+sys.path.insert(0, str(SCRIPT.parent))  # its modules import each other by name
 
 
 def load() -> Any:
@@ -133,8 +134,7 @@ def test_results_that_are_cut_off_take_no_others_with_them(tmp_path: Path) -> No
     assert found == {**part, "rows": 2 * part["rows"], "left_out": ["norm_lif", "spike_linear"]}
 
 
-def test_a_group_that_fails_takes_no_others_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+def test_a_group_that_fails_takes_no_others_with_it() -> None:
     import bench_gpu_ops
 
     def make() -> Any:
@@ -202,8 +202,7 @@ def test_spikingjelly_is_measured_or_says_why_not(tmp_path: Path) -> None:
         assert found.get("ms", 0) > 0 or "installed" in found["skipped"] or "CUDA" in found["skipped"]
 
 
-def test_a_peer_that_is_ended_early_leaves_what_it_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+def test_a_peer_that_is_ended_early_leaves_what_it_printed() -> None:
     import bench_gpu_ops
 
     script = """
@@ -217,8 +216,7 @@ time.sleep(60)
     assert bench_gpu_ops.run_peer([sys.executable, "-c", "raise SystemExit(3)"], 60) == ({}, "exit 3")
 
 
-def test_several_gradients_are_compared_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+def test_several_gradients_are_compared_as_one() -> None:
     import bench_gpu_ops
 
     group = bench_gpu_ops.Group("g", dict, 1.0, exact=())
@@ -247,8 +245,7 @@ def test_a_real_run_fits_ten_minutes_and_looks_at_every_kernel_test(tmp_path: Pa
     assert nodes and chosen == nodes
 
 
-def test_every_tile_that_is_tried_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPT.parent)
+def test_every_tile_that_is_tried_can_be_launched() -> None:
     tiles = importlib.import_module("gpu_tiles")
     for table in tiles.tables(dry=True):
         inputs = table.make()

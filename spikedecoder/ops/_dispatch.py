@@ -2,8 +2,9 @@
 
 A backend is a folder of modules, one per operator, all with the operator's stem: `reference/lif.py`,
 `kernels/lif.py`, ... A module may offer ``why_not(call) -> str | None``: the reason it cannot run this
-call, None if it can. ``auto`` takes the first backend in the device's order of preference that can;
-a backend asked for by name runs or raises.
+call, None if it can. ``auto`` takes the first backend in the device's order of preference that can, after
+the one that was measured to be the fastest for the shape (`_crossover`); a backend asked for by name runs or
+raises.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from spikedecoder.ops import _crossover
 
 BACKENDS: dict[str, str] = {
     "reference": "spikedecoder.reference",
@@ -50,7 +54,11 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend may look at to decide whether it can run: no values. An empty shape means any."""
+    """What a backend may look at to decide whether it can run: no values. An empty shape means any.
+
+    Options that say which measurements stand for the call: "part", of the operator, if it has several, and
+    "outputs", of a product whose shape ends in its channels.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -140,6 +148,18 @@ def candidates(device: torch.device) -> tuple[str, ...]:
     return _PREFERENCE.get(device.type, ("reference",))
 
 
+def _order(operator: str, call: Call) -> tuple[str, ...]:
+    """`candidates`, those first that were measured to be the fastest for this call."""
+    order = candidates(call.device)
+    if not call.shape or not _crossover.entries():
+        return order
+    *rows, channels = call.shape
+    outputs = [call.options["outputs"]] if "outputs" in call.options else []
+    part = call.options.get("part", operator)
+    first = _crossover.fastest(part, call.device, call.dtype, math.prod(rows), channels, *outputs)
+    return order if first is None else (first, *(backend for backend in order if backend != first))
+
+
 def select(operator: str, call: Call, requested: str | None = None) -> ModuleType:
     """The module that runs this call. Raises BackendError if the one asked for cannot."""
     requested = requested or requested_backend()
@@ -151,7 +171,7 @@ def select(operator: str, call: Call, requested: str | None = None) -> ModuleTyp
                 f"Others: use_backend('auto'), or one of {', '.join(b for b in BACKENDS if b != requested)}"
             )
         return module(requested, operator)
-    for backend in candidates(call.device):
+    for backend in _order(operator, call):
         if why_not(backend, operator, call) is None:
             return module(backend, operator)
     raise BackendError(f"{operator}: no backend can run it on {call.device} in {call.dtype}")
@@ -183,15 +203,24 @@ def _resolve(operator: str, device: str, dtype: torch.dtype, requested: str) -> 
 
 
 @constant
+def goes_by_shape(operator: str, device: str) -> bool:
+    """Whether ``auto`` looks at the shape of a call of `operator`, once it runs. Asked while tracing."""
+    return _crossover.is_measured(operator, torch.device(device))
+
+
+@constant
 def offers(backend: str, operator: str) -> bool:
-    """Whether a backend that runs here has a module of its own for `operator`. Asked while tracing."""
-    return not isinstance(_load(backend, operator), str)
+    """Whether a backend that runs here has a module of its own for `operator`. Asked while tracing.
+
+    None that goes by shape has ("auto"): what one module does as a whole has parts of another beside it.
+    """
+    return backend in BACKENDS and not isinstance(_load(backend, operator), str)
 
 
 def explain(operator: str, call: Call) -> list[tuple[str, str]]:
     """(backend, "chosen" | "possible" | reason) in order of preference: what `doctor` prints."""
     rows, chosen = [], False
-    for backend in candidates(call.device):
+    for backend in _order(operator, call):
         reason = why_not(backend, operator, call)
         if reason is None:
             reason = "possible" if chosen else "chosen"

@@ -26,7 +26,7 @@ def _(spikes, backend):
 
 def unpack(words: Tensor, channels: int, dtype: torch.dtype, backend: str) -> Tensor:
     """`unpack_spikes`, for calls that nothing watches."""
-    call = Call(words.device, dtype, (*words.shape[:-1], channels))
+    call = Call(words.device, dtype, (*words.shape[:-1], channels), {"part": "unpack_spikes"})
     return select("pack_spikes", call, backend).unpack(words, channels, dtype)
 
 

@@ -12,17 +12,24 @@ from torch import Tensor
 
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import direct, unwatched
-from spikedecoder.ops._dispatch import Call, module, requested_backend, resolve, select
+from spikedecoder.ops._dispatch import Call, goes_by_shape, module, requested_backend, resolve, select
 from spikedecoder.ops.pack_spikes import WORD, _unpack
 
 
-def _impl(x: Tensor, shape: tuple[int, ...], backend: str):
-    """For x in the dtype of the product."""
-    return select("spike_linear", Call(x.device, x.dtype, shape), backend)
+def _impl(x: Tensor, shape: tuple[int, ...], outputs: int, backend: str):
+    """For x in the dtype of the product, of spikes of this shape."""
+    return select("spike_linear", Call(x.device, x.dtype, shape, {"outputs": outputs}), backend)
+
+
+def _impl_of_gradients(grad: Tensor, channels: int, backend: str):
+    options = {"part": "spike_linear_weight_grad", "outputs": grad.shape[-1]}
+    return select(
+        "spike_linear", Call(grad.device, grad.dtype, (*grad.shape[:-1], channels), options), backend
+    )
 
 
 def _forward(s: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    return _impl(weight, tuple(s.shape), backend).forward(s, weight, bias)
+    return _impl(weight, tuple(s.shape), weight.shape[0], backend).forward(s, weight, bias)
 
 
 _spike_linear = torch.library.custom_op("spikedecoder::spike_linear", _forward, mutates_args=())
@@ -36,7 +43,7 @@ def _(s, weight, bias, backend):
 
 def _from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """y [..., N] from the spikes' bits: that of `spike_linear`, bit for bit."""
-    impl = _impl(weight, (*words.shape[:-1], channels), backend)
+    impl = _impl(weight, (*words.shape[:-1], channels), weight.shape[0], backend)
     if hasattr(impl, "from_words"):
         return impl.from_words(words, channels, weight, bias)
     return impl.forward(_unpack(words, channels, weight.dtype, "auto"), weight, bias)[0]
@@ -51,7 +58,7 @@ def _(words, channels, weight, bias, backend):
 
 
 def _weight(words: Tensor, channels: int, grad: Tensor, backend: str) -> Tensor:
-    return _impl(grad, (*grad.shape[:-1], channels), backend).weight_grad(words, channels, grad)
+    return _impl_of_gradients(grad, channels, backend).weight_grad(words, channels, grad)
 
 
 _weight_grad = torch.library.custom_op("spikedecoder::spike_linear_weight_grad", _weight, mutates_args=())
@@ -63,7 +70,7 @@ def _(words, channels, grad, backend):
 
 
 def _dense(grad: Tensor, weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return _impl(grad, tuple(grad.shape), backend).input_and_bias_grad(grad, weight)
+    return _impl_of_gradients(grad, weight.shape[1], backend).input_and_bias_grad(grad, weight)
 
 
 _dense_grads = torch.library.custom_op("spikedecoder::spike_linear_dense_grads", _dense, mutates_args=())
@@ -75,7 +82,7 @@ def _(grad, weight, backend):
 
 
 def _weight_and_bias(words: Tensor, channels: int, grad: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return _impl(grad, (*grad.shape[:-1], channels), backend).weight_and_bias_grad(words, channels, grad)
+    return _impl_of_gradients(grad, channels, backend).weight_and_bias_grad(words, channels, grad)
 
 
 _weight_and_bias_grad = torch.library.custom_op(
@@ -94,7 +101,7 @@ _FUNCTIONS = _dense, _weight, _weight_and_bias
 
 def backward(grad, words, weight, channels, dtype, backend, wanted, parts=_OPERATORS):
     """Gradients of (s in `dtype`, weight, bias) from that of y, None for those that nobody wants."""
-    impl = _impl(grad, (*grad.shape[:-1], channels), backend)
+    impl = _impl_of_gradients(grad, channels, backend)
     dense_grads, weight_grad, weight_and_bias_grad = parts
     grad_s = grad_weight = grad_bias = None
     if wanted[0] and hasattr(impl, "input_and_bias_grad"):
@@ -183,11 +190,17 @@ def autocast_is_on(device: str) -> bool:
 
 
 def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, str]:
-    """(weight, bias, backend) in the dtype that the product runs in: autocast's where that is on."""
+    """(weight, bias, backend) in the dtype that the product runs in: autocast's where that is on.
+
+    The backend is the one for every shape; "auto" where that goes by shape, among those that keep bits.
+    """
     device = weight.device.type
     autocast = autocast_is_on(device) and weight.dtype != torch.float64  # which torch leaves as it is
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    backend = resolve("spike_linear", device, dtype, requested_backend())
+    requested = requested_backend()
+    backend = resolve("spike_linear", device, dtype, requested)
+    if requested == "auto" and backend != "reference" and goes_by_shape("spike_linear", str(weight.device)):
+        backend = "auto"
     return weight.to(dtype), None if bias is None else bias.to(dtype), backend
 
 

@@ -9,6 +9,8 @@ from spikedecoder.ext.cuda import native
 from spikedecoder.ext.cuda._arguments import TYPES, address, launch, on_a_gpu
 from spikedecoder.ops._dispatch import Call
 
+WORD = 64
+
 
 def why_not(call: Call) -> str | None:
     return on_a_gpu(call, bytes_too=True)
@@ -17,7 +19,7 @@ def why_not(call: Call) -> str | None:
 def pack(spikes: Tensor) -> Tensor:
     spikes = spikes.detach().contiguous()
     channels = spikes.shape[-1]
-    words = spikes.new_empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
+    words = spikes.new_empty(*spikes.shape[:-1], -(-channels // WORD), dtype=torch.int64)
     rows = spikes.numel() // channels if channels else 0
     launch(native.pack, spikes, address(spikes), TYPES[spikes.dtype], address(words), rows, channels)
     return words
@@ -33,6 +35,6 @@ def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 
 def transpose_bits(words: Tensor, rows: int, channels: int) -> Tensor:
     """words [rows, ceil(C / 64)] -> [C, ceil(rows / 64)]."""
-    out = words.new_empty(channels, -(-rows // 64))
+    out = words.new_empty(channels, -(-rows // WORD))
     launch(native.transpose_bits, words, address(words), address(out), rows, channels)
     return out

@@ -6,11 +6,12 @@ on large dense shapes. Nothing here waits for the GPU to learn the rate.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spikedecoder.ext.cuda import native
 from spikedecoder.ext.cuda._arguments import TYPES, address, launch, on_a_gpu
-from spikedecoder.ext.cuda.pack_spikes import pack, transpose_bits
+from spikedecoder.ext.cuda.pack_spikes import WORD, pack, transpose_bits
 
 why_not = on_a_gpu
 
@@ -21,16 +22,28 @@ def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     A weight [N, K] whose transpose is contiguous is read as it is, any other is transposed in each call.
     """
     words = pack(s)
-    channels, out_channels = s.shape[-1], weight.shape[0]
+    return words_product(words, s.shape[-1], weight, bias), words
+
+
+def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y from spikes that are packed already, the same bit for bit; bits beyond the last channel are none."""
+    words = words.contiguous()
+    if channels % WORD and words.numel():
+        # each bit picks a column of the weight: one that there is not is never read
+        words = torch.cat((words[..., :-1], words[..., -1:] & ((1 << channels % WORD) - 1)), -1)
+    return words_product(words, channels, weight, bias)
+
+
+def words_product(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of contiguous words that `pack` made."""
     columns = weight.detach().t().contiguous()
     bias = None if bias is None else bias.detach().to(weight.dtype).contiguous()
-    rows = s.shape[:-1].numel()
-    y = weight.new_empty(*s.shape[:-1], out_channels)
+    y = weight.new_empty(*words.shape[:-1], weight.shape[0])
     launch(
-        *(native.gather, s, address(words), address(columns), address(bias), address(y)),
-        *(TYPES[weight.dtype], rows, channels, out_channels),
+        *(native.gather, words, address(words), address(columns), address(bias), address(y)),
+        *(TYPES[weight.dtype], words.shape[:-1].numel(), channels, weight.shape[0]),
     )
-    return y, words
+    return y
 
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor) -> Tensor:
