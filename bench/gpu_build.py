@@ -12,12 +12,13 @@ import argparse
 import importlib.machinery
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from spikedecoder.ext._programs import find_nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = "_C_cuda"
@@ -54,13 +55,6 @@ def of_other_pythons(folder: Path) -> list[str]:
     """Names of CUDA modules in `folder` that this Python does not take."""
     own = {MODULE + suffix for suffix in importlib.machinery.EXTENSION_SUFFIXES}
     return sorted(path.name for path in folder.glob(f"{MODULE}.*so") if path.name not in own)
-
-
-def find_nvcc() -> str | None:
-    """As setup.py does."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    names = (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def build(architecture: str | None) -> str | None:
