@@ -39,7 +39,7 @@ def binarize_backward(
 
 
 def _sizes(x: Tensor) -> dict[str, int]:
-    align = alignment(x.shape[-1])  # divides x at any batch size and length
+    align = alignment(x.numel(), *x.shape[-1:])  # the same at any batch size and length
     return {"n": x.numel() // align, "ALIGN": align, "BLOCK": 256 * (16 // x.element_size())}
 
 

@@ -40,7 +40,7 @@ def ilif_backward(grad_ptr, mask_ptr, grad_x_ptr, n, scale, BLOCK: tl.constexpr,
 
 
 def _sizes(x: Tensor) -> dict[str, int]:
-    align = alignment(x.shape[-1])  # divides x at any batch size and length
+    align = alignment(x.numel(), *x.shape[-1:])  # the same at any batch size and length
     return {"n": x.numel() // align, "ALIGN": align, "BLOCK": 256 * (16 // x.element_size())}
 
 

@@ -220,8 +220,9 @@ def _attention_inputs(case: Case, generator: torch.Generator) -> Inputs:
         inputs["decay"] = 1 - 2.0 ** -torch.arange(2, 2 + h).float()
     if case.options.get("state"):
         inputs["state"] = torch.randint(0, 9, (t, b, h, d, d), generator=generator).float()
-    if case.options.get("return_state"):
-        inputs["return_state"] = True
+    for option in ("return_state", "dropout"):
+        if option in case.options:
+            inputs[option] = case.options[option]
     if case.operator == "spike_attention_lif":
         inputs["p"] = LIFParams()
         if "threshold" in case.options:

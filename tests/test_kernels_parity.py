@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from kernel_parity import DEVICE, DTYPES, TOLERANCE, compare, random
 from spikedecoder import ops
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.reference import lif as lif_reference
-from spikedecoder.testing import Case, cases
+from spikedecoder.testing import Case, cases, make_inputs, run
 
 pytest.importorskip("triton")
 OPERATORS = (
@@ -278,15 +278,44 @@ def test_what_triton_cannot_run_it_says() -> None:
         ops.spike_attention(wide, wide, wide)
 
 
-def test_without_a_gpu_or_the_interpreter_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from spikedecoder.kernels import _launch
+    from spikedecoder.ops import _dispatch
 
     monkeypatch.setattr(_launch, "INTERPRETED", False)
+    _dispatch._resolve.cache_clear()
+    yield
+    _dispatch._resolve.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *{case.operator: case for case in cases()}.values(),
+        *(Case("norm", f"{kind}-statistics", (3, 5, 36), {"norm": kind}) for kind in ("batch", "power")),
+    ],
+    ids=str,
+)
+def test_without_a_gpu_or_the_interpreter_it_says_what_is_missing(case: Case, not_interpreted: None) -> None:
     with (
         ops.use_backend("triton"),
         pytest.raises(ops.BackendError, match=r"no CUDA device.*TRITON_INTERPRET"),
     ):
-        ops.lif(torch.ones(4, 3))
+        run(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("operator", ["spike_attention", "spike_attention_lif"])
+def test_nor_does_dropout_run_elsewhere_without_them(operator: str, not_interpreted: None) -> None:
+    case = Case(operator, "dropout", (2, 1, 2, 5, 8), {"dropout": 0.5})
+    with ops.use_backend("triton"), pytest.raises(ops.BackendError, match="no CUDA device"):
+        run(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("operator", ["binarize", "ilif"])
+def test_a_single_neuron_has_no_channels(operator: str) -> None:
+    options = {"levels": 4} if operator == "ilif" else {}
+    compare(Case(operator, "one", (), options), torch.float32)
 
 
 @pytest.fixture

@@ -207,7 +207,8 @@ def norm(x: Tensor, n: NormParams) -> Tensor:
     """
     check_norm(x, n)
     backend = layer_backend()
-    if n.kind != "layer" or resolve("norm", x.device.type, x.dtype, backend) == "reference":
+    found = resolve("norm", x.device.type, x.dtype, backend)
+    if n.kind != "layer" or found == "reference":
         return _reference(x, _moving_once(n))
     call = _direct if unwatched(x, n.weight, n.bias) else layer_norm
     return call(x, n.weight, n.bias, n.eps, layer_dtype(x), backend)[0]
