@@ -261,9 +261,8 @@ def spike_attention(
     t, b, h, _, d = q.shape
     if state is not None and state.shape != (t, b, h, d, d):
         raise ValueError(f"state: got shape {tuple(state.shape)}, takes [T, B, H, d, d] = {(t, b, h, d, d)}")
-    if dropout > 0:
-        if state is not None or return_state:
-            raise ValueError("dropout: takes 0 where the state is given or asked for")
+    if dropout > 0 and (state is not None or return_state):
+        raise ValueError("dropout: takes 0 where the state is given or asked for")
     backend = requested_backend()
     found = resolve("spike_attention", q.device.type, q.dtype, backend)
     if dropout > 0:  # torch's products on every backend, where that could run
