@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spikedecoder import ops, sync
-from spikedecoder.params import RUNNING, NormParams
-from spikedecoder.reference.norm import repeats_a_pass
+from spikedecoder.params import RUNNING, NormParams, repeats_a_pass
 
 
 class Norm(nn.Module):

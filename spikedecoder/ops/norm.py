@@ -12,14 +12,13 @@ from spikedecoder import sync
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, resolve, select
-from spikedecoder.params import RUNNING, NormParams
+from spikedecoder.params import RUNNING, NormParams, repeats_a_pass
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.norm import (
     layer_dtype,
     mean_so_far,
     move_running,
     power_scale,
-    repeats_a_pass,
     traced_power_scale,
 )
 from spikedecoder.reference.norm import norm as _reference

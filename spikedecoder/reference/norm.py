@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikedecoder import sync
-from spikedecoder.params import NormParams
+from spikedecoder.params import NormParams, repeats_a_pass
 from spikedecoder.reference.lif import compute_dtype
 
 
@@ -59,12 +59,6 @@ def mean_so_far(running_phi: Tensor, var: Tensor, iters: Tensor) -> Tensor:
     """PowerNorm's mean of var over `iters` passes, running_phi being that of all before the last."""
     passes = iters.to(var.dtype)  # a quotient of integers would be in torch's default dtype
     return running_phi * ((passes - 1) / passes) + var / passes
-
-
-def repeats_a_pass() -> bool:
-    """Whether a backward pass runs here: a forward pass inside it is one that activation checkpointing
-    repeats. (torch has no public name for it.)"""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def power_scale(var: Tensor, running_phi: Tensor, iters: Tensor, eps: float, warmup: int) -> Tensor:
