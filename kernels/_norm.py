@@ -53,9 +53,9 @@ def moments_of_bands(
                 distance = tl.where(r1 + i * BLOCK_R < stop, xs[i].to(tl.float32) - here, 0.0)
                 square += distance * distance
             delta = here - mean
-            share = new / tl.maximum(done + new, 1.0)
-            square += delta * (delta * (done * share))  # the first has weight 0
-            mean += delta * share
+            moved = delta * (new / tl.maximum(done + new, 1.0))
+            square += moved * (delta * done)  # not delta squared, which may be infinite, times a weight of 0
+            mean += moved
             done += new
         else:
             for i in tl.static_range(AT_ONCE):
