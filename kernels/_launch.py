@@ -3,7 +3,7 @@
 Sizes and strides are ordinary arguments that Triton does not specialise on, so a new batch or sequence
 length compiles nothing. What is specialised are the constexprs (T, head size, flags, block sizes), dtypes,
 and ``ALIGN``: sizes are passed divided by it and multiplied again inside, which tells the compiler that
-128-bit accesses are aligned without telling it the size.
+128-bit accesses are aligned without telling it the size. It follows from the number of channels alone.
 
 Block sizes come from the functions below by device and operator; nothing is tuned at run time.
 """

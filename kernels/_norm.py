@@ -53,9 +53,9 @@ def moments_of_bands(
                 distance = tl.where(r1 + i * BLOCK_R < stop, xs[i].to(tl.float32) - here, 0.0)
                 square += distance * distance
             delta = here - mean
-            share = new / tl.maximum(done + new, 1.0)
-            square += delta * delta * (done * share)
-            mean += delta * share
+            moved = delta * (new / tl.maximum(done + new, 1.0))
+            square += moved * (delta * done)  # not delta squared, which may be infinite, times a weight of 0
+            mean += moved
             done += new
         else:
             for i in tl.static_range(AT_ONCE):
@@ -64,7 +64,7 @@ def moments_of_bands(
     if CENTER:
         band_mean = tl.sum(mean * done, 0) / (stop - start).to(tl.float32)
         delta = mean - band_mean[None, :]
-        square += delta * delta * done
+        square += delta * (delta * done)
     c1 = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     at = tl.program_id(0) * channels + c1
     tl.store(square_ptr + at, tl.sum(square, 0), mask=c1 < channels)
@@ -98,8 +98,9 @@ def merge_bands(
         square += tl.load(squares_ptr + at, mask=inside, other=0.0)
         if CENTER:
             n = tl.minimum(band, rows - i * band).to(tl.float32)
-            delta = tl.load(means_ptr + at, mask=inside, other=0.0) - mean[None, :]
-            square += tl.where(inside, n * delta * delta, 0.0)
+            part = tl.load(means_ptr + at, mask=inside, other=0.0)
+            delta = tl.where(inside, part - mean[None, :], 0.0)
+            square += delta * (delta * n)
     c1 = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     tl.store(mean_ptr + c1, mean, mask=c1 < channels)
     tl.store(var_ptr + c1, tl.sum(square, 0) / total, mask=c1 < channels)
@@ -158,7 +159,7 @@ def moments_of_rows(
         distance = tl.where(inside, x - tile_mean[:, None], 0.0)
         delta = tile_mean - mean
         share = new / (first + new)
-        square += tl.sum(distance * distance, 1) + delta * delta * (first * share)
+        square += tl.sum(distance * distance, 1) + delta * (delta * (first * share))
         mean += delta * share
     tl.store(mean_ptr + t * rows + r, mean, mask=r < rows)
     tl.store(rstd_ptr + t * rows + r, 1 / tl.sqrt_rn(square / channels + eps), mask=r < rows)

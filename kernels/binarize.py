@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import cdiv, kernel, launch, why_not
+from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, why_not
 from spikedecoder.kernels._neuron import as_spikes
 from spikedecoder.kernels._surrogate import derivative
 from spikedecoder.surrogate import SURROGATES
@@ -39,7 +39,7 @@ def binarize_backward(
 
 
 def _sizes(x: Tensor) -> dict[str, int]:
-    align = 16 if x.numel() % 16 == 0 else 1
+    align = alignment(x.numel(), *x.shape[-1:])  # the same at any batch size and length
     return {"n": x.numel() // align, "ALIGN": align, "BLOCK": 256 * (16 // x.element_size())}
 
 

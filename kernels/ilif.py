@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import cdiv, kernel, launch, why_not
+from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, why_not
 from spikedecoder.kernels._neuron import count
 from spikedecoder.params import ILIFParams
 
@@ -40,7 +40,7 @@ def ilif_backward(grad_ptr, mask_ptr, grad_x_ptr, n, scale, BLOCK: tl.constexpr,
 
 
 def _sizes(x: Tensor) -> dict[str, int]:
-    align = 16 if x.numel() % 16 == 0 else 1
+    align = alignment(x.numel(), *x.shape[-1:])  # the same at any batch size and length
     return {"n": x.numel() // align, "ALIGN": align, "BLOCK": 256 * (16 // x.element_size())}
 
 

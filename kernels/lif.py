@@ -21,7 +21,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import cdiv, kernel, launch, power_of_2, why_not
+from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, power_of_2, why_not
 from spikedecoder.kernels._neuron import (
     MAX_T,
     PER_CHANNEL,
@@ -179,9 +179,10 @@ def tile(by_channel: bool, channels: int, element_size: int, T: int, backward: b
     return {"BLOCK_R": elements // block_c, "BLOCK_C": block_c, "num_warps": warps}
 
 
-def sizes(rows: int, channels: int, **strides: int) -> dict[str, int]:
-    """ALIGN (16 or 1: one variant for aligned sizes, one for the others), and sizes divided by it."""
-    align = 16 if all(n % 16 == 0 for n in (channels, *strides.values())) else 1
+def sizes(x: Tensor, rows: int, channels: int, **strides: int) -> dict[str, int]:
+    """ALIGN and sizes divided by it. What x's last dimension is divisible by, so is a whole timestep at any
+    batch size and length; what else may divide that is not asked, since it changes with them."""
+    align = alignment(x.shape[-1], channels, *strides.values())
     divided = {name: n // align for name, n in strides.items()}
     return {"rows": rows, "channels": channels // align, "ALIGN": align, **divided}
 
@@ -205,8 +206,8 @@ def _walk(
     launch(
         lif_forward, (programs(rows, channels, blocks),), x_ptr=x, threshold_ptr=pointer, v_init_ptr=v_init,
         spikes_ptr=spikes, words_ptr=words, v_ptr=v, words=0 if words is None else words.shape[-1],
-        threshold=number, T=T, THRESHOLD=kind, **sizes(rows, channels, stride_t=x.stride(0) if T > 1 else 0),
-        **neuron_forward(p), **blocks,
+        threshold=number, T=T, THRESHOLD=kind,
+        **sizes(x, rows, channels, stride_t=x.stride(0) if T > 1 else 0), **neuron_forward(p), **blocks,
     )  # fmt: skip
 
 
@@ -267,7 +268,7 @@ def _walk_back(
         lif_backward, (grid,), grad_spikes_ptr=grad_spikes, grad_v_ptr=grad_v, x_ptr=x, threshold_ptr=pointer,
         v_init_ptr=v_init, grad_x_ptr=grad_x, grad_threshold_ptr=partial, grad_v_init_ptr=grad_v_init,
         threshold=number, T=T, THRESHOLD=kind,
-        **sizes(rows, channels, stride_t=strides[0], grad_stride_t=strides[1]), **neuron(p), **blocks,
+        **sizes(x, rows, channels, stride_t=strides[0], grad_stride_t=strides[1]), **neuron(p), **blocks,
         fuse=True,
     )  # fmt: skip
     return threshold_gradient(kind, partial, threshold)

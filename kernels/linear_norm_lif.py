@@ -71,7 +71,7 @@ def linear_moments(
         distance = tl.where((n < outputs)[None, :], x - tile_mean[:, None], 0.0)
         delta = tile_mean - mean
         share = new / (first + new)
-        square += tl.sum(distance * distance, 1) + delta * delta * (first * share)
+        square += tl.sum(distance * distance, 1) + delta * (delta * (first * share))
         mean += delta * share
     tl.store(mean_ptr + r, mean, mask=r < rows)
     tl.store(rstd_ptr + r, 1 / tl.sqrt_rn(square / outputs + eps), mask=r < rows)

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from spikedecoder.fields import LEAST, number, switch
@@ -123,6 +124,12 @@ class ILIFParams:
     def window(self) -> tuple[float, float]:
         """Of x / v_threshold, where the gradient passes."""
         return -self.WINDOW, self.levels + self.WINDOW
+
+
+def repeats_a_pass() -> bool:
+    """Whether a backward pass runs here: a forward pass inside it is one that activation checkpointing
+    repeats. (torch has no public name for it.)"""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,12 @@ def _rows() -> Iterator[Case]:
     yield Case("lif", "state", (4, 2, 3, 40), {"v_init": True, "return_state": True})
     for row in SURROGATES.values():
         yield Case("lif", row.name, (4, 2, 3, 40), {"surrogate": row.name, "alpha": row.default_alpha})
+        steep = {"surrogate": row.name, "alpha": 1.5 * row.default_alpha}
+        attached = {**steep, "v_reset": None, "detach_reset": False}
+        yield Case("lif", f"{row.name}-attached-soft", (4, 2, 3, 40), attached)
+        for name, neuron in (("steep", steep), ("attached-soft", attached)):
+            options: dict[str, Any] = {"norm": "layer", "neuron": neuron}
+            yield Case("norm_lif", f"{row.name}-{name}", (4, 2, 3, 20), options, exact=False)
 
     yield Case("binarize", "matrix", (7, 33))
     yield Case("binarize", "empty", (0, 4))
@@ -70,9 +76,12 @@ def _rows() -> Iterator[Case]:
         yield Case("norm", norm, (2, 3, 5, 36), {"norm": norm}, exact=False)
         for training in (True, False):
             mode = "train" if training else "eval"
-            options: dict[str, Any] = {"norm": norm, "training": training}
+            options = {"norm": norm, "training": training}
             yield Case("norm_lif", f"{norm}-{mode}", (4, 2, 5, 36), options, exact=False)
             yield Case("norm_ilif", f"{norm}-{mode}", (3, 5, 36), {**options, "levels": 4}, exact=False)
+    past = {"norm": "power", "past_warmup": True}
+    yield Case("norm_lif", "power-past-warmup", (4, 2, 5, 36), past, exact=False)
+    yield Case("norm_ilif", "power-past-warmup", (3, 5, 36), {**past, "levels": 4}, exact=False)
     for name, size in (("C80", (3, 7, 80)), ("C300", (5, 300)), ("one", (1, 36)), ("empty", (2, 0, 36))):
         yield Case("norm", f"layer-{name}", size, {"norm": "layer"}, exact=False)
     yield Case("norm_lif", "wide", (4, 2, 3, 200), {"norm": "layer"}, exact=False)
@@ -85,6 +94,7 @@ def _rows() -> Iterator[Case]:
 
     for norm in ("layer", "batch", "power"):
         yield Case("linear_norm_lif", norm, (3, 2, 5, 70, 36), {"norm": norm}, exact=False)
+    yield Case("linear_norm_lif", "power-past-warmup", (3, 2, 5, 70, 36), past, exact=False)
     yield Case("linear_norm", "layer", (3, 2, 5, 70, 36), {"norm": "layer"}, exact=False)
 
     for op in ("spike_attention", "spike_attention_lif"):
@@ -187,6 +197,8 @@ def _norm_params(case: Case, generator: torch.Generator) -> NormParams:
         running = (torch.randn(c, generator=generator) * 0.1, second)
     elif kind == "power":
         running = (second, torch.zeros(c), torch.tensor(0))
+        if case.options.get("past_warmup"):  # where running_phi and what backward has gathered are read
+            running = (second, torch.randn(c, generator=generator) * 0.5, torch.tensor(NormParams.warmup))
     return NormParams(kind, weight, bias, training=case.options.get("training", True), running=running)
 
 
@@ -194,7 +206,7 @@ def _norm_inputs(case: Case, generator: torch.Generator) -> Inputs:
     x = torch.randn(case.shape, generator=generator).requires_grad_()
     inputs: Inputs = {"x": x, "n": _norm_params(case, generator)}
     if case.operator == "norm_lif":
-        inputs["p"] = LIFParams()
+        inputs["p"] = LIFParams(**case.options.get("neuron", {}))
         if "threshold" in case.options:
             inputs["threshold"] = torch.full(case.options["threshold"], 0.75).requires_grad_()
     if case.operator == "norm_ilif":
@@ -219,9 +231,10 @@ def _attention_inputs(case: Case, generator: torch.Generator) -> Inputs:
     if case.options.get("decay"):
         inputs["decay"] = 1 - 2.0 ** -torch.arange(2, 2 + h).float()
     if case.options.get("state"):
-        inputs["state"] = torch.randint(0, 9, (t, b, h, d, d), generator=generator).float()
-    if case.options.get("return_state"):
-        inputs["return_state"] = True
+        inputs["state"] = torch.randint(0, 9, (t, b, h, d, d), generator=generator).float().requires_grad_()
+    for option in ("return_state", "dropout"):
+        if option in case.options:
+            inputs[option] = case.options[option]
     if case.operator == "spike_attention_lif":
         inputs["p"] = LIFParams()
         if "threshold" in case.options:

@@ -31,6 +31,40 @@ def test_moments(shape: tuple[int, int], center: bool) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (7, 36), (1000, 20)], ids=str)
+def test_moments_of_a_mean_whose_square_is_no_float(shape: tuple[int, int]) -> None:
+    """What has no rows yet has no part in a variance, however far its mean of 0 is from theirs."""
+    from spikedecoder.kernels import norm_lif
+
+    x = random(*shape, scale=1e17, shift=3e19)
+    for got, want in zip(norm_lif.moments(x, True), norm_reference.moments(x.double(), True), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0)
+
+
+def test_moments_of_rows_whose_mean_squared_is_no_float() -> None:
+    """Of x and of a product, in rows of several tiles."""
+    from spikedecoder.kernels import linear_norm_lif
+    from spikedecoder.kernels._norm import row_moments
+
+    def check(x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor) -> None:
+        want = norm_reference.moments(x[0].double().t(), True)
+        for got, wanted in zip((mean[0].double(), rstd[0].double() ** -2), want, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=0)
+
+    x = random(1, 3, 2500, scale=1e17, shift=3e19)
+    mean, rstd = x.new_empty(1, 3), x.new_empty(1, 3)
+    row_moments(x, 1e-5, mean, rstd)
+    check(x, mean, rstd)
+
+    s, weight, channel = torch.ones(1, 3, 1), random(300, 1, scale=1e17, shift=3e19), torch.ones(300)
+    on_device = (t.to(DEVICE) for t in (s, weight, channel))
+    s, weight, channel = on_device
+    _, mean, rstd, _ = linear_norm_lif.forward(
+        s, weight, None, channel, channel, None, None, 1e-5, 1.0, LIFParams()
+    )
+    check((s @ weight.t()), mean, rstd)
+
+
 @pytest.mark.parametrize("to", [torch.float32, None], ids=["to float32", "to its own"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("shape", [(67, 80), (5, 300), (1, 36), (3, 0, 36), (2, 2050)], ids=str)

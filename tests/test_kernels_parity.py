@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from kernel_parity import DEVICE, DTYPES, TOLERANCE, compare, random
 from spikedecoder import ops
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 from spikedecoder.reference import lif as lif_reference
-from spikedecoder.testing import Case, cases
+from spikedecoder.testing import Case, cases, make_inputs, run
 
 pytest.importorskip("triton")
 OPERATORS = (
@@ -253,22 +253,6 @@ def test_awkward_memory_gives_the_reference(operator: str, kind: str) -> None:
     torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_ends_as_in_the_reference(value: float) -> None:
-    channel = torch.ones(8, device=DEVICE)
-    x = random(3, 4, 8)
-    x[1, 2, 3] = value
-    for kind in ("layer", "batch"):
-        running = (torch.zeros(8, device=DEVICE), torch.ones(8, device=DEVICE)) if kind == "batch" else ()
-        n = NormParams(kind, channel, channel, training=False, running=running)
-        found = {}
-        for backend in ("reference", "triton"):
-            with ops.use_backend(backend):
-                found[backend] = ops.norm_lif(x, n, LIFParams()), ops.norm_ilif(x, n, ILIFParams(4))
-        assert torch.equal(found["triton"][0], found["reference"][0])
-        torch.testing.assert_close(found["triton"][1], found["reference"][1], rtol=0, atol=0, equal_nan=True)
-
-
 def test_what_triton_cannot_run_it_says() -> None:
     x = random(4, 3, 8).double()
     with ops.use_backend("triton"), pytest.raises(ops.BackendError, match="float64"):
@@ -278,15 +262,46 @@ def test_what_triton_cannot_run_it_says() -> None:
         ops.spike_attention(wide, wide, wide)
 
 
-def test_without_a_gpu_or_the_interpreter_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def not_interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from spikedecoder.kernels import _launch
+    from spikedecoder.ops import _dispatch
 
+    for operator in OPERATORS:  # whose kernels are what they are from import on
+        _dispatch._load("triton", operator)
     monkeypatch.setattr(_launch, "INTERPRETED", False)
+    _dispatch._resolve.cache_clear()
+    yield
+    _dispatch._resolve.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *{case.operator: case for case in cases()}.values(),
+        *(Case("norm", f"{kind}-statistics", (3, 5, 36), {"norm": kind}) for kind in ("batch", "power")),
+    ],
+    ids=str,
+)
+def test_without_a_gpu_or_the_interpreter_it_says_what_is_missing(case: Case, not_interpreted: None) -> None:
     with (
         ops.use_backend("triton"),
         pytest.raises(ops.BackendError, match=r"no CUDA device.*TRITON_INTERPRET"),
     ):
-        ops.lif(torch.ones(4, 3))
+        run(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("operator", ["spike_attention", "spike_attention_lif"])
+def test_nor_does_dropout_run_elsewhere_without_them(operator: str, not_interpreted: None) -> None:
+    case = Case(operator, "dropout", (2, 1, 2, 5, 8), {"dropout": 0.5})
+    with ops.use_backend("triton"), pytest.raises(ops.BackendError, match="no CUDA device"):
+        run(case, make_inputs(case))
+
+
+@pytest.mark.parametrize("operator", ["binarize", "ilif"])
+def test_a_single_neuron_has_no_channels(operator: str) -> None:
+    options = {"levels": 4} if operator == "ilif" else {}
+    compare(Case(operator, "one", (), options), torch.float32)
 
 
 @pytest.fixture
@@ -385,6 +400,20 @@ def test_attention_lif_is_attention_then_lif_bit_for_bit(
     for a, b in zip(found, want, strict=True):
         limit = TOLERANCE[dtype] * b.float().abs().max()
         assert (a.float() - b.float()).abs().max() <= limit
+
+
+def test_dropout_before_neurons_is_the_references_of_the_same_seed() -> None:
+    case = Case("spike_attention_lif", "dropout", (4, 2, 2, 20, 16), {"dropout": 0.5, "threshold": (16,)})
+    found = {}
+    for backend in ("reference", "triton", "none"):
+        inputs = make_inputs(case, device=DEVICE) | ({"dropout": 0.0} if backend == "none" else {})
+        torch.manual_seed(2)
+        with ops.use_backend("triton" if backend == "none" else backend):
+            found[backend] = run(case, inputs)
+    assert torch.equal(found["triton"]["out"], found["reference"]["out"])
+    assert (found["triton"]["out"] != found["none"]["out"]).double().mean() > 0.05
+    for name, want in found["reference"].items():
+        torch.testing.assert_close(found["triton"][name], want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("T", "d"), [(1, 16), (6, 16), (5, 20), (2, 130)])

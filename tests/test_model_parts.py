@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.utils import prune
 
-from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, nn
 from spikedecoder.nn.norm import Norm, measure_norms
 
 
@@ -269,3 +271,22 @@ def test_averaged_weights_get_statistics_of_their_own():
             torch.testing.assert_close(buffer, watched[name], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="batches: got none, takes at least one"):
         measure_norms(average, [])
+
+
+def test_no_part_of_a_model_chooses_a_backend():
+    """Neither by importing one, nor by its name, nor by what chooses one: `spikedecoder.ops` does."""
+    from spikedecoder.ops import _dispatch
+
+    sources = [ast.parse(path.read_text()) for path in Path(nn.__path__[0]).glob("*.py")]
+    nodes = [node for source in sources for node in ast.walk(source)]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    assert "spikedecoder.ops" in imported
+    packages = (*_dispatch.BACKENDS.values(), "spikedecoder.ext", _dispatch.__name__, "triton")
+    assert not [name for name in imported if name.startswith(packages)]
+    names = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {name.rpartition(".")[2] for name in imported}
+    assert not names & {*_dispatch.BACKENDS, "use_backend", "requested_backend", "select", "resolve"}

@@ -46,6 +46,27 @@ def test_recomputed_is_kept(case: Case, backend: str) -> None:
     assert max(t.numel() for t in floats) == (rows if case.name == "layer" else outputs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in cases("lif", "norm_lif") if c.name in ("wide", "state", "batch-train", "power-train")],
+    ids=str,
+)
+def test_neurons_keep_what_they_are_given(case: Case, backend: str) -> None:
+    """x itself, and of a norm the statistics: nothing else of its size."""
+    inputs, saved = make_inputs(case), []
+    with (
+        use_backend(backend),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
+    ):
+        run(case, inputs, backward=False)
+    x, given = inputs["x"], {t.data_ptr() for t in leaves(inputs).values()}
+    assert sum(t.data_ptr() == x.data_ptr() for t in saved) == 1
+    statistics = [t.numel() for t in saved if t.data_ptr() not in given]
+    size = x.numel() // x.shape[-1] if case.name == "wide" else x.shape[-1]  # a number a row, or a channel
+    assert set(statistics) == ({size} if case.operator == "norm_lif" else set())
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(
     ("operator", "options"),

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ops, use_backend
 from spikedecoder.ops import BackendError
+from spikedecoder.params import LIFParams, NormParams
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "layer": {},
@@ -36,6 +37,14 @@ def make(device: str = "cpu", **changes: Any) -> SpikeDecoder:
         "default-lif", **{**small, "norm": "layer", "max_len": 8, "attention_scale": 1.0, **changes}
     )
     return SpikeDecoder(config).to(device)
+
+
+def past_warmup(model: SpikeDecoder) -> SpikeDecoder:
+    """Where PowerNorm reads what it has moved in earlier passes."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("iters"):
+            buffer.fill_(NormParams.warmup)
+    return model
 
 
 def tokens(batch: int = 2, length: int = 8, device: str = "cpu") -> Tensor:
@@ -63,7 +72,7 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor], limit: float = 1e-4
 @pytest.mark.parametrize("variant", COMPILED)
 def test_compiled_in_one_graph_is_eager_at_every_shape(variant: str) -> None:
     """Batch and length are dynamic: after the first shape nothing is compiled."""
-    eager, compiled = make(blocks=1, **VARIANTS[variant]), make(blocks=1, **VARIANTS[variant])
+    eager, compiled = (past_warmup(make(blocks=1, **VARIANTS[variant])) for _ in range(2))
     compiled.recompute_activations(compiled.config.neuron == "lif")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -74,6 +83,25 @@ def test_compiled_in_one_graph_is_eager_at_every_shape(variant: str) -> None:
         compare(step(compiled, loss_of, tokens(*shape)), want)
         counts.append(counter.frame_count)
     assert counts[0] > 0 and counts == counts[:1] * len(SHAPES)
+
+
+@pytest.mark.parametrize("neurons", [False, True], ids=["norm", "norm_lif"])
+def test_compiled_power_norm_reads_its_statistics_before_they_move(neurons: bool) -> None:
+    """What a compiled backward pass computes again from a buffer, it would find moved."""
+
+    def gradient(compiled: bool) -> tuple[Tensor, ...]:
+        running = (torch.full((4,), 3.0), torch.zeros(4), torch.tensor(NormParams.warmup))
+        n = NormParams("power", torch.ones(4), torch.zeros(4), running=running)
+        x = torch.linspace(-2, 4, 20).view(5, 4).requires_grad_()
+
+        def of(x: Tensor) -> Tensor:
+            return ops.norm_lif(x, n, LIFParams()) * x if neurons else ops.norm(x, n).square()
+
+        torch._dynamo.reset()
+        y = torch.compile(of, backend="aot_eager", fullgraph=True)(x) if compiled else of(x)
+        return y.detach(), *torch.autograd.grad(y.sum(), x), *running
+
+    torch.testing.assert_close(gradient(True), gradient(False))
 
 
 @pytest.mark.parametrize("variant", EXPORTED)
@@ -165,14 +193,48 @@ def test_create_graph_gives_the_same_gradients_and_no_second_ones(variant: str) 
         sum(g.square().sum() for g in found).backward()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("variant", ["layer", "residuals", "decay"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-def test_activation_checkpointing_gives_the_same_gradients(variant: str, recompute: bool) -> None:
-    plain, model = make(**VARIANTS[variant]), make(**VARIANTS[variant])
-    model.recompute_activations(recompute)
+def checkpointed(model: SpikeDecoder, reentrant: bool) -> SpikeDecoder:
     for block in model.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    compare(step(model, model.loss, tokens()), step(plain, plain.loss, tokens()))
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=reentrant)  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("variant", ["layer", "batch", "residuals", "decay"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_activation_checkpointing_gives_the_same_gradients(
+    variant: str, recompute: bool, reentrant: bool
+) -> None:
+    """... and moves running statistics, and the count of their passes, once."""
+    plain, model = make(**VARIANTS[variant]), checkpointed(make(**VARIANTS[variant]), reentrant)
+    model.recompute_activations(recompute)
+    for _ in range(2):
+        compare(step(model, model.loss, tokens()), step(plain, plain.loss, tokens()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_power_norm_refuses_activation_checkpointing(compiled: bool, reentrant: bool) -> None:
+    """A repeated pass would normalise by what its first one has moved on. Nothing moves twice."""
+    model = checkpointed(past_warmup(make(blocks=1, **VARIANTS["power"])), reentrant)
+    plain = past_warmup(make(blocks=1, **VARIANTS["power"]))
+    torch._dynamo.reset()
+    loss_of = torch.compile(model.loss, backend="aot_eager") if compiled else model.loss
+    loss = loss_of(tokens(), tokens().roll(-1, 1))
+    with pytest.raises(RuntimeError, match=r"running_phi has moved.*recompute_activations"):
+        loss.backward()
+    plain.recompute_activations()
+    assert torch.equal(plain.loss(tokens(), tokens().roll(-1, 1)), loss)
+    for got, want in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("variant", ["batch", "power"])
+def test_recomputed_activations_move_statistics_once(variant: str) -> None:
+    plain, model = (past_warmup(make(**VARIANTS[variant])) for _ in range(2))
+    model.recompute_activations()
+    for _ in range(2):
+        compare(step(model, model.loss, tokens()), step(plain, plain.loss, tokens()))
 
 
 @pytest.mark.gpu

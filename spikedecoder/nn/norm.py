@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spikedecoder import ops, sync
-from spikedecoder.params import RUNNING, NormParams
+from spikedecoder.params import RUNNING, NormParams, repeats_a_pass
 
 
 class Norm(nn.Module):
@@ -35,7 +35,7 @@ class Norm(nn.Module):
 
     def params(self) -> NormParams:
         """The tensors and settings of one pass; counts the pass where the norm keeps count."""
-        if self.kind == "batch" and self.training:
+        if self.kind == "batch" and self.training and not repeats_a_pass():
             self.num_batches_tracked.add_(1)
         tensors = tuple(getattr(self, name) for name in RUNNING[self.kind])
         return NormParams(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,15 @@ from spikedecoder import sync
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, resolve, select
-from spikedecoder.params import RUNNING, NormParams
+from spikedecoder.params import RUNNING, NormParams, repeats_a_pass
 from spikedecoder.reference.lif import compute_dtype
-from spikedecoder.reference.norm import layer_dtype, mean_so_far, move_running
+from spikedecoder.reference.norm import (
+    layer_dtype,
+    mean_so_far,
+    move_running,
+    power_scale,
+    traced_power_scale,
+)
 from spikedecoder.reference.norm import norm as _reference
 
 
@@ -56,7 +62,14 @@ class Statistics:
 
 def statistics(x: Tensor, n: NormParams) -> Statistics | None:
     """Of BatchNorm and PowerNorm, whose running ones move on in training; None for LayerNorm (rows' own)."""
-    return None if n.kind == "layer" else _of_channels(x, n)
+    return None if n.kind == "layer" else _of_channels(x, _moving_once(n))
+
+
+def _moving_once(n: NormParams) -> NormParams:
+    """n; where its pass is repeated, with copies of the running statistics, which moved when it ran first."""
+    if n.training and n.running and repeats_a_pass():
+        return replace(n, running=tuple(x.clone() for x in n.running))
+    return n
 
 
 @torch.no_grad()
@@ -84,7 +97,7 @@ def _of_channels(x: Tensor, n: NormParams) -> Statistics:
         return Statistics(mean, (var + n.eps).rsqrt(), rows=rows)
     phi, ema_gz, iters = n.running
     iters += 1
-    scale = torch.where(iters <= n.warmup, var, phi).add(n.eps).rsqrt()
+    scale = (power_scale if plain else traced_power_scale)(var, phi, iters, n.eps, n.warmup)
     phi.copy_(torch.lerp(torch.where(iters < n.warmup, mean_so_far(phi, var, iters), phi), var, n.momentum))
     return Statistics(mean, scale, (var + n.eps).rsqrt(), ema_gz, rows)
 
@@ -193,7 +206,8 @@ def norm(x: Tensor, n: NormParams) -> Tensor:
     """
     check_norm(x, n)
     backend = layer_backend()
-    if n.kind != "layer" or resolve("norm", x.device.type, x.dtype, backend) == "reference":
-        return _reference(x, n)
+    found = resolve("norm", x.device.type, x.dtype, backend)
+    if n.kind != "layer" or found == "reference":
+        return _reference(x, _moving_once(n))
     call = _direct if unwatched(x, n.weight, n.bias) else layer_norm
     return call(x, n.weight, n.bias, n.eps, layer_dtype(x), backend)[0]

@@ -261,15 +261,15 @@ def spike_attention(
     t, b, h, _, d = q.shape
     if state is not None and state.shape != (t, b, h, d, d):
         raise ValueError(f"state: got shape {tuple(state.shape)}, takes [T, B, H, d, d] = {(t, b, h, d, d)}")
-    if dropout > 0:
-        if state is not None or return_state:
-            raise ValueError("dropout: takes 0 where the state is given or asked for")
-        return _with_dropout(q, k, v, scale, decay, dropout)
+    if dropout > 0 and (state is not None or return_state):
+        raise ValueError("dropout: takes 0 where the state is given or asked for")
     backend = requested_backend()
+    found = resolve("spike_attention", q.device.type, q.dtype, backend)
+    if dropout > 0:  # torch's products on every backend, where that could run
+        return _with_dropout(q, k, v, scale, decay, dropout)
     free = unwatched(q, k, v, decay, state)
     words = []
     if levels == 1:
-        found = resolve("spike_attention", q.device.type, q.dtype, backend)
         words = as_words(q, k, v, found, pack if free else _pack)
     operator = _by_token if free else _spike_attention
     out, final = operator(q, k, v, float(scale), decay, state, words, return_state, backend, levels)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikedecoder import sync
-from spikedecoder.params import NormParams
+from spikedecoder.params import NormParams, repeats_a_pass
 from spikedecoder.reference.lif import compute_dtype
 
 
@@ -61,6 +61,30 @@ def mean_so_far(running_phi: Tensor, var: Tensor, iters: Tensor) -> Tensor:
     return running_phi * ((passes - 1) / passes) + var / passes
 
 
+def power_scale(var: Tensor, running_phi: Tensor, iters: Tensor, eps: float, warmup: int) -> Tensor:
+    """PowerNorm's 1 / sqrt in training, of var or of running_phi before this pass moves it on.
+
+    Raises:
+        RuntimeError: the pass is repeated inside a backward pass, running_phi has moved.
+    """
+    if repeats_a_pass():
+        raise RuntimeError(
+            "power norm in training: activation checkpointing repeats its pass, and running_phi has moved on "
+            "since; use SpikeDecoder.recompute_activations() in place of torch.utils.checkpoint"
+        )
+    return torch.where(iters <= warmup, var, running_phi).add(eps).rsqrt()
+
+
+# An operator: of torch's own, torch.compile computes in backward again what it did not keep, and running_phi,
+# which it reads, has moved by then.
+traced_power_scale = torch.library.custom_op("spikedecoder::power_scale", power_scale, mutates_args=())
+traced_power_scale.register_fake(
+    lambda var, running_phi, *_: var.new_empty(
+        var.shape, dtype=torch.promote_types(var.dtype, running_phi.dtype)
+    )
+)
+
+
 def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x and parameters as torch's LayerNorm takes them: all of x's dtype or, if they are not, parameters
     of the one it computes in, and on CUDA x too."""
@@ -100,7 +124,7 @@ class _PowerNorm(torch.autograd.Function):
         ctx.count = None
         if group is not None:
             _, var, ctx.count = sync.moments_over(mean, var, x.numel() // x.shape[-1], group)
-        z_scale = torch.where(iters <= warmup, var, running_phi).add(eps).rsqrt()
+        z_scale = traced_power_scale(var, running_phi, iters, eps, warmup)
         phi = torch.where(iters < warmup, mean_so_far(running_phi, var, iters), running_phi)
         running_phi.copy_(alpha * phi + (1 - alpha) * var)
         ctx.save_for_backward(x, weight, z_scale, (var + eps).rsqrt())
