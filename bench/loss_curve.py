@@ -5,9 +5,9 @@
 
 The model is tiny, but every neuron fires and every parameter moves. Bounds: the loss of each step within
 0.1 %, each parameter's way from start to end within 0.2 % of its length. Sums in another order do not reach
-either, as long as they move no spike: all weights changed by 1e-5 of themselves, a hundred roundings, change no
-loss by more than 1e-6. A gradient that is wrong by 1 % does, since it moves spikes, and 200 steps multiply that.
-On a CPU one thread computes: the order in which torch's threads share a sum has been seen to move one.
+either, as long as they move no spike: all weights changed by 1e-5 of themselves, a hundred roundings, change
+no loss by more than 1e-6. A gradient that is wrong by 1 % does, since it moves spikes, and 200 steps multiply
+that. On a CPU one thread computes: the order in which torch's threads share a sum has been seen to move one.
 """
 
 from __future__ import annotations
