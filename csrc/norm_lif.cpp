@@ -342,19 +342,20 @@ SPIKEDECODER_OUTLINE void back_through_rows(const CellType& shared_cell, const B
                                             RowScratch& s, ThresholdSum& threshold_sum) {
   const auto cell = shared_cell;  // this thread's own stays in registers
   const bool near = ByRow && b.p.C <= Charged::BLOCK;
+  const bool ahead = usual<CellType> && near;  // a row is charged before the one in front of it is done with
   for (int64_t row = rows.begin; row < rows.end; row++) {
     const auto& p = b.p.of(row);
     for (int64_t c = 0; c < p.C; c += Charged::BLOCK) {
-      if (!near || row == rows.begin) charge_row<ByRow, KNOWN>(cell, b, row, c, s.now);
+      if (!ahead || row == rows.begin) charge_row<ByRow, KNOWN>(cell, b, row, c, s.now);
       back_through_lif<ByRow, Sums, Apply, Thresholds, KNOWN>(cell, b, p, row, s, threshold_sum, c);
       if (ByRow && !near) add_up_block(s, p.T, p.C, c);
     }
     if (!ByRow) continue;
-    // the next row, while this one's sums are waited for
-    if (near && row + 1 < rows.end) charge_row<ByRow, KNOWN>(cell, b, row + 1, 0, s.next);
+    // while this one's sums are waited for
+    if (ahead && row + 1 < rows.end) charge_row<ByRow, KNOWN>(cell, b, row + 1, 0, s.next);
     const auto second_pass = near ? gradient_of_row<true, KNOWN, E> : gradient_of_row<false, KNOWN, E>;
     second_pass(p.x + p.at(0, row), b.grad_x + p.at(0, row), p.T, p.step() * p.C, p.C, b.past, s);
-    if (near) s.swap();
+    if (ahead) s.swap();
   }
 }
 
