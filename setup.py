@@ -113,7 +113,10 @@ class CMakeBuild(build_ext):
             os.replace(partial, target)
         # beside them: what was asked for, so that what is missing can be told from what was not wanted
         record = Path(self.get_ext_fullpath("spikedecoder._C")).resolve().with_name("_build.json")
-        record.write_text(json.dumps({"build": build_mode(), "cuda_archs": archs}) + "\n", "utf-8")
+        noted = {"build": build_mode(), "cuda_archs": archs, "nvcc": find_nvcc() or ""}
+        partial = record.with_name(record.name + ".part")
+        partial.write_text(json.dumps(noted) + "\n", "utf-8")
+        os.replace(partial, record)
 
 
 setup(

@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from spikedecoder._version import __version__
-from spikedecoder._waiting import spins
+from spikedecoder._waiting import one_thread_in_forks, spins
 
 if TYPE_CHECKING:
     from spikedecoder import ops
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # read when torch loads
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = spins()
+one_thread_in_forks()
 
 __all__ = [
     "BackendError",

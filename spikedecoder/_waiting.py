@@ -1,7 +1,14 @@
-"""How long threads that wait for work spin before they sleep. OpenMP reads it when torch loads it."""
+"""Threads of torch's that wait: how long they spin before they sleep, and that none is waited for in a fork.
+
+OpenMP reads the first when torch loads it. The second: a forked child has none of its parent's OpenMP
+threads, and whoever waits for them waits for ever. The C++ kernels notice; so that torch's own work between
+them does not hang either, `torch.get_num_threads` is 1 in a child, as it is in a DataLoader's workers.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -25,3 +32,15 @@ def spins(load: Path = Path("/proc/loadavg")) -> str:
     except (OSError, ValueError, IndexError):
         pass  # not Linux
     return SHORT
+
+
+def one_thread_in_forks() -> None:
+    """From now on, in whatever this process forks."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_one_thread)
+
+
+def _one_thread() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "set_num_threads"):  # and is not just being imported
+        torch.set_num_threads(1)

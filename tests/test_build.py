@@ -110,6 +110,8 @@ def test_programs_are_looked_for_where_the_environment_says(machine, tmp_path):
             assert _programs.find_nvcc() == nvcc
     machine("c++", "my-c++")
     assert _programs.find_compiler() == str(tmp_path / "bin-c++-my-c++" / "c++")
+    machine("c++", "my-c++", CXX=" ")
+    assert _programs.find_compiler() == str(tmp_path / "bin-c++-my-c++" / "c++")
     machine("c++", "my-c++", CXX="my-c++ -pipe")
     assert _programs.find_compiler() == str(tmp_path / "bin-c++-my-c++" / "my-c++")
     assert folder.name == "bin-c++"
@@ -154,8 +156,11 @@ def test_what_cmake_is_told_and_what_is_noted(archs, machine, setup_arguments, t
         assert Path(command.get_ext_fullpath(name)).read_text() == name
     noted = tmp_path / "lib" / "spikedecoder" / "_build.json"
     monkeypatch.setattr(ext, "__file__", str(noted.parent / "ext" / "__init__.py"))
-    assert ext.asked_for() == {"build": "auto", "cuda_archs": archs or "80;90;100"}
+    nvcc = str(folder / "nvcc")
+    assert ext.asked_for() == {"build": "auto", "cuda_archs": archs or "80;90;100", "nvcc": nvcc}
     assert ext.info()["cuda"]["asked"] == "auto"
+    noted.write_text("")  # cut off
+    assert ext.asked_for() == {}
     noted.unlink()
     assert ext.asked_for() == {} and "asked" not in ext.info()["cuda"]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import platform
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +152,35 @@ def test_nvcc_is_found_where_the_build_finds_it(no_programs: None, tmp_path: Pat
     nvcc.write_text("#!/bin/sh\n")
     nvcc.chmod(0o755)
     assert _look_for("nvcc") == (str(nvcc), None)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [
+        ("norm_lif.backward_layer", "norm_lif-wide"),
+        ("norm_lif.backward_batch", "norm_lif-batch-train"),
+        ("norm_lif.moments", "norm_ilif-power-train"),
+        ("linear_norm_lif.forward", "linear_norm_lif-layer"),
+        ("spike_linear.weight_grad", "linear_norm-layer"),
+    ],
+)
+def test_a_kernel_whose_results_are_zero(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kernel: str, case: str
+) -> None:
+    name, function = kernel.split(".")
+    module = importlib.import_module(f"spikedecoder.ext.cpu.{name}")
+    real = getattr(module, function)
+
+    def zeros(*x: Any, **options: Any) -> Any:
+        found = real(*x, **options)
+        for part in (found,) if torch.is_tensor(found) else found:
+            if part is not None:
+                part.zero_()
+        return found
+
+    monkeypatch.setattr(module, function, zeros)
+    assert case in json.loads(run(capsys, "--json", code=1))["kernels"]["differ"]
 
 
 @needs_extension

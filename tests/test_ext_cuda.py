@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spikedecoder import ext, ops
-from spikedecoder.ext import _programs, _sources
+from spikedecoder.ext import _sources
 from spikedecoder.ops._dispatch import Call
 from spikedecoder.testing import cases, make_inputs, run
 
@@ -41,8 +41,9 @@ def dump(*options: str) -> str:
 
 def test_a_build_that_could_have_it_has_it():
     """Else every test of it would be skipped without a word."""
-    asked = ext.asked_for().get("build")
-    if asked not in ("auto", "cuda") or _programs.find_nvcc() is None:
+    noted = ext.asked_for()
+    asked = noted.get("build")
+    if asked not in ("auto", "cuda") or not noted.get("nvcc"):
         pytest.skip(f"nothing was built here with nvcc (SPIKEDECODER_BUILD: {asked or 'nothing noted'})")
     assert ext.is_cuda_built(), ext.CUDA_NOT_BUILT
 

@@ -34,7 +34,6 @@ _TOOLKITS = {
 }
 _SHAPES = {"spike_attention": (4, 1, 4, 128, 24), "spike_attention_lif": (4, 1, 4, 128, 24)}
 _SHAPE = (4, 1, 128, 96)
-_CASES = 4  # of each operator, beside the reference
 
 
 def doctor(
@@ -140,27 +139,25 @@ def _compare() -> dict[str, Any]:
     """How many cases of the C++ kernels agree with the reference, gradients too, and the others' names."""
     import torch
 
-    from spikedecoder.ops import _dispatch, use_backend
-    from spikedecoder.testing import CALLS, cases, flipped, make_inputs, run
+    from spikedecoder.ops import BackendError, use_backend
+    from spikedecoder.testing import cases, flipped, make_inputs, run
 
     agree, differ = 0, []
-    for operator in CALLS:
-        call = _dispatch.Call(torch.device("cpu"), torch.float32, ())
-        if operator not in _dispatch.OPERATORS or _dispatch.why_not("cpu", operator, call):
-            continue
-        for case in cases(operator)[:_CASES]:
-            # sums in another order may move a spike where inputs are not exact, and gradients with it
-            exact = case.exact or not operator.endswith("lif")
+    for case in cases():
+        try:
             with use_backend("cpu"):
-                found = run(case, make_inputs(case), backward=exact)
-            with use_backend("reference"):
-                expected = run(case, make_inputs(case), backward=exact)
-            if exact:
-                same = all(torch.allclose(found[k], expected[k], rtol=1e-4, atol=1e-4) for k in expected)
-            else:
-                same = flipped(found["out"], expected["out"]) < 5e-3
-            agree += same
-            differ += [] if same else [str(case)]
+                found = run(case, make_inputs(case))
+        except BackendError:  # of torch's own there
+            continue
+        with use_backend("reference"):
+            expected = run(case, make_inputs(case))
+        moved = flipped(found["out"], expected["out"]) if case.operator.endswith("lif") else 0.0
+        if moved == 0 or case.exact:
+            same = all(torch.allclose(found[k], expected[k], rtol=1e-3, atol=1e-3) for k in expected)
+        else:  # sums in another order may move a spike, and gradients with it
+            same = moved < 5e-3
+        agree += same
+        differ += [] if same else [str(case)]
     return {"agree": agree, "differ": differ}
 
 

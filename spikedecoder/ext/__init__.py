@@ -42,10 +42,12 @@ def is_stale(module: ModuleType) -> bool:
 
 
 def asked_for() -> dict[str, str]:
-    """What setup.py was asked for: "build" (SPIKEDECODER_BUILD) and "cuda_archs"; empty where it has compiled
-    nothing, and so noted nothing."""
-    record = Path(__file__).parent.with_name("_build.json")
-    return json.loads(record.read_text("utf-8")) if record.exists() else {}
+    """What setup.py was asked for: "build" (SPIKEDECODER_BUILD) and "cuda_archs"; and the "nvcc" that it
+    found, or "". Empty where it has compiled nothing, and so noted nothing, or the note cannot be read."""
+    try:
+        return json.loads(Path(__file__).parent.with_name("_build.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def info() -> dict[str, Any]:

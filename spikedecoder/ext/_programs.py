@@ -18,7 +18,7 @@ def find_nvcc() -> str | None:
 
 def _find(variable: str, *names: str) -> str | None:
     """What the environment variable names, which has to be there, else the first of these programs."""
-    asked = os.environ.get(variable)
+    asked = os.environ.get(variable, "").strip()
     if asked:
         found = shutil.which(asked.split()[0])
         if found is None:

@@ -69,8 +69,9 @@ def power_scale(var: Tensor, running_phi: Tensor, iters: Tensor, eps: float, war
     """
     if repeats_a_pass():
         raise RuntimeError(
-            "power norm in training: activation checkpointing repeats its pass, and running_phi has moved on "
-            "since; use SpikeDecoder.recompute_activations() in place of torch.utils.checkpoint"
+            "power norm in training: got a forward pass inside a backward pass, as activation checkpointing "
+            "repeats it, where running_phi has moved on since; use SpikeDecoder.recompute_activations() in "
+            "place of torch.utils.checkpoint"
         )
     return torch.where(iters <= warmup, var, running_phi).add(eps).rsqrt()
 

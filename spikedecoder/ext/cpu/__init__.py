@@ -10,10 +10,6 @@ serve large blocks from the heap and to keep freed memory for reuse (`mallopt`: 
 M_TRIM_THRESHOLD = -1, M_TOP_PAD = 64 MiB), so a process keeps the memory of its peak until it ends, and to
 ask Linux for huge pages there (`madvise`). Large results lie in blocks of our own, which keeps the heap whole
 (`_memory`). SPIKEDECODER_TUNE_MALLOC=0 leaves malloc alone and all results to torch.
-
-Forks: a child has none of its parent's OpenMP threads, and whoever waits for them waits for ever. The kernels
-here notice; so that torch's own work between them does not hang either, `torch.get_num_threads` is 1 in a
-child, as it is in a DataLoader's workers.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ import warnings
 from typing import Any
 
 # before the extension: torch brings the OpenMP runtime that both then share
-import torch
+import torch  # noqa: F401
 
 from spikedecoder.ext import NOT_BUILT, STALE, is_built, is_stale
 
@@ -70,11 +66,5 @@ def _tune_malloc() -> bool:
     return native is not None and asked == "1" and native.keep_freed_memory()
 
 
-def _one_thread_in_forks() -> None:
-    if native is not None and hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-
-
 _choose_variant()
-_one_thread_in_forks()
 KEEPS_FREED_MEMORY = _tune_malloc()
