@@ -76,6 +76,18 @@ def affine(C: int) -> tuple[Tensor, Tensor]:
     return torch.full((C,), SPREAD, device=DEVICE), torch.full((C,), MEAN, device=DEVICE)
 
 
+def both_ways(fn: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], Tensor]:
+    """Forward and backward; what is called gives dL/dx."""
+
+    def call() -> Tensor:
+        leaf = x.detach().requires_grad_()
+        fn(leaf).backward(grad)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    return call
+
+
 def extension(operator: str) -> ModuleType | str:
     """The CUDA extension's module of an operator, or why it is not there."""
     from spikedecoder.ext import cuda
@@ -106,21 +118,14 @@ def lif_groups(dry: bool) -> Iterator[Group]:
             x = currents(T, elements // T // 512, 512)
             grad = torch.randn_like(x)
 
-            def through(neuron: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-                def call() -> Tensor:
-                    leaf = x.detach().requires_grad_()
-                    neuron(leaf).backward(grad)
-                    assert leaf.grad is not None
-                    return leaf.grad
+            def reference(x: Tensor) -> Tensor:
+                return lif_reference.lif(x, 1.0, None, P)[0]
 
-                return call
-
-            calls: Calls = {
-                "ours": _on("triton", through(lambda x: ops.lif_params(x, P))),  # type: ignore[arg-type, return-value]
-                "eager reference": through(lambda x: lif_reference.lif(x, 1.0, None, P)[0]),
+            return {
+                "ours": _on("triton", both_ways(lambda x: ops.lif_params(x, P), x, grad)),  # type: ignore[arg-type, return-value]
+                "eager reference": both_ways(reference, x, grad),
+                COMPILED: both_ways(_compiled(reference), x, grad),
             }
-            calls[COMPILED] = through(_compiled(lambda x: lif_reference.lif(x, 1.0, None, P)[0]))
-            return calls
 
         # forward 2 b, backward 3 b
         name = f"lif forward + backward bf16 T={T} n={elements}"
@@ -137,15 +142,11 @@ def _through_norm(
     running = (torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)) if kind == "batch" else ()
 
     def through(fn: Callable[[Tensor, NormParams], Tensor]) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            leaf = x.detach().requires_grad_()
+        def of_norm(leaf: Tensor) -> Tensor:
             w = weight.detach().requires_grad_()
-            n = NormParams(kind, w, bias, running=tuple(r.clone() for r in running))
-            fn(leaf, n).backward(grad)
-            assert leaf.grad is not None
-            return leaf.grad
+            return fn(leaf, NormParams(kind, w, bias, running=tuple(r.clone() for r in running)))
 
-        return call
+        return both_ways(of_norm, x, grad)
 
     return {
         "ours": _on("triton", through(operator)),
@@ -400,20 +401,10 @@ def element_groups(dry: bool) -> Iterator[Group]:
         def make() -> Calls:
             x = currents(*shape)
             grad = torch.randn_like(x)
-
-            def both(fn: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-                def call() -> Tensor:
-                    leaf = x.detach().requires_grad_()
-                    fn(leaf).backward(grad)
-                    assert leaf.grad is not None
-                    return leaf.grad
-
-                return call
-
             return {
-                "ours": _on("triton", both(operator)),
-                "eager reference": both(reference),
-                COMPILED: both(_compiled(reference)),
+                "ours": _on("triton", both_ways(operator, x, grad)),
+                "eager reference": both_ways(reference, x, grad),
+                COMPILED: both_ways(_compiled(reference), x, grad),
             }
 
         return make

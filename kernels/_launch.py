@@ -191,3 +191,14 @@ def alignment(*sizes: int, limit: int = 16) -> int:
     """The largest power of two <= limit that divides all sizes (in elements)."""
     common = math.gcd(limit, *sizes)
     return common & -common
+
+
+def element_sizes(x: Tensor) -> dict[str, int]:
+    """Arguments of a kernel that goes over x element by element, n of them; the same ALIGN at any batch size
+    and length."""
+    align = alignment(x.numel(), *x.shape[-1:])
+    return {"n": x.numel() // align, "ALIGN": align, "BLOCK": 256 * (16 // x.element_size())}
+
+
+def element_grid(x: Tensor) -> tuple[int]:
+    return (cdiv(x.numel(), element_sizes(x)["BLOCK"]),)

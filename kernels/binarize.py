@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, why_not
+from spikedecoder.kernels._launch import element_grid, element_sizes, kernel, launch, why_not
 from spikedecoder.kernels._neuron import as_spikes
 from spikedecoder.kernels._surrogate import derivative
 from spikedecoder.surrogate import SURROGATES
@@ -38,21 +38,12 @@ def binarize_backward(
     tl.store(grad_x_ptr + i, grad_x.to(grad_x_ptr.dtype.element_ty), mask=i < n)
 
 
-def _sizes(x: Tensor) -> dict[str, int]:
-    align = alignment(x.numel(), *x.shape[-1:])  # the same at any batch size and length
-    return {"n": x.numel() // align, "ALIGN": align, "BLOCK": 256 * (16 // x.element_size())}
-
-
-def _grid(x: Tensor) -> tuple[int]:
-    return (cdiv(x.numel(), _sizes(x)["BLOCK"]),)
-
-
 def forward(x: Tensor, alpha: float) -> Tensor:
     """Spikes in x's dtype."""
     x = x.contiguous()
     spikes = torch.empty_like(x)
     if x.numel():
-        launch(binarize_forward, _grid(x), x_ptr=x, spikes_ptr=spikes, **_sizes(x))
+        launch(binarize_forward, element_grid(x), x_ptr=x, spikes_ptr=spikes, **element_sizes(x))
     return spikes
 
 
@@ -63,8 +54,8 @@ def backward(grad: Tensor, x: Tensor, alpha: float) -> Tensor:
     if x.numel():
         kind = SURROGATES["atan"].kernel_id
         launch(
-            binarize_backward, _grid(x), grad_ptr=grad, x_ptr=x, grad_x_ptr=grad_x, alpha=alpha,
+            binarize_backward, element_grid(x), grad_ptr=grad, x_ptr=x, grad_x_ptr=grad_x, alpha=alpha,
             SURROGATE=kind,
-            **_sizes(x),
+            **element_sizes(x),
         )  # fmt: skip
     return grad_x

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, why_not
+from spikedecoder.kernels._launch import element_grid, element_sizes, kernel, launch, why_not
 from spikedecoder.kernels._neuron import count
 from spikedecoder.params import ILIFParams
 
@@ -39,15 +39,6 @@ def ilif_backward(grad_ptr, mask_ptr, grad_x_ptr, n, scale, BLOCK: tl.constexpr,
     tl.store(grad_x_ptr + i, grad_x.to(grad_x_ptr.dtype.element_ty), mask=i < n)
 
 
-def _sizes(x: Tensor) -> dict[str, int]:
-    align = alignment(x.numel(), *x.shape[-1:])  # the same at any batch size and length
-    return {"n": x.numel() // align, "ALIGN": align, "BLOCK": 256 * (16 // x.element_size())}
-
-
-def _grid(x: Tensor) -> tuple[int]:
-    return (cdiv(x.numel(), _sizes(x)["BLOCK"]),)
-
-
 def forward(x: Tensor, p: ILIFParams, want_mask: bool) -> tuple[Tensor, Tensor | None]:
     """(s in x's dtype, the mask if wanted)."""
     x = x.contiguous()
@@ -56,8 +47,8 @@ def forward(x: Tensor, p: ILIFParams, want_mask: bool) -> tuple[Tensor, Tensor |
     low, high = p.window
     if x.numel():
         launch(
-            ilif_forward, _grid(x), x_ptr=x, out_ptr=out, mask_ptr=mask, scale=1 / p.v_threshold,
-            levels=float(p.levels), low=low, high=high, **_sizes(x),
+            ilif_forward, element_grid(x), x_ptr=x, out_ptr=out, mask_ptr=mask, scale=1 / p.v_threshold,
+            levels=float(p.levels), low=low, high=high, **element_sizes(x),
         )  # fmt: skip
     return out, mask
 
@@ -68,8 +59,8 @@ def backward(grad: Tensor, mask: Tensor, p: ILIFParams) -> Tensor:
     grad_x = torch.empty_like(grad)
     if grad.numel():
         launch(
-            ilif_backward, _grid(grad), grad_ptr=grad, mask_ptr=mask, grad_x_ptr=grad_x,
+            ilif_backward, element_grid(grad), grad_ptr=grad, mask_ptr=mask, grad_x_ptr=grad_x,
             scale=1 / p.v_threshold,
-            **_sizes(grad),
+            **element_sizes(grad),
         )  # fmt: skip
     return grad_x

@@ -8,9 +8,10 @@ from torch import Tensor
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import as_tensors, direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, select
-from spikedecoder.ops.pack_spikes import WORD, _pack
+from spikedecoder.ops.pack_spikes import _pack
 from spikedecoder.params import LIFParams
 from spikedecoder.reference.lif import compute_dtype
+from spikedecoder.reference.pack_spikes import WORD
 
 
 def _run(

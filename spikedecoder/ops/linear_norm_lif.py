@@ -11,11 +11,11 @@ from spikedecoder.ops._dispatch import Call, offers, requested_backend, select
 from spikedecoder.ops.norm import statistics
 from spikedecoder.ops.norm_lif import backward as norm_lif_backward
 from spikedecoder.ops.norm_lif import backward_over, check_norm_lif, flat, forward, norm_lif
-from spikedecoder.ops.pack_spikes import WORD
 from spikedecoder.ops.spike_linear import _spike_linear, as_product, check_linear, from_words, spike_linear
 from spikedecoder.ops.spike_linear import backward as linear_backward
 from spikedecoder.params import LIFParams, NormParams
 from spikedecoder.reference.lif import compute_dtype
+from spikedecoder.reference.pack_spikes import WORD
 
 
 @torch.library.custom_op("spikedecoder::linear_norm_lif", mutates_args=())

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, requested_backend, select
-
-WORD = 64
+from spikedecoder.reference.pack_spikes import WORD
 
 
 def pack(spikes: Tensor, backend: str) -> Tensor:

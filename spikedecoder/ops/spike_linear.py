@@ -13,7 +13,8 @@ from torch import Tensor
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import direct, unwatched
 from spikedecoder.ops._dispatch import Call, goes_by_shape, module, requested_backend, resolve, select
-from spikedecoder.ops.pack_spikes import WORD, _unpack
+from spikedecoder.ops.pack_spikes import _unpack
+from spikedecoder.reference.pack_spikes import WORD
 
 
 def _impl(x: Tensor, shape: tuple[int, ...], outputs: int, backend: str):

@@ -8,8 +8,7 @@ from torch import Tensor
 from spikedecoder.ext.cuda import native
 from spikedecoder.ext.cuda._arguments import TYPES, address, launch, on_a_gpu
 from spikedecoder.ops._dispatch import Call
-
-WORD = 64
+from spikedecoder.reference.pack_spikes import WORD
 
 
 def why_not(call: Call) -> str | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from spikedecoder.ext.cuda import native
 from spikedecoder.ext.cuda._arguments import TYPES, address, launch, on_a_gpu
-from spikedecoder.ext.cuda.pack_spikes import WORD, pack, transpose_bits
+from spikedecoder.ext.cuda.pack_spikes import pack, transpose_bits
+from spikedecoder.reference.pack_spikes import WORD
 
 why_not = on_a_gpu
 
