@@ -127,7 +127,7 @@ def compile_row(index: int, target: int, left_out: frozenset[str] = frozenset())
             continue
         registers, shared, local, code = compile_launch(launch, target)
         name, counted = launch.kernel.__name__, {}
-        if target == 90 and name in COUNTED and row.operator in name and not launch.arguments.get("LEVELS"):
+        if target == 90 and name in COUNTED and row.operator in name:
             counted = aot_sass.per_element(code, launch)
         done[launch.key] = Compiled(
             row.operator, row.call, row.dtype, row.size, row.needs, name, target, registers, shared, local,

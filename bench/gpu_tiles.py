@@ -51,8 +51,12 @@ def _flat(warps: int, a_thread: int) -> dict[str, int]:
     return {"BLOCK_R": 1, "BLOCK_C": 32 * warps * a_thread, "num_warps": warps}
 
 
-def _rows(C: int, warps: int, rows: int) -> dict[str, int]:
-    return {"BLOCK_R": rows, "BLOCK_C": max(16, power_of_2(C)), "num_warps": warps}
+def _rows(C: int, a_thread: int, slices: int) -> dict[str, int]:
+    """Rows in `slices` tiles, a_thread elements of each a thread."""
+    width = max(16, power_of_2(-(-C // slices)))
+    warps = max(1, width // (32 * a_thread))
+    rows = max(1, 32 * warps * a_thread // width)
+    return {"BLOCK_R": rows, "BLOCK_C": width, "SLICES": slices, "num_warps": warps}
 
 
 def lif_tables(elements: int) -> Iterator[Table]:
@@ -73,12 +77,13 @@ def lif_tables(elements: int) -> Iterator[Table]:
 
 def norm_lif_tables(elements: int) -> Iterator[Table]:
     one = lambda C: torch.ones(C, device=DEVICE)  # noqa: E731
-    for T, C in ((4, 80), (4, 512), (8, 512), (16, 512), (4, 1280)):
+    for T, C in ((4, 80), (8, 80), (4, 384), (4, 512), (8, 512), (16, 512), (4, 1280)):
         shape = (T, max(1, elements // T // C), C)
-        width = power_of_2(C)
+        many = norm_lif.slices(C)[0]
+        apart = [(many, n) for n in (2, 4, 8)] if many > 1 else []  # (slices, elements of each a thread)
         forward = [
-            {**_rows(C, w, 32 * w * n // width), "CHUNK": min(T, c), "STAGES": s}
-            for w, n in ((max(1, width // (32 * n)), n) for n in (8, 16))
+            {**_rows(C, n, slices), "CHUNK": min(T, c), "STAGES": s}
+            for slices, n in ((1, 8), (1, 16), *apart)
             for c, s in ((1, 4), (2, 3), (4, 1), (8, 1))
         ]
         yield Table(
@@ -87,13 +92,17 @@ def norm_lif_tables(elements: int) -> Iterator[Table]:
             lambda shape=shape: (currents(*shape), one(shape[-1])),
             lambda x, w: norm_lif.forward(x, w, 0 * w, None, None, 1e-5, 1.0, P)[0],
         )  # fmt: skip
+        rows = (
+            (_rows(C, n, slices), min(T, c))
+            for slices, n in ((1, 4), (1, 8), (1, 16), *apart)
+            for c in (2, 4, 8, 16) if 32 <= min(T, c) * n * slices <= (64 if slices == 1 else 96)
+        )  # fmt: skip
         backward = (
-            _Backward(_rows(C, w, 32 * w * n // width), T, min(T, c), min(registers, 65536 // (32 * w)), s)
-            for w, n in ((max(1, width // (32 * n)), n) for n in (4, 8, 16))
-            for c in (2, 4, 8, 16) if 32 <= min(T, c) * n <= 64
+            _Backward(tile, T, chunk, min(registers, 65536 // (32 * tile["num_warps"])), s)
+            for tile, chunk in rows
             for registers in (128, 160, 255)
             for s in (1, 3, 4)
-        )  # fmt: skip
+        )
         yield Table(
             "norm_lif backward", {"T": T, "C": C}, 6.0 * T * shape[1] * C, norm_lif, "_backward_way",
             tuple(backward),

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from spikedecoder.kernels._launch import INTERPRETED
 from spikedecoder.kernels._sum import sum_parts
-from spikedecoder.kernels._surrogate import derivative
+from spikedecoder.kernels._surrogate import height, shape
 from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.surrogate import SURROGATES
 
-PLAIN_PRODUCTS = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
+PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
 ONE_BY_ONE = tl.constexpr(INTERPRETED)  # which adds up several tensors element by element
 WINDOW = tl.constexpr(ILIFParams.WINDOW)
 SOFT, TO_NUMBER, TO_ZERO = range(3)  # HARD: what a reset is
@@ -33,7 +33,7 @@ def neuron(p: LIFParams) -> dict[str, Any]:
         "tau": 1 / p.tau if exact else float(p.tau),
         "keep": 1 - 1 / p.tau,
         "v_reset": float(p.v_reset or 0.0),
-        "alpha": float(p.alpha),
+        "alpha": min(max(float(p.alpha), 1e-30), 1e30),  # gradients of potentials are divided by it
         "RECIPROCAL": exact,
         "HARD": SOFT if p.v_reset is None else TO_ZERO if p.v_reset == 0 else TO_NUMBER,
         "DECAY_INPUT": p.decay_input,
@@ -92,7 +92,7 @@ def threshold_gradient(kind: int, partial: Tensor | None, threshold: Tensor | fl
 @triton.jit
 def times(x, y):
     """x y, rounded before anything is added. Triton 3.6 fuses pairs of products and sums on sm_100 else."""
-    if PLAIN_PRODUCTS:
+    if PLAIN:
         return x * y
     else:
         return tl.inline_asm_elementwise(
@@ -101,13 +101,25 @@ def times(x, y):
 
 
 @triton.jit
-def standardised(x, mean, rstd, STATISTICS: tl.constexpr):
-    """z = (x - mean) rstd in float32. From x of 16 bits, with statistics of rows, in one operation, off by
-    some 6e-8 |mean| rstd: x itself is rounded to 2^-9 or 2^-12 of its size."""
-    if STATISTICS == 0 or x.dtype == tl.float32:
-        return (x.to(tl.float32) - mean) * rstd
+def as_float(x):
+    """x in float32. Of bfloat16 the two in a register are two instructions, the compiler's own are three."""
+    if PLAIN or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
     else:
-        return tl.fma(x.to(tl.float32), rstd, -times(mean, rstd))
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True,
+            pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
+def standardised(x, mean, rstd, DTYPE: tl.constexpr, STATISTICS: tl.constexpr):
+    """z = (x - mean) rstd of x in float32, which was DTYPE. From 16 bits, with statistics of rows, in one
+    operation, off by some 6e-8 |mean| rstd: x itself is rounded to 2^-9 or 2^-12 of its size."""
+    if STATISTICS == 0 or DTYPE == tl.float32:  # noqa: SIM300
+        return (x - mean) * rstd
+    else:
+        return tl.fma(x, rstd, -times(mean, rstd))
 
 
 @triton.jit
@@ -130,14 +142,25 @@ def over_tau(x, tau, RECIPROCAL: tl.constexpr):
 
 @triton.jit
 def charge(x, v, tau, v_reset, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr):
-    """Membrane potential h after the input x, before firing."""
-    leak = v
-    if HARD == 1:
-        leak = v - v_reset
-    if DECAY_INPUT:
-        return v + over_tau(x - leak, tau, RECIPROCAL)
+    """Membrane potential h after the input x, before firing. `v` None: it is 0."""
+    if v is None:
+        if HARD == 1:
+            if DECAY_INPUT:
+                return over_tau(x + v_reset, tau, RECIPROCAL)
+            else:
+                return x + over_tau(v_reset, tau, RECIPROCAL)
+        elif DECAY_INPUT:
+            return over_tau(x, tau, RECIPROCAL)
+        else:
+            return x
     else:
-        return v + x - over_tau(leak, tau, RECIPROCAL)
+        leak = v
+        if HARD == 1:
+            leak = v - v_reset
+        if DECAY_INPUT:
+            return v + over_tau(x - leak, tau, RECIPROCAL)
+        else:
+            return v + x - over_tau(leak, tau, RECIPROCAL)
 
 
 @triton.jit
@@ -147,6 +170,19 @@ def reset(h, fired, threshold, v_reset, HARD: tl.constexpr):
         return tl.where(fired, v_reset, h)
     else:
         return tl.where(fired, h - threshold, h)
+
+
+@triton.jit
+def unless_fired(carry, h, threshold):
+    """carry where there was no spike, else 0. Asks h again, which is one instruction: the compiler would hand
+    the answers of forward on as bits of a register, set and asked one by one, which is three."""
+    if PLAIN:
+        return tl.where(h >= threshold, 0.0, carry)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 silent; set.ltu.u32.f32 silent, $2, $3; and.b32 $0, $1, silent; }",
+            "=r,r,f,f", [carry, h, threshold], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -161,22 +197,24 @@ def fire_backward(
     DETACH: tl.constexpr,
     SURROGATE: tl.constexpr,
 ):
-    """(dL/dh, what this timestep adds to dL/dthreshold), carry being dL/dv after the timestep."""
-    fired = h >= threshold
-    slope = derivative(h, threshold, alpha, SURROGATE)
-    if HARD:
-        through = tl.where(fired, 0.0, carry)
-        if not DETACH:
-            grad_s = grad_s + carry * (v_reset - h)
+    """(dL/dh, what this timestep adds to dL/dthreshold), carry being dL/dv after the timestep, None: 0; all
+    of them over the surrogate's `height`, by which the caller multiplies sums and not elements."""
+    slope = shape(h, threshold, alpha, SURROGATE)
+    if carry is None:
+        if HARD and not DETACH:
+            grad_s = grad_s + 0.0 * (v_reset - h)  # no number where h is none
         grad_u = grad_s * slope
-        grad_threshold = -grad_u
+        return grad_u, -grad_u
+    elif HARD:
+        if not DETACH:
+            grad_s = grad_s + carry * (height(alpha, SURROGATE) * (v_reset - h))
+        grad_u = grad_s * slope
+        return grad_u + unless_fired(carry, h, threshold), -grad_u
     else:
-        through = carry
         if not DETACH:
-            grad_s = grad_s - carry * threshold
+            grad_s = grad_s - carry * (height(alpha, SURROGATE) * threshold)
         grad_u = grad_s * slope
-        grad_threshold = -grad_u - tl.where(fired, carry, 0.0)
-    return grad_u + through, grad_threshold
+        return grad_u + carry, unless_fired(carry, h, threshold) - carry - grad_u
 
 
 @triton.jit
@@ -197,6 +235,15 @@ def load_inside(at, inside):
 
 
 @triton.jit
+def inside_of(r, rows, c, channels, FITS: tl.constexpr):
+    """What of a tile is inside x. FITS: no tile reaches beyond the channels."""
+    if FITS:
+        return r < rows
+    else:
+        return (r < rows) & (c < channels)
+
+
+@triton.jit
 def load_threshold(threshold_ptr, number, c, c_inside, at, inside, THRESHOLD: tl.constexpr):
     """The threshold of a tile: channels c, elements `at` of a timestep; THRESHOLD: its kind."""
     if THRESHOLD == 0:
@@ -213,6 +260,17 @@ def load_threshold(threshold_ptr, number, c, c_inside, at, inside, THRESHOLD: tl
 def as_spikes(fired, dtype: tl.constexpr):
     """0 and 1 in `dtype`. By way of float32: the interpreter can't convert from bool to bfloat16."""
     return tl.where(fired, 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def load_slices(at, c, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr):
+    """What channels have, as a tuple of tiles, in float32. Of a tile of one row the compiler would give each
+    thread other channels than of x, and in the end of x the same."""
+    slices = ()
+    for s in tl.static_range(SLICES):
+        here = c + s * BLOCK_C + tl.zeros((BLOCK_R, 1), tl.int32)
+        slices = slices + (tl.load(at + here, mask=here < channels, other=0.0).to(tl.float32),)
+    return slices
 
 
 @triton.jit
@@ -279,7 +337,7 @@ def potentials(
     """(h of COUNT timesteps, v after them) for inputs xs."""
     hs = ()
     for i in tl.static_range(COUNT):
-        h = charge(xs[i].to(tl.float32), v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
+        h = charge(as_float(xs[i]), v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
         hs = hs + (h,)
         v = reset(h, h >= threshold, threshold, v_reset, HARD)
     return hs, v

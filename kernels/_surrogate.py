@@ -35,22 +35,32 @@ def _exp2(x):
 
 
 @triton.jit
-def derivative(h, threshold, alpha, KIND: tl.constexpr):
-    """g'(h - threshold) in float32; the formulas of `spikedecoder.surrogate.SURROGATES`."""
+def shape(h, threshold, alpha, KIND: tl.constexpr):
+    """g'(h - threshold) / `height` in float32; the formulas of `spikedecoder.surrogate.SURROGATES`."""
     u = h - threshold
     if KIND == 0:  # sigmoid
         steep = alpha * -1.4426950408889634
         g = _reciprocal(1 + _exp2(h * steep - threshold * steep))
-        slope = alpha * g
-        return slope - slope * g
+        return g - g * g
     elif KIND == 1:  # atan
         w = u * (alpha * 1.5707963267948966)
-        return alpha * 0.5 * _reciprocal(1 + w * w)
+        return _reciprocal(1 + w * w)
     elif KIND == 2:  # rectangular
-        return tl.where(tl.abs(u) * alpha <= 0.5, alpha, 0.0)
+        return tl.where(tl.abs(u) * alpha <= 0.5, 1.0, 0.0)
     elif KIND == 3:  # triangle
         w = 1 - alpha * tl.abs(u)
-        return alpha * tl.where(w < 0, 0.0, w)  # a NaN stays one
+        return tl.where(w < 0, 0.0, w)  # a NaN stays one
     else:  # fast sigmoid
         w = 1 + alpha * tl.abs(u)
         return _reciprocal(w * w)
+
+
+@triton.jit
+def height(alpha, KIND: tl.constexpr):
+    """The factor of g' that is the same everywhere."""
+    if KIND == 1:
+        return alpha * 0.5
+    elif KIND == 4:
+        return 1.0
+    else:
+        return alpha

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spikedecoder.kernels._launch import element_grid, element_sizes, kernel, launch, why_not
 from spikedecoder.kernels._neuron import as_spikes
-from spikedecoder.kernels._surrogate import derivative
+from spikedecoder.kernels._surrogate import height, shape
 from spikedecoder.surrogate import SURROGATES
 
 __all__ = ["backward", "forward", "why_not"]
@@ -34,7 +34,7 @@ def binarize_backward(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    grad_x = grad * derivative(x, 0.0, alpha, SURROGATE)
+    grad_x = grad * (height(alpha, SURROGATE) * shape(x, 0.0, alpha, SURROGATE))
     tl.store(grad_x_ptr + i, grad_x.to(grad_x_ptr.dtype.element_ty), mask=i < n)
 
 

@@ -8,7 +8,7 @@ Bytes per element of x (b = bytes of its dtype), each the minimum possible:
     forward   2 b            x read once, spikes written once (with packed spikes b + 1/8)
     backward  3 b            x and the gradient read once, the gradient of x written once
 and 4 / T each for an initial or final potential and their gradients, where there are any. Bound by memory
-bandwidth: instructions alone, some 10 an element forward and 24 to 29 backward, would take less time.
+bandwidth: instructions alone, 8 to 10 an element forward and 23 to 28 backward, would take less time.
 
 More than 16 timesteps are walked 16 at a time: forward hands the potential on; backward first runs forward
 to find the potential every 16 timesteps (4/16 bytes an element), which reads x once more.
@@ -25,9 +25,11 @@ from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, power_
 from spikedecoder.kernels._neuron import (
     MAX_T,
     PER_CHANNEL,
+    as_float,
     as_spikes,
     charge,
     fire_backward,
+    height,
     load_steps,
     load_threshold,
     neuron,
@@ -68,11 +70,11 @@ def lif_forward(
 
     xs = load_steps(x_ptr + at, stride_t, keep, T)
     threshold = load_threshold(threshold_ptr, threshold, c, c < channels, at, keep, THRESHOLD)
-    v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    v = None
     if v_init_ptr is not None:
         v = tl.load(v_init_ptr + at, mask=keep, other=0.0)
     for t in tl.static_range(T):
-        h = charge(xs[t].to(tl.float32), v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
+        h = charge(as_float(xs[t]), v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
         fired = h >= threshold
         if spikes_ptr is not None:
             tl.store(spikes_ptr + t * timestep + at, as_spikes(fired, spikes_ptr.dtype.element_ty), mask=keep)
@@ -112,12 +114,16 @@ def lif_backward(
     timestep = rows * channels
 
     threshold = load_threshold(threshold_ptr, threshold, c, c < channels, at, inside, THRESHOLD)
-    v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    v = None
     if v_init_ptr is not None:
         v = tl.load(v_init_ptr + at, mask=inside, other=0.0)
-    carry = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    most = height(alpha, SURROGATE)
+    scale = most  # dL/dx = scale dL/dh, as fire_backward has it
+    if DECAY_INPUT:
+        scale = over_tau(most, tau, RECIPROCAL)
+    carry = None
     if grad_v_ptr is not None:
-        carry = tl.load(grad_v_ptr + at, mask=inside, other=0.0)
+        carry = tl.load(grad_v_ptr + at, mask=inside, other=0.0) / most
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
 
     xs = load_steps(x_ptr + at, stride_t, inside, T)
@@ -126,20 +132,17 @@ def lif_backward(
     to = grad_x_ptr + (T - 1) * timestep + at
     for back in tl.static_range(T):
         grad_h, grad_threshold = fire_backward(
-            gs[T - 1 - back].to(tl.float32), carry, hs[T - 1 - back], threshold, v_reset, alpha, HARD, DETACH,
+            as_float(gs[T - 1 - back]), carry, hs[T - 1 - back], threshold, v_reset, alpha, HARD, DETACH,
             SURROGATE,
         )  # fmt: skip
-        grad_x = grad_h
-        if DECAY_INPUT:
-            grad_x = over_tau(grad_h, tau, RECIPROCAL)
-        tl.store(to, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        tl.store(to, (grad_h * scale).to(grad_x_ptr.dtype.element_ty), mask=inside)
         to -= timestep
         carry = grad_h * keep
         total += grad_threshold
     if grad_v_init_ptr is not None:
-        tl.store(grad_v_init_ptr + at, carry, mask=inside)
+        tl.store(grad_v_init_ptr + at, carry * most, mask=inside)
     if grad_threshold_ptr is not None:
-        total = tl.where(inside, total, 0.0)
+        total = tl.where(inside, total, 0.0) * most
         if THRESHOLD == 3:
             tl.store(grad_threshold_ptr + at, total, mask=inside)
         elif THRESHOLD == 2:

@@ -120,7 +120,7 @@ def linear_norm_lif_forward(
         else:
             mean = tl.load(mean_ptr + m, mask=r < rows, other=0.0)[:, None]
             rstd = tl.load(rstd_ptr + m, mask=r < rows, other=0.0)[:, None]
-        y = affine(standardised(x, mean, rstd, STATISTICS), weight, bias, STATISTICS)
+        y = affine(standardised(x.to(tl.float32), mean, rstd, dtype, STATISTICS), weight, bias, STATISTICS)
         h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
         fired = h >= threshold
         to = spikes_ptr + m[:, None] * outputs + c

@@ -2,8 +2,10 @@
 
 x [T, R, C]. Statistics are of rows (LayerNorm: computed here, [T, R]) or of channels (BatchNorm, PowerNorm:
 handed in, [C]). A program owns BLOCK_R rows, all T timesteps of each, with membrane potentials in float32
-registers; for LayerNorm its tile spans the whole row, so mean and variance are taken in registers, in two
-passes over values that were read once.
+registers; for LayerNorm it has whole rows, so mean and variance are taken in registers, in two passes over
+values that were read once. Tiles are powers of two wide. Where one would leave many lanes beyond a row, three
+or five of them side by side, its slices, make the row: neurons are worked on slice after slice, and what is
+summed along a row is the sum of the slices.
 
 Bytes per element of x (b = bytes of its dtype; row statistics add 8 / C forward and as much backward):
     forward, row statistics         2 b     the minimum: x read once, spikes written once
@@ -15,14 +17,15 @@ Bytes per element of x (b = bytes of its dtype; row statistics add 8 / C forward
 Rows of more than MAX_ROW channels are walked tile by tile: statistics first, 3 b forward; sums of the row
 first, 5 b backward.
 Backward, a program walks many rows, and fetches the next ones to shared memory while it works on one; more
-than 8 timesteps (16 with statistics of channels) it walks in pieces, which come in the same way. Then x is
-read twice, and 4 bytes of potentials (2 with statistics of channels) go to a scratch and back, all of it in
-cache while T is not long.
+than 8 timesteps (4 of five slices, 16 with statistics of channels) it walks in pieces, which come in the same
+way. Then x is read twice, and 4 bytes of potentials (2 with statistics of channels) go to a scratch and back,
+all of it in cache while T is not long.
 To an I-LIF (LEVELS > 0; tau then holds 1 / v_threshold) timesteps are only rows: all of x [..., C] is one,
 in tiles of CHUNK times as many rows, so that as much is on its way.
-Bound by memory bandwidth forward; backward with statistics of rows by instructions, 35 to 47 an element.
-Sums over rows (gradients of weight, bias, threshold) are kept in registers by a
-fixed number of programs and added in one small reduction: the same result in every run.
+Bound by memory bandwidth forward; backward with statistics of rows by instructions, 32 to 43 an element of
+512 channels, 31 to 57 of slices.
+Sums over rows (gradients of weight, bias, threshold) are kept in registers by a fixed number of programs and
+added in one small reduction: the same result in every run.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
@@ -51,9 +54,12 @@ from spikedecoder.kernels._launch import (
 from spikedecoder.kernels._neuron import (
     MAX_T,
     affine,
+    as_float,
     as_spikes,
     charge,
     count,
+    inside_of,
+    load_slices,
     load_steps,
     load_threshold,
     neuron,
@@ -81,51 +87,84 @@ CHANNEL, ROW, WIDE_ROW = range(3)  # STATISTICS of channels; of rows, in a tile;
 
 @triton.jit
 def _forward_chunk(
-    x_ptr, mean_ptr, rstd_ptr, spikes_ptr, first, v, weight, bias, mean, rstd, threshold, r1, at, inside,
-    c_inside, rows, channels, timestep, stride_t, eps, tau, v_reset,
+    x_ptr, mean_ptr, rstd_ptr, spikes_ptr, first, vs, weights, biases, thresholds, mean, rstd, r, at, c, rows,
+    channels, timestep, stride_t, eps, tau, v_reset,
     COUNT: tl.constexpr, STATISTICS: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr,
-    DECAY_INPUT: tl.constexpr, LEVELS: tl.constexpr,
+    DECAY_INPUT: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    SLICES: tl.constexpr, FITS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The potential after COUNT timesteps from `first` on, whose x is loaded before the first is used."""
-    xs = load_steps(x_ptr + first * stride_t + at, stride_t, inside, COUNT)
-    to = first * timestep + at
-    row_to = first * rows.to(tl.int64) + r1
-    sums = ()
-    squares = ()
+    """The potentials after COUNT timesteps from `first` on, whose x is loaded before the first is used."""
+    xs = ()  # slice by slice
+    for s in tl.static_range(SLICES):
+        inside = None if WHOLE else inside_of(r, rows, c + s * BLOCK_C, channels, FITS)
+        xs = xs + load_steps(x_ptr + first * stride_t + s * BLOCK_C + at, stride_t, inside, COUNT)
+    row_to = first * rows.to(tl.int64) + r
     share = 1.0 / channels
+    means = ()
+    rstds = ()
     if STATISTICS == 1:
-        ones = tl.where(c_inside, 1.0, 0.0)  # 0 beyond the row, whose values are 0
-        values = ()
-        for i in tl.static_range(COUNT):
-            values = values + (xs[i].to(tl.float32),)
-        sums = row_sums(values, COUNT)
-        centered = ()
-        for i in tl.static_range(COUNT):
-            distance = xs[i].to(tl.float32) - (sums[i] * share)[:, None] * ones
-            centered = centered + (distance * distance,)
-        squares = row_sums(centered, COUNT)
+        sums = row_sums(_values(xs, COUNT, SLICES), COUNT)
+        squares = row_sums(_squares(xs, sums, share, c, channels, BLOCK_C, COUNT, SLICES), COUNT)
     for i in tl.static_range(COUNT):
         if STATISTICS == 1:
             mean = (sums[i] * share)[:, None]
-            rstd = tl.rsqrt(squares[i] * share + eps)
-            tl.store(mean_ptr + row_to[:, None], mean, mask=(r1 < rows)[:, None])
-            tl.store(rstd_ptr + row_to, rstd, mask=r1 < rows)
-            rstd = rstd[:, None]
+            rstd = tl.rsqrt(squares[i] * share + eps)[:, None]
+            tl.store(mean_ptr + row_to, mean, mask=r < rows)
+            tl.store(rstd_ptr + row_to, rstd, mask=r < rows)
         elif STATISTICS == 2:
-            mean = tl.load(mean_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
-            rstd = tl.load(rstd_ptr + row_to, mask=r1 < rows, other=0.0)[:, None]
-        y = affine(standardised(xs[i], mean, rstd, STATISTICS), weight, bias, STATISTICS)
-        if LEVELS > 0:
-            s = count(times(y, tau), LEVELS).to(spikes_ptr.dtype.element_ty)
-        else:
-            h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
-            fired = h >= threshold
-            s = as_spikes(fired, spikes_ptr.dtype.element_ty)
-            v = reset(h, fired, threshold, v_reset, HARD)
-        tl.store(spikes_ptr + to, s, mask=inside)
-        to += timestep
+            mean = tl.load(mean_ptr + row_to, mask=r < rows, other=0.0)
+            rstd = tl.load(rstd_ptr + row_to, mask=r < rows, other=0.0)
+        means = means + (mean,)
+        rstds = rstds + (rstd,)
         row_to += rows
-    return v
+    after = ()
+    for s in tl.static_range(SLICES):
+        inside = None if WHOLE else inside_of(r, rows, c + s * BLOCK_C, channels, FITS)
+        to = first * timestep + s * BLOCK_C + at
+        v, threshold = vs[s], thresholds[s]
+        for i in tl.static_range(COUNT):
+            x = xs[s * COUNT + i]
+            z = standardised(as_float(x), means[i], rstds[i], x.dtype, STATISTICS)
+            y = affine(z, weights[s], biases[s], STATISTICS)
+            if LEVELS > 0:
+                spikes = count(times(y, tau), LEVELS).to(spikes_ptr.dtype.element_ty)
+            else:
+                h = charge(y, v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)
+                fired = h >= threshold
+                spikes = as_spikes(fired, spikes_ptr.dtype.element_ty)
+                v = reset(h, fired, threshold, v_reset, HARD)
+            tl.store(spikes_ptr + to, spikes, mask=inside)
+            to += timestep
+        after = after + (v,)
+    return after
+
+
+@triton.jit
+def _values(xs, COUNT: tl.constexpr, SLICES: tl.constexpr):
+    """x of each timestep in float32, slices added up."""
+    values = ()
+    for i in tl.static_range(COUNT):
+        total = as_float(xs[i])
+        for s in tl.static_range(1, SLICES):
+            total += as_float(xs[s * COUNT + i])
+        values = values + (total,)
+    return values
+
+
+@triton.jit
+def _squares(xs, sums, share, c, channels, BLOCK_C: tl.constexpr, COUNT: tl.constexpr, SLICES: tl.constexpr):
+    """(x - mean)^2 of each timestep, slices added up; nothing beyond the row, where x is 0."""
+    squares = ()
+    for i in tl.static_range(COUNT):
+        mean = (sums[i] * share)[:, None]
+        distance = as_float(xs[i]) - mean * tl.where(c < channels, 1.0, 0.0)
+        total = distance * distance
+        for s in tl.static_range(1, SLICES):
+            inside = tl.where(c + s * BLOCK_C < channels, 1.0, 0.0)
+            distance = as_float(xs[s * COUNT + i]) - mean * inside
+            total += distance * distance
+        squares = squares + (total,)
+    return squares
 
 
 @kernel
@@ -135,66 +174,94 @@ def norm_lif_forward(
     T: tl.constexpr, STATISTICS: tl.constexpr, THRESHOLD: tl.constexpr, CHUNK: tl.constexpr,
     RECIPROCAL: tl.constexpr,
     HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, FITS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Spikes; STATISTICS 1: and mean and rstd [T, R]."""
     channels = channels * ALIGN
     stride_t = stride_t.to(tl.int64) * ALIGN
-    r1 = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    r = r1[:, None]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    c_inside = c < channels
-    inside = None if WHOLE else (r < rows) & c_inside
+    WHOLE: tl.constexpr = FITS and BLOCK_R == 1
+    pid = tl.program_id(0)
+    across = 1 if STATISTICS == 1 else tl.cdiv(channels, BLOCK_C)  # side by side, so that rows are read whole
+    r = (pid // across).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = pid % across * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     at = r * channels + c
     timestep = rows.to(tl.int64) * channels
 
-    weight = tl.load(weight_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
-    threshold = load_threshold(threshold_ptr, threshold, c, c_inside, at, inside, THRESHOLD)
+    weights = load_slices(weight_ptr, c, channels, BLOCK_R, BLOCK_C, SLICES)
+    biases = load_slices(bias_ptr, c, channels, BLOCK_R, BLOCK_C, SLICES)
+    thresholds = ()
+    vs = ()
+    for s in tl.static_range(SLICES):
+        here = c + s * BLOCK_C
+        inside = None if WHOLE else inside_of(r, rows, here, channels, FITS)
+        limit = load_threshold(
+            threshold_ptr, threshold, here, here < channels, at + s * BLOCK_C, inside, THRESHOLD
+        )
+        thresholds = thresholds + (limit,)
+        vs = vs + (tl.zeros((BLOCK_R, BLOCK_C), tl.float32),)
     mean = 0.0
     rstd = 0.0
     if STATISTICS == 0:
-        mean = tl.load(mean_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
-    v = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        mean = tl.load(mean_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + c, mask=c < channels, other=0.0).to(tl.float32)
     for first in tl.range(0, T // CHUNK * CHUNK, CHUNK, num_stages=STAGES):
-        v = _forward_chunk(
-            x_ptr, mean_ptr, rstd_ptr, spikes_ptr, first, v, weight, bias, mean, rstd, threshold, r1, at,
-            inside, c_inside, rows, channels, timestep, stride_t, eps, tau, v_reset, CHUNK, STATISTICS,
-            RECIPROCAL, HARD, DECAY_INPUT, LEVELS,
+        vs = _forward_chunk(
+            x_ptr, mean_ptr, rstd_ptr, spikes_ptr, first, vs, weights, biases, thresholds, mean, rstd, r, at,
+            c, rows, channels, timestep, stride_t, eps, tau, v_reset, CHUNK, STATISTICS, RECIPROCAL, HARD,
+            DECAY_INPUT, LEVELS, BLOCK_R, BLOCK_C, SLICES, FITS, WHOLE,
         )  # fmt: skip
     if T % CHUNK > 0:
         _forward_chunk(
-            x_ptr, mean_ptr, rstd_ptr, spikes_ptr, T // CHUNK * CHUNK, v, weight, bias, mean, rstd, threshold,
-            r1, at, inside, c_inside, rows, channels, timestep, stride_t, eps, tau, v_reset, T % CHUNK,
-            STATISTICS, RECIPROCAL, HARD, DECAY_INPUT, LEVELS,
+            x_ptr, mean_ptr, rstd_ptr, spikes_ptr, T // CHUNK * CHUNK, vs, weights, biases, thresholds, mean,
+            rstd, r, at, c, rows, channels, timestep, stride_t, eps, tau, v_reset, T % CHUNK, STATISTICS,
+            RECIPROCAL, HARD, DECAY_INPUT, LEVELS, BLOCK_R, BLOCK_C, SLICES, FITS, WHOLE,
         )  # fmt: skip
+
+
+def slices(channels: int) -> tuple[int, int]:
+    """(number, width) of the tiles side by side that make a row: one, or three or five where fewer lanes are
+    then beyond the row (80 channels are 5 times 16; one tile would be 128 wide)."""
+    ways = ((many, max(16, power_of_2(cdiv(channels, many)))) for many in (1, 3, 5))
+    return min(ways, key=lambda way: way[0] * way[1])
+
+
+def columns(channels: int) -> int:
+    """The width of tiles with statistics of channels: the widest that reaches little beyond the channels."""
+    ways = [(cdiv(channels, width) * width, width) for width in (256, 128, 64, 32)]
+    near = [width for lanes, width in ways if lanes <= 1.15 * channels]
+    fewest = min(ways, key=lambda way: (way[0], -way[1]))[1]
+    return min(max(near, default=fewest), max(16, power_of_2(channels)))
 
 
 def _tile(channels: int, by_row: bool, a_thread: int, warps: int) -> dict[str, int]:
     """Tiles of `a_thread` elements a thread and timestep, more in rows too wide for that; at least `warps`
-    warps. `by_row`: whole rows."""
-    block_c = max(16, power_of_2(channels))
-    if not by_row:
-        block_c = min(block_c, 256)
-    warps = min(16, max(warps, block_c // (32 * a_thread)))
-    return {"BLOCK_R": max(1, 32 * warps * a_thread // block_c), "BLOCK_C": block_c, "num_warps": warps}
+    warps. `by_row`: whole rows, of slices; else columns of them."""
+    many, width = slices(channels) if by_row else (1, columns(channels))
+    warps = min(16, max(warps, width // (32 * a_thread)))
+    rows = max(1, 32 * warps * a_thread // width)
+    return {"BLOCK_R": rows, "BLOCK_C": width, "SLICES": many, "num_warps": warps}
 
 
 def _forward_tile(T: int, x: Tensor, statistics: int, p: LIFParams | ILIFParams) -> dict[str, int]:
-    """As measured on an H200 in bfloat16: rows in few warps, which wait for each other at every sum; a row
-    that is a warp's own takes its timesteps from a pipeline."""
+    """As measured on an H200 in bfloat16, but rows of slices: rows in few warps, which wait for each other at
+    every sum; a row that is a warp's own takes its timesteps from a pipeline. Rows of slices as few
+    instructions ask for, 4 elements of each a thread."""
     a_thread, channels = 16 // x.element_size(), x.shape[-1]
+    many = slices(channels)[0] if statistics == ROW else 1
     if isinstance(p, ILIFParams):
-        tile = _tile(channels, statistics == ROW, a_thread, 4)
-        return {**tile, "BLOCK_R": tile["BLOCK_R"] * (CHUNK if tile["num_warps"] <= 8 else 1), "CHUNK": 1}
+        tile = _tile(channels, statistics == ROW, a_thread if many == 1 else 4, 4)
+        more = (CHUNK if many == 1 else 2) if tile["num_warps"] <= 8 else 1
+        return {**tile, "BLOCK_R": tile["BLOCK_R"] * more, "CHUNK": 1}
     if statistics != ROW:
         return {**_tile(channels, False, a_thread, 4), "CHUNK": min(T, 8)}
-    if channels <= 256 and T > 4:
+    if many == 1 and channels <= 256 and T > 4:
         return {**_tile(channels, True, a_thread, 1), "CHUNK": min(T, 8)}
-    tile = _tile(channels, True, 2 * a_thread, 1)
-    if tile["num_warps"] == 1 and _whole(x, tile):
+    tile = _tile(channels, True, 2 * a_thread if many == 1 else 4, 1)
+    if tile["num_warps"] == 1 and tile["BLOCK_R"] == 1 and _fits(x, tile):
         return {**tile, "CHUNK": 1 if T <= 8 else 2, "STAGES": 4}
+    if many > 1 and tile["num_warps"] == 1:
+        return {**tile, "CHUNK": min(T, 4)}
     return {**tile, "CHUNK": T} if T <= 4 else {**tile, "CHUNK": 2, "STAGES": 3}
 
 
@@ -218,18 +285,25 @@ class _Backward:
     def shared(self, size: int) -> int:
         """Bytes of shared memory, at most: x and gradient of what is on its way; of pieces also
         the potentials before each, and what hands them from thread to thread."""
-        tile, ahead = self.tile["BLOCK_R"] * self.tile["BLOCK_C"], self.stages - 1
+        tile, ahead = self.tile["BLOCK_R"] * self.tile["BLOCK_C"] * self.tile["SLICES"], self.stages - 1
         pieces = (4 * ahead + 2) * tile if self.chunk < self.T else 0
         return 2 * self.chunk * tile * size * ahead + pieces
 
 
 def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams | ILIFParams) -> _Backward:
-    """As measured on an H200. More elements a thread: fewer sums across threads, but potentials of some 64
-    elements and timesteps are all that registers hold; more registers: fewer programs side by side."""
+    """As measured on an H200, but rows of slices, which take as many elements a thread as spill nothing.
+    More elements a thread: fewer sums across threads, but potentials of some 64 elements and timesteps are
+    all that registers hold; more registers: fewer programs side by side."""
     size, channels, rows = x.element_size(), x.shape[-1], statistics == ROW
+    many, width = slices(channels) if rows else (1, channels)
     stages, warps = 3, 1 if rows else 2  # at least
     if isinstance(p, ILIFParams):
-        a_thread, chunk, registers, stages, warps = 16 // size, 1, 128, 4, 4
+        a_thread, chunk, stages, warps = 16 // size if many == 1 else 4, 1, 4, 4
+        registers = 128 if many <= 3 else 168
+    elif many == 3:
+        a_thread, chunk, registers = (4, T, 255) if T <= 4 else (2, T, 255) if T <= 8 else (4, 2, 255)
+    elif many > 3:
+        a_thread, chunk, registers = 2, T if T <= 4 else 4 if T <= 8 else 2, 255
     elif size == 4:
         warps = 1 if rows else 4
         a_thread, chunk, registers = (4, T, 160) if T <= 4 else (4, T, 255) if T <= 8 else (4, 2, 128)
@@ -240,13 +314,13 @@ def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams |
     elif T <= 8:
         a_thread, chunk, registers = (8, T, 168) if T <= 4 else (4, T, 128)
     elif T > MAX_T or statistics == WIDE_ROW:
-        a_thread, chunk, registers, warps = 8, 2 if statistics == WIDE_ROW else 4, 160, 4
+        a_thread, chunk, registers, warps = 8, 2 if statistics == WIDE_ROW else 4, 168, 4
     elif sums:
         a_thread, chunk, registers, stages = 4, T, 168, 2
     else:
         a_thread, chunk, registers, warps = 4, T, 255, 4
-    if rows and channels > 256 * a_thread:  # more than 8 warps, whose registers would not suffice
-        a_thread, chunk, registers = 32 // size, min(T, 2), 255
+    if rows and width > 256 * a_thread:  # more than 8 warps, whose registers would not suffice
+        a_thread, chunk, registers = 32 // size if many == 1 else 4, min(T, 2), 255
     if chunk == 2:
         stages = 4
     tile = _tile(channels, rows, a_thread, warps)
@@ -257,9 +331,9 @@ def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams |
     return way
 
 
-def _whole(x: Tensor, tile: dict[str, int]) -> bool:
-    """Whether no tile reaches beyond x."""
-    return tile["BLOCK_R"] == 1 and x.shape[-1] % tile["BLOCK_C"] == 0
+def _fits(x: Tensor, tile: dict[str, int]) -> bool:
+    """Whether no tile reaches beyond the channels."""
+    return x.shape[-1] % (tile["BLOCK_C"] * tile["SLICES"]) == 0
 
 
 def _sizes(x: Tensor, **strides: int) -> dict[str, int]:
@@ -311,12 +385,13 @@ def forward(
     T, channels = x.shape[0], x.shape[-1]
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
     blocks = {"STAGES": 1, **_forward_tile(T, x, statistics, p)}
-    grid = (cdiv(x[0].numel() // channels, blocks["BLOCK_R"]), cdiv(channels, blocks["BLOCK_C"]))
+    across = cdiv(channels, blocks["BLOCK_C"] * blocks["SLICES"])
+    grid = (cdiv(x[0].numel() // channels, blocks["BLOCK_R"]) * across,)
     launch(
         norm_lif_forward, grid, x_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=bias.contiguous(),
         threshold_ptr=pointer, mean_ptr=mean, rstd_ptr=rstd, spikes_ptr=spikes, eps=eps, threshold=number,
         T=T, STATISTICS=statistics, THRESHOLD=kind, **_sizes(x, stride_t=_stride(x)),
-        **_neurons(p, neuron_forward), fuse=statistics == ROW, WHOLE=_whole(x, blocks), **blocks,
+        **_neurons(p, neuron_forward), fuse=statistics == ROW, FITS=_fits(x, blocks), **blocks,
     )  # fmt: skip
     return spikes, mean, rstd
 
@@ -353,13 +428,13 @@ def _backward(
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
     way = _backward_way(T, x, statistics, sums, p)
     blocks, chunk = way.tile, way.chunk
-    across = cdiv(channels, blocks["BLOCK_C"])
+    across = cdiv(channels, blocks["BLOCK_C"] * blocks["SLICES"])
     down = cdiv(x[0].numel() // channels, blocks["BLOCK_R"])
     programs = way.programs(x.element_size(), x.device) * multiprocessors(x.device)
     down = min(down, max(1, programs // across))
     scratch = parts = row_gw = row_gwz = partial = None
     if chunk < T:
-        shape = (down, across, cdiv(T, chunk), blocks["BLOCK_R"], blocks["BLOCK_C"])
+        shape = (down, across, cdiv(T, chunk), blocks["SLICES"], blocks["BLOCK_R"], blocks["BLOCK_C"])
         scratch = x.new_empty(shape, dtype=torch.float32)
     if sums:
         parts = x.new_empty((down, 2, channels), dtype=torch.float32)
@@ -374,7 +449,7 @@ def _backward(
         scratch_ptr=scratch, grad_x_ptr=grad_x, sums_ptr=parts, grad_threshold_ptr=partial,
         row_gw_ptr=row_gw, row_gwz_ptr=row_gwz, threshold=number, T=T,
         STATISTICS=statistics, SUMS=sums, THRESHOLD=kind, CHUNK=chunk,
-        STAGES=way.stages, WHOLE=_whole(x, blocks), maxnreg=way.registers,
+        STAGES=way.stages, FITS=_fits(x, blocks), maxnreg=way.registers,
         **_sizes(x, stride_t=_stride(x), grad_stride_t=_stride(grad_spikes)), **_neurons(p, neuron),
         fuse=True, **blocks,
     )  # fmt: skip

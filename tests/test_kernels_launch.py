@@ -131,7 +131,7 @@ def test_what_norm_lif_asks_for_is_there(p: Any, dtype: torch.dtype, major: int)
     from spikedecoder.kernels import norm_lif as k
 
     for T in (1, 2, 4, 5, 8, 9, 16, 17, 64):
-        for channels in (3, 80, 256, 512, 1280, 2048, 4096, 8192):
+        for channels in (3, 80, 96, 256, 384, 512, 1280, 2048, 2560, 3072, 4096, 8192):
             x = torch.empty((T, 64, channels), dtype=dtype, device="meta")
             for statistics in (k.CHANNEL, k.ROW if channels <= k.MAX_ROW else k.WIDE_ROW):
                 for sums in (False, True):
@@ -144,7 +144,7 @@ def test_what_norm_lif_asks_for_is_there(p: Any, dtype: torch.dtype, major: int)
                     assert programs * threads * way.registers <= k.REGISTERS, case
                     assert threads <= 512 and programs * way.shared(x.element_size()) <= most, case
                     if statistics == k.ROW:
-                        assert way.tile["BLOCK_C"] >= channels, case
+                        assert way.tile["SLICES"] * way.tile["BLOCK_C"] >= channels, case
 
 
 @pytest.mark.parametrize("use", [attention, attention_lif], ids=lambda use: use.__name__)

@@ -153,6 +153,43 @@ def test_norm_lif_takes_the_widest_rows_of_a_tile(T: int, channels: int) -> None
     compare(Case("norm_lif", "widest", (T, 2, channels), {"norm": "layer"}, exact=False), torch.float32)
 
 
+@pytest.mark.parametrize("T", [1, 4, 6, 9])
+@pytest.mark.parametrize("channels", [38, 48, 70, 80])
+@pytest.mark.parametrize("threshold", ["none", "scalar", "channel", "full"])
+def test_norm_lif_takes_rows_of_three_or_five_slices(channels: int, T: int, threshold: str) -> None:
+    """... which they fill or not, with a threshold of any kind."""
+    from spikedecoder.kernels import norm_lif
+
+    assert norm_lif.slices(channels)[0] in (3, 5)
+    shape = {"none": None, "scalar": (), "channel": (channels,), "full": (3, channels)}[threshold]
+    for norm in ("layer", "batch"):  # with statistics of channels in tiles of 32 or 64
+        options = {"norm": norm, **({} if shape is None else {"threshold": shape})}
+        compare(Case("norm_lif", "slices", (T, 3, channels), options, exact=False), torch.float32)
+        if threshold == "none":
+            options = {"norm": norm, "levels": 4}
+            compare(Case("norm_ilif", "slices", (T, 3, channels), options, exact=False), torch.float32)
+
+
+def test_columns_reach_little_beyond_the_channels() -> None:
+    from spikedecoder.kernels import norm_lif
+
+    found = {channels: norm_lif.columns(channels) for channels in (3, 30, 36, 80, 96, 320, 384, 512, 5000)}
+    assert found == {3: 16, 30: 32, 36: 64, 80: 32, 96: 32, 320: 64, 384: 128, 512: 256, 5000: 256}
+
+
+def test_slices_leave_as_few_lanes_as_one_three_or_five_can() -> None:
+    from spikedecoder.kernels import norm_lif
+
+    found = {channels: norm_lif.slices(channels) for channels in (3, 16, 38, 80, 96, 120, 384, 512, 1280)}
+    assert found == {
+        3: (1, 16), 16: (1, 16), 38: (3, 16), 80: (5, 16), 96: (3, 32), 120: (1, 128), 384: (3, 128),
+        512: (1, 512), 1280: (5, 256),
+    }  # fmt: skip
+    for channels in range(1, norm_lif.MAX_ROW + 1):
+        many, width = norm_lif.slices(channels)
+        assert channels <= many * width <= min(norm_lif.MAX_ROW, max(48, 4 / 3 * channels))
+
+
 @pytest.mark.parametrize("T", [3, 7])
 @pytest.mark.parametrize("threshold", [None, (300,), (3, 300)], ids=str)
 def test_norm_lif_takes_rows_wider_than_its_registers(

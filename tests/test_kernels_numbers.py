@@ -55,6 +55,18 @@ def test_what_is_no_number_ends_as_in_the_reference(kind: str, training: bool, v
         assert found["reference"][1].isnan().any() or kind == "power" or not training
 
 
+@pytest.mark.parametrize("alpha", [1e-60, 1e-30, 1e30, 1e38])
+def test_a_gradient_of_the_potential_outlives_any_alpha(alpha: float) -> None:
+    found = {}
+    for backend in ("reference", "triton"):
+        x, v = random(3, 4, 8).requires_grad_(), random(4, 8, seed=1).requires_grad_()
+        with ops.use_backend(backend):
+            _, last = ops.lif(x, v_init=v, alpha=alpha, return_state=True)
+        found[backend] = torch.autograd.grad(last, (x, v), 1e6 * random(4, 8, seed=2))
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=1e-5, atol=1e-5)
+    assert found["reference"][1].abs().max() > 1e4
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_what_is_no_number_ends_as_in_the_reference_without_a_norm(surrogate: str, value: float) -> None:
