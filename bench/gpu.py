@@ -50,7 +50,7 @@ TOTAL = 580.0  # seconds of the whole run
 GRACE = 5.0  # seconds of them that a process has after it was interrupted
 # seconds of each; what holds no results yet comes first. "compiled" are the compiled references of all others
 OPERATORS = {
-    "rates": 75, "elements": 30, "spike_attention": 60, "lif": 85, "norm_lif": 45, "spike_linear": 25,
+    "rates": 75, "elements": 30, "spike_attention": 60, "lif": 85, "norm_lif": 70, "spike_linear": 25,
     "linear_norm_lif": 20, "compiled": 200,
 }  # fmt: skip
 

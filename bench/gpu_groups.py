@@ -188,14 +188,27 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
             name = f"norm_lif {kind} forward + backward bf16 T={T} C={C} n={elements}"
             yield Group(name, make_both, bytes_, exact=(), slow=T > 4)
 
-    def make_integers() -> Calls:
-        return _through_norm(
-            "batch", (elements // C, C), lambda x, n: ops.norm_ilif(x, n, INTEGERS),
-            lambda x, n: ilif_reference.ilif(ops.norm(x, n), INTEGERS),
-        )  # fmt: skip
+    for C in (48,) if dry else (80, 384, 1280):  # rows of slices
 
-    name = f"norm_ilif batch forward + backward bf16 C={C} n={elements}"
-    yield Group(name, make_integers, 16.0 * elements, exact=())
+        def make_slices(C: int = C) -> Calls:
+            return _through_norm(
+                "layer", (4, elements // 4 // C, C), lambda x, n: ops.norm_lif(x, n, P),
+                lambda x, n: norm_lif_reference.norm_lif(x, n, 1.0, P),
+            )  # fmt: skip
+
+        name = f"norm_lif layer forward + backward bf16 T=4 C={C} n={elements}"
+        yield Group(name, make_slices, 10.0 * elements, exact=())
+
+    for C in (64, 48) if dry else (512, 384):
+
+        def make_integers(C: int = C) -> Calls:
+            return _through_norm(
+                "batch", (elements // C, C), lambda x, n: ops.norm_ilif(x, n, INTEGERS),
+                lambda x, n: ilif_reference.ilif(ops.norm(x, n), INTEGERS),
+            )  # fmt: skip
+
+        name = f"norm_ilif batch forward + backward bf16 C={C} n={elements}"
+        yield Group(name, make_integers, 16.0 * elements, exact=())
 
 
 LONG = "cost quadratic, or thousands of launches, at this length"
