@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikedecoder.kernels._launch import REGISTERS, cdiv, kernel, launch, multiprocessors, power_of_2
+from spikedecoder.kernels._neuron import as_float
 
 AT_ONCE, WARPS, PROGRAMS = 16, 2, 6  # loads of a thread, warps, programs a multiprocessor; on an H200
 
@@ -45,12 +46,12 @@ def moments_of_bands(
             r1 = tl.arange(0, BLOCK_R)[:, None].to(tl.int64) + first
             new = tl.minimum(AT_ONCE, (stop - r1 + (BLOCK_R - 1)) // BLOCK_R)
             new = tl.maximum(new, 0).to(tl.float32)
-            total = xs[0].to(tl.float32)
+            total = as_float(xs[0])
             for i in tl.static_range(1, AT_ONCE):
-                total += xs[i].to(tl.float32)
+                total += as_float(xs[i])
             here = total * (1 / tl.maximum(new, 1.0))
             for i in tl.static_range(AT_ONCE):
-                distance = tl.where(r1 + i * BLOCK_R < stop, xs[i].to(tl.float32) - here, 0.0)
+                distance = tl.where(r1 + i * BLOCK_R < stop, as_float(xs[i]) - here, 0.0)
                 square += distance * distance
             delta = here - mean
             moved = delta * (new / tl.maximum(done + new, 1.0))
@@ -59,7 +60,7 @@ def moments_of_bands(
             done += new
         else:
             for i in tl.static_range(AT_ONCE):
-                x = xs[i].to(tl.float32)
+                x = as_float(xs[i])
                 square += x * x
     if CENTER:
         band_mean = tl.sum(mean * done, 0) / (stop - start).to(tl.float32)
@@ -106,6 +107,14 @@ def merge_bands(
     tl.store(var_ptr + c1, tl.sum(square, 0) / total, mask=c1 < channels)
 
 
+def columns(channels: int) -> int:
+    """The width of tiles with statistics of channels: the widest that reaches little beyond the channels."""
+    ways = [(cdiv(channels, width) * width, width) for width in (256, 128, 64, 32)]
+    near = [width for lanes, width in ways if lanes <= 1.15 * channels]
+    fewest = min(ways, key=lambda way: (way[0], -way[1]))[1]
+    return min(max(near, default=fewest), max(16, power_of_2(channels)))
+
+
 def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C], float32, over all rows of x [..., C]; without `center` 0 and E[x^2]."""
     x = x.contiguous()
@@ -115,7 +124,7 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return mean.fill_(float("nan") if center else 0.0), var.fill_(float("nan"))
     rows = x.numel() // channels
-    block_c = min(256, max(16, power_of_2(channels)))
+    block_c = columns(channels)
     block_r = 32 * WARPS * (16 // x.element_size()) // block_c  # 128 bits a thread
     across = cdiv(channels, block_c)
     bands = max(1, min(cdiv(rows, AT_ONCE * block_r), PROGRAMS * multiprocessors(x.device) // across))

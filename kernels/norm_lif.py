@@ -72,7 +72,7 @@ from spikedecoder.kernels._neuron import (
     threshold_partial,
     times,
 )
-from spikedecoder.kernels._norm import moments, row_moments
+from spikedecoder.kernels._norm import columns, moments, row_moments
 from spikedecoder.kernels._norm_backward import norm_lif_backward
 from spikedecoder.kernels._sum import sum_parts
 from spikedecoder.kernels.lif import steps_contiguous
@@ -224,14 +224,6 @@ def slices(channels: int) -> tuple[int, int]:
     then beyond the row (80 channels are 5 times 16; one tile would be 128 wide)."""
     ways = ((many, max(16, power_of_2(cdiv(channels, many)))) for many in (1, 3, 5))
     return min(ways, key=lambda way: way[0] * way[1])
-
-
-def columns(channels: int) -> int:
-    """The width of tiles with statistics of channels: the widest that reaches little beyond the channels."""
-    ways = [(cdiv(channels, width) * width, width) for width in (256, 128, 64, 32)]
-    near = [width for lanes, width in ways if lanes <= 1.15 * channels]
-    fewest = min(ways, key=lambda way: (way[0], -way[1]))[1]
-    return min(max(near, default=fewest), max(16, power_of_2(channels)))
 
 
 def _tile(channels: int, by_row: bool, a_thread: int, warps: int) -> dict[str, int]:

@@ -171,9 +171,9 @@ def test_norm_lif_takes_rows_of_three_or_five_slices(channels: int, T: int, thre
 
 
 def test_columns_reach_little_beyond_the_channels() -> None:
-    from spikedecoder.kernels import norm_lif
+    from spikedecoder.kernels import _norm
 
-    found = {channels: norm_lif.columns(channels) for channels in (3, 30, 36, 80, 96, 320, 384, 512, 5000)}
+    found = {channels: _norm.columns(channels) for channels in (3, 30, 36, 80, 96, 320, 384, 512, 5000)}
     assert found == {3: 16, 30: 32, 36: 64, 80: 32, 96: 32, 320: 64, 384: 128, 512: 256, 5000: 256}
 
 
