@@ -90,8 +90,8 @@ def _forward_chunk(
     x_ptr, mean_ptr, rstd_ptr, spikes_ptr, first, vs, weights, biases, thresholds, mean, rstd, r, at, c, rows,
     channels, timestep, stride_t, eps, tau, v_reset,
     COUNT: tl.constexpr, STATISTICS: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr,
-    DECAY_INPUT: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    SLICES: tl.constexpr, FITS: tl.constexpr, WHOLE: tl.constexpr,
+    DECAY_INPUT: tl.constexpr, LEVELS: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr,
+    FITS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The potentials after COUNT timesteps from `first` on, whose x is loaded before the first is used."""
     xs = ()  # slice by slice
@@ -209,13 +209,13 @@ def norm_lif_forward(
         vs = _forward_chunk(
             x_ptr, mean_ptr, rstd_ptr, spikes_ptr, first, vs, weights, biases, thresholds, mean, rstd, r, at,
             c, rows, channels, timestep, stride_t, eps, tau, v_reset, CHUNK, STATISTICS, RECIPROCAL, HARD,
-            DECAY_INPUT, LEVELS, BLOCK_R, BLOCK_C, SLICES, FITS, WHOLE,
+            DECAY_INPUT, LEVELS, BLOCK_C, SLICES, FITS, WHOLE,
         )  # fmt: skip
     if T % CHUNK > 0:
         _forward_chunk(
             x_ptr, mean_ptr, rstd_ptr, spikes_ptr, T // CHUNK * CHUNK, vs, weights, biases, thresholds, mean,
             rstd, r, at, c, rows, channels, timestep, stride_t, eps, tau, v_reset, T % CHUNK, STATISTICS,
-            RECIPROCAL, HARD, DECAY_INPUT, LEVELS, BLOCK_R, BLOCK_C, SLICES, FITS, WHOLE,
+            RECIPROCAL, HARD, DECAY_INPUT, LEVELS, BLOCK_C, SLICES, FITS, WHOLE,
         )  # fmt: skip
 
 
@@ -236,9 +236,9 @@ def _tile(channels: int, by_row: bool, a_thread: int, warps: int) -> dict[str, i
 
 
 def _forward_tile(T: int, x: Tensor, statistics: int, p: LIFParams | ILIFParams) -> dict[str, int]:
-    """As measured on an H200 in bfloat16, but rows of slices: rows in few warps, which wait for each other at
-    every sum; a row that is a warp's own takes its timesteps from a pipeline. Rows of slices as few
-    instructions ask for, 4 elements of each a thread."""
+    """As measured on an H200 in bfloat16: rows in few warps, which wait for each other at every sum; a row
+    that is a warp's own takes its timesteps from a pipeline. Rows of slices, which were not measured, have 4
+    elements of each a thread, so that nothing spills."""
     a_thread, channels = 16 // x.element_size(), x.shape[-1]
     many = slices(channels)[0] if statistics == ROW else 1
     if isinstance(p, ILIFParams):
@@ -283,7 +283,7 @@ class _Backward:
 
 
 def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams | ILIFParams) -> _Backward:
-    """As measured on an H200, but rows of slices, which take as many elements a thread as spill nothing.
+    """As measured on an H200, but for rows of slices, which have as many elements a thread as spill nothing.
     More elements a thread: fewer sums across threads, but potentials of some 64 elements and timesteps are
     all that registers hold; more registers: fewer programs side by side."""
     size, channels, rows = x.element_size(), x.shape[-1], statistics == ROW
