@@ -155,6 +155,17 @@ def _through_norm(
     }
 
 
+def _norm_lif_both(kind: str, T: int, C: int, elements: int) -> Group:
+    def make() -> Calls:
+        return _through_norm(
+            kind, (T, elements // T // C, C), lambda x, n: ops.norm_lif(x, n, P),
+            lambda x, n: norm_lif_reference.norm_lif(x, n, 1.0, P),
+        )  # fmt: skip
+
+    name = f"norm_lif {kind} forward + backward bf16 T={T} C={C} n={elements}"
+    return Group(name, make, (10.0 if kind == "layer" else 16.0) * elements, exact=(), slow=T > 4)
+
+
 def norm_lif_groups(dry: bool) -> Iterator[Group]:
     from spikedecoder.kernels import norm_lif as k
 
@@ -177,27 +188,9 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
         name = f"norm_lif layer forward bf16 T={T} C={C} n={elements}"
         yield Group(name, make, 4.0 * elements, slow=T > 4)
         for kind in ("layer", "batch"):
-
-            def make_both(T: int = T, kind: str = kind) -> Calls:
-                return _through_norm(
-                    kind, (T, elements // T // C, C), lambda x, n: ops.norm_lif(x, n, P),
-                    lambda x, n: norm_lif_reference.norm_lif(x, n, 1.0, P),
-                )  # fmt: skip
-
-            bytes_ = (10.0 if kind == "layer" else 16.0) * elements
-            name = f"norm_lif {kind} forward + backward bf16 T={T} C={C} n={elements}"
-            yield Group(name, make_both, bytes_, exact=(), slow=T > 4)
-
+            yield _norm_lif_both(kind, T, C, elements)
     for C in (48,) if dry else (80, 384, 1280):  # rows of slices
-
-        def make_slices(C: int = C) -> Calls:
-            return _through_norm(
-                "layer", (4, elements // 4 // C, C), lambda x, n: ops.norm_lif(x, n, P),
-                lambda x, n: norm_lif_reference.norm_lif(x, n, 1.0, P),
-            )  # fmt: skip
-
-        name = f"norm_lif layer forward + backward bf16 T=4 C={C} n={elements}"
-        yield Group(name, make_slices, 10.0 * elements, exact=())
+        yield _norm_lif_both("layer", 4, C, elements)
 
     for C in (64, 48) if dry else (512, 384):
 

@@ -27,7 +27,7 @@ from gpu_groups import CUDA, DEVICE, P, _spikes, currents
 from torch import Tensor
 
 from spikedecoder.kernels import lif, norm_lif, spike_attention, spike_linear
-from spikedecoder.kernels._launch import power_of_2
+from spikedecoder.kernels._launch import cdiv, power_of_2
 from spikedecoder.kernels.norm_lif import _Backward
 
 Inputs = tuple[Tensor, ...]
@@ -53,7 +53,7 @@ def _flat(warps: int, a_thread: int) -> dict[str, int]:
 
 def _rows(C: int, a_thread: int, slices: int) -> dict[str, int]:
     """Rows in `slices` tiles, a_thread elements of each a thread."""
-    width = max(16, power_of_2(-(-C // slices)))
+    width = max(16, power_of_2(cdiv(C, slices)))
     warps = max(1, width // (32 * a_thread))
     rows = max(1, 32 * warps * a_thread // width)
     return {"BLOCK_R": rows, "BLOCK_C": width, "SLICES": slices, "num_warps": warps}
