@@ -34,6 +34,8 @@ from spikedecoder.serve.protocol import (
 )
 
 BODY = 4 * 2**20  # bytes of a request
+BODIES = 64 * 2**20  # of all that are on their way
+UPLOAD = 30.0  # seconds that one may take
 DEFAULT_TOKENS = 16  # OpenAI's
 # Seconds between two events of a stream, at least: where tokens come faster than anybody reads, an event each
 # would cost more than the token. All streams have theirs at the same moments: the loop wakes once for all.
@@ -104,17 +106,13 @@ class Completion:
             if isinstance(prompt, str):
                 ids = encode_prompt(self.tokenizer, prompt, limits.errors, way_out=_WAY_OUT)
             else:
-                check_ids("prompt", prompt, self.tokenizer.vocab_size)
                 ids = prompt
+            if len(ids) > limits.prompt_tokens:
+                message = f"prompt: got {len(ids)} tokens, takes at most {limits.prompt_tokens}"
+                raise ApiError(400, message, "prompt", "context_length_exceeded")
+            check_ids("prompt", ids, self.tokenizer.vocab_size)
         except ValueError as error:
             raise bad_request(error) from None
-        if len(ids) > limits.prompt_tokens:
-            raise ApiError(
-                400,
-                f"prompt: got {len(ids)} tokens, takes at most {limits.prompt_tokens}",
-                "prompt",
-                "context_length_exceeded",
-            )
         return ids
 
     def submit(self) -> None:
@@ -285,7 +283,7 @@ async def unless_disconnected(receive: Any, work: Coroutine[Any, Any, T]) -> T |
 def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastAPI:
     """The application over an engine that has been started; `name` is what clients call the model."""
     limits = Limits() if limits is None else limits
-    created = int(time.time())
+    created, bodies = int(time.time()), Bodies()
     app = FastAPI(title="spikedecoder", docs_url=None, redoc_url=None)
     card = {"id": name, "object": "model", "created": created, "owned_by": "spikedecoder"}
 
@@ -333,7 +331,7 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
 
     @app.post("/v1/completions", response_model=None, openapi_extra={"requestBody": body})
     async def completions(request: Request) -> Response:
-        asked = parse(await _read(request))
+        asked = parse(await bodies.read(request))
         if asked.model is not None:
             _check_name(asked.model)
         try:
@@ -358,20 +356,36 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
     return app
 
 
-async def _read(request: Request) -> bytes:
-    # a web page in the user's browser cannot send this type to another origin without asking first
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"content-type: got {kind or 'none'!r}, takes 'application/json'")
-    body = bytearray()
-    try:
+class Bodies:
+    """Reads requests' bodies, which together are bounded while they come."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    async def read(self, request: Request) -> bytes:
+        # a web page in the user's browser cannot send this type to another origin without asking first
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, f"content-type: got {kind or 'none'!r}, takes 'application/json'")
+        body = bytearray()
+        try:
+            await asyncio.wait_for(self._take(request, body), UPLOAD)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the body has taken longer than {UPLOAD:g} s") from None
+        except ClientDisconnect:  # nobody is left to read this
+            raise ApiError(400, "the client has gone") from None
+        finally:
+            self.held -= len(body)
+        return bytes(body)
+
+    async def _take(self, request: Request, body: bytearray) -> None:
         async for part in request.stream():
             body += part
+            self.held += len(part)
             if len(body) > BODY:
                 raise ApiError(413, f"the body is longer than {BODY} bytes")
-    except ClientDisconnect:  # nobody is left to read this
-        raise ApiError(400, "the client has gone") from None
-    return bytes(body)
+            if self.held > BODIES:
+                raise ApiError(429, "too many requests: their bodies are too long", type="rate_limit_error")
 
 
 def _event(value: dict[str, Any]) -> bytes:

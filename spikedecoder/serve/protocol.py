@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from reprlib import Repr
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from spikedecoder.generation.batch import GeneratedToken
 from spikedecoder.generation.detokenize import TextStream
@@ -17,6 +18,7 @@ STOP_LENGTH = 256  # characters of one
 LOGPROBS = 5  # OpenAI's most
 
 Token = Annotated[int, Field(ge=0)]
+Prompt = str | list[str] | list[Token] | list[list[Token]]
 
 
 class StreamOptions(BaseModel):
@@ -30,7 +32,8 @@ class CompletionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    # a Prompt, as `parse` sees to: pydantic would try each entry of a long list as all of the four
+    prompt: Annotated[Any, WithJsonSchema(TypeAdapter(Prompt).json_schema())]
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
@@ -56,10 +59,8 @@ class CompletionRequest(BaseModel):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """One entry per prompt."""
-        p: Any = self.prompt
-        if isinstance(p, str) or (p and isinstance(p[0], int)):
-            return [p]
-        return p
+        p = self.prompt
+        return [p] if isinstance(p, str) or (p and isinstance(p[0], int)) else p
 
     @property
     def stop_strings(self) -> list[str]:
@@ -104,14 +105,15 @@ def parse(body: bytes) -> CompletionRequest:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON ({error})") from None
+    if isinstance(values, dict):
+        _check_entries(values)
     try:
         request = CompletionRequest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else None
         got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
-        said = _PROMPT if name == "prompt" and got else first["msg"]
-        raise ApiError(400, f"{name or 'the body'}: {said}{got}", name) from None
+        raise ApiError(400, f"{name or 'the body'}: {first['msg']}{got}", name) from None
     for name, nothing in _NOT_DONE.items():
         if getattr(request, name) not in (None, *nothing):
             raise bad_request(f"{name}: not supported by this server, leave it out")
@@ -123,6 +125,30 @@ def parse(body: bytes) -> CompletionRequest:
     if not request.prompts:
         raise bad_request("prompt: got an empty list, takes a string, or a list of at least one")
     return request
+
+
+def _check_entries(values: dict[str, Any]) -> None:
+    """At the first wrong one, what pydantic would make an error of for each of them."""
+    for name, value in values.items():
+        if name not in CompletionRequest.model_fields:
+            raise bad_request(f"{_short(name)}: no such field", name[:64])
+        if name == "prompt":
+            if not _is_prompt(value):
+                raise bad_request(f"prompt: {_PROMPT}, got {_short(value)}")
+        elif isinstance(value, list | dict) and len(value) > STOPS:
+            raise bad_request(f"{name}: got {len(value)} entries, takes at most {STOPS}")
+
+
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(p, str) for p in value) or _are_tokens(value) or all(map(_are_tokens, value))
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
 
 
 _PROMPT = "takes a string, a list of strings, a list of token ids, or a list of such lists"
@@ -175,6 +201,10 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxlong = 60
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
