@@ -17,7 +17,7 @@ from spikedecoder.nn.head import Head
 from spikedecoder.nn.linear import LinearNorm, LinearNormLIF, SpikeLinear
 from spikedecoder.nn.mlp import MLP, SpikingMLP
 from spikedecoder.nn.neuron import LIF, neurons
-from spikedecoder.nn.state import DecoderState, LayerState
+from spikedecoder.nn.state import DecoderState, LayerState, shapes
 
 IGNORE = -100  # target that the loss does not count
 
@@ -158,10 +158,9 @@ class SpikeDecoder(nn.Module, FolderMixin):
         c = self.config
         if not c.spiking_attention or state.longest + more <= c.exact_tokens:
             return
-        d = c.embed_dim // c.heads
+        shape = shapes(c, state.batch_size)["attention.state"]
         for layer in state.layers:
             if "attention.state" not in layer:  # nothing read yet
-                shape = (c.timesteps, state.batch_size, c.heads, d, d)
                 layer["attention.state"] = torch.zeros(shape, device=state.position.device)
             layer["attention.state"] = layer["attention.state"].double()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_decode import DEFAULT, TOKENS
+from test_decode import DEFAULT, ILIF, TOKENS
 from test_model import _model
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, ext
@@ -86,3 +86,19 @@ def test_an_unrolled_model_runs_its_timesteps():
     assert type(open_source(model)) is Recurrent
     model.unroll(False)
     assert why_not(model) is None
+
+
+def test_when_the_text_too_long_for_float32_has_left_the_others_are_compiled_again(monkeypatch):
+    model = _model({**ILIF, "levels": 15, "max_len": 512}).eval()
+    source, alone = Native(model), Native(model)
+    long = [i % 7 for i in range(int(model.config.exact_tokens) + 5)]
+    source.add([[1, 2, 3], long])
+    source.step([4, 4])
+    assert source.state.layers[0]["attention.state"].dtype == torch.float64
+    source.select([0])
+    monkeypatch.setattr(model, "step", lambda *_: pytest.fail("not compiled"))
+    alone.add([[1, 2, 3]])
+    for token in (4, 5, 6):
+        expected = alone.step([token])
+        if token > 4:
+            torch.testing.assert_close(source.step([token]), expected, rtol=1e-5, atol=1e-5)

@@ -53,6 +53,28 @@ def test_fits():
     assert not step.fits(state)
 
 
+def test_what_does_not_fit_is_refused():
+    model, other = _model({}).eval(), _model({"decay_fastest": 0.5, "decay_slowest": 0.9}).eval()
+    _, state = model.prefill(TOKENS[:, :4])
+    step = StaticStep(model, state)
+    for wrong in (state.select([0]), other.prefill(TOKENS[:, :4])[1]):
+        with pytest.raises(ValueError, match="state: got one of . sequences behind 4 tokens"):
+            step(TOKENS[:, 4], wrong)
+    with pytest.raises(ValueError, match=r"token: got shape \(1,\), takes \(3,\)"):
+        step(TOKENS[:1, 4], state)
+    _, own = step(TOKENS[:, 4], state)
+    own.longest = 2**24 // 12
+    with pytest.raises(ValueError, match="while float32 holds their sums"):
+        step(TOKENS[:, 5], own)
+    softmax = _model({"spike_degree": 0}).eval()
+    for model, state in (
+        (model, DecoderState.empty(model.config, 3, torch.device("cpu"))),
+        (softmax, softmax.prefill(TOKENS)[1]),
+    ):
+        with pytest.raises(ValueError, match="state: got one without sums of attention"):
+            StaticStep(model, state)
+
+
 @pytest.mark.parametrize(
     ("variant", "unrolled"),
     [*((v, False) for v in VARIANTS), (DEFAULT, False), (DEFAULT, True)],

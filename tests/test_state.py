@@ -12,6 +12,7 @@ from test_model import SMALL, VARIANTS, _model
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.nn.state import DecoderState
+from spikedecoder.ops import use_backend
 
 TOKENS = torch.randint(0, 11, (3, 12), generator=torch.Generator().manual_seed(5))
 
@@ -201,8 +202,101 @@ def test_saved_and_loaded(tmp_path):
     expected, _ = model.step(TOKENS[:, 5], state)
     actual, _ = model.step(TOKENS[:, 5], loaded)
     assert torch.equal(actual, expected)
-    with pytest.raises(ValueError, match="takes those of a saved state"):
-        DecoderState.from_tensors(model.config, {"weights": torch.ones(1)})
+    empty = DecoderState.empty(model.config, 2, torch.device("cpu"))
+    assert DecoderState.from_tensors(model.config, empty.tensors()).longest == 0
+
+
+def _less(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def _as(name, change):
+    return lambda tensors: tensors.update({name: change(tensors[name])})
+
+
+def _more(name):
+    return lambda tensors: tensors.update({name: torch.ones(1)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (_less("position"), "position: got none"),
+        (_less("1.attention.state"), "got no '1.attention.state'"),
+        (_less("0.attention.shift"), "got no '0.attention.shift'"),
+        (_as("position", torch.Tensor.int), "position: got .*int32, takes .*int64"),
+        (_as("position", torch.Tensor.bool), "position: got .*bool, takes .*int64"),
+        (_as("position", lambda t: t[0]), r"position: got \(\) "),
+        (_as("position", lambda t: t[:0]), r"position: got \(0,\) "),
+        (_as("position", lambda t: t[:2]), r"0.attention.state: got \(4, 3, 2, 12, 12\) .*takes \(4, 2, 2"),
+        (_as("position", torch.Tensor.neg), "position: got -5, takes"),
+        (_as("1.attention.state", torch.Tensor.half), "1.attention.state: got .*float16 on cpu, takes"),
+        (_as("1.attention.shift", torch.Tensor.long), "1.attention.shift: got .*int64 on cpu, takes"),
+        (_more("2.attention.state"), "got '2.attention.state', takes"),
+        (_more("-1.attention.state"), "got '-1.attention.state', takes"),
+        (_more("0"), "got '0', takes"),
+    ],
+)  # fmt: skip
+def test_what_is_no_saved_state_of_this_config(damage, why):
+    model = _model({"token_shift": 2}).eval()
+    tensors = model.prefill(TOKENS[:, :5])[1].tensors()
+    damage(tensors)
+    with pytest.raises(ValueError, match=why):
+        DecoderState.from_tensors(model.config, tensors)
+
+
+@pytest.mark.parametrize("name", ["attention.k", "attention.v"])
+def test_a_saved_cache_is_whole_and_long_enough(name):
+    model = _model({"spike_degree": 0}).eval()
+    tensors = model.prefill(TOKENS[:, :5])[1].tensors()
+    for cut in (_less(f"0.{name}"), _as(f"0.{name}", lambda t: t[:, :, :4])):
+        with pytest.raises(ValueError, match=f"0.{name}"):
+            damaged = dict(tensors)
+            cut(damaged)
+            DecoderState.from_tensors(model.config, damaged)
+    longer = _as(f"0.{name}", lambda t: torch.cat([t, t], 2))
+    longer(tensors)
+    assert DecoderState.from_tensors(model.config, tensors).longest == 5
+
+
+@pytest.mark.parametrize("degree", [0, 4])
+def test_a_state_goes_on_under_autocast_and_after_it(degree):
+    """Of another dtype than what comes: a cache is written to, a shift's past is joined."""
+    model = _model({"spike_degree": degree, "token_shift": 2}).eval()
+    _, state = model.prefill(TOKENS[:, :4])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = model.prefill(TOKENS[:, 4:8], state)
+    logits, state = model.prefill(TOKENS[:, 8:], state)
+    assert logits.isfinite().all() and state.longest == TOKENS.shape[1]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_sixteen_bits_spike_alike_in_both_forms(autocast, backend):
+    """With a decay the currents are no integers: neither form rounds them before the neurons."""
+    torch.manual_seed(0)
+    model = _model({"decay_fastest": 0.75, "decay_slowest": 0.98, "v_threshold": 0.5, "max_len": 64}).eval()
+    model = model if autocast else model.bfloat16()
+    tokens = torch.randint(0, 11, (2, 64))
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+        expected = model(tokens).float()
+        first, state = model.prefill(tokens[:, :20])
+        logits = [first]
+        for i in range(20, 64):
+            step, state = model.step(tokens[:, i], state)
+            logits.append(step[:, None])
+    moved = (torch.cat(logits, 1).float() - expected).abs().amax(-1) > 1e-2
+    assert moved.float().mean() < 0.01
+
+
+def test_a_threshold_a_channel_for_the_attention_in_both_forms():
+    model = _model({"learn_threshold": True}).double().eval()
+    for block in model.blocks:
+        lif = block.attention.attention_lif.lif
+        lif.v_threshold = torch.nn.Parameter(
+            torch.linspace(0.5, 1.5, model.config.embed_dim, dtype=torch.float64)
+        )
+    torch.testing.assert_close(model.prefill(TOKENS)[0], model(TOKENS), rtol=1e-9, atol=1e-9)
 
 
 def test_bad_input():

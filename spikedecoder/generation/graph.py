@@ -37,9 +37,16 @@ class StaticStep:
 
     On a GPU the step is captured as a graph, so that a token costs one launch; nothing in it waits for the
     host. Elsewhere it runs as it is. Weights are read where the model has them: changes in place count.
+
+    Raises:
+        ValueError: a state that has read nothing yet; called, a state or a token that it does not `fit`.
     """
 
     def __init__(self, model: SpikeDecoder, state: DecoderState) -> None:
+        if not all("attention.state" in layer for layer in state.layers):
+            raise ValueError(
+                "state: got one without sums of attention, takes that of a prompt and a model that has them"
+            )
         self.model = model
         self.token = torch.zeros_like(state.position)
         self.state = state.clone()
@@ -50,6 +57,13 @@ class StaticStep:
 
     def __call__(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """One more token: token [B], logits [B, V] and the state behind it, always the same object."""
+        if not self.fits(state):
+            raise ValueError(
+                f"state: got one of {state.batch_size} sequences behind {state.longest} tokens, takes this "
+                f"model's of {len(self.token)}, in the dtypes of the first, while float32 holds their sums"
+            )
+        if token.shape != self.token.shape:
+            raise ValueError(f"token: got shape {tuple(token.shape)}, takes {tuple(self.token.shape)}")
         if state is not self.state:
             for mine, other in zip(_tensors(self.state), _tensors(state), strict=True):
                 mine.copy_(other)
@@ -61,14 +75,16 @@ class StaticStep:
 
     def fits(self, state: DecoderState) -> bool:
         """Whether a state has the tensors that this step works on, and one more token leaves them so."""
-        mine, other = _tensors(self.state), _tensors(state)
-        c = state.config
         wide = self.state.layers[0]["attention.state"].dtype == torch.float64
-        exact = wide or state.longest + 1 <= c.exact_tokens
+        if not wide and state.longest + 1 > self.state.config.exact_tokens:
+            return False
+        if state is self.state:
+            return True
+        mine, other = _tensors(self.state), _tensors(state)
         same = len(mine) == len(other) and all(
             a.shape == b.shape and a.dtype == b.dtype for a, b in zip(mine, other, strict=True)
         )
-        return exact and same
+        return same and state.config == self.state.config
 
     def _run(self) -> None:
         # the model replaces the tensors of the state that it gets: it gets a copy of the dictionaries

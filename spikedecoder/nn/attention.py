@@ -89,13 +89,19 @@ class AttentionLIF(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if layer is None and self.norm is None and not watched(self.lif) and self.lif.fused:
             p, threshold = self.lif.params, self.lif.v_threshold
+            if threshold is not None and threshold.dim() == 1:  # one a channel of E
+                threshold = threshold.expand(q.shape[2] * q.shape[-1]).unflatten(0, (self.heads, 1, -1))
             a = ops.spike_attention_lif(
                 q, k, v, p, self.scale, self._decay_for(q), threshold=threshold, dropout=dropout
             )
             return a.transpose(2, 3).flatten(-2)
+        dtype = q.dtype
+        if self.norm is None and self.lif.fused:  # as the operator above, which rounds no current to 16 bits
+            q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
         current = self.current(q, k, v, dropout) if layer is None else self._go_on(q, k, v, layer)
         current = current.transpose(2, 3).flatten(-2)
-        return self.lif(current) if self.norm is None else fire(self.lif, self.norm, current)
+        spikes = self.lif(current) if self.norm is None else fire(self.lif, self.norm, current)
+        return spikes.to(dtype)
 
     def current(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         """The attention itself, before norm and neurons: [T, B, H, S, d] for q, k, v of that shape."""
@@ -161,6 +167,8 @@ class SoftmaxAttention(nn.Module):
         caches = []
         for name, new in (("attention.k", k), ("attention.v", v)):
             cache = layer.get(name)
+            if cache is not None:
+                cache = cache.to(new.dtype)  # another where autocast began or ended
             if cache is None:
                 cache = new.new_zeros(*new.shape[:2], max(self.capacity, needed), new.shape[-1])
             elif needed > cache.shape[-2]:

@@ -25,7 +25,7 @@ def token_shift(x: Tensor, n: int, layer: LayerState | None = None, key: str = "
     past = layer.get(key)
     if past is None:
         past = x.new_zeros(*x.shape[:-2], n - 1, x.shape[-1])
-    extended = torch.cat([past, x], dim=-2)
+    extended = torch.cat([past.to(x.dtype), x], dim=-2)
     layer[key] = extended[..., -(n - 1) :, :].clone()
     s = x.shape[-2]
     groups = _groups(extended, n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,22 @@ from spikedecoder.config import SpikeDecoderConfig
 LayerState = dict[str, Tensor]
 
 
+def shapes(c: SpikeDecoderConfig, batch: int) -> dict[str, tuple[int, ...]]:
+    """Of a block's tensors once it has read something; caches of keys and values can be longer."""
+    d = c.embed_dim // c.heads
+    steps = (c.timesteps,) if c.spiking_attention else ()
+    cache = (batch, c.heads, c.max_len, d)
+    made: dict[str, tuple[int, ...]] = (
+        {"attention.state": (*steps, batch, c.heads, d, d)}
+        if c.spiking_attention
+        else {"attention.k": cache, "attention.v": cache}
+    )
+    for name, shift in (("attention.shift", c.token_shift), ("mlp.shift", c.mlp_token_shift)):
+        if shift > 1:
+            made[name] = (*steps, batch, shift - 1, c.embed_dim)
+    return made
+
+
 @dataclass
 class DecoderState:
     """The past of B sequences.
@@ -24,7 +41,8 @@ class DecoderState:
     all. `position` [B] is how many tokens each sequence has read.
 
     A call of `SpikeDecoder.prefill` or `step` consumes the state that it gets: go on with the one that it
-    returns, and `clone` first to keep a point to fork from.
+    returns, and `clone` first to keep a point to fork from. It knows its model's config, and is refused by
+    models of another; that the weights are the same is the caller's to see to.
     """
 
     config: SpikeDecoderConfig
@@ -55,11 +73,7 @@ class DecoderState:
         2^24 / d tokens); with softmax attention for up to max_len tokens. Before the first token a state
         holds its position only.
         """
-        c, d = config, config.embed_dim // config.heads
-        rows = c.timesteps if c.spiking_attention else 1
-        attention = rows * c.heads * d * d if c.spiking_attention else 2 * c.max_len * c.embed_dim
-        shifts = rows * (c.token_shift - 1 + c.mlp_token_shift - 1) * c.embed_dim
-        return 8 + c.blocks * (attention + shifts) * itemsize
+        return 8 + config.blocks * sum(map(math.prod, shapes(config, 1).values())) * itemsize
 
     @property
     def _batch_dim(self) -> int:
@@ -113,18 +127,47 @@ class DecoderState:
 
     @classmethod
     def from_tensors(cls, config: SpikeDecoderConfig, tensors: dict[str, Tensor]) -> DecoderState:
-        layers: list[LayerState] = [{} for _ in range(config.blocks)]
-        try:
-            position = tensors["position"]
-            for name, t in tensors.items():
-                if name != "position":
-                    block, _, entry = name.partition(".")
-                    layers[int(block)][entry] = t
-        except (KeyError, IndexError, ValueError):
-            raise ValueError(
-                f"tensors: got {', '.join(tensors) or 'none'}, takes those of a saved state"
-            ) from None
-        return cls(config, position, layers, int(position.max()))
+        """The state whose `tensors` these were.
+
+        Raises:
+            ValueError: some are missing, unknown, or not what a state of this config has; names the first.
+        """
+        position = tensors.get("position")
+        if position is None or position.dtype != torch.int64 or position.dim() != 1 or not position.numel():
+            got = "none" if position is None else f"{tuple(position.shape)} {position.dtype}"
+            raise ValueError(f"position: got {got}, takes those of a saved state, [B] torch.int64")
+        lowest, longest = map(int, position.aminmax())
+        if lowest < 0:
+            raise ValueError(f"position: got {lowest}, takes numbers of tokens, 0 or more")
+        entries = shapes(config, len(position))
+        rest = tensors.keys() - {"position"}
+        layers: list[LayerState] = []
+        for block in range(config.blocks):
+            own = {entry: f"{block}.{entry}" for entry in entries if f"{block}.{entry}" in rest}
+            if longest and len(own) < len(entries):
+                missing = next(f"{block}.{entry}" for entry in entries if entry not in own)
+                raise ValueError(f"tensors: got no {missing!r}, takes those of a saved state of this config")
+            for entry, name in own.items():
+                _check_saved(name, tensors[name], entry, entries[entry], longest, position.device)
+            rest -= set(own.values())
+            layers.append({entry: tensors[name] for entry, name in own.items()})
+        if rest:
+            raise ValueError(f"tensors: got {min(rest)!r}, takes those of a saved state of this config")
+        return cls(config, position, layers, longest)
+
+
+def _check_saved(
+    name: str, t: Tensor, entry: str, shape: tuple[int, ...], longest: int, device: torch.device
+) -> None:
+    got = tuple(t.shape)
+    if entry in ("attention.k", "attention.v") and t.dim() == 4:
+        shape = (*shape[:2], max(longest, got[2]), shape[3])
+    exact = entry != "attention.state" or t.dtype in (torch.float32, torch.float64)
+    if got != shape or not t.is_floating_point() or not exact or t.device != device:
+        takes = (
+            f"{shape} {'float32 or float64' if entry == 'attention.state' else 'floating point'} on {device}"
+        )
+        raise ValueError(f"{name}: got {got} {t.dtype} on {t.device}, takes {takes}")
 
 
 def _join(name: str, layers: Sequence[LayerState], sizes: Sequence[int], dim: int) -> Tensor:

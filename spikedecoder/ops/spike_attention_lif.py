@@ -167,11 +167,12 @@ def spike_attention_lif(
         threshold = threshold.expand(by_head)[:, 0]
     backend = resolve("spike_attention_lif", q.device.type, q.dtype, requested_backend())
     if backend == "reference" or dropout > 0:
-        current = spike_attention(q, k, v, scale, decay, dropout=dropout)
+        exact = torch.promote_types(q.dtype, torch.float32)  # no current is rounded to 16 bits
+        current = spike_attention(q.to(exact), k.to(exact), v.to(exact), scale, decay, dropout=dropout)
         assert isinstance(current, Tensor)
         spikes = lif_params(current.transpose(2, 3), p, threshold=threshold)
         assert isinstance(spikes, Tensor)
-        return spikes.transpose(2, 3)
+        return spikes.transpose(2, 3).to(q.dtype)
     free = unwatched(q, k, v, decay, threshold)
     inputs = (q, k, v, float(scale), decay, threshold, as_words(q, k, v, backend, pack if free else _pack))
     if free:

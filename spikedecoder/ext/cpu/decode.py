@@ -21,7 +21,7 @@ from spikedecoder.ext.cpu._arguments import address, neuron
 from spikedecoder.nn.embedding import Embedding
 from spikedecoder.nn.neuron import LIF, followed, foreign
 from spikedecoder.nn.norm import Norm
-from spikedecoder.nn.state import DecoderState
+from spikedecoder.nn.state import DecoderState, shapes
 from spikedecoder.params import LIFParams, NormParams
 
 if TYPE_CHECKING:
@@ -223,15 +223,9 @@ class Decoder:
         if self._known and len(tensors) == len(self._known) and all(map(is_, tensors, self._known)):
             return address(self._addresses)
         self._known = []
-        c, d = self.config, self.config.embed_dim // self.config.heads
-        shapes: dict[str, tuple[int, ...]] = {
-            "attention.state": (c.timesteps, state.batch_size, c.heads, d, d)
-        }
-        for name, shift in (("attention.shift", c.token_shift), ("mlp.shift", c.mlp_token_shift)):
-            if shift > 1:
-                shapes[name] = (c.timesteps, state.batch_size, shift - 1, c.embed_dim)
+        wanted = shapes(self.config, state.batch_size).items()
         for layer in state.layers:
-            for name, shape in shapes.items():
+            for name, shape in wanted:
                 tensor = layer.get(name)
                 if tensor is None:
                     tensor = _empty(*shape).zero_()
