@@ -179,6 +179,18 @@ def test_unrolled_ilif_is_what_was_trained_to_the_order_of_sums(
         torch.testing.assert_close(first, second, rtol=1e-4, atol=limit)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "autocast"], ids=str)
+@pytest.mark.parametrize("changes", [{**ILIF, **DECAY}, DEFAULT], ids=["decay", "default"])
+def test_sixteen_bits_round_once_in_both_forms(changes: dict[str, Any], dtype: Any) -> None:
+    autocast = dtype == "autocast"
+    model = _model(changes).to(torch.float32 if autocast else dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (trained, integers), (unrolled, again) = both_forms(model)
+    assert all(torch.equal(integers[name], again[name]) for name in integers)
+    assert trained.dtype == unrolled.dtype
+    torch.testing.assert_close(trained.float(), unrolled.float(), rtol=0, atol=1e-6)
+
+
 def test_the_walk_finds_integers_that_are_not_unrolled() -> None:
     model = _model(ILIF)
     assert kind_of(model.config) == "fully spiking"

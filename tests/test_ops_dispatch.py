@@ -506,6 +506,9 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
                 ({"dropout": "1"}, TypeError, "dropout: got '1'"),
                 ({"scale": NAN}, ValueError, "scale: got nan"),
                 ({"scale": "1"}, TypeError, "scale: got '1'"),
+                ({"state": [0.0]}, TypeError, "state: got list"),
+                ({"state": torch.zeros(1).long()}, TypeError, "state: got dtype torch.int64"),
+                ({"state": torch.zeros(1)}, ValueError, r"state: got shape \(1,\), takes \[T, B, H, d, d\]"),
             )
         ),
         (lambda: ops.unpack_spikes(torch.ones(2, 1).long(), 65), ValueError, "channels: got 65 for 1 words"),

@@ -178,7 +178,9 @@ def check_dropout(dropout: float) -> None:
     number("dropout", dropout, "a probability, 0 to 1", 0, 1)
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None) -> None:
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None = None
+) -> None:
     """q, k, v alike, [T, B, H, S, d]; decay one value a head, read on the CPU alone: a GPU would stall."""
     _check.floating("q", q, dims=5)
     _check.timesteps("q", q)
@@ -190,8 +192,13 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor
     number("scale", scale, "a finite number")
     if decay is not None:
         _check.floating("decay", decay)
-    _check.same_device(q=q, k=k, v=v, decay=decay)
-    heads = q.shape[2]
+    if state is not None:
+        _check.floating("state", state)
+    _check.same_device(q=q, k=k, v=v, decay=decay, state=state)
+    t, b, heads, _, d = q.shape
+    if state is not None and state.shape != (t, b, heads, d, d):
+        takes = (t, b, heads, d, d)
+        raise ValueError(f"state: got shape {tuple(state.shape)}, takes [T, B, H, d, d] = {takes}")
     if decay is not None and decay.shape != (heads,):
         raise ValueError(f"decay: got shape {tuple(decay.shape)}, takes one value a head, ({heads},)")
     if decay is not None and decay.device.type == "cpu" and unwatched(decay):
@@ -252,15 +259,9 @@ def spike_attention(
 
     Source: Zhou et al., 2023 (Spikformer); decay: Sun et al., 2023 (RetNet).
     """
-    check_attention(q, k, v, scale, decay)
+    check_attention(q, k, v, scale, decay, state)
     check_levels(levels)
     check_dropout(dropout)
-    if state is not None:
-        _check.floating("state", state)
-    _check.same_device(q=q, state=state)
-    t, b, h, _, d = q.shape
-    if state is not None and state.shape != (t, b, h, d, d):
-        raise ValueError(f"state: got shape {tuple(state.shape)}, takes [T, B, H, d, d] = {(t, b, h, d, d)}")
     if dropout > 0 and (state is not None or return_state):
         raise ValueError("dropout: takes 0 where the state is given or asked for")
     backend = requested_backend()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spikedecoder.ops import _check
 from spikedecoder.ops.spike_attention import check_attention, check_dropout, spike_attention
-from spikedecoder.ops.spike_linear import check_linear, spike_linear
+from spikedecoder.ops.spike_linear import as_product, check_linear, spike_linear
 from spikedecoder.params import binary_timesteps, check_levels
 
 
@@ -52,11 +52,15 @@ def unrolled_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None, *, le
     Arguments, result and errors otherwise as of `spikedecoder.ops.spike_linear`.
     """
     check_linear(s, weight, bias)
-    y = spike_linear(spike_planes(s, levels), weight)
-    total = y[0]
-    for timestep in y[1:]:  # from the most significant on: a shift and a sum each
-        total = 2 * total + timestep
-    return total if bias is None else total + bias
+    weight, bias, _ = as_product(weight, bias)
+    dtype, exact = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
+    # 16 bits would round the product of each timestep, where that of integers is rounded once
+    with torch.autocast(s.device.type, enabled=False):
+        y = spike_linear(spike_planes(s.to(exact), levels), weight.to(exact))
+        total = y[0]
+        for timestep in y[1:]:  # from the most significant on: a shift and a sum each
+            total = 2 * total + timestep
+        return (total if bias is None else total + bias).to(dtype)
 
 
 def unrolled_attention(
@@ -77,12 +81,12 @@ def unrolled_attention(
     by the product of its worths, a power of 2. The state is that of k^T v over B^2 pairs; each timestep of q
     meets the past's once.
     """
-    check_attention(q, k, v, scale, decay)
+    check_attention(q, k, v, scale, decay, state)
     check_dropout(dropout)
     if dropout > 0:
         raise ValueError(f"dropout: got {dropout}, takes 0 where the attention is unrolled")
-    worths = spike_worths(levels)
-    queries, keys, values = (spike_planes(x, levels) for x in (q, k, v))
+    worths, exact = spike_worths(levels), torch.promote_types(q.dtype, torch.float32)
+    queries, keys, values = (spike_planes(x.to(exact), levels) for x in (q, k, v))
     pairs = [
         (key, value, a * b)
         for key, a in zip(keys, worths, strict=True)
@@ -100,7 +104,9 @@ def unrolled_attention(
             if i == 0 and new is not None:
                 final = new * worth if final is None else final + new * worth
     assert total is not None
-    total = scale * total  # once, behind the sums: integers without a decay, and the same as not unrolled
+    total = (scale * total).to(
+        q.dtype
+    )  # once, behind the sums: integers without a decay, and the same as not unrolled
     if return_state:
         assert final is not None
         return total, final
