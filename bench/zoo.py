@@ -27,7 +27,15 @@ from processor import processor
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, __version__, energy
 from spikedecoder._files import write_bytes
 from spikedecoder.checkpoint import write_json
-from spikedecoder.data import Corpus, builtin_text, clean_words, ngram_bits, prepare_corpus, read_text_files
+from spikedecoder.data import (
+    Corpus,
+    Tokenizer,
+    builtin_text,
+    clean_words,
+    ngram_bits,
+    prepare_corpus,
+    read_text_files,
+)
 from spikedecoder.generation import SamplingParams, generate
 from spikedecoder.kinds import KINDS
 from spikedecoder.training import TrainConfig, train
@@ -84,15 +92,17 @@ def settings(tokens: str, kind: str, steps: int) -> TrainConfig:
     )
 
 
+def config_of(kind: str, tokens: str, tokenizer: Tokenizer) -> SpikeDecoderConfig:
+    fixed = {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id, "max_len": LENGTH[tokens]}
+    return SpikeDecoderConfig.from_dict({**RECIPE, **fixed, **KINDS[kind]})
+
+
 def run(kind: str, tokens: str, path: Path, out: Path, steps: int) -> dict[str, Any]:
     """Train one model, or go on with it, and say what it came to."""
     corpus = load(path, tokens)
-    t = corpus.tokenizer
-    fixed = {"vocab_size": t.vocab_size, "pad_id": t.pad_id, "max_len": LENGTH[tokens]}
-    config = SpikeDecoderConfig.from_dict({**RECIPE, **fixed, **KINDS[kind]})
     folder = out / "runs" / f"{kind.replace(' ', '-')}-{tokens}"
     result = train(
-        config,
+        config_of(kind, tokens, corpus.tokenizer),
         corpus,
         settings(tokens, kind, steps),
         out=folder,

@@ -13,6 +13,7 @@ from spikedecoder import ops
 from spikedecoder.model import SpikeDecoder, check_model
 from spikedecoder.nn.attention import AttentionLIF, SoftmaxAttention
 from spikedecoder.nn.evaluating import evaluating
+from spikedecoder.nn.finite import check_finite
 from spikedecoder.nn.linear import LinearNormLIF
 from spikedecoder.nn.neuron import ILIF, LIF
 from spikedecoder.nn.watching import watching
@@ -30,6 +31,7 @@ class Activity:
         of I-LIF neurons, of their integers; of softmax attention, the weights. score: what they are called.
     thresholds: by layer, a float.
     levels: by layer of I-LIF neurons, their largest integer.
+    note: a second line for the titles of pictures.
     """
 
     spikes: dict[str, Tensor]
@@ -38,12 +40,13 @@ class Activity:
     score: str = "spikes that coincide"
     thresholds: dict[str, float] = field(default_factory=dict)
     levels: dict[str, int] = field(default_factory=dict)
+    note: str = ""
 
     def layer(self, name: str | None) -> str:
         """`name`, or the first layer where it is None; ValueError naming the layers there are."""
         if not self.spikes:
             raise ValueError("activity: holds no spikes, as its model has no spiking layer")
-        return _choose("layer", name, self.spikes)
+        return choose("layer", name, self.spikes)
 
     def last(self, tokens: int) -> Activity:
         """What happened at the last so many tokens, after those before them."""
@@ -70,6 +73,15 @@ class Activity:
             for name, s in self.spikes.items()
         }
 
+    def full(self) -> dict[str, float]:
+        """By layer, the share of the largest among what its neurons gave: of spikes those that are 1, of
+        I-LIF neurons' integers those at `levels`."""
+        shares = {}
+        for name, s in self.spikes.items():
+            at = s == self._most(name)
+            shares[name] = float((at.all(0) if name in self.levels else at).mean(dtype=torch.float32))
+        return shares
+
     def _most(self, name: str) -> Tensor:
         """What a neuron does that cannot fire more, [T, 1, 1, 1]."""
         s = self.spikes[name]
@@ -81,13 +93,21 @@ class Activity:
 
 @torch.no_grad()
 def record(
-    model: SpikeDecoder, tokens: Tensor, *, potentials: bool = False, scores: bool = False
+    model: SpikeDecoder,
+    tokens: Tensor,
+    *,
+    potentials: bool = False,
+    scores: bool = False,
+    check: bool = True,
 ) -> Activity:
     """Run the model on tokens [B, S] and keep what its neurons did, on the CPU.
 
-    Raises ValueError where the model has no spiking layer (and no scores are asked for), or fires NaN.
+    Raises ValueError where the model has no spiking layer (and no scores are asked for), and, unless `check`
+    is off, where a parameter or what would be kept is NaN or infinite: a neuron that gets NaN never fires.
     """
     model = check_model(model)
+    if check:
+        check_finite(model)
     layers = list(spiking_layers(model))
     softmax = [(n, m) for n, m in model.named_modules() if scores and isinstance(m, SoftmaxAttention)]
     if not layers and not softmax:
@@ -95,7 +115,7 @@ def record(
     activity = Activity({})
     linears: dict[nn.Module, Tensor] = {}  # what came out of each Linear that neurons follow
     hooks: list[tuple[nn.Module, Any]] = [
-        (m, _hook(activity, n, linears, potentials, scores)) for n, m in layers
+        (m, _hook(activity, n, linears, potentials, scores, check)) for n, m in layers
     ]
     hooks += [(m, _softmax_hook(activity, n)) for n, m in softmax]
     if potentials:
@@ -103,15 +123,30 @@ def record(
         hooks += [(m, lambda m, _, y: linears.update({m: y})) for m in fused]
     with evaluating(model), watching(model, hooks):
         model(tokens.to(model.device) if isinstance(tokens, Tensor) else tokens)
+    if check:
+        for what, kept in (("potentials", activity.potentials), ("scores", activity.scores)):
+            for name, values in kept.items():
+                _check_finite(what, name, values)
     return activity
 
 
+def _check_finite(what: str, name: str, x: Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{what} of {name}: NaN or infinite values, so there is nothing to show")
+
+
 def _hook(
-    activity: Activity, name: str, linears: dict[nn.Module, Tensor], potentials: bool, scores: bool
+    activity: Activity,
+    name: str,
+    linears: dict[nn.Module, Tensor],
+    potentials: bool,
+    scores: bool,
+    check: bool,
 ) -> Any:
     def hook(module: nn.Module, inputs: tuple[Any, ...], spikes: Tensor) -> None:
-        if not bool(spikes.isfinite().all()):
-            raise ValueError(f"spikes of {name}: NaN or infinite values, so there is nothing to show")
+        if not check:
+            spikes = spikes.nan_to_num(0.0)
+        _check_finite("spikes", name, spikes)
         lif = neurons_of(module)
         if lif.levels > 1:
             spikes = ops.spike_planes(spikes, lif.levels).flatten(0, 1)
@@ -181,11 +216,10 @@ def _integer_potentials(x: Tensor, neurons: ILIF) -> Tensor:
     return torch.cat(kept)
 
 
-def _choose(what: str, name: str | None, known: dict[str, Any]) -> str:
-    if not known:
-        raise ValueError(f"{what}: this activity holds none; record it with {what}=True")
+def choose(argument: str, name: str | None, known: dict[str, Any]) -> str:
+    """`name`, or the first that is known where it is None; ValueError naming those there are."""
     if name is None:
         return next(iter(known))
-    if name not in known:
-        raise ValueError(f"{what}: got {name!r}, takes one of {', '.join(known)}")
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"{argument}: got {name!r}, takes one of {', '.join(known)}")
     return name

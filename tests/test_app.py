@@ -6,6 +6,7 @@ pip install 'spikedecoder[app]' playwright; apt install chromium (or SPIKEDECODE
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -85,7 +86,11 @@ def test_the_library_finds_what_is_there_and_notices_what_changes(runs: Path):
     path = str(runs / "spiking")
     loaded = library.get(path)
     assert library.get(path) is loaded and loaded.label == "spiking"
-    assert loaded.about.startswith("fully spiking, characters, 1 blocks of 16 channels, T = 2")
+    assert loaded.about.startswith("fully spiking, characters, 1 blocks of 16 channels, T = 2, context")
+    one_pass = SpikeDecoder(loaded.model.config.replace(spike_degree=1))  # only its embedding spikes
+    one_pass.tokenizer = loaded.model.tokenizer
+    about = dataclasses.replace(loaded, model=one_pass).about
+    assert about.startswith("partly spiking, characters, 1 blocks of 16 channels, context")
     time.sleep(0.01)
     save(runs / "spiking" / "best", "fully spiking", seed=1)  # trained on meanwhile
     assert library.get(path) is not loaded

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder import SpikeDecoder, SpikeDecoderConfig, energy
 from spikedecoder.cli import main
 from spikedecoder.data import CharTokenizer
 
@@ -68,6 +68,45 @@ def test_every_figure(run: Path, capsys, tmp_path: Path, arguments) -> None:
     assert said.out.strip() == str(out) and out.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("figure", ["raster", "rates", "potentials", "attention"])
+def test_a_text_beyond_the_context_is_said_to_be_cut(run: Path, capsys, tmp_path: Path, figure) -> None:
+    (tmp_path / "text.txt").write_text(TEXT * 200)
+    for given, said in ((["-p", "the cat "], None), (["--text", tmp_path / "text.txt"], "of 2,200 tokens")):
+        plot(capsys, figure, *given, "-c", run, "-o", tmp_path / "figure.svg")
+        drawn = (tmp_path / "figure.svg").read_text()
+        assert ("first 8" in drawn) is (said is not None) and (said or "") in drawn
+
+
+def test_predictions_beyond_those_shown_are_said(run: Path, capsys, tmp_path: Path) -> None:
+    plot(capsys, "predictions", "-p", TEXT, "-n", "66", "-c", run, "-o", tmp_path / "figure.svg")
+    assert "first 64 of 66 generated" in (tmp_path / "figure.svg").read_text()
+
+
+def test_energy_reads_as_much_of_a_text_as_the_command_energy(run: Path, capsys, tmp_path, monkeypatch):
+    read = []
+    real = energy.measure
+    monkeypatch.setattr(energy, "measure", lambda *a, **k: read.append(real(*a, **k)) or read[-1])
+    (tmp_path / "text.txt").write_text(TEXT * 400)
+    common = ["--text", tmp_path / "text.txt", "-c", run]
+    plot(capsys, "energy", *common, "-o", tmp_path / "figure.svg")
+    assert "prompt mode" in (tmp_path / "figure.svg").read_text()
+    with pytest.raises(SystemExit):
+        main(["energy", *map(str, common)])
+    assert [ledger.tokens for ledger in read] == [4096, 4096] and read[0].rows == read[1].rows
+
+
+@pytest.mark.parametrize("figure", ["raster", "rates", "potentials", "attention", "predictions", "energy"])
+def test_a_parameter_that_is_not_finite_is_named(run: Path, capsys, tmp_path: Path, figure) -> None:
+    model = SpikeDecoder.from_pretrained(run / "best")
+    with torch.no_grad():
+        model.blocks[0].attention.q.norm.bias[0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    out = ["-c", tmp_path / "broken", "-o", tmp_path / "figure.png"]
+    message = plot(capsys, figure, "-p", TEXT, *out, code=2).err
+    assert message.startswith("error: model: blocks.0.attention.q.norm.bias holds NaN or infinite values")
+    assert message.count("\n") == 1
+
+
 def test_attention_of_the_baseline(run: Path, capsys, tmp_path: Path) -> None:
     baseline = SpikeDecoder(SpikeDecoder.from_pretrained(run / "best").config.replace(spike_degree=0))
     baseline.tokenizer = CharTokenizer.from_text(TEXT)
@@ -96,7 +135,7 @@ def test_bad_input_is_one_line(run: Path, capsys, tmp_path: Path) -> None:
         (["raster", "-p", TEXT, "-c", run, "-c", run, "-o", out], "--checkpoint: got 2, raster takes one"),
         (["raster", "-p", TEXT, "-c", run, "-o", tmp_path / "figure.bmp"], "ends in .png"),
         (["raster", "-p", "", "-c", run, "-o", out], "holds no token"),
-        (["raster", "-p", "xyz", "-c", run, "-o", out], "outside the model's vocabulary"),
+        (["raster", "-p", "xyz", "-c", run, "-o", out], "--prompt: 3 character(s) outside the model's"),
         (["raster", "-p", TEXT, "--layer", "none", "-c", run, "-o", out], "layer: got 'none', takes one of"),
         (
             ["rates", "-p", TEXT, "--layer", "none", "-c", run, "-o", out],

@@ -95,6 +95,9 @@ def test_several_checkpoints_csv_picture_and_the_original(folders, capsys, tmp_p
     lines = list(csv.DictReader(io.StringIO(table.read_text())))
     assert {line["checkpoint"] for line in lines} == {str(folder) for folder in folders}
     assert {line["kind"] for line in lines} >= {"ac", "mac", "lif", "norm"}
+    assert {(line["mode"], line["table"], line["number_format"]) for line in lines} == {
+        ("prompt", "horowitz-45nm", "fp32")
+    }
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -113,6 +116,8 @@ def test_token_mode_and_a_table_of_ones_own(folders, capsys, tmp_path):
     path.write_text(text)
     flags = ["--prompt", "the cat", "--table", path, "--json"]
     assert json.loads(run(capsys, "-c", folders[0], *flags).out)["entries"][0]["joules"] == 0
+    said = run(capsys, "-c", folders[0], *flags[:-1]).out
+    assert said.count("arithmetic only: both cost nothing") == 2
     path.write_text(text.replace("dram = 0", "dram = -1"))
     assert "dram: got -1" in fails(capsys, "-c", folders[0], *flags)
 
@@ -166,7 +171,7 @@ def test_nan_weights_are_named(folders, capsys, tmp_path):
         model.blocks[0].mlp.fc1.linear.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     message = fails(capsys, "-c", tmp_path / "nan", "--prompt", "the cat")
-    assert "blocks.0.mlp.fc1 holds NaN" in message
+    assert "blocks.0.mlp.fc1.linear.weight holds NaN" in message
 
 
 def test_measured_joules_beside_the_estimate_or_why_not(folders, capsys, tmp_path, monkeypatch):

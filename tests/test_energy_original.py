@@ -42,6 +42,11 @@ def test_compat_gives_what_the_original_shows(degree):
     assert original_estimate(ledger(degree, sequences=3)).joules == pytest.approx(3 * estimate.joules)
 
 
+def test_compat_takes_the_binary_timesteps_of_integers():
+    changes = {"neuron": "ilif", "levels": 15, "timesteps": 1, "v_reset": None}  # four, as above
+    assert ledger(4, **changes).joules(compat=True).joules == pytest.approx(SHOWN[4] * 1e-6, rel=1e-12)
+
+
 def test_compat_says_what_it_cannot_do():
     for degree in (1, 3):
         with pytest.raises(ValueError, match=f"spike_degree={degree}.*formulas for degrees 0, 2 and 4"):
@@ -86,6 +91,7 @@ def test_measured_joules_where_there_are_none(tmp_path):
     [
         (0, "0 J"),
         (1.234e-7, "123 nJ"),
+        (1e-7, "100 nJ"),
         (9.999e-7, "1.00 µJ"),
         (2.5e-13, "0.25 pJ"),
         (0.0123, "12.3 mJ"),

@@ -50,6 +50,7 @@ def test_a_table_of_ones_counts_operations(tmp_path):
         ("dram = 1", "", r"\[memory\] has no dram"),
         ("fp32_add = 1", "fp32_add = -0.9", "fp32_add: got -0.9"),
         ("fp32_add = 1", "fp32_add = nan", "fp32_add: got nan"),
+        ("fp32_add = 1", "fp32_add = 1e308", r"fp32_add: got 1e\+308, takes a number of pJ from 0 to 1e\+12"),
         ("fp32_add = 1", "fp32_add = 'x'", "fp32_add: got 'x'"),
         ("fp32_add = 1", "fp32_add = true", "fp32_add: got True"),
         ("fp32_add = 1", "fp32_add = 1\nfp32_div = 2", "unknown field 'fp32_div'"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, energy, viz
+from spikedecoder.activity import Activity
 from spikedecoder.generation import SamplingParams, generate
 from spikedecoder.spike_stats import SpikeCounter
 
@@ -72,7 +73,7 @@ def test_the_record_holds_what_fired(model, tokens, activity):
     with SpikeCounter(model) as counter, torch.no_grad():
         model(tokens)
     counts = {name: int(s.sum()) for name, s in activity.spikes.items()}
-    assert counts == {name: spikes for name, (spikes, _) in counter.counts().items()}
+    assert counts == {name: spikes for name, (spikes, *_) in counter.counts().items()}
     assert any(counts.values())
     for name, rate in counter.rates().items():
         assert float(activity.rates()[name].mean()) == pytest.approx(rate)
@@ -109,6 +110,34 @@ def test_a_neuron_fires_where_its_potential_reaches_the_threshold(model, tokens,
             h - activity.thresholds[name]
         ).abs() > 1e-4  # sums of another order may differ at the threshold
         assert torch.equal(fires[far], activity.spikes[name][far]), name
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"neuron": "ilif", "levels": 3, "timesteps": 1, "v_reset": None}], ids=("lif", "ilif")
+)
+def test_a_record_is_made_of_numbers_that_are_none_only_if_asked_for(model, tokens, changes):
+    broken = SpikeDecoder(model.config.replace(**changes)).eval()
+    with torch.no_grad():
+        broken.blocks[0].mlp.fc1.norm.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"model: blocks\.0\.mlp\.fc1\.norm\.bias holds NaN"):
+        viz.record(broken, tokens)
+    activity = viz.record(broken, tokens, potentials=True, scores=True, check=False)
+    assert activity.potentials["blocks.0.mlp.fc1"].isnan().all()
+    assert not activity.spikes["blocks.0.mlp.fc1"].any()
+
+
+def test_sums_beyond_the_range_of_floats_are_named_with_their_layer(model, tokens):
+    plain = SpikeDecoder(model.config.replace(spike_degree=0)).eval()
+    spiking = SpikeDecoder(model.config).eval()
+    with torch.no_grad():
+        for part in (plain.blocks[1].attention.q, plain.blocks[1].attention.k):
+            part.norm.weight.fill_(1e30)
+        spiking.blocks[0].mlp.fc1.norm.weight.fill_(1e38)
+        spiking.blocks[0].mlp.fc1.norm.bias.fill_(3e38)
+    with pytest.raises(ValueError, match=r"scores of blocks\.1\.attention: NaN or infinite"):
+        viz.record(plain, tokens, scores=True)
+    with pytest.raises(ValueError, match=r"potentials of blocks\.0\.mlp\.fc1: NaN or infinite"):
+        viz.record(spiking, tokens, potentials=True)
 
 
 def test_scores_are_q_times_k(model, tokens, activity):
@@ -170,6 +199,12 @@ def test_the_raster_draws_each_spike(activity, tmp_path):
     png(fig, tmp_path)
 
 
+def test_neurons_and_tokens_are_counted_in_whole_numbers():
+    for ax in viz.raster(Activity({"layer": torch.ones(1, 1, 4, 3, dtype=torch.bool)})).axes:
+        for ticks in (ax.get_xticks(), ax.get_yticks()):
+            assert len(ticks) > 1 and all(tick == round(tick) for tick in ticks)
+
+
 def test_every_figure_can_be_written(activity, tmp_path):
     for fig in (
         viz.spike_rates(activity),
@@ -195,6 +230,8 @@ def test_predictions_show_probabilities_and_any_text(model, tmp_path):
     assert ax.get_title() == "Predictions; framed: the token chosen"
     few = viz.predictions(result.tokens[0], result.predictions[0], names, rows=1).axes[0]
     assert re.fullmatch(r"Predictions of 1 of \d tokens; .*", few.get_title())
+    some = viz.predictions(result.tokens[0], result.predictions[0], names, limit=2).axes[0]
+    assert "; first 2 of 5 generated; framed" in some.get_title()
     with pytest.raises(ValueError, match="candidates: got none"):
         viz.predictions([1], [[]], names)
     with pytest.raises(ValueError, match="candidates: got 1, takes 2"):
@@ -203,8 +240,11 @@ def test_predictions_show_probabilities_and_any_text(model, tmp_path):
 
 @pytest.mark.parametrize("memory", [False, True])
 def test_energy_bars_are_as_long_as_the_estimates(model, tokens, memory, tmp_path):
-    comparison = energy.compare({"a $model$": energy.measure(model, tokens)}, memory=memory)
+    mode = "token" if memory else "prompt"
+    comparison = energy.compare({"a $model$": energy.measure(model, tokens, mode=mode)}, memory=memory)
     fig = viz.energy_bars(comparison)
+    moved = "with memory" if memory else "arithmetic only, memory left out"
+    assert fig.axes[0].get_title() == f"Estimate (horowitz-45nm; {mode} mode; {moved})"
     ends = [0.0] * 5
     for container in fig.axes[0].containers:
         for i, bar in enumerate(container):
@@ -252,6 +292,26 @@ def test_bad_input(model, tokens, activity, tmp_path):
         viz.raster(activity, labels=["a", "b"])
     with pytest.raises(ValueError, match="heads: got 2, takes 0 to 1"):
         viz.attention_map(activity, heads=[2])
+    for wrong in (1.5, None, [0]):
+        with pytest.raises(ValueError, match=r"sequence: got .*, takes 0 to 1"):
+            viz.attention_map(activity, sequence=wrong)
+    with pytest.raises(TypeError, match="heads: got 3, takes numbers of heads"):
+        viz.attention_map(activity, heads=3)
+    with pytest.raises(ValueError, match="heads: got none"):
+        viz.attention_map(activity, heads=[])
+    with pytest.raises(ValueError, match="layer: got 'x', takes one of blocks"):
+        viz.attention_map(activity, "x")
+    with pytest.raises(ValueError, match=r"layer: got \['x'\], takes one of blocks"):
+        viz.raster(activity, ["x"])
+    with pytest.raises(TypeError, match="layers: got str, takes names of layers"):
+        viz.potentials(activity, "blocks.0.mlp.fc1")
+    with pytest.raises(TypeError, match="labels: got int, takes the text of each token"):
+        viz.raster(activity, labels=3)
+    for picture in (viz.raster, viz.spike_rates, viz.potentials, viz.attention_map):
+        with pytest.raises(TypeError, match="activity: got NoneType, takes Activity"):
+            picture(None)
+    with pytest.raises(TypeError, match="comparison: got NoneType, takes Comparison"):
+        viz.energy_bars(None)
     bare = viz.record(model, tokens)
     with pytest.raises(ValueError, match="scores=True"):
         viz.attention_map(bare)

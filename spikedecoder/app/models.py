@@ -47,7 +47,7 @@ class Loaded:
             kind_of(c),
             tokens_of(self.model.tokenizer.kind),
             f"{c.blocks} blocks of {c.embed_dim} channels",
-            *([f"T = {c.binary_timesteps}"] if c.spike_degree else []),
+            *([f"T = {c.binary_timesteps}"] if c.spiking_attention else []),
             f"context {c.max_len}",
             f"{sum(p.numel() for p in self.model.parameters()):,} parameters",
         ]

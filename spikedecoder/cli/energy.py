@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from spikedecoder.energy import Comparison, EnergyTable, Ledger, Measured
     from spikedecoder.model import SpikeDecoder
 
+MOST_TOKENS = 4096
+
 
 def energy(
     checkpoint: Annotated[
@@ -42,7 +44,9 @@ def energy(
         typer.Option(help="prompt: whole sequences at once; token: one at a time, as in generation."),
     ] = "prompt",
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Also every layer and operation.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Read at most so many tokens of the text.")] = 4096,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Read at most so many tokens of the text.")
+    ] = MOST_TOKENS,
     errors: Annotated[
         str,
         typer.Option(
@@ -74,9 +78,7 @@ def energy(
     from spikedecoder.cli.generate import load
     from spikedecoder.energy import EnergyTable, compare, measure
 
-    if (text is None) == (prompt is None):
-        raise ValueError(f"--text, --prompt: got {'neither' if text is None else 'both'}, takes one of them")
-    words, name = (prompt, "--prompt") if prompt is not None else (read_text(text), "--text")
+    words, name = given_text(prompt, text)
     prices = EnergyTable.load(table)
     if picture is not None:
         from spikedecoder.viz import check_picture
@@ -89,7 +91,7 @@ def energy(
     counted: dict[str, Measured | str] = {}  # or why there is none
     for given in dict.fromkeys(checkpoint):
         model, where = load(given, device)
-        batches = _tokens(model, where, words, name, errors, max_tokens)
+        batches = windows(model, where, words, name, errors, max_tokens)
         ledgers[given] = measure(model, batches, mode=_mode(mode), name=given)
         if measured:
             try:
@@ -110,8 +112,16 @@ def energy(
     _show(ledgers, comparison, originals, counted, per_layer, memory)
 
 
-def read_text(path: Path | None) -> str:
-    assert path is not None
+def given_text(prompt: str | None, text: Path | None) -> tuple[str, str]:
+    """The text of --prompt or of the file of --text, and which of them gave it."""
+    if prompt is not None and text is None:
+        return prompt, "--prompt"
+    if text is not None and prompt is None:
+        return read_text(text), "--text"
+    raise ValueError(f"--prompt, --text: got {'neither' if text is None else 'both'}, takes one of them")
+
+
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # as in training, a byte order mark is no text
     except FileNotFoundError:
@@ -128,8 +138,8 @@ def _mode(mode: str) -> Any:
     return mode
 
 
-def _tokens(model: SpikeDecoder, where: str, text: str, name: str, errors: str, limit: int) -> list[Tensor]:
-    """The text in windows of the model's context: one batch of full ones, and the rest."""
+def windows(model: SpikeDecoder, where: str, text: str, name: str, errors: str, limit: int) -> list[Tensor]:
+    """The first `limit` tokens in windows of the model's context: one batch of full ones, and the rest."""
     import torch
 
     from spikedecoder.generation import encode_prompt
@@ -273,8 +283,11 @@ def _say_more(
 ) -> None:
     from spikedecoder.energy.units import si
 
+    arithmetic = {entry.variant: entry.estimate.arithmetic for entry in comparison.of(name)}
     for even in comparison.break_even.get(name, ()):
         limit = "at no rate" if even.overall is None else f"at a mean input rate of {even.overall:.1%}"
+        if not any(arithmetic[f"{model}, {even.number_format}"] for model in ("this model", "ANN")):
+            limit = "both cost nothing"
         _say(f"  break-even with the ANN in {even.number_format}, arithmetic only: {limit}")
     if name in originals:
         found = originals[name]

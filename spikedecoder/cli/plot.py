@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spikedecoder.cli.energy import MOST_TOKENS, given_text, windows
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -46,14 +48,26 @@ def plot(
         ),
     ],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text that the model reads.")] = None,
-    text: Annotated[Path | None, typer.Option("--text", help="File with that text.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            help="File with that text. raster, rates, potentials and attention show as much of its beginning "
+            f"as the model's context holds, energy its first {MOST_TOKENS:,} tokens.",
+        ),
+    ] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="Layer to draw (blocks.0.mlp.fc1); repeat for potentials. Default: the first."),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", "-n", min=1, help="predictions: tokens to generate; default: 32."),
+        typer.Option(
+            "--tokens",
+            "-n",
+            min=1,
+            help="predictions: tokens to generate, the first 64 are shown; default: 32.",
+        ),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="predictions: as in generate; default: 0.8.")
@@ -85,25 +99,17 @@ def plot(
     if figure == "loss":
         fig = viz.loss_curves(list(dict.fromkeys(checkpoint)))
     else:
-        words = _words(prompt, text)
+        words, name = given_text(prompt, text)
         if figure == "energy":
-            fig = _energy(checkpoint, words, errors, memory, device)
+            fig = _energy(checkpoint, words, name, errors, memory, device)
         elif figure == "predictions":
-            fig = _predictions(checkpoint[0], words, errors, device, tokens or 32, temperature, seed)
+            fig = _predictions(checkpoint[0], words, name, errors, device, tokens or 32, temperature, seed)
         else:
-            fig = _activity(figure, checkpoint[0], words, errors, device, layer)
+            fig = _activity(figure, checkpoint[0], words, name, errors, device, layer)
     print(viz.save(fig, out))
 
 
-def _words(prompt: str | None, text: Path | None) -> str:
-    from spikedecoder.cli.energy import read_text
-
-    if (text is None) == (prompt is None):
-        raise ValueError(f"--prompt, --text: got {'neither' if text is None else 'both'}, takes one of them")
-    return prompt if prompt is not None else read_text(text)
-
-
-def _load(checkpoint: str, words: str, errors: str, device: str) -> tuple[SpikeDecoder, list[int]]:
+def _load(checkpoint: str, words: str, name: str, errors: str, device: str) -> tuple[SpikeDecoder, list[int]]:
     """The model and the text's ids."""
     from spikedecoder.cli.generate import load
     from spikedecoder.generation import encode_prompt
@@ -111,14 +117,14 @@ def _load(checkpoint: str, words: str, errors: str, device: str) -> tuple[SpikeD
     model, where = load(checkpoint, device)
     if model.tokenizer is None:
         raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
-    ids = encode_prompt(model.tokenizer, words, errors)
+    ids = encode_prompt(model.tokenizer, words, errors, name)
     if not ids:
         raise ValueError(f"the text holds no token that {where} knows")
     return model, ids
 
 
 def _activity(
-    figure: str, checkpoint: str, words: str, errors: str, device: str, layers: list[str] | None
+    figure: str, checkpoint: str, words: str, name: str, errors: str, device: str, layers: list[str] | None
 ) -> Figure:
     import torch
 
@@ -126,10 +132,12 @@ def _activity(
 
     if layers and len(layers) > 1 and figure != "potentials":
         raise ValueError(f"--layer: got {len(layers)}, {figure} takes one")
-    model, ids = _load(checkpoint, words, errors, device)
-    ids = ids[: model.config.max_len]
+    model, ids = _load(checkpoint, words, name, errors, device)
+    given, ids = len(ids), ids[: model.config.max_len]
     wanted: dict[str, Any] = {"potentials": figure == "potentials", "scores": figure == "attention"}
     activity = viz.record(model, torch.tensor([ids]), **wanted)
+    if len(ids) < given:
+        activity.note = f"first {len(ids):,} of {given:,} tokens"
     labels = [model.tokenizer.tokens[i] for i in ids]
     layer = layers[0] if layers else None
     if figure == "raster":
@@ -144,6 +152,7 @@ def _activity(
 def _predictions(
     checkpoint: str,
     words: str,
+    name: str,
     errors: str,
     device: str,
     tokens: int,
@@ -152,25 +161,22 @@ def _predictions(
 ) -> Figure:
     from spikedecoder import viz
     from spikedecoder.generation import SamplingParams, generate
+    from spikedecoder.nn.finite import check_finite
 
     sampling = SamplingParams(0.8 if temperature is None else temperature, seed=seed or 0)
-    model, ids = _load(checkpoint, words, errors, device)
+    model, ids = _load(checkpoint, words, name, errors, device)
+    check_finite(model)
     result = generate(model, [ids], tokens, sampling, top=12)
     return viz.predictions(result.tokens[0], result.predictions[0], model.tokenizer.tokens)
 
 
-def _energy(checkpoints: list[str], words: str, errors: str, memory: bool, device: str) -> Figure:
-    import torch
-
+def _energy(checkpoints: list[str], words: str, name: str, errors: str, memory: bool, device: str) -> Figure:
     from spikedecoder import energy, viz
+    from spikedecoder.cli.generate import load
 
     ledgers = {}
     for given in dict.fromkeys(checkpoints):
-        model, ids = _load(given, words, errors, device)
-        batches = [torch.tensor([part]) for part in _parts(ids, model.config.max_len)]
+        model, where = load(given, device)
+        batches = windows(model, where, words, name, errors, MOST_TOKENS)
         ledgers[given] = energy.measure(model, batches, name=given)
     return viz.energy_bars(energy.compare(ledgers, memory=memory))
-
-
-def _parts(ids: list[int], length: int) -> list[list[int]]:
-    return [ids[i : i + length] for i in range(0, len(ids), length)]

@@ -31,11 +31,11 @@ class Entry:
 class BreakEven:
     """Input spike rates (per input, timestep and token) at which arithmetic costs what the twin's costs.
 
-    layers: by layer, its measured rate and its break-even rate, of the Linear and its bias alone (above 1: it
-        costs less at any rate; None: additions are free).
+    layers: by layer, its measured rate and its break-even rate, of the Linear, its shifts and its bias alone
+        (above 1: it costs less at any rate; None: additions are free).
     overall: the mean rate at which the whole model would break even, were all its spike-driven operations in
-        proportion; None where it cannot at any rate (what does not depend on spikes costs more already), or
-        where no spike reached a Linear. rate: the measured mean.
+        proportion; None where it cannot at any rate (what does not depend on spikes costs more already),
+        where no spike reached a Linear, or where both cost nothing. rate: the measured mean.
     """
 
     number_format: str
@@ -108,7 +108,9 @@ def compare(
         if spiking:
             kinds += [("ANN, fp32", twin, {}), ("ANN, int8", twin, {"number_format": "int8"})]
             assert ledger.config is not None
-            bits = min(8, equal_bits(ledger.config.timesteps * ledger.config.spike_levels))
+            c = ledger.config
+            steps = c.timesteps * c.spike_levels if c.spiking_attention else 1  # else it runs in one pass
+            bits = min(8, equal_bits(steps))
             narrow = {"number_format": "int8", "activation_bits": bits}
             kinds.append((f"ANN, int8 x {bits} bit", twin, narrow))
             break_even[name] = tuple(break_even_rate(ledger, table, f) for f in ("fp32", "int8"))
@@ -149,9 +151,9 @@ def break_even_rate(
         driven += own.rows[row.layer, row.operation][0]
         if row.operation == "linear" and row.rate is not None:
             dense = sum(other.rows.get((row.layer, part), (0.0, 0.0))[0] for part in ("linear", "bias"))
-            bias = own.rows.get((row.layer, "bias"), (0.0, 0.0))[0]
+            fixed = sum(own.rows.get((row.layer, part), (0.0, 0.0))[0] for part in ("bias", "shift"))
             full = row.slots * row.fan_out * add  # were every input a spike
-            layers[row.layer] = (row.rate, max(0.0, dense - bias) / full if full else None)
+            layers[row.layer] = (row.rate, max(0.0, dense - fixed) / full if full else None)
     rate, overall = ledger.rate, None
     left = other.arithmetic - (own.arithmetic - driven)
     if rate and driven > 0 and left > 0:

@@ -27,8 +27,11 @@ COLUMNS = (
     "compare",
     "logic",
     "special",
-    "joules",
-    "memory_joules",
+    "estimated_joules",
+    "estimated_memory_joules",
+    "mode",
+    "table",
+    "number_format",
     "note",
 )
 
@@ -38,7 +41,8 @@ class Estimate:
     """An estimate in joules, of all that the ledger holds; `per_token` of one token.
 
     arithmetic and memory (0 where it is left out) by "layer operation" and in total; placement: which memory
-    holds weights, activations and state. It is an estimate: `assumptions` says what it rests on.
+    holds weights, activations and state. mode: the ledger's. It is an estimate: `assumptions` says what it
+    rests on.
     """
 
     joules: float
@@ -51,6 +55,7 @@ class Estimate:
     placement: dict[str, str]
     table: str
     number_format: str
+    mode: str
     assumptions: tuple[str, ...]
 
     @property
@@ -183,6 +188,7 @@ class Ledger:
             placement=placement,
             table=table.name,
             number_format=number_format if activation_bits is None else f"int8 x {activation_bits} bit",
+            mode=self.mode,
             assumptions=assumptions(self.mode, table, placement),
         )
 
@@ -212,7 +218,8 @@ class Ledger:
         return {**head, "config": config, "totals": self.totals(), "rows": rows}
 
     def to_csv(self, estimate: Estimate | None = None) -> str:
-        """A line per row: see COLUMNS. The joules are those of `estimate`, by default `self.joules()`."""
+        """A line per row: see COLUMNS. Joules are those of `estimate`, by default `self.joules()`; memory's
+        are empty where it is left out."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -224,8 +231,10 @@ class Ledger:
         estimate = self.joules() if estimate is None else estimate
         lines = []
         for r in self.rows:
-            cost = estimate.rows.get((r.layer, r.operation), (0.0, 0.0))
-            values = {**asdict(r), "rate": r.rate, "joules": cost[0], "memory_joules": cost[1]}
+            arithmetic, memory = estimate.rows.get((r.layer, r.operation), (0.0, 0.0))
+            values = {**asdict(r), "rate": r.rate, "estimated_joules": arithmetic}
+            values["estimated_memory_joules"] = memory if estimate.placement else None
+            values |= {name: getattr(estimate, name) for name in ("mode", "table", "number_format")}
             lines.append([values[name] for name in COLUMNS])
         return lines
 
@@ -238,8 +247,8 @@ def assumptions(mode: str, table: EnergyTable, placement: Mapping[str, str]) -> 
         "spikes are counted as they occurred; a layer on anything but spikes is billed dense, zeros included",
         "neurons, norms, softmax, GELU and residual sums are fp32, sums of spikes int32 (fp32 where "
         "attention decays), in every format",
-        "no figure in the source: a comparison or choice = an addition, a 1-bit AND = int8_add / 8, exp, "
-        f"tanh, 1/x, 1/sqrt(x) = {SPECIAL_IN_MACS} fp32 multiply-accumulates",
+        "no figure in the source: a comparison or choice = an addition, a shift = an int32 addition, a 1-bit "
+        f"AND = int8_add / 8, exp, tanh, 1/x, 1/sqrt(x) = {SPECIAL_IN_MACS} fp32 multiply-accumulates",
         "token shift and the split into heads are addressing and cost nothing; control, event routing, "
         "clock, leakage and idle circuits are not billed",
     ]

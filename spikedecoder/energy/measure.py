@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,11 @@ def measure(
     """
     if not isinstance(model, SpikeDecoder):
         raise TypeError(f"model: got {type(model).__name__}, takes a SpikeDecoder (others: see Recorder)")
+    if not isinstance(tokens, Iterable):
+        raise TypeError(f"tokens: got {type(tokens).__name__}, takes an int64 tensor [B, S], or several")
     batches = [tokens] if isinstance(tokens, Tensor) else list(tokens)
+    if not batches:
+        raise ValueError("tokens: got none, takes an int64 tensor [B, S], or several")
     with Recorder(model, mode) as recorder, evaluating(model):
         for batch in batches:
             if not isinstance(batch, Tensor) or batch.dim() != 2:

@@ -46,6 +46,7 @@ def original_estimate(ledger: Ledger) -> Estimate:
         placement={},
         table="the original's",
         number_format="fp32",
+        mode=ledger.mode,
         assumptions=_LABEL,
     )
 

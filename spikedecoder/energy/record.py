@@ -18,6 +18,7 @@ from spikedecoder.energy.rows import Row
 from spikedecoder.model import Block, SpikeDecoder
 from spikedecoder.nn.attention import AttentionLIF, SoftmaxAttention
 from spikedecoder.nn.embedding import Embedding, FloatEmbedding
+from spikedecoder.nn.finite import check_finite
 from spikedecoder.nn.head import Head
 from spikedecoder.nn.linear import LinearNormLIF, SpikeLinear
 from spikedecoder.nn.mlp import MLP
@@ -42,8 +43,9 @@ class Recorder:
     and values), weights fetched once per token. The spikes are the same in both, so either mode may watch
     a parallel forward; only "token" may watch `prefill`, `step` and generation.
 
-    Raises ValueError where a layer's numbers are NaN or infinite, where an input that must be spikes is not,
-    and for a model with a layer whose operations are not known here. Costs about one more pass.
+    Raises ValueError where a parameter or a layer's numbers are NaN or infinite, where an input that must be
+    spikes is not, and for a model with a layer whose operations are not known here. Costs about one more
+    pass.
     """
 
     def __init__(self, model: nn.Module, mode: Mode = "prompt") -> None:
@@ -62,6 +64,7 @@ class Recorder:
             raise ValueError(f"model: {type(model).__name__} has no layer whose operations are known here")
 
     def __enter__(self) -> Recorder:
+        check_finite(self.model)
         self._open.enter_context(watching(self.model, self._hooks))
         return self
 

@@ -120,7 +120,7 @@ def shifts(layer: str, outputs: int, levels: int) -> list[Row]:
     if not count:
         return []
     row = Row(layer, "shift", "other", "counts", count=count, add=count)
-    row.note = "one shift, billed as an addition, per output and timestep but the first"
+    row.note = "one shift, billed as an int32 addition, per output and timestep but the first"
     return [row]
 
 

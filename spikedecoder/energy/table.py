@@ -23,6 +23,7 @@ _TABLES = resources.files("spikedecoder.energy")
 ARITHMETIC = ("fp32_mul", "fp32_add", "fp16_mul", "fp16_add", "int8_mul", "int8_add", "int32_add")
 # with the bytes that each holds, the smallest first
 MEMORIES: dict[str, float] = {"sram_8kB": 8e3, "sram_32kB": 32e3, "sram_1MB": 1e6, "dram": math.inf}
+_MOST = 1e12  # a joule: sums of any number of operations stay finite
 # an exponential, tanh, reciprocal or square root has no figure in the sources: billed as so many MACs
 SPECIAL_IN_MACS = 4
 
@@ -31,9 +32,9 @@ SPECIAL_IN_MACS = 4
 class EnergyTable:
     """Energies in pJ: of one operation, and of one memory access of 64 bits.
 
-    A comparison, or a choice between two values, is billed as an addition of the same format; a 1-bit AND
-    as an eighth of an int8 addition; exp, tanh, 1/x and 1/sqrt(x) as 4 multiply-accumulates. The sources
-    have no figures for these.
+    A comparison, or a choice between two values, is billed as an addition of the same format; a shift as an
+    int32 addition; a 1-bit AND as an eighth of an int8 addition; exp, tanh, 1/x and 1/sqrt(x) as 4
+    multiply-accumulates. The sources have no figures for these.
     """
 
     name: str
@@ -97,7 +98,7 @@ class EnergyTable:
     def load(cls, table: str | Path | EnergyTable) -> EnergyTable:
         """A table by its name, or from a TOML file with [arithmetic] and [memory] in pJ (and name, source).
 
-        Raises ValueError naming what is missing, negative, not a number, or unknown; FileNotFoundError.
+        Raises ValueError naming what is missing, unknown, or no number from 0 to 1e12; FileNotFoundError.
         """
         if isinstance(table, EnergyTable):
             return table
@@ -142,6 +143,6 @@ class EnergyTable:
 
 def _energy(name: str, value: Any, where: str) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value >= 0):
-        raise ValueError(f"table: {where}: {name}: got {value!r}, takes a finite number of pJ >= 0")
+    if not (number and 0 <= value <= _MOST):
+        raise ValueError(f"table: {where}: {name}: got {value!r}, takes a number of pJ from 0 to {_MOST:g}")
     return float(value)

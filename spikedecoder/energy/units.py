@@ -11,6 +11,6 @@ def si(joules: float) -> str:
         return "0 J"
     digits = float(f"{joules:.3g}")
     factor, unit = next(((f, u) for f, u in _PREFIXES if digits >= f), _PREFIXES[-1])
-    value = digits / factor
+    value = float(f"{digits / factor:.3g}")  # 1e-7 / 1e-9 is a little less than 100
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:,.{decimals}f} {unit}"

@@ -52,6 +52,11 @@ class Dimension:
         check_field(name, [n for fields in _TABLES.values() for n in fields], "space")
         if name in _MEASURE:
             raise ValueError(f"{what}: changes what is measured, so trials could not be compared")
+        if name == "neuron":
+            raise ValueError(
+                f"{what}: one kind refuses what the other takes (levels, timesteps); takes a search for "
+                "each, from the presets default and default-lif"
+            )
         table = "model" if name in _TABLES["model"] else "train"
         kind = _TABLES[table][name]
         if not isinstance(spec, Mapping):
@@ -82,7 +87,7 @@ class Dimension:
             raise ValueError(f"{what}: low: got {low} with log, takes a number > 0")
         if step is not None:
             step = coerce(f"{what}: step", step, number)
-            if step <= 0 or log:
+            if not (step > 0 and math.isfinite(step)) or log:
                 raise ValueError(f"{what}: step: got {step}{' with log' if log else ''}, takes > 0, no log")
         if points is not None and (not isinstance(points, int) or isinstance(points, bool) or points < 2):
             raise ValueError(f"{what}: points: got {points!r}, takes an integer >= 2")
@@ -236,6 +241,9 @@ def _choices(what: str, values: Any, name: str, kind: Any) -> tuple[Any, ...]:
     if not isinstance(values, list) or not values:
         raise ValueError(f"{what}: choices: got {values!r}, takes a list of values")
     found = tuple(coerce(f"{what}: {name}", None if v == "none" else v, kind) for v in values)
+    for value in found:
+        if isinstance(value, float) and not math.isfinite(value):  # and a study knows no NaN again
+            raise ValueError(f"{what}: choices: got {value}, takes finite numbers")
     if len(set(found)) != len(found):
         raise ValueError(f"{what}: choices: a value stands there twice")
     return found

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -91,6 +93,13 @@ def check_picture(path: str | Path) -> Path:
     return path
 
 
+def check_index(name: str, value: object, size: int) -> int:
+    """`value`, where it is the number of one of so many."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < size:
+        raise ValueError(f"{name}: got {value!r}, takes 0 to {size - 1}")
+    return int(value)
+
+
 def shown(token: str) -> str:
     """A token as a tick label: what cannot be seen gets a sign."""
     named = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
@@ -103,7 +112,11 @@ def token_ticks(ax: Axes, labels: Sequence[str] | None, n: int, axis: str = "x",
     target = ax.xaxis if axis == "x" else ax.yaxis
     if labels is None or n > room:
         target.set_label_text("token" if axis == "x" else target.label.get_text() or "token")
+        locator: Any = target.get_major_locator()
+        locator.set_params(integer=True)
         return
+    if not hasattr(labels, "__len__"):
+        raise TypeError(f"labels: got {type(labels).__name__}, takes the text of each token")
     if len(labels) != n:
         raise ValueError(f"labels: got {len(labels)}, takes {n}, one for each token")
     names = [shown(label) for label in labels]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from spikedecoder.energy.compare import Comparison
 from spikedecoder.energy.rows import KINDS
 from spikedecoder.generation.sampling import Prediction
+from spikedecoder.ops._check import of_type
 from spikedecoder.viz._figure import COLOURS, figure, look, shown, token_ticks
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def predictions(
         raise ValueError(f"candidates: got {len(candidates)}, takes {len(tokens)}, one list for each token")
     if not tokens or not any(candidates):
         raise ValueError("candidates: got none; generate with top > 0 and at least one token")
+    generated = len(tokens)
     tokens, candidates = tokens[:limit], candidates[:limit]
     mass: dict[int, float] = dict.fromkeys(tokens, 0.0)
     for at in candidates:
@@ -76,12 +78,14 @@ def predictions(
         ax.set_ylabel("candidate")
         fig.colorbar(image, ax=ax, label="probability", pad=0.02)
         few = f" of {len(kept)} of {len(mass)} tokens" if len(kept) < len(mass) else ""
-        ax.set_title(f"Predictions{few}; framed: the token chosen")
+        first = f"; first {len(tokens)} of {generated:,} generated" if len(tokens) < generated else ""
+        ax.set_title(f"Predictions{few}{first}; framed: the token chosen")
         return fig
 
 
 def energy_bars(comparison: Comparison) -> Figure:
     """Estimated energy per token, stacked by kind of operation, the models and their twins as groups."""
+    of_type("comparison", comparison, Comparison)
     models = list(dict.fromkeys(entry.model for entry in comparison.entries))
     entries = list(comparison.entries)
     per_token = [e.estimate.per_token for e in entries]
@@ -134,7 +138,8 @@ def energy_bars(comparison: Comparison) -> Figure:
         ax.set_xlim(0, max(left) * 1.13 or 1)
         ax.set_xlabel(f"estimated energy per token, {unit}")
         moved = "with memory" if memories else "arithmetic only, memory left out"
-        ax.set_title(f"Estimate ({comparison.table.name}; {moved})")
+        modes = " and ".join(dict.fromkeys(e.estimate.mode for e in entries))
+        ax.set_title(f"Estimate ({comparison.table.name}; {modes} mode; {moved})")
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return fig
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from spikedecoder.activity import Activity, _choose
-from spikedecoder.viz._figure import COLOURS, SPIKE, figure, look, token_ticks
+from spikedecoder.activity import Activity, choose
+from spikedecoder.ops._check import of_type
+from spikedecoder.viz._figure import COLOURS, SPIKE, check_index, figure, look, token_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,9 +28,10 @@ def raster(
     labels: the tokens as text, one each. layer: None is the first. sequence: which one of the batch.
     columns: panels side by side; None: as many as are well read.
     """
+    of_type("activity", activity, Activity)
     name = activity.layer(layer)
     spikes = activity.spikes[name]
-    _check_sequence(sequence, spikes.shape[1])
+    check_index("sequence", sequence, spikes.shape[1])
     t, _, s, n = spikes.shape
     with look():
         columns = min(t, columns or (4 if s <= 40 else 2))
@@ -50,16 +52,18 @@ def raster(
                 interpolation="nearest",
             )
             ax.set_title(f"timestep {i + 1}: {float(fired.float().mean()):.1%} fire")
+            ax.yaxis.get_major_locator().set_params(integer=True)
             if i % columns == 0:
                 ax.set_ylabel("neuron")
             ax.set_xlabel("token")
             token_ticks(ax, labels if s <= 40 else None, s)
-        fig.suptitle(f"Spikes of {name}")
+        fig.suptitle(_title(f"Spikes of {name}", activity))
         return fig
 
 
 def spike_rates(activity: Activity) -> Figure:
     """Rate of each layer at each timestep, with the share of dead and of saturated neurons."""
+    of_type("activity", activity, Activity)
     activity.layer(None)  # there is one
     rates = activity.rates()
     names = list(rates)
@@ -92,19 +96,20 @@ def spike_rates(activity: Activity) -> Figure:
         right.tick_params(axis="y", left=False, labelleft=False)
         right.set_xlabel("share of neurons")
         fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        fig.suptitle("How often each layer fires")
+        fig.suptitle(_title("How often each layer fires", activity))
         return fig
 
 
 def potentials(activity: Activity, layers: Sequence[str] | None = None, *, bins: int = 60) -> Figure:
     """Histogram of membrane potentials before the reset, by layer; a line marks the threshold."""
-    if not activity.potentials:
-        raise ValueError("potentials: this activity holds none; record it with potentials=True")
-    names = [_choose("potentials", n, activity.potentials) for n in layers or activity.potentials]
+    recorded = _recorded(activity, "potentials")
+    if layers is not None and (isinstance(layers, str) or not isinstance(layers, Iterable)):
+        raise TypeError(f"layers: got {type(layers).__name__}, takes names of layers")
+    names = [choose("layers", n, recorded) for n in layers or recorded]
     with look():
         columns = min(3, len(names))
         rows = -(-len(names) // columns)
-        fig = figure(2.6 * columns + 0.4, 1.75 * rows + 0.5)
+        fig = figure(max(4.3, 2.6 * columns + 0.4), 1.75 * rows + 0.5)
         axes = fig.subplots(rows, columns, squeeze=False).flatten()
         for ax in axes[len(names) :]:
             ax.set_visible(False)
@@ -123,7 +128,7 @@ def potentials(activity: Activity, layers: Sequence[str] | None = None, *, bins:
             ax.spines["left"].set_visible(False)
             if i + columns >= len(names):
                 ax.set_xlabel("membrane potential")
-        fig.suptitle("Membrane potentials before the reset; line: threshold")
+        fig.suptitle(_title("Membrane potentials before the reset; line: threshold", activity))
         return fig
 
 
@@ -137,13 +142,16 @@ def attention_map(
 ) -> Figure:
     """Causal scores q k^T of one attention layer, summed over the timesteps, or the weights of a softmax
     attention: one panel for each head."""
-    name = _choose("scores", layer, activity.scores)
-    scores = activity.scores[name]
-    _check_sequence(sequence, scores.shape[0])
-    chosen = list(range(scores.shape[1])) if heads is None else list(heads)
-    for h in chosen:
-        if not 0 <= h < scores.shape[1]:
-            raise ValueError(f"heads: got {h}, takes 0 to {scores.shape[1] - 1}")
+    recorded = _recorded(activity, "scores")
+    name = choose("layer", layer, recorded)
+    scores = recorded[name]
+    check_index("sequence", sequence, scores.shape[0])
+    if heads is not None and not isinstance(heads, Iterable):
+        raise TypeError(f"heads: got {heads!r}, takes numbers of heads, or None for all")
+    numbers = range(scores.shape[1]) if heads is None else heads
+    chosen = [check_index("heads", h, scores.shape[1]) for h in numbers]
+    if not chosen:
+        raise ValueError("heads: got none, takes at least one, or None for all")
     s = scores.shape[-1]
     hidden = torch.ones(s, s).triu(1).bool()
     top = max(1.0, float(scores[sequence].max()))
@@ -164,8 +172,12 @@ def attention_map(
             token_ticks(ax, labels if s <= 40 else None, s)
             token_ticks(ax, labels if s <= 40 else None, s, axis="y")
         fig.colorbar(image, ax=axes.tolist(), label=activity.score, shrink=0.8)
-        fig.suptitle(f"Attention scores of {name}")
+        fig.suptitle(_title(f"Attention scores of {name}", activity))
         return fig
+
+
+def _title(what: str, activity: Activity) -> str:
+    return f"{what}\n{activity.note}" if activity.note else what
 
 
 def _binary() -> object:
@@ -174,6 +186,10 @@ def _binary() -> object:
     return ListedColormap(["#FFFFFF", SPIKE])
 
 
-def _check_sequence(sequence: int, batch: int) -> None:
-    if not 0 <= sequence < batch:
-        raise ValueError(f"sequence: got {sequence}, takes 0 to {batch - 1}")
+def _recorded(activity: Activity, what: Literal["potentials", "scores"]) -> dict[str, torch.Tensor]:
+    """The activity's potentials or scores."""
+    of_type("activity", activity, Activity)
+    found: dict[str, torch.Tensor] = getattr(activity, what)
+    if not found:
+        raise ValueError(f"activity: holds no {what}; record it with {what}=True")
+    return found

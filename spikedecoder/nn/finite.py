@@ -1,0 +1,23 @@
+"""Numbers that are none: a neuron that gets NaN never fires, so what it does must not be read off spikes."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from torch import nn
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters and buffers that hold NaN or infinite values."""
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    # a sum is the faster look, and finite only where all of them are
+    return [name for name, x in tensors if not (bool(x.sum().isfinite()) or bool(x.isfinite().all()))]
+
+
+def check_finite(model: nn.Module) -> None:
+    """ValueError naming the first of `not_finite`."""
+    if names := not_finite(model):
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise ValueError(
+            f"model: {names[0]}{more} holds NaN or infinite values, so there is nothing to count or show"
+        )
