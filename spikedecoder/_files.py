@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 
@@ -73,3 +75,12 @@ def _temporary_beside(path: Path, make_folder: bool = True) -> tuple[int, Path]:
     except OSError as error:
         raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
     return handle, Path(name)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for each float that is NaN or infinite, for which JSON has no words."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

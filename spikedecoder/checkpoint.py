@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from spikedecoder._files import write_bytes, write_files
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 _FORMAT = 1
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a model runs in
 _HUB = (
     "revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder", "endpoint",
     "proxies", "etag_timeout",
@@ -78,7 +79,11 @@ def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None) ->
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        with open(path, "rb"):  # safetensors says of any file that it cannot open that there is none
+        with open(path, "rb") as file:  # safetensors says of any file that it cannot open that there is none
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:  # a name that is not UTF-8, which safetensors takes for no name
+                return load(file.read())
             return load_file(path)
     except PermissionError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
@@ -90,9 +95,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) -> None:
     """Load weights by name, each in its own dtype; CheckpointError naming what is missing, left over or of
-    another shape."""
+    another shape or kind."""
     if problems := _misfits(model.state_dict(), tensors):
         raise CheckpointError(f"{source}: weights do not fit the config: {problems}")
+    if "head.linear.weight" in tensors:  # for what is in no file: decays are wider in a wider model
+        model.to(tensors["head.linear.weight"].dtype)
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if name in tensors and t.is_floating_point():  # norms may be wider than what they norm
             t.data = t.data.to(tensors[name].dtype)
@@ -100,15 +107,23 @@ def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) 
 
 
 def _misfits(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
-    """What of a model's tensors is missing, left over or of another shape, in words; "" if nothing is."""
+    """What of a model's tensors is missing, left over or misfits, in words; "" if nothing does."""
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} of shape {tuple(t.shape)} for {tuple(own[name].shape)}"
-        for name, t in tensors.items()
-        if name in own and t.shape != own[name].shape
-    ]
+    both = [name for name in tensors if name in own]
+    problems += [f"{name} {why}" for name in both if (why := _misfit(own[name], tensors[name]))]
     return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+def _misfit(own: Tensor, tensor: Tensor) -> str:
+    """Why no model runs with `tensor` in the place of `own`, in words; "" if one does."""
+    floats = own.is_floating_point()
+    if tensor.layout != torch.strided:
+        return f"of {tensor.layout}, takes strided".replace("torch.", "")
+    if tensor.dtype not in (_FLOATS if floats else (own.dtype,)):
+        takes = "float16 to float64" if floats else own.dtype
+        return f"of {tensor.dtype}, takes {takes}".replace("torch.", "")
+    return "" if tensor.shape == own.shape else f"of shape {tuple(tensor.shape)} for {tuple(own.shape)}"
 
 
 def save_folder(model: SpikeDecoder, folder: Path) -> None:
@@ -246,10 +261,7 @@ class FolderMixin:
         config = read_config(get(CONFIG))
         model = cast("Callable[[SpikeDecoderConfig], SpikeDecoder]", cls)(config)
         weights = get(WEIGHTS)
-        tensors = read_tensors(weights)
-        if "head.linear.weight" in tensors:  # for what is in no file: decays are wider in a wider model
-            model.to(tensors["head.linear.weight"].dtype)
-        load_state(model, tensors, weights)
+        load_state(model, read_tensors(weights), weights)
         tokenizer = get(TOKENIZER, optional=True)
         if tokenizer.is_file():
             try:
@@ -274,12 +286,22 @@ def _local(folder: Path) -> Callable[..., Path]:
 
 
 def _remote(name: str, hub: dict[str, Any]) -> Callable[..., Path]:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     owner, slash, _ = name.partition("/")
     if not slash or Path(owner).exists():  # a slip in a path: the hub would be asked again and again
         raise CheckpointError(f"{name}: no such folder (a name on the hub is OWNER/NAME)")
+    unreachable = None
+    if not hub.get("local_files_only") and "proxies" not in hub:
+        # once: without a network hf_hub_download asks for half a minute, and writes a line for each time
+        timeout = hub.get("etag_timeout", constants.HF_HUB_ETAG_TIMEOUT)
+        try:
+            get_hf_file_metadata(hf_hub_url(name, CONFIG, endpoint=hub.get("endpoint")), timeout=timeout)
+        except (HfHubHTTPError, ValueError):  # an answer, or what hf_hub_download says better
+            pass
+        except Exception as error:  # of what the hub is asked with: requests or httpx, by its version
+            unreachable, hub = error, {**hub, "local_files_only": True}
 
     def get(file: str, optional: bool = False) -> Path:
         try:
@@ -287,7 +309,8 @@ def _remote(name: str, hub: dict[str, Any]) -> Callable[..., Path]:
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
             if optional:
                 return Path(file + ".absent")
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            why = str(unreachable or error)
+            reason = why.splitlines()[0] if why else type(unreachable or error).__name__
             raise CheckpointError(
                 f"{name}: no such folder here, and {file} could not be had from the hub ({reason})"
             ) from None

@@ -139,7 +139,8 @@ class SpikeDecoderConfig:
         for name in _POSITIVE:
             number(name, getattr(self, name), "a finite number > 0", LEAST)
         for name in ("decay_fastest", "decay_slowest"):
-            number(name, getattr(self, name), "a number in (0, 1]", LEAST, 1)
+            takes = f"a number in (0, 1], {_LEAST_DECAY:g} or more: float32 makes 0 of less"
+            number(name, getattr(self, name), takes, _LEAST_DECAY, 1)
         if self.decay_fastest > self.decay_slowest or (self.decay_fastest < 1) != (self.decay_slowest < 1):
             raise ValueError(
                 f"decay_fastest: got {self.decay_fastest}, takes at most decay_slowest = "
@@ -267,10 +268,13 @@ class SpikeDecoderConfig:
         """One decay a head, fastest first; None without decay."""
         if self.decay_fastest == 1:
             return None
-        fast, slow = 1 - self.decay_fastest, 1 - self.decay_slowest
+        fastest, slowest = self.decay_fastest, self.decay_slowest
         if self.heads == 1:
-            return [self.decay_slowest]
-        return [1 - fast * (slow / fast) ** (h / (self.heads - 1)) for h in range(self.heads)]
+            return [slowest]
+        ratio = (1 - slowest) / (1 - fastest)
+        between = (1 - (1 - fastest) * ratio ** (h / (self.heads - 1)) for h in range(1, self.heads - 1))
+        # a decay near 0 is lost in 1 - decay
+        return [fastest, *(min(max(decay, fastest), slowest) for decay in between), slowest]
 
     @property
     def lif(self) -> LIFParams:
@@ -358,5 +362,6 @@ def bits(n: int) -> int:
 _HINTS: dict[str, Any] = typing.get_type_hints(SpikeDecoderConfig)
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(SpikeDecoderConfig)}
 _MOST_BLOCKS = 10_000
+_LEAST_DECAY = 1e-45
 _POSITIVE = ("embedding_gain", "embedding_std", "residual_init", "attention_scale", "surrogate_alpha")
 _LIF_ONLY = ("tau", "decay_input", "learn_threshold", "surrogate", "surrogate_alpha", "detach_reset")

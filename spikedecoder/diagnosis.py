@@ -1,7 +1,9 @@
-"""What ails a spiking model: dead and saturated layers, gradients that vanish, thresholds that drift."""
+"""What ails a spiking model: values that are not finite, dead and saturated layers, gradients that vanish,
+thresholds that drift."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,35 +12,39 @@ from torch import Tensor
 
 from spikedecoder import ops
 from spikedecoder.activity import record
-from spikedecoder.model import IGNORE, SpikeDecoder
+from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.model import IGNORE, SpikeDecoder, check_model
 from spikedecoder.nn.evaluating import evaluating
+from spikedecoder.nn.finite import not_finite
 from spikedecoder.nn.watching import watching
-from spikedecoder.params import ILIFParams
+from spikedecoder.params import MAX_LEVELS, ILIFParams
 from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.surrogate import get_surrogate
 
 MOST = 0.5  # share of a layer's neurons from which the layer is named
-FULL_RATE = 0.9  # spikes per neuron and timestep
+FULL = 0.9  # share of the largest among what its neurons gave
 FLAT_SLOPE = 0.01  # of the surrogate's largest derivative
 FLAT_SHARE = 0.95  # of potentials in the flat part
 SMALL_GRADIENT = 1e-3  # of the largest layer's, root mean square per spike
-DRIFT = 2.0  # factor between a learned threshold and where it started
+DRIFT = 2.0  # factor between a learned threshold and where it started, both from rest
 
 
 @dataclass(frozen=True)
 class LayerHealth:
     """One layer of neurons on the text that was read.
 
-    rate: spikes per neuron and timestep. dead, saturated: shares of neurons that never fired, and that fired
-    at every timestep of every token (of I-LIF neurons, that were at their largest integer at each). flat:
-    share of membrane potentials at which the surrogate's derivative is below 1 % of its largest, or of I-LIF
-    neurons' currents through which no gradient passes. gradient: root mean square of dL/ds over the layer's
-    spikes, L the summed loss; None where no targets were given or none arrives. threshold: now; v_threshold:
-    the configuration's, where training started.
+    rate: spikes per neuron and timestep. full: share of the largest among what the neurons gave: the rate,
+    or of I-LIF neurons' integers those at `levels`. dead, saturated: shares of neurons that never fired, and
+    that fired at every timestep of every token (of I-LIF neurons, that were at their largest integer at
+    each). flat: share of membrane potentials at which the surrogate's derivative is below 1 % of its largest,
+    or of I-LIF neurons' currents through which no gradient passes. gradient: root mean square of dL/ds over
+    the layer's spikes, L the summed loss; None where no targets were given or none arrives. threshold: now;
+    v_threshold: the configuration's, where training started.
     """
 
     name: str
     rate: float
+    full: float
     dead: float
     saturated: float
     flat: float
@@ -62,14 +68,15 @@ def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None)
     """Watch every neuron of `model` while it reads tokens [B, S]; with targets [B, S], its gradients too.
 
     The model is left as it was: its mode, its gradients. Raises ValueError for a model without a spiking
-    layer, and for spikes that are NaN.
+    layer, and for spikes or potentials that are not finite though every parameter is.
     """
-    activity = record(model, tokens, potentials=True)
-    gradients = {} if targets is None else _gradients(model, tokens, targets)
+    broken = not_finite(check_model(model))
+    activity = record(model, tokens, potentials=True, check=not broken)
+    loss, gradients = (None, {}) if targets is None else _gradients(model, tokens, targets)
     c = model.config
     surrogate = get_surrogate(c.surrogate)
     steepest = float(surrogate.derivative(torch.zeros(()), c.surrogate_alpha))
-    dead, saturated = activity.dead(), activity.saturated()
+    full, dead, saturated = activity.full(), activity.dead(), activity.saturated()
     layers = []
     for name, spikes in activity.spikes.items():
         threshold = activity.thresholds[name]
@@ -85,6 +92,7 @@ def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None)
             LayerHealth(
                 name=name,
                 rate=float(spikes.float().mean()),
+                full=full[name],
                 dead=dead[name],
                 saturated=saturated[name],
                 flat=float(flat.float().mean()),
@@ -93,11 +101,14 @@ def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None)
                 v_threshold=c.v_threshold,
             )
         )
-    return Diagnosis(layers, _findings(layers, c.neuron == "ilif"))
+    findings = _not_finite(broken, loss, layers)
+    if not broken:  # else what the neurons do follows from that
+        findings += _findings(layers, c, loss is not None)
+    return Diagnosis(layers, findings)
 
 
-def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> dict[str, float]:
-    """By layer, the root mean square of dL/ds over its spikes s, L the loss summed over targets."""
+def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> tuple[float, dict[str, float]]:
+    """The loss; by layer, the root mean square of dL/ds over its spikes s, L the loss summed over targets."""
     found: dict[str, float] = {}
 
     def watch(name: str) -> Any:
@@ -115,7 +126,8 @@ def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> dict[str
 
     hooks = [(model.embedding, start), *((module, watch(name)) for name, module in spiking_layers(model))]
     with evaluating(model), watching(model, hooks), torch.enable_grad():
-        loss = model.loss(tokens.to(model.device), targets.to(model.device))
+        wanted = targets.to(model.device) if isinstance(targets, Tensor) else targets
+        loss = model.loss(tokens.to(model.device), wanted)
         counted = targets != IGNORE
         if model.config.pad_id is not None:
             counted &= targets != model.config.pad_id
@@ -123,72 +135,130 @@ def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> dict[str
             raise ValueError(f"targets: got none that counts, takes some besides {IGNORE} and pad_id")
         # to what the blocks read, and to no parameter, so that it does not matter which of them learn
         torch.autograd.grad(loss * int(counted.sum()), read, allow_unused=True)
-    return found
+    return loss.item(), found
 
 
-def dead_layers(names: list[str]) -> str:
+def dead_layers(names: list[str], c: SpikeDecoderConfig) -> str:
     """What to say of layers of which no neuron fires."""
-    return (
-        f"dead: no neuron of {_list(names)} fires, so nothing passes there. Try --set embedding_gain=2 "
-        "(where the first block is silent), a larger attention_scale (where an attention_lif is), a lower "
-        "v_threshold, more timesteps (or levels), or a lower lr"
+    return f"dead: no neuron of {_list(names)} fires, so nothing passes there" + _try(
+        "--set embedding_gain=2 (where the first block is silent)" * (c.embedding_gain < 2),
+        "a larger attention_scale (where an attention_lif is)",
+        "a lower v_threshold",
+        _finer(c),
+        "a lower lr",
     )
 
 
-def saturated_layers(names: list[str]) -> str:
+def saturated_layers(names: list[str], c: SpikeDecoderConfig) -> str:
     """What to say of layers that fire nearly always."""
-    return (
-        f"saturated: {_list(names)} fire at nearly every timestep, and tell little. Try a decay or "
-        "attention_norm=true (where an attention_lif is: its sum grows with the context), a higher "
-        "v_threshold, a smaller embedding_gain, or a lower lr"
+    often = (
+        "fire at nearly every timestep" if c.levels is None else "are nearly always at their largest integer"
+    )
+    return f"saturated: {_list(names)} {often}, and tell little" + _try(
+        "a decay (where an attention_lif is: its sum grows with the context)" * (c.decays is None),
+        "attention_norm=true (where an attention_lif is)" * (not c.attention_norm),
+        "a higher v_threshold",
+        "a smaller embedding_gain",
+        "a lower lr",
     )
 
 
-def _findings(layers: list[LayerHealth], integers: bool) -> list[str]:
-    found = []
+def _not_finite(broken: list[str], loss: float | None, layers: list[LayerHealth]) -> list[str]:
+    """What to say of these parameters and buffers, of the loss, and of the layers' gradients."""
+    parts = [f"values of {_list(broken)}"] if broken else []
+    if loss is not None and not math.isfinite(loss):
+        parts.append(f"the loss ({loss})")
+    gradients = [x.name for x in layers if x.gradient is not None and not math.isfinite(x.gradient)]
+    if gradients:
+        parts.append(f"the gradient that reaches the spikes of {_list(gradients)}")
+    way_out = "Go on from an earlier checkpoint, with a lower lr or a smaller clip"
+    return [f"not finite: {'; '.join(parts)}. {way_out}"] if parts else []
+
+
+def _findings(layers: list[LayerHealth], c: SpikeDecoderConfig, gradients: bool) -> list[str]:
+    """gradients: whether they were looked at."""
+    integers, found = c.levels is not None, []
     dead = [x.name for x in layers if x.rate == 0]
     if dead:
-        found.append(dead_layers(dead))
+        found.append(dead_layers(dead, c))
     dying = [x.name for x in layers if x.rate > 0 and x.dead > MOST]
     if dying:
         found.append(
-            f"dying: more than half of the neurons of {_list(dying)} never fired. Try a lower v_threshold, "
-            + ("" if integers else "a wider surrogate (smaller surrogate_alpha), ")
-            + "or a lower lr"
+            f"dying: more than half of the neurons of {_list(dying)} never fired"
+            + _try(
+                "a lower v_threshold",
+                "a wider surrogate (smaller surrogate_alpha)" * (not integers),
+                "a lower lr",
+            )
         )
-    full = [x.name for x in layers if x.saturated > MOST or x.rate > FULL_RATE]
+    full = [x.name for x in layers if x.saturated > MOST or x.full > FULL]
     if full:
-        found.append(saturated_layers(full))
+        found.append(saturated_layers(full, c))
     flat = [x.name for x in layers if x.flat > FLAT_SHARE]
     if flat and integers:
+        higher = "a higher one" + " or more levels" * (c.spike_levels < MAX_LEVELS)
         found.append(
             f"flat: nearly all currents of {_list(flat)} lie beyond the levels, where no gradient passes. "
-            "Try a lower v_threshold where they lie below, a higher one or more levels where above"
+            f"Try a lower v_threshold where they lie below, {higher} where above"
         )
     elif flat:
         found.append(
             f"flat: nearly all membrane potentials of {_list(flat)} lie where the surrogate's derivative is "
-            "below 1 % of its largest, so their inputs hardly learn. Try a smaller surrogate_alpha, or the "
-            "atan surrogate, whose tails are longer"
+            "below 1 % of its largest, so their inputs hardly learn"
+            + _try(
+                "a smaller surrogate_alpha",
+                "the atan surrogate, whose tails are longer" * (c.surrogate != "atan"),
+            )
         )
-    largest = max((x.gradient for x in layers if x.gradient is not None), default=0.0)
-    vanishing = [x.name for x in layers if x.gradient is not None and x.gradient < SMALL_GRADIENT * largest]
-    if vanishing:
+    received = [x.gradient for x in layers if x.gradient is not None and math.isfinite(x.gradient)]
+    largest = max(received, default=0.0)
+    vanishing = [x.name for x in layers if not x.gradient or x.gradient < SMALL_GRADIENT * largest]
+    if gradients and vanishing and largest == 0:
+        found.append(
+            f"vanishing gradient: none reaches the spikes of {_list(vanishing)}"
+            + _try("a head whose weights are not 0")
+        )
+    elif gradients and vanishing:
         found.append(
             f"vanishing gradient: what reaches the spikes of {_list(vanishing)} is below a thousandth of the "
-            "largest layer's. Try "
-            + ("more levels" if integers else "a smaller surrogate_alpha")
-            + ", fewer blocks, or spiking_residuals=0"
+            "largest layer's"
+            + _try(
+                _finer(c) if integers else "a smaller surrogate_alpha",
+                "fewer blocks" * (c.blocks > 1),
+                "spiking_residuals=0" * (c.spiking_residuals > 0),
+            )
         )
-    drifted = [x for x in layers if not x.v_threshold / DRIFT <= x.threshold <= x.v_threshold * DRIFT]
+    rest = c.v_reset or 0.0
+    start = c.v_threshold - rest
+    drifted = [
+        x
+        for x in layers
+        if math.isfinite(x.threshold) and not start / DRIFT <= x.threshold - rest <= start * DRIFT
+    ]
     if drifted:
         said = ", ".join(f"{x.name} ({x.threshold:.3g})" for x in drifted[:4])
         found.append(
             f"drifting thresholds: {said}{' and more' if len(drifted) > 4 else ''}, from "
-            f"{drifted[0].v_threshold:.3g} at the start. Try learn_threshold=false, or a lower lr"
+            f"{c.v_threshold:.3g} at the start"
+            + _try("learn_threshold=false" * c.learn_threshold, "a lower lr")
         )
     return found
 
 
+def _finer(c: SpikeDecoderConfig) -> str:
+    """More steps for the neurons' values, where the configuration takes more."""
+    if c.levels is None:
+        return "more timesteps"
+    return "more levels" * (c.levels < MAX_LEVELS)
+
+
+def _try(*ways: str) -> str:
+    """The end of a finding: the ways out that there are."""
+    kept = [way for way in ways if way]
+    if len(kept) > 1:
+        kept[-1] = f"or {kept[-1]}"
+    return f". Try {', '.join(kept)}" if kept else ""
+
+
 def _list(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more layers" if len(names) > 4 else "")
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

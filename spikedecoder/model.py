@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spikedecoder.checkpoint import FolderMixin
 from spikedecoder.config import SpikeDecoderConfig
+from spikedecoder.fields import number
 from spikedecoder.nn.attention import AttentionLIF, SoftmaxAttention, SpikingAttention
 from spikedecoder.nn.embedding import Embedding, FloatEmbedding
 from spikedecoder.nn.head import Head
@@ -173,7 +174,8 @@ class SpikeDecoder(nn.Module, FolderMixin):
         if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
             got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
             raise TypeError(f"targets: got {got}, takes an int64 tensor [B, S]")
-        if targets.shape != tokens.shape:
+        if not isinstance(tokens, Tensor) or targets.shape != tokens.shape:
+            self._check(tokens)  # which `forward` does of others
             raise ValueError(
                 f"targets: got shape {tuple(targets.shape)}, takes that of tokens, {tuple(tokens.shape)}"
             )
@@ -257,6 +259,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """For the optimiser: decay on Linear weights and thresholds, none on biases, norms, embeddings."""
+        number("weight_decay", weight_decay, "a finite number >= 0", 0)
         decay = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)} | {
             id(m.v_threshold) for m in self.modules() if isinstance(m, LIF) and m.v_threshold is not None
         }

@@ -51,7 +51,7 @@ class SpikeCounter:
     def __init__(self, model: nn.Module) -> None:
         self.mask: Tensor | None = None
         self._layers = list(spiking_layers(model))
-        self._totals: dict[str, Tensor] = {}
+        self._totals: dict[str, Tensor] = {}  # spikes, and outputs that are the largest
         self._slots: dict[str, int] = {}
         self._model = model
         self._open = ExitStack()
@@ -69,22 +69,22 @@ class SpikeCounter:
     def _hook(self, name: str, levels: int) -> Any:
         def count(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             # [T, B, S, E]: per position at most 4 * T * E spikes, exact in float32
-            per_position = ops.spike_counts(output.detach(), levels).sum((0, -1), dtype=torch.float32)
-            positions = per_position.numel()
-            if self.mask is not None:
-                per_position = per_position[self.mask]
-                positions = per_position.numel()
-            total = per_position.to(torch.int64).sum()
+            spikes = ops.spike_counts(output.detach(), levels).sum((0, -1), dtype=torch.float32)
+            timesteps = binary_timesteps(levels)
+            full = spikes if levels == 1 else timesteps * (output == levels).sum((0, -1), dtype=torch.float32)
+            counted = [x if self.mask is None else x[self.mask] for x in (spikes, full)]
+            total = torch.stack([x.to(torch.int64).sum() for x in counted])
             self._totals[name] = self._totals[name] + total if name in self._totals else total
-            timesteps = output.shape[0] * binary_timesteps(levels)
-            self._slots[name] = self._slots.get(name, 0) + positions * timesteps * output.shape[-1]
+            slots = counted[0].numel() * timesteps * output.shape[0] * output.shape[-1]
+            self._slots[name] = self._slots.get(name, 0) + slots
 
         return count
 
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """By layer: spikes, and the neurons * timesteps * positions that could have fired."""
-        return {name: (int(total), self._slots[name]) for name, total in self._totals.items()}
+    def counts(self) -> dict[str, tuple[int, int, int]]:
+        """By layer: spikes; the timesteps at which the neuron's output was the largest that it has, of I-LIF
+        neurons all of such an integer's; and the neurons * timesteps * positions that could have fired."""
+        return {name: (*total.tolist(), self._slots[name]) for name, total in self._totals.items()}
 
     def rates(self) -> dict[str, float]:
         """By layer, in the order of the model: spikes per neuron, timestep and position."""
-        return {name: spikes / slots if slots else 0.0 for name, (spikes, slots) in self.counts().items()}
+        return {name: spikes / slots if slots else 0.0 for name, (spikes, _, slots) in self.counts().items()}

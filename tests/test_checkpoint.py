@@ -325,6 +325,17 @@ def _reshape(folder):
     ck.write_tensors(folder / ck.WEIGHTS, tensors)
 
 
+def _retype(dtype, only=None):
+    def change(folder):
+        tensors = ck.read_tensors(folder / ck.WEIGHTS)
+        ck.write_tensors(
+            folder / ck.WEIGHTS,
+            {name: t.to(dtype) if only in (None, name) else t for name, t in tensors.items()},
+        )
+
+    return change
+
+
 def _config(**changes):
     def change(folder):
         values = json.loads((folder / ck.CONFIG).read_text())
@@ -341,6 +352,10 @@ def _config(**changes):
         (_drop_tensor, "missing head.linear.bias"),
         (_add_tensor, "unknown surplus"),
         (_reshape, r"head.linear.bias of shape \(3,\) for \(7,\)"),
+        (_retype(torch.int64, "head.linear.bias"), "head.linear.bias of int64, takes float16 to float64"),
+        (_retype(torch.int8), "of int8, takes float16 to float64; .* more"),
+        (_retype(torch.float8_e4m3fn), "of float8_e4m3fn, takes"),
+        (_retype(torch.complex64), "of complex64, takes"),
         (lambda f: (f / ck.WEIGHTS).unlink(), "model.safetensors: no such file"),
         (lambda f: (f / ck.CONFIG).unlink(), "config.json: no such file"),
         (lambda f: (f / ck.CONFIG).write_text("{"), "config.json: not a JSON file, or truncated"),
@@ -361,6 +376,43 @@ def test_damaged_checkpoints(saved, damage, message):
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         SpikeDecoder.from_pretrained(folder)
+
+
+def test_tensors_that_no_model_runs_with_are_named():
+    model = SpikeDecoder(_model().config.replace(norm="power"))
+    iters = next(name for name in model.state_dict() if name.endswith(".iters"))
+    for name, tensor, said in (
+        (iters, torch.zeros(()), f"{iters} of float32, takes int64"),
+        ("head.linear.weight", model.head.linear.weight.detach().to_sparse(), "of sparse_coo, takes strided"),
+    ):
+        with pytest.raises(CheckpointError, match=f"here: weights do not fit the config: .*{said}"):
+            ck.load_state(model, {**model.state_dict(), name: tensor}, "here")
+    assert model.dtype == torch.float32
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode")
+def test_a_folder_whose_name_is_not_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"m\xff")
+    model = _model()
+    model.save_pretrained(folder)
+    loaded = SpikeDecoder.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    _truncate(folder)
+    with pytest.raises(CheckpointError, match="not a safetensors file, or truncated"):
+        SpikeDecoder.from_pretrained(folder)
+
+
+def test_a_hub_that_is_not_there_is_asked_once():
+    """A minute's retries, each with a line on the terminal, would else come before the error."""
+    code = (
+        "from spikedecoder import CheckpointError, SpikeDecoder\n"
+        "try:\n    SpikeDecoder.from_pretrained('no/pe', endpoint='http://127.0.0.1:1')\n"
+        "except CheckpointError as error:\n    print(error)"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "no/pe: no such folder here, and config.json could not be had from the hub" in done.stdout
+    assert "refused" in done.stdout and done.stderr == ""
 
 
 def test_push_to_hub_says_that_it_reached_nobody(saved, monkeypatch):

@@ -52,6 +52,20 @@ def test_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("train", "--set", "blocks") == 2
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # found out at the end, or while the command runs
+def test_the_reader_of_the_output_may_go(unbuffered: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spikedecoder", "--version"],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 0)
+
+
 def test_no_such_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("trian") == 2
     said = capsys.readouterr()
@@ -109,6 +123,25 @@ def test_every_environment_variable_is_documented() -> None:
     read -= {"SPIKEDECODER_CUDA", "SPIKEDECODER_SOURCES"}  # what CMake is given
     documented = re.findall(r"^\| `(\w+)`", (root / "docs" / "design.md").read_text("utf-8"), re.M)
     assert sorted(read) == sorted(name for name in documented if name.startswith("SPIKEDECODER_"))
+
+
+def test_variables_that_find_programs_and_those_of_tests_are_documented() -> None:
+    root = Path(__file__).parent.parent
+    read = r"environ(?:\.get\(|\[)\"(\w+)\""
+    programs = re.findall(read, (root / "spikedecoder/ext/_programs.py").read_text("utf-8"))
+    assert "CUDA_PATH" in programs
+    design = (root / "docs" / "design.md").read_text("utf-8")
+    assert all(f"`{name}`" in design for name in programs)
+    tests = {
+        name
+        for folder in ("tests", "bench")
+        for path in (root / folder).rglob("*.py")
+        for name in re.findall(read, path.read_text("utf-8"))
+        if name.startswith("SPIKEDECODER_")
+    }
+    own = tests - set(re.findall(r"^\| `(\w+)`", design, re.M))
+    assert own >= {"SPIKEDECODER_BOOK", "SPIKEDECODER_GOLDEN", "SPIKEDECODER_CHROMIUM"}
+    assert all(f"`{name}" in (root / "CONTRIBUTING.md").read_text("utf-8") for name in own)
 
 
 def test_the_package_gives_what_it_promises() -> None:

@@ -305,6 +305,7 @@ def test_a_run_killed_around_its_first_checkpoint_goes_on(
         (b"ten and six", "shorter than the context"),
         (b"\0\1\2\3" * 1000, "binary"),
         ("caf\u00e9 ".encode("latin-1") * 1000, "utf-8"),
+        (("a text of Windows " * 100).encode("utf-16"), "begins as utf-16 text does, expected utf-8"),
     ],
 )
 def test_bad_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str) -> None:
@@ -562,8 +563,31 @@ def test_convert_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ):
         assert message in fails(capsys, "convert", checkpoint, tmp_path / "m", "--set", option)
     assert "unknown option" in fails(capsys, "convert", checkpoint, tmp_path / "m", "--set", "hedas=2")
+    for width in (0, -1):
+        said = fails(capsys, "convert", checkpoint, tmp_path / "m", "--set", "heads=2", "--dim-hid", width)
+        assert f"dim_hid: got {width}, takes an integer of 1 or more" in said
     assert "not empty" in fails(capsys, "convert", checkpoint, tmp_path, "--set", "heads=2")
     (tmp_path / "a.model").write_bytes(checkpoint.read_bytes())
     assert "does not end in .pt" in fails(capsys, "convert", tmp_path / "a.model", tmp_path / "m")
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob(".m*"))
     assert case
+
+
+def test_convert_tensors_that_are_not_the_originals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, case = original_checkpoint(tmp_path, "char_powernorm_concat")
+    (tmp_path / "options.json").write_text(json.dumps(case["config"]))
+    arguments = (checkpoint, tmp_path / "m", "--kind", case["kind"], "--options", tmp_path / "options.json")
+    state = torch.load(checkpoint, weights_only=True)
+    head = next(name for name in state if name.startswith("Head.") and name.endswith("weight"))
+    for change, said in (
+        ({"x": torch.zeros(3)}, "original.pt: x: not a name of the original's"),
+        ({3: torch.zeros(3)}, "original.pt: got no state dict of tensors"),
+        ({head: state[head].to(torch.int8)}, "head.linear.weight of int8, takes float16 to float64"),
+        ({head: state[head].to_sparse()}, "head.linear.weight of sparse_coo, takes strided"),
+        ({name: t.to_sparse() for name, t in state.items()}, "of sparse_coo, takes strided"),
+    ):
+        torch.save({**state, **change}, checkpoint)
+        assert said in fails(capsys, "convert", *arguments)
+    assert not (tmp_path / "m").exists()

@@ -114,6 +114,7 @@ def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
         ({"token_shift": 97}, "token_shift: got 97, takes 1 to 96"),
         ({"mlp_token_shift": 300}, "mlp_token_shift: got 300"),
         ({"decay_fastest": 0.0, "decay_slowest": 0.9}, "decay_fastest: got 0.0"),
+        ({"decay_fastest": 1e-46, "decay_slowest": 0.9}, "decay_fastest: got 1e-46, takes .* 1e-45 or more"),
         ({"decay_fastest": 0.9, "decay_slowest": 0.5}, "decay_fastest: got 0.9, takes at most decay_slowest"),
         ({"decay_fastest": 0.9}, "both below 1 or both 1"),
         *(

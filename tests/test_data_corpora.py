@@ -58,6 +58,8 @@ def test_files_are_joined(tmp_path: Path) -> None:
     a.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
     b.write_bytes("\ufefffour é\n".encode())
     c.write_bytes("five".encode("utf-16"))
+    for alias in ("utf16", "U16", "UTF_16"):
+        assert read(c, encoding=alias) == "five"
     assert read(a, b) == "one\ntwo\nthree\nfour é\n"
     assert "".join(read_text_files(str(a))) == "one\ntwo\nthree"
     assert read(c, encoding="utf-16") == "five"
@@ -94,6 +96,15 @@ def test_bad_files(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(ValueError, match="encoding: Python knows no encoding 'klingon'"):
         read(empty, encoding="klingon")
+    with pytest.raises(TypeError, match="encoding: expected a name, such as utf-8, got NoneType"):
+        read(empty, encoding=None)  # type: ignore[arg-type]
+    for encoding in ("utf-16", "utf-32"):  # without a NUL in it, too
+        for text in ("a text", "漢字"):
+            empty.write_bytes(text.encode(encoding))
+            with pytest.raises(
+                ValueError, match=rf"begins as {encoding} text does, expected utf-8; convert it to utf-8, as"
+            ):
+                read(empty)
     image = tmp_path / "x.png"
     image.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     with pytest.raises(ValueError, match=r"x\.png: looks like a binary file"):
@@ -101,6 +112,12 @@ def test_bad_files(tmp_path: Path) -> None:
     image.write_bytes("a\0b".encode("utf-16"))
     with pytest.raises(ValueError, match=r"x\.png: looks like a binary file"):
         read(image, encoding="utf-16")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes a file that cannot be read from Linux")
+def test_a_failed_read_names_the_file() -> None:
+    with pytest.raises(OSError, match=r"cannot be read \(Input/output error\): '/proc/self/mem'"):
+        read("/proc/self/mem")
 
 
 def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

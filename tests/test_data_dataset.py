@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from spikedecoder.data import (
     held_out_batches,
     prepare_corpus,
 )
+from spikedecoder.data._files import atomic_writer
 
 TEXT = "".join(f"The {i} cats saw {i * i} dogs; naïve dog{i % 7}!\n" for i in range(200))
 
@@ -185,14 +188,21 @@ def test_damaged_cache_is_made_again(book: Path, tmp_path: Path, damage) -> None
 
 
 def test_failure_leaves_nothing_behind(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+    for number in (errno.ENOSPC, errno.EFBIG, errno.EIO):
 
-    with monkeypatch.context() as patch:
-        patch.setattr("spikedecoder.data._files.os.fsync", full)
-        with pytest.raises(OSError, match=r"No space left on device\): .*tokens"):
-            prepare_corpus([book], cache_dir=tmp_path)
-    assert list((tmp_path / "tokens").iterdir()) == []
+        def full(descriptor: int, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("spikedecoder.data._files.os.fsync", full)
+            with pytest.raises(OSError, match=rf"cannot write \({os.strerror(number)}\): .*tokens"):
+                prepare_corpus([book], cache_dir=tmp_path)
+        assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_an_error_that_is_not_of_writing_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^book: no such file$"), atomic_writer(tmp_path / "tokens"):
+        raise FileNotFoundError("book: no such file")
 
 
 def test_a_cache_that_cannot_be_written(book: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +264,9 @@ def test_bad_arguments(book: Path, tmp_path: Path) -> None:
     upper = Upper(CharTokenizer.from_text(["ABC"]).tokens)
     fails(f"tokenizer: got Upper, {takes}", [book], tokenizer=upper, error=TypeError)
     fails("min_count: .* got 0", [book], min_count=0)
+    fails("min_count: .* got True", [book], min_count=True)
+    fails("max_chars: .* got True", [book], max_chars=True)
+    fails("encoding: .* got NoneType", [book], encoding=None, error=TypeError)
     fails(r"val_fraction: .* got 1\.5", [book], val_fraction=1.5)
     fails("max_chars: .* got 0", [book], max_chars=0)
     fails("max_chars: .* got 'a'", [book], max_chars="a")
@@ -359,19 +372,29 @@ def test_processes_share_one_batch() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"seq_len": 0}, "seq_len: expected 1 or more, got 0"),
-        ({"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
-        ({"world_size": 0}, "world_size: expected 1 or more, got 0"),
-        ({"rank": 2, "world_size": 2}, r"rank: expected 0 to 1 \(world_size - 1\), got 2"),
-        ({"seed": -1}, "seed: expected 0 to"),
+        ({"seq_len": 0}, "seq_len: expected an integer of 1 or more, got 0"),
+        ({"seq_len": 2.5}, r"seq_len: expected an integer of 1 or more, got 2\.5"),
+        ({"batch_size": 0}, "batch_size: expected an integer of 1 or more, got 0"),
+        ({"batch_size": True}, "batch_size: expected an integer of 1 or more, got True"),
+        ({"world_size": 0}, "world_size: expected an integer of 1 or more, got 0"),
+        ({"rank": 2, "world_size": 2}, "rank: expected an integer from 0 to world_size - 1 = 1, got 2"),
+        ({"rank": 0.5}, r"rank: expected an integer from 0 to world_size - 1 = 0, got 0\.5"),
+        ({"seed": -1}, "seed: expected an integer from 0 to"),
+        ({"seed": 1.5}, r"seed: expected an integer from 0 to 2\*\*64 - 1, got 1\.5"),
         ({"seq_len": 1000}, "a window of 1000 needs 1001 tokens, got 1000"),
     ],
 )
-def test_bad_sampler(kwargs: dict[str, int], message: str) -> None:
+def test_bad_sampler(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WindowSampler(TOKENS, **{"seq_len": 8, "batch_size": 2, **kwargs})
-    with pytest.raises(ValueError, match="step: expected 0 or more, got -1"):
-        WindowSampler(TOKENS, 8, 2).batch(-1)
+
+
+def test_steps_of_a_sampler() -> None:
+    for step in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"step: expected an integer of 0 or more, got {step}"):
+            WindowSampler(TOKENS, 8, 2).batch(step)  # type: ignore[arg-type]
+    sampler = WindowSampler(TOKENS, np.int64(8), 2)  # type: ignore[arg-type]
+    assert torch.equal(sampler.batch(np.int64(3))[0], WindowSampler(TOKENS, 8, 2).batch(3)[0])  # type: ignore[arg-type]
 
 
 @settings(deadline=None)
@@ -394,10 +417,11 @@ def test_held_out_windows(length: int, seq_len: int, batch_size: int, max_tokens
 def test_bad_held_out() -> None:
     with pytest.raises(ValueError, match=r"tokens: expected at least 2, .* got 1"):
         held_out_batches(TOKENS[:1], 8, 2)
-    with pytest.raises(ValueError, match="seq_len: expected 1 or more, got 0"):
+    with pytest.raises(ValueError, match="seq_len: expected an integer of 1 or more, got 0"):
         held_out_batches(TOKENS, 0, 2)
-    with pytest.raises(ValueError, match="max_tokens: expected 1 or more, got 0"):
-        held_out_batches(TOKENS, 8, 2, max_tokens=0)
+    for tokens in (0, 2.5):
+        with pytest.raises(ValueError, match=f"max_tokens: expected an integer of 1 or more, got {tokens}"):
+            held_out_batches(TOKENS, 8, 2, max_tokens=tokens)  # type: ignore[arg-type]
 
 
 def test_fingerprint_is_stable(book: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikedecoder.data import builtin_text, clean_characters, clean_words, original_dictionary
-from spikedecoder.data.text import iter_clean_characters, iter_clean_words
+from spikedecoder.data.text import count_lost_letters, iter_clean_characters, iter_clean_words, lost_letters
 
 # Whatever a rule looks at: initials, stops, hyphens, quotes, spaces of several kinds, and lower() oddities.
 ALPHABET = "aAbBI.. !?;--' ',5(é漢 \n\t\r\u00a0\u2003\u0085ΣKİ\ufeff\ud800_"
@@ -124,6 +124,7 @@ def test_any_text(text: str) -> None:
     assert clean_characters(text) == plain_clean_characters(text)
     assert clean_characters(text, collapse_spaces=False) == plain_clean_characters(text, False)
     assert clean_words(text) == plain_clean_words(text)
+    assert count_lost_letters(text) == len(lost_letters(text))
 
 
 def test_dictionary_of_the_first_words() -> None:

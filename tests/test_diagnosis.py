@@ -44,9 +44,9 @@ def make(**changes: object) -> SpikeDecoder:
     return model
 
 
-def text(model: SpikeDecoder) -> tuple[torch.Tensor, torch.Tensor]:
+def text(model: SpikeDecoder, lines: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     tokens = torch.randint(
-        0, model.config.vocab_size - 2, (4, 17), generator=torch.Generator().manual_seed(1)
+        0, model.config.vocab_size - 2, (lines, 17), generator=torch.Generator().manual_seed(1)
     )
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -109,9 +109,37 @@ def test_integers_that_are_always_the_largest_are_saturated(levels: int) -> None
     diagnosis = diagnose(model, tokens)
     layers = {x.name: x.saturated for x in diagnosis.layers}
     assert layers["blocks.1.mlp.fc1"] == 1 and layers["blocks.0.mlp.fc1"] == 0
-    assert any(f.startswith("saturated: blocks.1.mlp.fc1 fire") for f in diagnosis.findings)
-    (said,) = health(evaluate(model, tokens.flatten().numpy()), levels)
-    assert said.startswith("saturated: blocks.1.mlp.fc1 fire")
+    assert any(f.startswith("saturated: blocks.1.mlp.fc1 are") for f in diagnosis.findings)
+    (said,) = health(evaluate(model, tokens.flatten().numpy()), model.config)
+    assert said.startswith("saturated: blocks.1.mlp.fc1 are nearly always at their largest integer")
+
+
+@pytest.mark.parametrize("levels", [1, 3, 4, 5, 8, 15])
+def test_integers_that_are_nearly_always_the_largest_are_saturated(levels: int) -> None:
+    model = make(neuron="ilif", levels=levels, timesteps=1)
+    layer = model.blocks[1].mlp.fc1
+    with torch.no_grad():
+        layer.norm.bias.fill_(levels + 1.2)
+    given: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda _m, _i, out: given.append(out))
+    diagnosis = diagnose(model, text(model, 64)[0])
+    (found,) = (x for x in diagnosis.layers if x.name == "blocks.1.mlp.fc1")
+    assert found.full == pytest.approx(float((given[0] == levels).float().mean()), abs=1e-6)
+    assert 0.9 < found.full < 1 and found.saturated < 0.5
+    assert any(f.startswith("saturated: blocks.1.mlp.fc1 ") for f in diagnosis.findings)
+
+
+@pytest.mark.parametrize("levels", [4, 8])
+def test_integers_with_as_many_spikes_as_the_largest_are_not_saturated(levels: int) -> None:
+    model = make(neuron="ilif", levels=levels, timesteps=1)
+    with torch.no_grad():
+        norm = model.blocks[1].mlp.fc1.norm  # always 1: one spike, as the largest takes
+        norm.weight.zero_()
+        norm.bias.fill_(1.0)
+    evaluation = evaluate(model, text(model)[0].flatten().numpy())
+    assert evaluation is not None
+    assert evaluation.spike_rates["blocks.1.mlp.fc1"] == 1 / levels.bit_length()
+    assert evaluation.full["blocks.1.mlp.fc1"] == 0 and health(evaluation, model.config) == []
 
 
 def test_a_model_that_was_compiled_in_place_is_watched() -> None:
@@ -207,6 +235,112 @@ def test_a_threshold_that_drifted_is_named() -> None:
     diagnosis = diagnose(model, *text(model))
     (drift,) = (f for f in diagnosis.findings if f.startswith("drifting thresholds:"))
     assert "blocks.0.mlp.fc1 (0.2)" in drift and "from 1 at the start" in drift
+    assert "learn_threshold=false" in drift
+
+
+@pytest.mark.parametrize(
+    ("start", "now", "drifts"),
+    [(-0.5, None, False), (-0.5, 0.1, True), (-0.5, -0.8, True), (0.0, 0.4, False), (0.0, 1.1, True)],
+)
+def test_thresholds_drift_by_their_distance_from_rest(start: float, now: float | None, drifts: bool) -> None:
+    model = make(v_reset=-1.0, v_threshold=start, learn_threshold=now is not None)
+    if now is not None:
+        with torch.no_grad():
+            model.blocks[0].mlp.fc1.lif.v_threshold.fill_(now)
+    findings = diagnose(model, *text(model)).findings
+    assert any(f.startswith("drifting thresholds: blocks.0.mlp.fc1 ") for f in findings) == drifts
+    assert sum(f.startswith("drifting thresholds:") for f in findings) == drifts
+
+
+ILIF = {"neuron": "ilif", "timesteps": 1, "v_threshold": 0.2, "attention_scale": 0.001}
+
+
+@pytest.mark.parametrize("neurons", [{}, {**ILIF, "levels": 15}], ids=["lif", "ilif"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "head.linear.weight",
+        "head.linear.bias",
+        "embedding.token.weight",
+        "blocks.0.attention.q.linear.weight",
+    ],
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_named(name: str, value: float, neurons: dict[str, object]) -> None:
+    model = make(**neurons)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = value
+    for targets in (None, text(model)[1]):
+        (finding,) = diagnose(model, text(model)[0], targets).findings
+        assert finding.startswith(f"not finite: values of {name}")
+
+
+def test_a_buffer_that_is_not_finite_is_named() -> None:
+    model = make(norm="batch")
+    model.blocks[1].mlp.fc1.norm.running_var[3] = torch.nan
+    (finding,) = diagnose(model, text(model)[0]).findings
+    assert finding.startswith("not finite: values of blocks.1.mlp.fc1.norm.running_var. ")
+
+
+def test_a_loss_and_gradients_that_are_not_finite_are_named() -> None:
+    model = make(**ILIF, levels=15)
+    with torch.no_grad():
+        model.head.linear.weight.fill_(3e38)
+    diagnosis = diagnose(model, *text(model))
+    assert diagnosis.findings[0].startswith(
+        "not finite: the loss (nan); the gradient that reaches the spikes of "
+    )
+    assert not any(f.startswith("vanishing") for f in diagnosis.findings)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_that_are_all_0_are_named(frozen: bool) -> None:
+    model = make(**ILIF, levels=15)
+    with torch.no_grad():
+        model.head.linear.weight.zero_()
+    if frozen:
+        model.requires_grad_(False)
+    diagnosis = diagnose(model, *text(model))
+    assert all(x.gradient == 0 for x in diagnosis.layers)
+    (finding,) = diagnosis.findings
+    assert finding.startswith("vanishing gradient: none reaches the spikes of blocks.0.attention.input_lif")
+    assert "a head whose weights are not 0" in finding
+    assert diagnose(model, text(model)[0]).findings == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "advised", "not_advised"),
+    [
+        ({**ILIF, "levels": 15}, {"fewer blocks"}, {"more levels", "more timesteps", "surrogate"}),
+        ({**ILIF, "levels": 4}, {"more levels", "fewer blocks"}, {"more timesteps", "surrogate"}),
+        ({}, {"more timesteps", "fewer blocks"}, {"more levels", "spiking_residuals", "embedding_gain=2"}),
+        ({"blocks": 1, "embedding_gain": 1.5}, {"embedding_gain=2"}, {"fewer blocks"}),
+        ({"spiking_residuals": 1}, {"spiking_residuals=0"}, {"a decay"}),
+        (
+            {"surrogate": "atan", "attention_norm": True},
+            {"a smaller surrogate_alpha"},
+            {"atan", "attention_norm"},
+        ),
+        ({"decay_fastest": 1.0, "decay_slowest": 1.0}, {"a decay", "attention_norm=true"}, set()),
+    ],
+)
+def test_only_what_the_config_takes_is_advised(
+    changes: dict[str, object], advised: set[str], not_advised: set[str]
+) -> None:
+    model = make(**changes)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.norm.bias.fill_(-500.0)
+        model.blocks[0].attention.q.norm.bias.fill_(500.0)
+    said = " ".join(diagnose(model, *text(model)).findings)
+    for kind in ("dead:", "saturated:", "flat:", "vanishing gradient:"):
+        assert kind in said
+    assert {words for words in advised | not_advised if words in said} == advised
+
+
+@pytest.mark.parametrize("targets", [[[1, 2]], "abc", 3])
+def test_targets_of_another_kind_are_named(targets: object) -> None:
+    with pytest.raises(TypeError, match=r"targets: got .*, takes an int64 tensor"):
+        diagnose(make(), text(make())[0], targets)  # type: ignore[arg-type]
 
 
 def test_a_model_without_neurons_is_refused() -> None:
@@ -226,6 +360,23 @@ def test_doctor_examines_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run("doctor", "--checkpoint", tmp_path / "m") == 0
     said = capsys.readouterr().out  # as on 80 columns: every figure whole
     assert "blocks.1.mlp.fc1" in said and "threshold" in said and "…" not in said
+    assert "the surrogate has less than 1 % of its steepest slope" in " ".join(said.split())
+
+    make(**ILIF, levels=15).save_pretrained(tmp_path / "ilif")
+    assert run("doctor", "--checkpoint", tmp_path / "ilif") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "flat: currents beyond the levels" in said and "surrogate" not in said
+
+
+def test_what_doctor_prints_as_json_is_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(**ILIF, levels=15)
+    with torch.no_grad():
+        model.head.linear.weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "m")
+    assert run("doctor", "--checkpoint", tmp_path / "m", "--json") == 0
+    got = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+    assert got["layers"] and all(x["gradient"] is None for x in got["layers"])
+    assert got["findings"][0].startswith("not finite: values of head.linear.weight")
 
 
 def test_doctor_names_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -388,6 +389,9 @@ def test_what_wraps_a_model_is_no_model(model):
         (([[1, 30]], 3), ValueError, r"prompts\[0\]: got token 30, takes 0 to 29"),
         (([[1], [-1]], 3), ValueError, r"prompts\[1\]"),
         (([[1.5]], 3), TypeError, "takes integers"),
+        ((None, 3), TypeError, "prompts: got NoneType, takes lists of token ids"),
+        ((3, 3), TypeError, "prompts: got int, takes lists"),
+        (([1.5], 3), TypeError, "prompts: got float, takes lists"),
         (("abc", 3), TypeError, "generate_text"),
         ((["abc"], 3), TypeError, "generate_text"),
         (([1, 2], 3), TypeError, "one list per prompt"),
@@ -419,3 +423,27 @@ def test_bad_options(model, options, why):
         generate(model, [[1]], 3, **options)
     with pytest.raises(TypeError, match="unknown argument 'stpo'"):
         stream(model, [[1]], 3, stpo=1)
+
+
+@pytest.mark.parametrize("name", ["stop", "suppress"])
+@pytest.mark.parametrize("value", [1.5, [1.5], "a", True, torch.tensor(1.5)], ids=repr)
+def test_ids_of_another_kind(model, name, value):
+    with pytest.raises(TypeError, match=f"{name}: got .*, takes integers"):
+        generate(model, [[1]], 3, **{name: value})
+
+
+def test_ids_of_tensors_and_arrays(model):
+    ids = list(range(1, 29))
+    for given in (ids, tuple(ids), torch.tensor(ids), np.array(ids)):
+        result = generate(model, [[1]], 9, SamplingParams(seed=0), suppress=given, stop=torch.tensor([29]))
+        assert set(result.tokens[0]) <= {0, 29} and result.tokens[0].count(29) <= 1
+    with pytest.raises(TypeError, match="suppress: got int, takes integers"):
+        generate(model, [[1]], 3, suppress=3)
+
+
+@pytest.mark.parametrize(
+    "tokens", [None, [[1]], torch.ones(1, 2), torch.ones(1, 2) > 0, torch.ones(0, 2).long()]
+)
+def test_bad_tokens_of_the_model_itself(model, tokens):
+    with pytest.raises(TypeError, match=r"tokens: got .*, takes an int64 tensor"):
+        model.generate(tokens, 3)

@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_refused():
     _, state = model.prefill(TOKENS[:, :4])
     step = StaticStep(model, state)
     for wrong in (state.select([0]), other.prefill(TOKENS[:, :4])[1]):
-        with pytest.raises(ValueError, match="state: got one of . sequences behind 4 tokens"):
+        with pytest.raises(ValueError, match=r"state: got one of . sequences behind 4 tokens"):
             step(TOKENS[:, 4], wrong)
     with pytest.raises(ValueError, match=r"token: got shape \(1,\), takes \(3,\)"):
         step(TOKENS[:1, 4], state)
@@ -67,12 +67,10 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="while float32 holds their sums"):
         step(TOKENS[:, 5], own)
     softmax = _model({"spike_degree": 0}).eval()
-    for model, state in (
-        (model, DecoderState.empty(model.config, 3, torch.device("cpu"))),
-        (softmax, softmax.prefill(TOKENS)[1]),
-    ):
+    nothing = DecoderState.empty(model.config, 3, torch.device("cpu"))
+    for of, state in ((model, nothing), (softmax, softmax.prefill(TOKENS)[1])):
         with pytest.raises(ValueError, match="state: got one without sums of attention"):
-            StaticStep(model, state)
+            StaticStep(of, state)
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,13 @@ def test_text_needs_a_fitting_tokenizer(model):
         generate_text(model, None, ["a"])
     with pytest.raises(ValueError, match="tokenizer: has 33 tokens, the model only 30"):
         generate_text(model, CharTokenizer.from_text("abcdefghijklmnopqrstuvwxyzABCDE"), ["a"])
+    with pytest.raises(TypeError, match="tokenizer: got str, takes a Tokenizer"):
+        generate_text(model, "char", ["a"])
+    for wrong in ("runs/book", None):
+        with pytest.raises(TypeError, match=r"model: got .*, takes a SpikeDecoder"):
+            generate_text(wrong, None, ["a"])
+    with pytest.raises(TypeError, match="stop: got float, takes strings or token ids"):
+        generate_text(model, CharTokenizer.original(), ["a"], stop=1.5)
     with pytest.raises(TypeError, match="takes a list of str"):
         generate_text(model, CharTokenizer.original(), "abc")
     with pytest.raises(TypeError, match="prompts: got NoneType, takes a list of str"):

@@ -204,6 +204,9 @@ def test_parameter_groups():
     assert all("linear.weight" in names[id(p)] or "v_threshold" in names[id(p)] for p in decayed["params"])
     assert all("linear.weight" not in names[id(p)] for p in kept["params"])
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    for wrong, error in (("x", TypeError), (None, TypeError), (-0.1, ValueError), (float("nan"), ValueError)):
+        with pytest.raises(error, match=r"weight_decay: got .*, takes a finite number >= 0"):
+            model.parameter_groups(wrong)
 
 
 def test_half_precision_by_autocast():
@@ -335,6 +338,12 @@ def test_targets_that_no_token_is(wrong):
     assert str(wrong) in str(error.value)
 
 
+@pytest.mark.parametrize("tokens", [[[1, 2, 3]], None, torch.zeros(3).long(), torch.zeros(1, 3)], ids=repr)
+def test_a_loss_of_tokens_of_another_kind(tokens):
+    with pytest.raises((TypeError, ValueError), match="tokens: got"):
+        SpikeDecoder(_config()).loss(tokens, torch.zeros(1, 3).long())
+
+
 @pytest.mark.parametrize("targets", [torch.ones(2, 3), [1, 2], None], ids=repr)
 def test_targets_of_another_kind(targets):
     model, tokens = SpikeDecoder(_config()), torch.ones(2, 3, dtype=torch.int64)
@@ -349,6 +358,19 @@ def test_static_positions_go_on_past_the_context():
 def test_config_must_be_a_config():
     with pytest.raises(TypeError, match="config: got dict"):
         SpikeDecoder({"vocab_size": 3})
+
+
+@pytest.mark.parametrize(("fastest", "slowest"), [(1e-20, 1e-20), (1e-45, 0.96), (0.75, 1 - 1e-12)])
+def test_the_first_and_the_last_decay_are_those_of_the_config(fastest, slowest):
+    """Also where 1 - decay rounds to 1."""
+    config = SpikeDecoderConfig.preset(
+        "default-lif", decay_fastest=fastest, decay_slowest=slowest, blocks=1, vocab_size=11
+    )
+    assert config.decays[0] == fastest and config.decays[-1] == slowest
+    assert config.decays == sorted(config.decays)
+    model, tokens = SpikeDecoder(config), torch.randint(0, 11, (1, 9))
+    model.loss(tokens, tokens).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -290,3 +290,35 @@ def test_no_part_of_a_model_chooses_a_backend():
     names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names |= {name.rpartition(".")[2] for name in imported}
     assert not names & {*_dispatch.BACKENDS, "use_backend", "requested_backend", "select", "resolve"}
+
+
+def test_imports_point_downwards():
+    """Those at the head of a module, but for the two that docs/design.md names."""
+    layers = (
+        "cli app serve sweep",
+        "compat",
+        "training generation energy viz activity diagnosis spike_stats",
+        "model nn checkpoint config kinds",
+        "ops",
+        "reference kernels ext",
+        "params presets surrogate sync fields data",
+    )
+    height = {name: -i for i, names in enumerate(layers) for name in names.split()}
+    package = Path(nn.__path__[0]).parent
+    paths = {path.relative_to(package): path for path in package.rglob("*.py")}
+    kernels = package.parent / "kernels"
+    paths |= {"kernels" / path.relative_to(kernels): path for path in kernels.rglob("*.py")}
+    upwards = set()
+    for name, path in paths.items():
+        for node in ast.parse(path.read_text()).body:
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("spikedecoder"):
+                continue
+            inside = node.module.split(".")[1:]
+            for target in [inside] if inside else [[alias.name] for alias in node.names]:
+                if height.get(target[0], -99) > height.get(name.with_suffix("").parts[0], 99):
+                    upwards.add((name.with_suffix("").as_posix(), ".".join(target)))
+    decode = {("ext/cpu/decode", f"nn.{part}") for part in ("embedding", "neuron", "norm", "state")}
+    assert decode <= upwards
+    rest = upwards - decode
+    assert {target for _, target in rest} == {"ops._dispatch"}
+    assert {name.split("/")[0] for name, _ in rest} == {"ext", "kernels"}

@@ -150,6 +150,35 @@ def test_bad_sampling_params(field, value):
         SamplingParams(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "why"),
+    [
+        ({"logits": None}, TypeError, "logits: got NoneType, takes Tensor"),
+        ({"logits": torch.zeros(())}, ValueError, r"logits: got shape \(\), takes \[B, V\]"),
+        ({"params": {}}, TypeError, "params: got dict, takes SamplingParams"),
+        ({"generator": 3}, TypeError, "generator: got int, takes Sequence"),
+        ({"generator": [3, 4]}, TypeError, "generator: got int, takes Generator"),
+        ({"suppress": 3}, TypeError, "suppress: got int, takes integers"),
+        ({"suppress": [0.5]}, TypeError, "suppress: got 0.5, takes integers"),
+        ({"suppress": [4]}, ValueError, "suppress: got token 4, takes 0 to 3"),
+        ({"seen": [True]}, TypeError, "seen: got list, takes Tensor"),
+        ({"seen": torch.ones(2, 3)}, ValueError, r"seen: got shape \(2, 3\), takes that of logits"),
+    ],
+)
+def test_bad_arguments(changes, error, why):
+    with pytest.raises(error, match=why):
+        sample(**{"logits": torch.zeros(2, 4), "params": SamplingParams(), **changes})
+    if set(changes) <= {"logits", "suppress"}:
+        with pytest.raises(error, match=why):
+            top_predictions(**{"logits": torch.zeros(2, 4), "k": 2, **changes})
+
+
+@pytest.mark.parametrize("k", [-1, 1.5, None, True])
+def test_a_number_of_predictions_that_is_none(k):
+    with pytest.raises(ValueError, match=f"k: got {k}, takes an integer >= 0"):
+        top_predictions(torch.zeros(2, 4), k)
+
+
 def test_top_predictions():
     logits = torch.tensor([[0.1, 0.4, 0.4, 0.1]]).double().log()
     (best,) = top_predictions(logits, 3)

@@ -10,6 +10,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training import StopAt, corpus, settings, tiny  # noqa: F401
@@ -25,7 +26,7 @@ from spikedecoder.training import (
     health,
     train,
 )
-from spikedecoder.training.checkpoints import STATE, latest, publish, read_step, save_checkpoint
+from spikedecoder.training.checkpoints import latest, publish, read_step, save_checkpoint
 
 # --- settings ---
 
@@ -132,6 +133,19 @@ def test_evaluation_of_a_part_says_so(corpus: Corpus) -> None:
     assert whole.tokens == len(corpus.val) - 1 and whole.covers.startswith("all ")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("tokens", x) for x in (None, "text", [1, 2, 3], np.zeros(9), np.zeros((3, 3), int), 0.5)),
+        *(("batch_size", x) for x in ("8", None, 0.5, 0)),
+        *(("max_tokens", x) for x in ("8", 0.5, -1)),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(corpus: Corpus, name: str, value: object) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: .*got"):
+        evaluate(SpikeDecoder(tiny(corpus)), **{"tokens": corpus.val, name: value})  # type: ignore[arg-type]
+
+
 def test_evaluation_leaves_out_padding(corpus: Corpus) -> None:
     model = SpikeDecoder(tiny(corpus))
     val = corpus.val[:17].copy()
@@ -166,18 +180,18 @@ def test_spike_rates_count_spikes_where_targets_count(corpus: Corpus) -> None:
 
 def test_dead_and_saturated_layers_are_reported_in_words(corpus: Corpus) -> None:
     silent = SpikeDecoder(tiny(corpus, embedding_gain=1.0, timesteps=4))
-    report = health(evaluate(silent, corpus.val, max_tokens=64))  # type: ignore[arg-type]
+    report = health(evaluate(silent, corpus.val, max_tokens=64), silent.config)  # type: ignore[arg-type]
     assert any(text.startswith("dead") and "blocks.0.attention.input_lif" in text for text in report)
     assert any("embedding_gain" in text for text in report)
     full = SpikeDecoder(tiny(corpus, learn_threshold=True))
     for name, parameter in full.named_parameters():
         if name.endswith("v_threshold"):
             torch.nn.init.constant_(parameter, -50.0)
-    report = health(evaluate(full, corpus.val, max_tokens=64))  # type: ignore[arg-type]
+    report = health(evaluate(full, corpus.val, max_tokens=64), full.config)  # type: ignore[arg-type]
     assert len(report) == 1 and report[0].startswith("saturated") and "v_threshold" in report[0]
     torch.manual_seed(0)
     fine = SpikeDecoder(tiny(corpus, attention_scale=2.0))
-    assert health(evaluate(fine, corpus.val)) == []  # type: ignore[arg-type]
+    assert health(evaluate(fine, corpus.val), fine.config) == []  # type: ignore[arg-type]
 
 
 # --- checkpoints ---
@@ -216,7 +230,8 @@ def test_a_kill_between_any_two_system_calls_leaves_a_whole_checkpoint(
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1))
     model.loss(torch.ones(1, 4, dtype=torch.int64), torch.full((1, 4), 2)).backward()
     optimizer.step()
-    state = dict.fromkeys(STATE)
+    state = {"recent_losses": [], "best": {}, "evaluated": -1, "evaluation": None, "warnings": []}
+    state["scaler"] = None
     folder = save_checkpoint(tmp_path, 1, model, optimizer, state)
     publish(tmp_path, folder, ("last", "best"))
     step, died = 1, 0

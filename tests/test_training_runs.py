@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +30,11 @@ from spikedecoder.training import (
     TrainingError,
     TrainResult,
     evaluate,
+    loop,
     train,
 )
 from spikedecoder.training.checkpoints import latest
+from spikedecoder.training.report import MetricsFile
 from spikedecoder.training.run_folder import locked, made
 from spikedecoder.viz import record
 
@@ -205,19 +209,40 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus: Corpus, tmp_path: Path) 
         def close(self) -> None:
             torch.nn.Embedding.forward = self.restore  # type: ignore[method-assign]
 
-    with pytest.raises(TrainingError, match=r"became nan in step 5.*last holds step 4.*--lr"):
+    fresh = re.escape(f": --init {out} --text ... --out NEW --lr ... begins a new run with its weights")
+    with pytest.raises(TrainingError, match=rf"became nan in step 5.*last holds step 4.*--lr.*{fresh}$"):
         train(tiny(corpus), corpus, settings(), out=out, resume=True, reporter=Poison())
     assert (out / "last" / "model.safetensors").read_bytes() == weights
 
 
-def test_too_high_a_learning_rate_is_caught(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(
-        TrainingError, match=r"no checkpoint was written yet.*in another folder .--out. or after"
-    ):
-        train(
-            tiny(corpus), corpus, settings(lr=1e38, steps=9, save_every=0, eval_every=0), out=tmp_path / "run"
-        )
-    assert latest(tmp_path / "run") is None
+@pytest.mark.parametrize(("clip", "advice"), [(1.0, "a smaller clip (now 1)"), (0.0, "clip=1 (now off)")])
+def test_too_high_a_learning_rate_is_caught(corpus: Corpus, tmp_path: Path, clip: float, advice: str) -> None:
+    out = tmp_path / "run"
+    c = settings(lr=1e38, clip=clip, steps=9, save_every=0, eval_every=0)
+    ending = re.escape(f"{advice}, in another folder (--out) or after deleting {out}")
+    with pytest.raises(TrainingError, match=rf"no checkpoint was written yet.*{ending}$"):
+        train(tiny(corpus), corpus, c, out=out)
+    assert latest(out) is None
+
+
+def test_weights_that_are_none_stop_a_watched_run(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+
+    def poisoned(model: SpikeDecoder, *args: Any, **kwargs: Any) -> Evaluation | None:
+        # a neuron that gets NaN never fires, so that the loss stays a number
+        model.get_parameter(weight).data[0] = math.nan
+        return evaluate(model, *args, **kwargs)
+
+    weight, out = "blocks.0.mlp.fc1.norm.bias", tmp_path / "run"
+    train(tiny(corpus), corpus, settings(), out=out, reporter=StopAt(4))
+    before = files(out / "last")
+    monkeypatch.setattr(loop, "evaluate", poisoned)
+    message = rf"^weights \({weight}\) became infinite or NaN in step 5, .*last holds step 4"
+    with pytest.raises(TrainingError, match=message):
+        train(tiny(corpus), corpus, settings(tensorboard=True), out=out, resume=True)
+    assert files(out / "last") == before
 
 
 @pytest.mark.parametrize("existed", [False, True])
@@ -419,6 +444,26 @@ def test_metrics_of_lost_steps_are_dropped(corpus: Corpus, tmp_path: Path) -> No
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [3, 6, 9, 12]
     assert [line["step"] for line in lines if "val_loss" in line] == [5, 10, 12]
+
+
+def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path)
+    metrics.start(0, 1, {})
+    metrics.step(1, {"loss": math.nan, "lr": 0.1, "grad_norm": math.inf})
+    metrics.evaluated(1, Evaluation(-math.inf, math.nan, 0.5, 9, 9, {"a": math.nan, "b": 0.25}))
+
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is not JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    step, evaluated = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert step == {"step": 1, "loss": None, "lr": 0.1, "grad_norm": None}
+    assert (evaluated["val_loss"], evaluated["val_bits_per_token"], evaluated["val_accuracy"]) == (
+        None,
+        None,
+        0.5,
+    )
+    assert evaluated["spike_rates"] == {"a": None, "b": 0.25}
 
 
 def test_a_dead_layer_is_reported_during_the_run(corpus: Corpus, tmp_path: Path) -> None:

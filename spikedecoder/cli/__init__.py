@@ -67,10 +67,14 @@ def main(arguments: list[str] | None = None) -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         _say("interrupted")
         code = 130
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+    except (BrokenPipeError, SystemExit) as error:  # typer makes the second of the first
+        if BrokenPipeError not in (type(error), type(error.__context__)):
+            raise
+        # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spikedecoder._files import finite
+
 if TYPE_CHECKING:
     from spikedecoder.diagnosis import Diagnosis
 
@@ -38,14 +40,15 @@ def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) ->
     tokens, targets = read[:-1].reshape(-1, length), read[1:].reshape(-1, length)
     diagnosis = diagnose(model, tokens, targets)
     if json_output:
-        print(json.dumps({"checkpoint": where, "tokens": count, "unknown": unknown, **diagnosis.to_dict()}))
+        values = {"checkpoint": where, "tokens": count, "unknown": unknown, **diagnosis.to_dict()}
+        print(json.dumps(finite(values), allow_nan=False))
     else:
-        _show(where, count, diagnosis)
+        _show(where, count, diagnosis, integers=model.config.neuron == "ilif")
         if unknown:
             print(f"The model does not know, and did not read: {named(unknown)}")
 
 
-def _show(where: str, tokens: int, diagnosis: Diagnosis) -> None:
+def _show(where: str, tokens: int, diagnosis: Diagnosis, integers: bool) -> None:
     from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
@@ -62,10 +65,15 @@ def _show(where: str, tokens: int, diagnosis: Diagnosis) -> None:
     # a terminal that is too narrow breaks lines, which loses no figures
     whole = Measurement.get(console, console.options.update(width=1000), table).maximum
     Console(highlight=False, width=whole).print(table)
+    if integers:
+        saturated = "always at their largest integer"
+        flat = "currents beyond the levels, where no gradient passes"
+    else:
+        saturated = "that always fired"
+        flat = "membrane potentials where the surrogate has less than 1 % of its steepest slope"
     console.print(
-        "fires: spikes per neuron and timestep. dead, saturated: neurons that never, or always, fired. "
-        "flat: membrane potentials where the surrogate has less than 1 % of its steepest slope. "
-        "gradient: root mean square of what reaches the spikes."
+        f"fires: spikes per neuron and timestep. dead: neurons that never fired. saturated: {saturated}. "
+        f"flat: {flat}. gradient: root mean square of what reaches the spikes."
     )
     if not diagnosis.findings:
         console.print("Nothing is wrong.")

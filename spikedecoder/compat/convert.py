@@ -156,8 +156,10 @@ def original_config(kind: str, options: Mapping[str, Any], dim_hid: int | None =
     for name, value in options.items():
         if not isinstance(value, (str, int, float, type(None))):
             raise ValueError(f"{name}: got {value!r}, takes one value")
-    if not isinstance(dim_hid, (int, type(None))):
-        raise ValueError(f"dim_hid: got {dim_hid!r}, takes an integer")
+    if dim_hid is None:
+        dim_hid = 4
+    if not isinstance(dim_hid, int) or isinstance(dim_hid, bool) or dim_hid < 1:
+        raise ValueError(f"dim_hid: got {dim_hid!r}, takes an integer of 1 or more")
     known = _option_names(kind)
     for name in options:
         if name not in known:
@@ -169,7 +171,7 @@ def original_config(kind: str, options: Mapping[str, Any], dim_hid: int | None =
     original = {
         "binary_code": "left-aligned",
         "learn_positions": kind == "nonspiking",
-        "mlp_ratio": dim_hid or 4,
+        "mlp_ratio": dim_hid,
     }
     return SpikeDecoderConfig.from_dict({**fields, **original})
 
@@ -253,11 +255,13 @@ def rename_tensors(tensors: Mapping[str, Tensor], config: SpikeDecoderConfig) ->
         if ours is None:
             continue
         leaf = ours.rpartition(".")[2]
-        if leaf in ("running_phi", "ema_gz"):
+        if tensor.layout != torch.strided:
+            pass  # refused by who loads it
+        elif leaf in ("running_phi", "ema_gz"):
             tensor = tensor.reshape(-1)
-        elif leaf == "iters":
+        elif leaf == "iters" and tensor.numel() == 1:
             tensor = tensor.reshape(())
-        elif ours == "embedding.position.weight":
+        elif ours == "embedding.position.weight" and tensor.dim() == 2:
             tensor = tensor[: config.max_len]
         renamed[ours] = tensor
     return renamed
@@ -283,26 +287,27 @@ def convert_original(
     Raises CheckpointError where the file is not an original checkpoint, ValueError where options are
     missing, unknown or contradict the tensors.
     """
+    where = "source" if isinstance(source, Mapping) else source
     tensors = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    if not tensors or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()):
+        raise CheckpointError(f"{where}: got no state dict of tensors")
     if options is None:
         if isinstance(source, Mapping):
             raise ValueError("options: missing; takes the original's keyword arguments")
         log_kind, options = _read_log(Path(source))
         kind = kind or log_kind
     kind = kind or _guess_kind(tensors, options)
-    config = original_config(kind, options, dim_hid or _ratio(tensors))
+    config = original_config(kind, options, _ratio(tensors) if dim_hid is None else dim_hid)
     model = SpikeDecoder(config)
-    renamed = rename_tensors(tensors, config)
-    floats = [t.dtype for t in renamed.values() if t.is_floating_point()]
-    load_state(
-        model.to(floats[0]) if floats else model,
-        renamed,
-        source if isinstance(source, (str, Path)) else "state",
-    )
+    try:
+        renamed = rename_tensors(tensors, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    load_state(model, renamed, where)
     return model.eval()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[Any, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -313,14 +318,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path}: not a PyTorch checkpoint of tensors alone, or truncated ({reason})"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()) or not state:
-        raise CheckpointError(f"{path}: got no state dict of tensors")
-    return state
+    return state if isinstance(state, dict) else {}
 
 
 def _ratio(tensors: Mapping[str, Tensor]) -> int | None:
     for name, tensor in tensors.items():
-        if re.fullmatch(r"blocks\.0\.(NS)?MLP\.net\.\d+\.weight", name) and tensor.dim() == 2:
+        is_layer = re.fullmatch(r"blocks\.0\.(NS)?MLP\.net\.\d+\.weight", name)
+        if is_layer and tensor.dim() == 2 and tensor.numel():
             return tensor.shape[0] // tensor.shape[1] or None
     return None
 

@@ -36,7 +36,7 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # say which disk
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk: say which
             raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
         raise
 

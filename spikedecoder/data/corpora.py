@@ -17,6 +17,13 @@ from typing import BinaryIO
 from ._files import BLOCK_BYTES, atomic_writer, default_cache_dir, make_cache_dir, sha256_of_file
 
 STDIN = "-"
+_CONVERT = "convert it to utf-8, as with iconv, or give prepare_corpus its encoding"
+_WIDE_MARKS = {  # of 32 bits first: their bytes begin as those of 16 do
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class DownloadError(OSError):
@@ -80,6 +87,8 @@ def read_text_files(paths: Iterable[str | Path], encoding: str = "utf-8") -> Ite
     from the next by one. Errors name the file: FileNotFoundError if it is missing, ValueError if it is a
     directory, is empty, is binary (has NUL characters) or is not text in ``encoding``.
     """
+    if not isinstance(encoding, str):
+        raise TypeError(f"encoding: expected a name, such as utf-8, got {type(encoding).__name__}")
     try:
         codecs.lookup(encoding)
     except LookupError:
@@ -109,12 +118,21 @@ def _open_bytes(path: str | Path) -> AbstractContextManager[BinaryIO]:
 def _decoded(file: BinaryIO, name: str, encoding: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     lines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    wide = encoding.lower().replace("_", "-").startswith(("utf-16", "utf-32"))  # NUL bytes are normal there
+    wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))  # NUL bytes are normal there
     read = 0
     first = True
+    wrong = ""  # what the file's first bytes say against the encoding
     while True:
-        block = file.read(BLOCK_BYTES)
+        try:
+            block = file.read(BLOCK_BYTES)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be read ({error.strerror})", name) from None
+        if not read and not wide:
+            mark = next((mark for mark in _WIDE_MARKS if block.startswith(mark)), None)
+            wrong = f"begins as {_WIDE_MARKS[mark]} text does, expected {encoding}" if mark else ""
         if b"\0" in block and not wide:
+            if wrong:
+                raise ValueError(f"{name}: {wrong}; {_CONVERT}")
             raise ValueError(f"{name}: looks like a binary file (NUL at byte {read + block.index(0)})")
         read += len(block)
         try:
@@ -122,10 +140,9 @@ def _decoded(file: BinaryIO, name: str, encoding: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             # The decoder prepends what it kept of the block before, so count from the end.
             position = read - len(error.object) + error.start
-            raise ValueError(
-                f"{name}: not valid {encoding} text (byte 0x{error.object[error.start]:02x} at {position}: "
-                f"{error.reason}); convert it to utf-8, as with iconv, or give prepare_corpus its encoding"
-            ) from None
+            byte = f"byte 0x{error.object[error.start]:02x} at {position}: {error.reason}"
+            wrong = wrong or f"not valid {encoding} text ({byte})"
+            raise ValueError(f"{name}: {wrong}; {_CONVERT}") from None
         if first and text:
             text = text.removeprefix("\ufeff")
             first = not text  # a mark alone is no text

@@ -16,7 +16,7 @@ import torch
 
 from ._files import atomic_writer, default_cache_dir, make_cache_dir, sha256_of_file
 from .corpora import CORPORA, STDIN, builtin_text, download_corpus, read_text_files
-from .text import lost_letters, original_dictionary
+from .text import count_lost_letters, original_dictionary
 from .tokenizers import CharTokenizer, Tokenizer, WordTokenizer, check_known, tokenizer_from_dict
 
 TOKENIZER_KINDS = ("char", "original-char", "word", "original-word")
@@ -118,12 +118,11 @@ def prepare_corpus(
         check_known(tokenizer, "tokenizer", also="a name, ")
     elif tokenizer not in TOKENIZER_KINDS:
         raise ValueError(f"tokenizer: expected one of {', '.join(TOKENIZER_KINDS)}, got {tokenizer!r}")
-    if not isinstance(min_count, int) or min_count < 1:
-        raise ValueError(f"min_count: expected an integer of 1 or more, got {min_count!r}")
+    min_count = _count("min_count", min_count)
     if not isinstance(val_fraction, (int, float)) or not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction: expected a number between 0 and 1, got {val_fraction!r}")
-    if max_chars is not None and (not isinstance(max_chars, int) or max_chars < 1):
-        raise ValueError(f"max_chars: expected 1 or more, got {max_chars!r}")
+    if max_chars is not None:
+        max_chars = _count("max_chars", max_chars)
 
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     with ExitStack() as stack:
@@ -137,7 +136,7 @@ def prepare_corpus(
         keeps_all = (tokenizer if isinstance(tokenizer, str) else tokenizer.kind) == "char"
         for chunk in _hashed(chunks(), digest):
             characters += len(chunk)
-            lost += 0 if keeps_all else len(lost_letters(chunk))
+            lost += 0 if keeps_all else count_lost_letters(chunk)
         val_characters = round(characters * val_fraction)
         cut = characters - val_characters
         if cut == 0 or val_characters == 0:
@@ -193,13 +192,14 @@ class WindowSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        for what, value in (("seq_len", seq_len), ("batch_size", batch_size), ("world_size", world_size)):
-            if value < 1:
-                raise ValueError(f"{what}: expected 1 or more, got {value}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: expected 0 to {world_size - 1} (world_size - 1), got {rank}")
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"seed: expected 0 to 2**64 - 1, got {seed}")
+        seq_len, batch_size = _count("seq_len", seq_len), _count("batch_size", batch_size)
+        world_size = _count("world_size", world_size)
+        if not _is_integer(rank) or not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank: expected an integer from 0 to world_size - 1 = {world_size - 1}, got {rank!r}"
+            )
+        if not _is_integer(seed) or not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed: expected an integer from 0 to 2**64 - 1, got {seed!r}")
         if len(tokens) < seq_len + 1:
             raise ValueError(f"tokens: a window of {seq_len} needs {seq_len + 1} tokens, got {len(tokens)}")
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
@@ -208,8 +208,8 @@ class WindowSampler:
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a step, int64 ``[batch_size, seq_len]``; targets are one token ahead."""
-        if step < 0:
-            raise ValueError(f"step: expected 0 or more, got {step}")
+        if not _is_integer(step) or step < 0:
+            raise ValueError(f"step: expected an integer of 0 or more, got {step!r}")
         # The second word of the counter: each step then has 2**64 draws before it meets the next.
         generator = np.random.Philox(key=self.seed, counter=[0, step, 0, 0])
         draws = generator.random_raw(self.batch_size * self.world_size)
@@ -228,14 +228,12 @@ def held_out_batches(
     many targets. In the last window, places beyond the end hold ``pad_id`` as input and -100, which
     cross-entropy ignores, as target. Both are int64 ``[<= batch_size, seq_len]``.
     """
-    for what, value in (("seq_len", seq_len), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{what}: expected 1 or more, got {value}")
+    seq_len, batch_size = _count("seq_len", seq_len), _count("batch_size", batch_size)
     if len(tokens) < 2:
         raise ValueError(f"tokens: expected at least 2, one to predict the other from, got {len(tokens)}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens: expected 1 or more, got {max_tokens}")
-    count = len(tokens) - 1 if max_tokens is None else min(max_tokens, len(tokens) - 1)
+    count = len(tokens) - 1
+    if max_tokens is not None:
+        count = min(count, _count("max_tokens", max_tokens))
     return _held_out(tokens, count, seq_len, batch_size, pad_id)
 
 
@@ -251,6 +249,17 @@ def _held_out(
         targets[:length] = tokens[start + 1 : start + 1 + length]
         shape = (rows, seq_len)
         yield torch.from_numpy(inputs.reshape(shape)), torch.from_numpy(targets.reshape(shape))
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _count(what: str, value: Any) -> int:
+    """``value``, where it is an integer of 1 or more."""
+    if not _is_integer(value) or value < 1:
+        raise ValueError(f"{what}: expected an integer of 1 or more, got {value!r}")
+    return int(value)
 
 
 def _text_source(
@@ -273,7 +282,7 @@ def _text_source(
     if any(str(path) == STDIN or _is_stream(path) for path in paths):
         # It can be read only once, and is needed several times.
         spool = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spikedecoder-"))) / "text"
-        with open(spool, "wb") as file:
+        with atomic_writer(spool) as file:
             for chunk in read_text_files(paths, encoding):
                 file.write(chunk.encode("utf-8"))
         return name, lambda: read_text_files([spool])

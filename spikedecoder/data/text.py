@@ -47,6 +47,7 @@ _FULL_STOP = re.compile(rb"\.(?<![^A-Za-z][A-Z]\.) *")
 _SPACES = re.compile(rb"  +")
 # Letters and digits but a to z, and but the two others whose lower case is one of these.
 _LOST = re.compile(r"[^\W_a-zA-Z\u0130\u212a]")
+_LOST_RUN = re.compile(f"{_LOST.pattern}+")
 _ELLIPSIS = b". . ."
 _ELLIPSIS_PREFIXES = (b". . ", b". .", b". ", b".")
 
@@ -176,6 +177,11 @@ def clean_words(text: str) -> list[str]:
 def lost_letters(text: str) -> list[tuple[str, int]]:
     """The letters and digits in ``text`` that both cleanings lose, and where they are."""
     return [(found.group(), found.start()) for found in _LOST.finditer(text)]
+
+
+def count_lost_letters(text: str) -> int:
+    """How many ``lost_letters`` finds, in a fraction of its time."""
+    return sum(map(len, _LOST_RUN.findall(text)))
 
 
 def original_dictionary(

@@ -12,7 +12,7 @@ from torch import Tensor
 from spikedecoder.generation.batch import Batch, Continuation, Finish, GeneratedToken
 from spikedecoder.generation.detokenize import TextStream
 from spikedecoder.generation.native import open_source
-from spikedecoder.generation.sampling import Prediction, SamplingParams, fresh_seed
+from spikedecoder.generation.sampling import Prediction, SamplingParams, check_ids, fresh_seed
 from spikedecoder.generation.window import LogitSource
 from spikedecoder.model import check_model
 
@@ -118,9 +118,13 @@ def generate_tensor(
 
     Behind a stop token stand pad tokens (where the model has none: the stop token again).
     """
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-        got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens: got {got}, takes an int64 tensor [B, S]")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or _is_real(tokens) or not len(tokens):
+        got = (
+            f"{tokens.dtype}, shape {tuple(tokens.shape)}"
+            if isinstance(tokens, Tensor)
+            else type(tokens).__name__
+        )
+        raise TypeError(f"tokens: got {got}, takes an int64 tensor [B, S] with B >= 1")
     sampling = replace(sampling, min_p=min_p, repetition_penalty=repetition_penalty)
     result = generate(model, tokens, max_new_tokens, sampling, **options)
     longest = max(map(len, result.tokens))
@@ -203,15 +207,14 @@ def prepare(
     sampling = SamplingParams() if sampling is None else sampling
     if not isinstance(sampling, SamplingParams):
         raise TypeError(f"sampling: got {type(sampling).__name__}, takes SamplingParams")
-    stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
-    suppressed = suppressed_ids(model) if suppress is None else list(suppress)
-    check_ids("stop", stop, vocabulary)
-    check_ids("suppress", suppressed, vocabulary)
+    stop = () if stop is None else (stop,) if isinstance(stop, int) else stop
+    ends = frozenset(check_ids("stop", stop, vocabulary))
+    suppressed = suppressed_ids(model) if suppress is None else check_ids("suppress", suppress, vocabulary)
     if len(set(suppressed)) == vocabulary:
         raise ValueError(f"suppress: got all {vocabulary} tokens, takes fewer: none would be left")
     lists = _prompts(prompts, vocabulary)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
-    start, ends = [start_token(model)], frozenset(stop)
+    start = [start_token(model)]
     sequences = [
         Continuation(
             number=i,
@@ -231,26 +234,26 @@ def prepare(
 
 def _prompts(prompts: Sequence[Sequence[int]] | Tensor, vocabulary: int) -> list[list[int]]:
     if isinstance(prompts, Tensor):
-        if prompts.dim() not in (1, 2) or prompts.is_floating_point() or prompts.dtype == torch.bool:
+        if prompts.dim() not in (1, 2) or _is_real(prompts):
             raise TypeError(
                 f"prompts: got a tensor of {prompts.dtype}, shape {tuple(prompts.shape)}, "
                 "takes integers [B, S] or [S]"
             )
         prompts = torch.atleast_2d(prompts).tolist()
     untyped: Any = prompts
-    if isinstance(untyped, (str, bytes)) or any(isinstance(p, (str, bytes, int)) for p in untyped):
-        raise TypeError("prompts: takes lists of token ids, one list per prompt; for text use generate_text")
-    lists = [p.tolist() if hasattr(p, "tolist") else list(p) for p in prompts]
-    if not lists:
+    several = isinstance(untyped, Iterable) and not isinstance(untyped, (str, bytes))
+    found = list(untyped) if several else [untyped]
+    for p in found:
+        if isinstance(p, (str, bytes)) or not isinstance(p, Iterable):
+            raise TypeError(
+                f"prompts: got {type(p).__name__}, takes lists of token ids, one list per prompt; "
+                "for text use generate_text"
+            )
+    if not found:
         raise ValueError("prompts: got none, takes at least one (an empty list of ids starts from nothing)")
-    for i, ids in enumerate(lists):
-        check_ids(f"prompts[{i}]", ids, vocabulary)
-    return lists
+    return [check_ids(f"prompts[{i}]", ids, vocabulary) for i, ids in enumerate(found)]
 
 
-def check_ids(name: str, ids: Sequence[int], vocabulary: int) -> None:
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise TypeError(f"{name}: got {token!r}, takes integers")
-        if not 0 <= token < vocabulary:
-            raise ValueError(f"{name}: got token {token}, takes 0 to {vocabulary - 1}")
+def _is_real(x: Tensor) -> bool:
+    """Whether it holds no integers."""
+    return x.is_floating_point() or x.dtype == torch.bool

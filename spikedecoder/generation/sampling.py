@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spikedecoder.ops._check import of_type, same_shape
+
 _SEEDS = 2**63
 _PENALTIES = 1e-6, 1e6  # whatever the logits, they stay finite
 
@@ -87,8 +89,7 @@ def generators(seed: int, n: int) -> list[torch.Generator]:
 
 def to_scores(logits: Tensor, suppress: Iterable[int] = ()) -> Floats:
     """logits [B, V] as a float64 array of its own, the tokens `suppress` at -inf. ValueError for NaN."""
-    if logits.dim() != 2 or 0 in logits.shape:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, takes [B, V] with B, V >= 1")
+    _check_logits(logits)
     scores: Floats = logits.detach().to("cpu", torch.float64, copy=True).numpy()
     suppressed = list(suppress)
     if suppressed:
@@ -99,6 +100,12 @@ def to_scores(logits: Tensor, suppress: Iterable[int] = ()) -> Floats:
         why = "no token is left to choose from" if bad == -math.inf else "the model is broken or has diverged"
         raise ValueError(f"logits: the greatest of a row is {bad}, takes a finite number; {why}")
     return scores
+
+
+def _check_logits(logits: Tensor) -> None:
+    of_type("logits", logits, Tensor)
+    if logits.dim() != 2 or 0 in logits.shape:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, takes [B, V] with B, V >= 1")
 
 
 def distribution(scores: Floats, params: SamplingParams, seen: Any = None) -> Floats:
@@ -156,6 +163,20 @@ def _largest(weights: Floats, count: Any, smallest: Floats) -> Floats:
     return np.where(above | (equal & (equal.cumsum(axis=1) <= room)), weights, 0.0)
 
 
+def check_ids(name: str, ids: Any, vocabulary: int) -> list[int]:
+    """Token ids, also of a tensor or an array, as a list."""
+    found = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(found, Iterable):
+        raise TypeError(f"{name}: got {type(ids).__name__}, takes integers")
+    found = list(found)
+    for token in found:
+        if not _is_integer(token):
+            raise TypeError(f"{name}: got {token!r}, takes integers")
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"{name}: got token {token}, takes 0 to {vocabulary - 1}")
+    return found
+
+
 def sample(
     logits: Tensor,
     params: SamplingParams,
@@ -175,15 +196,23 @@ def sample(
 
     Returns:
         ids [B] int64 and the probabilities [B, V] float64 they were drawn from, both on the logits' device.
+
+    Raises TypeError, ValueError: naming the argument.
     """
-    suppressed = suppress.tolist() if isinstance(suppress, Tensor) else suppress or ()
-    mask = None if seen is None else seen.cpu().numpy()
-    probabilities = distribution(to_scores(logits, suppressed), params, mask)
+    of_type("params", params, SamplingParams)
+    scores = _scores_without(logits, suppress)
+    if seen is not None:
+        of_type("seen", seen, Tensor)
+        same_shape("logits", logits, "seen", seen)
+    probabilities = distribution(scores, params, None if seen is None else seen.cpu().numpy())
     if params.temperature == 0:
         ids = probabilities.argmax(axis=1).tolist()
     else:
         if generator is None:
             generator = generators(fresh_seed() if params.seed is None else params.seed, len(logits))
+        of_type("generator", generator, Sequence)
+        for each in generator:
+            of_type("generator", each, torch.Generator)
         if len(generator) != len(logits):
             raise ValueError(f"generator: got {len(generator)}, takes one per sequence, {len(logits)}")
         ids = draw(probabilities, uniform(generator))
@@ -216,8 +245,15 @@ def top_predictions(
     The probabilities are the model's own: at temperature 1, before any penalty or filter, of all tokens.
     Those of `suppress` are left out of the list, not of the sum.
     """
-    suppressed = suppress.tolist() if isinstance(suppress, Tensor) else suppress or ()
-    return predictions(to_scores(logits, suppressed), log_normalizers(to_scores(logits)), k)
+    if not _is_integer(k) or k < 0:
+        raise ValueError(f"k: got {k!r}, takes an integer >= 0")
+    return predictions(_scores_without(logits, suppress), log_normalizers(to_scores(logits)), k)
+
+
+def _scores_without(logits: Tensor, suppress: Tensor | Sequence[int] | None) -> Floats:
+    """`to_scores` of what a caller wants to have suppressed."""
+    _check_logits(logits)
+    return to_scores(logits, () if suppress is None else check_ids("suppress", suppress, logits.shape[1]))
 
 
 def _is_number(value: object) -> bool:

@@ -17,6 +17,7 @@ from spikedecoder.generation.generate import (
     suppressed_ids,
 )
 from spikedecoder.generation.sampling import SamplingParams
+from spikedecoder.model import check_model
 
 if TYPE_CHECKING:
     from spikedecoder.data import Tokenizer
@@ -165,7 +166,10 @@ def prepare_text(
 ) -> Request:
     """A request whose tokens become text; `stop`: strings or token ids."""
     check_options("generate_text", options)
-    stop = [] if stop is None else [stop] if isinstance(stop, (str, int)) else list(stop)
+    stop = [] if stop is None else [stop] if isinstance(stop, (str, int)) else stop
+    if not isinstance(stop, Iterable):
+        raise TypeError(f"stop: got {type(stop).__name__}, takes strings or token ids")
+    stop = list(stop)
     ids = [s for s in stop if isinstance(s, int)]
     strings = check_stop_strings(s for s in stop if not isinstance(s, int))
     if options.get("suppress") is None:
@@ -175,11 +179,14 @@ def prepare_text(
 
 
 def own_tokenizer(model: SpikeDecoder, tokenizer: Tokenizer | None) -> Tokenizer:
+    model = check_model(model)
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ValueError(
             "tokenizer: got None, and the model has none of its own; takes the one of its training"
         )
+    if not hasattr(tokenizer, "vocab_size"):
+        raise TypeError(f"tokenizer: got {type(tokenizer).__name__}, takes a Tokenizer")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"tokenizer: has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "

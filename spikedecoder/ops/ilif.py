@@ -65,7 +65,8 @@ _direct = direct(_run, _setup_context, lambda ctx, grad, *_: (_gradient(ctx, gra
 
 
 def ilif(x: Tensor, *, levels: int, v_threshold: float = 1.0) -> Tensor:
-    """s = clip(floor(x / v_threshold + 1/2), 0, levels): integers, the sums of `levels` binary timesteps.
+    """s = clip(floor(x / v_threshold + 1/2), 0, levels): integers, each the sum of B binary timesteps, its
+    digits, that count 2^(B-1), ..., 2, 1 (`spikedecoder.ops.spike_worths`), 2^B > levels.
 
     Equations and gradient: `spikedecoder.params.ILIFParams`, with its source.
 

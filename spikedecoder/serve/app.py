@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect
 
 from spikedecoder.generation.batch import Continuation, GeneratedToken
 from spikedecoder.generation.detokenize import TextStream
-from spikedecoder.generation.generate import check_ids, start_token
-from spikedecoder.generation.sampling import fresh_seed
+from spikedecoder.generation.generate import start_token
+from spikedecoder.generation.sampling import check_ids, fresh_seed
 from spikedecoder.generation.text import encode_prompt, own_tokenizer
 from spikedecoder.serve.engine import Engine, EngineError, QueueFull, Stopping
 from spikedecoder.serve.protocol import (

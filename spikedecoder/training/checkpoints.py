@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import errno
 import os
+import reprlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,10 @@ from spikedecoder.checkpoint import (
     write_tensors,
 )
 from spikedecoder.model import SpikeDecoder
+from spikedecoder.training.evaluate import Evaluation
 
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
-STATE = ("recent_losses", "best", "evaluated", "evaluation", "warnings", "scaler")  # besides the step
 _FORMAT = "spikedecoder-trainer"
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -105,12 +107,51 @@ def read_step(folder: Path) -> int:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     state = read_json(folder / TRAINER)
-    if state.get("format") != _FORMAT or state.get("version") != 1 or not isinstance(state.get("step"), int):
+    if state.get("format") != _FORMAT or state.get("version") != 1:
         raise CheckpointError(f"{folder / TRAINER}: not the state of a training run")
-    for name in STATE:
+    for name, (fits, takes) in _STATE.items():
         if name not in state:
             raise CheckpointError(f"{folder / TRAINER}: {name} is missing")
+        if not fits(state[name]):
+            got = reprlib.repr(state[name])
+            raise CheckpointError(f"{folder / TRAINER}: {name}: got {got}, takes {takes}")
     return state
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _has_numbers(value: object, *names: str) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(name)) for name in names or value)
+
+
+def _is_evaluation(value: Any) -> bool:
+    try:
+        own = vars(Evaluation(**value))
+    except TypeError:
+        return False
+    numbers = ("loss", "bits", "accuracy", "tokens", "of_tokens")
+    return _has_numbers(own, *numbers) and all(_has_numbers(own[name]) for name in own.keys() - {*numbers})
+
+
+_SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+_STATE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (_is_count, "a number of steps"),
+    "recent_losses": (lambda v: isinstance(v, list) and all(map(_is_number, v)), "a list of numbers"),
+    "best": (
+        lambda v: v == {} or _has_numbers(v, "step", "val_loss", "val_bits_per_token"),
+        "numbers as step, val_loss and val_bits_per_token, or none of them",
+    ),
+    "evaluated": (lambda v: _is_count(v, -1), "a number of steps, or -1"),
+    "evaluation": (lambda v: v is None or _is_evaluation(v), "the fields of an Evaluation, or null"),
+    "warnings": (lambda v: isinstance(v, list) and all(isinstance(w, str) for w in v), "a list of strings"),
+    "scaler": (lambda v: not v or _has_numbers(v, *_SCALER), f"numbers as {', '.join(_SCALER)}, or null"),
+}
 
 
 def load_checkpoint(folder: Path, model: SpikeDecoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -141,10 +182,9 @@ def restore_optimizer(
         kind, _, name = key.partition("/")
         if name not in parameters or kind not in ("step", "exp_avg", "exp_avg_sq"):
             raise CheckpointError(f"{source}: unknown tensor {key}")
-        if kind != "step" and value.shape != parameters[name].shape:
-            raise CheckpointError(
-                f"{source}: {key} has shape {tuple(value.shape)}, takes {tuple(parameters[name].shape)}"
-            )
+        takes = () if kind == "step" else tuple(parameters[name].shape)
+        if value.shape != takes:
+            raise CheckpointError(f"{source}: {key} has shape {tuple(value.shape)}, takes {takes}")
         by_name.setdefault(name, {})[kind] = value
     for name, entry in by_name.items():
         if len(entry) != 3:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data import held_out_batches
 from spikedecoder.diagnosis import dead_layers, saturated_layers
 from spikedecoder.model import IGNORE, SpikeDecoder, check_model
 from spikedecoder.nn.evaluating import evaluating
-from spikedecoder.params import binary_timesteps
 from spikedecoder.spike_stats import SpikeCounter, spiking_layers
 
 
@@ -23,8 +23,9 @@ from spikedecoder.spike_stats import SpikeCounter, spiking_layers
 class Evaluation:
     """Means over `tokens` predicted tokens, out of `of_tokens` in the held-out part.
 
-    loss in nats per token, bits = loss / ln 2, accuracy of the most probable token, spike_rates by layer in
-    spikes per neuron and timestep.
+    loss in nats per token, bits = loss / ln 2, accuracy of the most probable token. By layer: spike_rates in
+    spikes per neuron and timestep; full, the share of the largest among what the neurons gave, 1 or an I-LIF
+    neuron's levels.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class Evaluation:
     tokens: int
     of_tokens: int
     spike_rates: dict[str, float] = field(default_factory=dict)
+    full: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,8 +62,17 @@ def evaluate(
     Each window of the model's max_len starts without context. Only targets that the loss counts are
     counted. With an `accelerator`, its processes share the batches and all return the same. `stop` is asked
     between batches; None is returned where it says so (processes must then agree).
+
+    Raises TypeError, ValueError: naming the argument.
     """
     check_model(model)
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        got = (
+            f"{tokens.dtype}, shape {tokens.shape}"
+            if isinstance(tokens, np.ndarray)
+            else type(tokens).__name__
+        )
+        raise TypeError(f"tokens: got {got}, takes an array [N] of integers")
     config = model.config
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     pad = config.pad_id
@@ -96,7 +107,8 @@ def evaluate(
         accuracy=correct / count if count else math.nan,
         tokens=count,
         of_tokens=len(tokens) - 1,
-        spike_rates={name: spikes / slots if slots else 0.0 for name, (spikes, slots) in counts.items()},
+        spike_rates={name: spikes / slots if slots else 0.0 for name, (spikes, _, slots) in counts.items()},
+        full={name: full / slots if slots else 0.0 for name, (_, full, slots) in counts.items()},
     )
 
 
@@ -106,19 +118,18 @@ def _sum_over_processes(
     loss: float,
     correct: int,
     count: int,
-    counts: dict[str, tuple[int, int]],
-) -> tuple[float, int, int, dict[str, tuple[int, int]]]:
+    counts: dict[str, tuple[int, int, int]],
+) -> tuple[float, int, int, dict[str, tuple[int, int, int]]]:
     names = [name for name, _ in spiking_layers(model)]  # a process without a batch counted none
-    flat = [n for name in names for n in counts.get(name, (0, 0))]
+    flat = [n for name in names for n in counts.get(name, (0, 0, 0))]
     sums = accelerator.reduce(torch.tensor([correct, count, *flat], device=model.device), "sum").tolist()
     total = float(accelerator.reduce(torch.tensor(loss, device=model.device, dtype=torch.float32), "sum"))
-    pairs = {name: (sums[2 + 2 * i], sums[3 + 2 * i]) for i, name in enumerate(names)}
-    return total, sums[0], sums[1], pairs
+    triples = {name: tuple(sums[2 + 3 * i : 5 + 3 * i]) for i, name in enumerate(names)}
+    return total, sums[0], sums[1], triples
 
 
-def health(evaluation: Evaluation, levels: int = 1) -> list[str]:
-    """Layers that carry nothing, in words, with what to try: silent ones, and those always at `levels`."""
-    most = levels.bit_count() / binary_timesteps(levels)
+def health(evaluation: Evaluation, config: SpikeDecoderConfig) -> list[str]:
+    """Layers that carry nothing, in words, with what to try: silent ones, and those always at their most."""
     silent = [name for name, rate in evaluation.spike_rates.items() if rate == 0]
-    full = [name for name, rate in evaluation.spike_rates.items() if rate == most]
-    return [dead_layers(silent)] * bool(silent) + [saturated_layers(full)] * bool(full)
+    full = [name for name, share in evaluation.full.items() if share == 1]
+    return [dead_layers(silent, config)] * bool(silent) + [saturated_layers(full, config)] * bool(full)

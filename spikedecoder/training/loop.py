@@ -21,6 +21,7 @@ from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.data import Corpus, WindowSampler, check_context, held_out_batches, ngram_bits
 from spikedecoder.data.tokenizers import check_known
 from spikedecoder.model import SpikeDecoder, check_model
+from spikedecoder.nn.finite import not_finite
 from spikedecoder.nn.norm import sync_norms
 from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.training.checkpoints import (
@@ -254,9 +255,10 @@ class _Run:
             self._train_step()
             if self.report.asks_to_stop():
                 self.stop.requested = self.stop.requested or "reporter"
-            interrupted = self._agree(self.stop.requested) or self._evaluate_if_due()
-            if self._due(c.log_every):
+            interrupted = self._agree(self.stop.requested)
+            if self._due(c.log_every):  # before an evaluation, whose checkpoint a killed run goes on from
                 self._log()
+            interrupted = interrupted or self._evaluate_if_due()
             if self._due(c.save_every):
                 self._save()
         self._save()
@@ -345,13 +347,17 @@ class _Run:
         raise self._failed(f"{what} in step {step}")
 
     def _failed(self, what: str) -> TrainingError:
-        mixed = self.c.mixed_precision
-        fresh = "" if latest(self.out) else f", in another folder (--out) or after deleting {self.out}"
+        c, mixed = self.c, self.c.mixed_precision
+        if latest(self.out):
+            where = f": --init {self.out} --text ... --out NEW --lr ... begins a new run with its weights"
+        else:
+            where = f", in another folder (--out) or after deleting {self.out}"
         return TrainingError(
-            f"{what}, so the run stops; {self._kept()}. Try a lower --lr (now {self.c.lr:g}), "
-            f"a longer warmup (now {self.c.warmup} steps), a smaller clip (now {self.c.clip:g})"
+            f"{what}, so the run stops; {self._kept()}. Try a lower --lr (now {c.lr:g}), "
+            f"a longer warmup (now {c.warmup} steps), "
+            + (f"a smaller clip (now {c.clip:g})" if c.clip else "clip=1 (now off)")
             + ("" if mixed == "no" else f", or --set mixed_precision=no (now {mixed})")
-            + fresh
+            + where
         )
 
     def _evaluate_if_due(self) -> bool:
@@ -377,8 +383,9 @@ class _Run:
             raise self._failed(f"the held-out loss became {evaluation.loss} after step {self.step}")
         self.evaluation, self.evaluated, self.saved = evaluation, self.step, -1
         self.report.evaluated(self.step, evaluation)
+        self._check_weights()
         self._watch()
-        known, self.warnings = self.warnings, health(evaluation, self.model.config.spike_levels)
+        known, self.warnings = self.warnings, health(evaluation, self.model.config)
         for warning in self.warnings:
             if warning not in known:
                 self.report.message(f"warning: {warning}")
@@ -390,6 +397,10 @@ class _Run:
             }
             self._save(BEST)
         return False
+
+    def _check_weights(self) -> None:
+        if names := not_finite(self.model):
+            raise self._failed(f"weights ({names[0]}) became infinite or NaN in step {self.step}")
 
     def _watch(self) -> None:
         """Show what the neurons do on the first held-out windows to a reporter that wants to know."""
@@ -404,8 +415,7 @@ class _Run:
         if self.saved == self.step:
             return
         self._read_losses()
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise self._failed(f"weights became infinite or NaN in step {self.step}")
+        self._check_weights()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
@@ -445,8 +455,16 @@ class _Run:
             raise ValueError(f"steps: got {self.c.steps}, but the run in {self.out} has done {state['step']}")
         self.step = self.saved = state["step"]
         self.recent.extend(state["recent_losses"])
-        self.best, self.evaluated, self.warnings = state["best"], state["evaluated"], state["warnings"]
-        self.evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
+        self.warnings = state["warnings"]
+        evaluation = Evaluation(**state["evaluation"]) if state["evaluation"] else None
+        now = np.count_nonzero(self._held_out()[1:] != self.model.config.pad_id)
+        if evaluation is None or evaluation.tokens == now:
+            self.best, self.evaluated, self.evaluation = state["best"], state["evaluated"], evaluation
+        else:
+            self.report.message(
+                f"evaluations predict {now:,} held-out tokens now, {evaluation.tokens:,} before: the best "
+                "model is looked for anew"
+            )
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -456,11 +474,14 @@ class _Run:
             return "no checkpoint was written yet"
         return f"{self.out / LAST} holds step {read_step(folder)}"
 
+    def _held_out(self) -> np.ndarray:
+        """The tokens that an evaluation reads: it predicts all but the first."""
+        return self.corpus.val if self.c.eval_tokens is None else self.corpus.val[: self.c.eval_tokens + 1]
+
     def _baselines(self) -> dict[str, float]:
         if not self.accelerator.is_main_process:
             return {}
-        val = self.corpus.val if self.c.eval_tokens is None else self.corpus.val[: self.c.eval_tokens + 1]
-        return ngram_bits(self.corpus.train, val, self.corpus.tokenizer.vocab_size)
+        return ngram_bits(self.corpus.train, self._held_out(), self.corpus.tokenizer.vocab_size)
 
     def _mean_loss(self, steps: int) -> float:
         last = list(self.recent)[-steps:]

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from spikedecoder._files import write_bytes
+from spikedecoder._files import finite, write_bytes
 from spikedecoder.activity import Activity
 from spikedecoder.training.evaluate import Evaluation
 from spikedecoder.training.result import SavingError
@@ -157,7 +157,7 @@ class ScreenReporter(Reporter):
 
 
 class MetricsFile(Reporter):
-    """OUT/metrics.jsonl: a line of JSON per `log_every` steps and per evaluation."""
+    """OUT/metrics.jsonl: a line of JSON per `log_every` steps and per evaluation; null where not finite."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
@@ -187,7 +187,7 @@ class MetricsFile(Reporter):
     def _append(self, values: dict[str, Any]) -> None:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(finite(values)) + "\n")
         except OSError as error:
             raise SavingError(
                 f"cannot write {self.path} ({error}); the last checkpoint is whole: when that is mended, go "
