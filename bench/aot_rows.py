@@ -91,7 +91,7 @@ def lif_rows() -> Iterator[Row]:
             TYPES[dtype],
             name,
             3 * size * 64 * MEGA,
-            (*(NARROW if T <= 4 else NARROWEST), "at most 28 instructions"),
+            (*(NARROW if T <= 4 else NARROWEST), "at most 27 instructions"),
             backward(T, dtype, 1.0),
         )
     for label, threshold in (("scalar threshold", scalar), ("threshold per channel", channel)):
@@ -177,7 +177,7 @@ def norm_lif_rows() -> Iterator[Row]:
         if C > norm_lif.MAX_ROW:  # a launch that only sums writes little
             needs = LOADS
         if (C == 512 or many > 1) and dtype != torch.float32:
-            backward = 38 if T <= 4 else 46 if many == 1 else 60
+            backward = 35 if T <= 4 else 44 if many == 1 else 55
             most = {"layer forward": 20, "layer backward": backward, "channel forward": 16}
             if isinstance(p, ILIFParams):
                 most = {"layer forward": 24, "channel forward": 19, "layer backward": 36}

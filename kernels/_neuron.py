@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import INTERPRETED
+from spikedecoder.kernels._launch import INTERPRETED, major
 from spikedecoder.kernels._sum import sum_parts
 from spikedecoder.kernels._surrogate import height, shape
 from spikedecoder.params import ILIFParams, LIFParams
@@ -40,6 +40,12 @@ def neuron(p: LIFParams) -> dict[str, Any]:
         "DETACH": p.detach_reset,
         "SURROGATE": SURROGATES[p.surrogate].kernel_id,
     }
+
+
+def fused_carry(device: torch.device) -> bool:
+    """Whether backward adds what comes from the next timestep in a fused instruction under a predicate; from
+    sm_100 on the compiler then keeps more than registers hold."""
+    return major(device) < 10
 
 
 FORWARD_ONLY = ("keep", "alpha", "DETACH", "SURROGATE")
@@ -107,8 +113,8 @@ def as_float(x):
         return x.to(tl.float32)
     else:
         return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True,
-            pack=2,
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [x], dtype=tl.float32,
+            is_pure=True, pack=2,
         )  # fmt: skip
 
 
@@ -186,9 +192,24 @@ def unless_fired(carry, h, threshold):
 
 
 @triton.jit
+def plus_unless_fired(grad_u, carry, keep, h, threshold):
+    """grad_u + carry keep where there was no spike, else grad_u: one fused instruction under a predicate.
+    `set` and not `setp`, for the reason that `unless_fired` gives."""
+    if PLAIN:
+        return tl.where(h >= threshold, grad_u, grad_u + carry * keep)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b32 silent; set.ltu.u32.f32 silent, $4, $5; setp.ne.u32 p, silent, 0; "
+            "mov.b32 $0, $1; @p fma.rn.f32 $0, $2, $3, $1; }",
+            "=&f,f,f,f,f,f", [grad_u, carry, keep, h, threshold], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def fire_backward(
     grad_s,
     carry,
+    keep,
     h,
     threshold,
     v_reset,
@@ -196,21 +217,27 @@ def fire_backward(
     HARD: tl.constexpr,
     DETACH: tl.constexpr,
     SURROGATE: tl.constexpr,
+    FUSED: tl.constexpr,
 ):
-    """(dL/dh, what this timestep adds to dL/dthreshold), carry being dL/dv after the timestep, None: 0; all
-    of them over the surrogate's `height`, by which the caller multiplies sums and not elements."""
+    """(dL/dh, what this timestep adds to dL/dthreshold), carry keep being dL/dv after the timestep, carry
+    None: 0; all of them over the surrogate's `height`, by which the caller multiplies sums, not elements."""
     slope = shape(h, threshold, alpha, SURROGATE)
     if carry is None:
         if HARD and not DETACH:
             grad_s = grad_s + 0.0 * (v_reset - h)  # no number where h is none
         grad_u = grad_s * slope
         return grad_u, -grad_u
+    elif HARD and FUSED and DETACH:
+        grad_u = grad_s * slope
+        return plus_unless_fired(grad_u, carry, keep, h, threshold), -grad_u
     elif HARD:
+        carry = carry * keep
         if not DETACH:
             grad_s = grad_s + carry * (height(alpha, SURROGATE) * (v_reset - h))
         grad_u = grad_s * slope
         return grad_u + unless_fired(carry, h, threshold), -grad_u
     else:
+        carry = carry * keep
         if not DETACH:
             grad_s = grad_s - carry * (height(alpha, SURROGATE) * threshold)
         grad_u = grad_s * slope
@@ -288,6 +315,21 @@ def load_steps(at_first, stride_t, inside, COUNT: tl.constexpr):
 
 
 @triton.jit
+def tile_columns(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns of a tile, WIDTH of them, a power of two, as a tuple of vectors."""
+    if WIDTH == 1:
+        return (tl.reshape(tile, (ROWS,)),)
+    else:
+        even, odd = tl.split(tl.reshape(tile, (ROWS, WIDTH // 2, 2)))
+        evens = tile_columns(even, ROWS, WIDTH // 2)
+        odds = tile_columns(odd, ROWS, WIDTH // 2)
+        both = ()
+        for i in tl.static_range(WIDTH // 2):
+            both = both + (evens[i], odds[i])
+        return both
+
+
+@triton.jit
 def _add_pairs(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
@@ -306,7 +348,8 @@ def _add_eights(
 
 @triton.jit
 def row_sums(tiles, COUNT: tl.constexpr):
-    """Sums along the rows of COUNT tiles, as a tuple. Eight at a time: warps that share a row wait once."""
+    """Sums along the rows of COUNT tiles, as a tuple. Eight at a time, whose shuffles interleave; warps that
+    share a row wait once with Triton 3.6, once a tile with 3.9."""
     sums = ()
     if ONE_BY_ONE:
         for i in tl.static_range(COUNT):

@@ -16,7 +16,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import REGISTERS, cdiv, kernel, launch, multiprocessors, power_of_2
+from spikedecoder.kernels._launch import (
+    REGISTERS,
+    alignment,
+    cdiv,
+    kernel,
+    launch,
+    multiprocessors,
+    power_of_2,
+)
 from spikedecoder.kernels._neuron import as_float
 
 AT_ONCE, WARPS, PROGRAMS = 16, 2, 6  # loads of a thread, warps, programs a multiprocessor; on an H200
@@ -131,7 +139,7 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
     band = cdiv(cdiv(rows, bands), block_r) * block_r
     bands = cdiv(rows, band)
     means, squares = (x.new_empty((bands, channels), dtype=torch.float32) for _ in range(2))
-    align = 16 if channels % 16 == 0 else 1
+    align = alignment(channels)
     launch(
         moments_of_bands, (bands, across), x_ptr=x, mean_ptr=means, square_ptr=squares, rows=rows,
         channels=channels // align, band=band, CENTER=center, AT_ONCE=AT_ONCE, BLOCK_R=block_r,
@@ -178,7 +186,7 @@ def row_moments(x: Tensor, eps: float, mean: Tensor, rstd: Tensor) -> None:
     """Write mean and 1 / sqrt(variance + eps) of each row of x [T, ..., C], timesteps contiguous."""
     channels = x.shape[-1]
     rows, stride = x[0].numel() // channels, x.stride(0) if x.shape[0] > 1 else 0
-    align = 16 if channels % 16 == 0 and stride % 16 == 0 else 1
+    align = alignment(channels, stride)
     block_c = 256 * (16 // x.element_size())
     launch(
         moments_of_rows, (rows, x.shape[0]), x_ptr=x, mean_ptr=mean, rstd_ptr=rstd, rows=rows,

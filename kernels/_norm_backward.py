@@ -30,14 +30,32 @@ from spikedecoder.kernels._neuron import (
     potentials,
     row_sums,
     standardised,
+    tile_columns,
     times,
 )
+
+# Whether statistics of several timesteps come in one load, which Triton 3.6 makes more of and spills.
+TOGETHER = tl.constexpr(not triton.__version__.startswith("3.6."))
+
+
+@triton.jit
+def _of_rows(at, rows, r, COUNT: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE: tl.constexpr):
+    """A number a row of COUNT timesteps, as a tuple: one load, since each is a copy to shared memory, its
+    address and its wait, as much work as a thread's neurons of 8 elements."""
+    WIDTH: tl.constexpr = triton.next_power_of_2(COUNT)
+    t = tl.arange(0, WIDTH)[None, :]
+    inside = None if WHOLE and WIDTH == COUNT else (r < rows) & (t < COUNT)
+    numbers = tile_columns(load_inside(at + t * rows.to(tl.int64), inside), BLOCK_R, WIDTH)
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles = tiles + (numbers[i][:, None],)
+    return tiles
 
 
 @triton.jit
 def _row_statistics(
     mean, rstd, mean_ptr, rstd_ptr, first, r, rows,
-    COUNT: tl.constexpr, STATISTICS: tl.constexpr, WHOLE: tl.constexpr,
+    COUNT: tl.constexpr, STATISTICS: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """(means, rstds) of COUNT timesteps from `first` on."""
     if STATISTICS == 0:
@@ -48,9 +66,13 @@ def _row_statistics(
             rstds = rstds + (rstd,)
     else:
         at = first * rows.to(tl.int64) + r
-        inside = None if WHOLE else r < rows
-        means = load_steps(mean_ptr + at, rows, inside, COUNT)
-        rstds = load_steps(rstd_ptr + at, rows, inside, COUNT)
+        if TOGETHER:
+            rstds = _of_rows(rstd_ptr + at, rows, r, COUNT, BLOCK_R, WHOLE)
+            means = _of_rows(mean_ptr + at, rows, r, COUNT, BLOCK_R, WHOLE)
+        else:
+            inside = None if WHOLE else r < rows
+            means = load_steps(mean_ptr + at, rows, inside, COUNT)
+            rstds = load_steps(rstd_ptr + at, rows, inside, COUNT)
     return means, rstds
 
 
@@ -129,11 +151,12 @@ def _backward_chunk(
     threshold, tau, keep, v_reset, alpha, scale,
     COUNT: tl.constexpr, T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr,
     THRESHOLD: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
-    DETACH: tl.constexpr, SURROGATE: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK_C: tl.constexpr, SLICES: tl.constexpr, FITS: tl.constexpr, WHOLE: tl.constexpr,
+    DETACH: tl.constexpr, SURROGATE: tl.constexpr, FUSED: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr, FITS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """COUNT timesteps from `first` on, backwards, slice by slice of the rows; vs before and carries = dL/dv
-    after them, None: 0. Returns carries, and sums with its own added.
+    """COUNT timesteps from `first` on, backwards, slice by slice of the rows; vs before them, carries = dL/dh
+    of the timestep after them, None: 0. Returns carries, and sums with its own added.
 
     dL/dy = scale g: the factor comes in where there is one number a row or channel; carry and the threshold's
     gradient are as much too small as g. Where a tile reaches beyond x, all that was loaded is 0 and so is
@@ -141,7 +164,9 @@ def _backward_chunk(
     """
     r = r1[:, None]
     last: tl.constexpr = COUNT - 1
-    means, rstds = _row_statistics(mean, rstd, mean_ptr, rstd_ptr, first, r, rows, COUNT, STATISTICS, WHOLE)
+    means, rstds = _row_statistics(
+        mean, rstd, mean_ptr, rstd_ptr, first, r, rows, COUNT, STATISTICS, BLOCK_R, WHOLE
+    )
     xs = ()  # of all slices, as is the next
     gws = ()
     of_rows = ()  # STATISTICS 1: g weight of each timestep and its product with z, slices added, last first
@@ -175,9 +200,9 @@ def _backward_chunk(
                 grad_threshold = 0.0
             else:
                 g, grad_threshold = fire_backward(
-                    grad, carry, hs[last - back], limit, v_reset, alpha, HARD, DETACH, SURROGATE
+                    grad, carry, keep, hs[last - back], limit, v_reset, alpha, HARD, DETACH, SURROGATE, FUSED
                 )
-                carry = g * keep
+                carry = g
             mean, rstd = means[last - back], rstds[last - back]
             x = here[last - back]
             z = _standardised(x, mean, rstd, STATISTICS)
@@ -235,8 +260,8 @@ def norm_lif_backward(
     T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr, THRESHOLD: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr,
     RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr,
-    SURROGATE: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    SLICES: tl.constexpr, FITS: tl.constexpr, ALIGN: tl.constexpr,
+    SURROGATE: tl.constexpr, FUSED: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, SLICES: tl.constexpr, FITS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """g = dL/dy through the neurons; then, as asked for,
 
@@ -301,7 +326,7 @@ def norm_lif_backward(
             vs = _zeros(BLOCK_R, BLOCK_C, SLICES)
             for begin in tl.range(0, LAST, CHUNK, num_stages=STAGES):
                 means, rstds = _row_statistics(
-                    mean, rstd, mean_ptr, rstd_ptr, begin, r, rows, CHUNK, STATISTICS, WHOLE
+                    mean, rstd, mean_ptr, rstd_ptr, begin, r, rows, CHUNK, STATISTICS, BLOCK_R, WHOLE
                 )
                 after = ()
                 for s in tl.static_range(SLICES):
@@ -327,8 +352,8 @@ def norm_lif_backward(
                 row_gwz_ptr, threshold_ptr, LAST, vs, carries, sums, mean, rstd,
                 weights, biases, a, b, shift, r1, at, c, rows, channels, timestep, stride_t,
                 grad_stride_t, threshold, tau, keep, v_reset, alpha, scale, T - LAST, T, STATISTICS, SUMS,
-                THRESHOLD, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, LEVELS, BLOCK_C, SLICES,
-                FITS, WHOLE,
+                THRESHOLD, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, FUSED, LEVELS, BLOCK_R,
+                BLOCK_C, SLICES, FITS, WHOLE,
             )  # fmt: skip
         if LAST > 0:
             tl.debug_barrier()  # a potential may be read by another thread than wrote it
@@ -344,8 +369,8 @@ def norm_lif_backward(
                     row_gwz_ptr, threshold_ptr, begin, vs, carries, sums, mean, rstd,
                     weights, biases, a, b, shift, r1, at, c, rows, channels, timestep, stride_t,
                     grad_stride_t, threshold, tau, keep, v_reset, alpha, scale, CHUNK, T, STATISTICS, SUMS,
-                    THRESHOLD, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, LEVELS, BLOCK_C, SLICES,
-                FITS, WHOLE,
+                    THRESHOLD, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, FUSED, LEVELS, BLOCK_R,
+                    BLOCK_C, SLICES, FITS, WHOLE,
                 )  # fmt: skip
         if SUMS and THRESHOLD == 3:
             for s in tl.static_range(SLICES):

@@ -8,7 +8,7 @@ Bytes per element of x (b = bytes of its dtype), each the minimum possible:
     forward   2 b            x read once, spikes written once (with packed spikes b + 1/8)
     backward  3 b            x and the gradient read once, the gradient of x written once
 and 4 / T each for an initial or final potential and their gradients, where there are any. Bound by memory
-bandwidth: instructions alone, 8 to 10 an element forward and 23 to 28 backward, would take less time.
+bandwidth: instructions alone, 8 to 10 an element forward and 23 to 27 backward, would take less time.
 
 More than 16 timesteps are walked 16 at a time: forward hands the potential on; backward first runs forward
 to find the potential every 16 timesteps (4/16 bytes an element), which reads x once more.
@@ -29,6 +29,7 @@ from spikedecoder.kernels._neuron import (
     as_spikes,
     charge,
     fire_backward,
+    fused_carry,
     height,
     load_steps,
     load_threshold,
@@ -82,7 +83,7 @@ def lif_forward(
             packed = pack_tile(fired & keep, BLOCK_R, BLOCK_C)
             w = first // 32 + tl.arange(0, BLOCK_C // 32)[None, :]
             inside = (r < rows) & (w < words)
-            tl.store(words_ptr + (t * rows + r) * words + w, packed, mask=inside)
+            tl.store(words_ptr + (t * rows.to(tl.int64) + r) * words + w, packed, mask=inside)
         v = reset(h, fired, threshold, v_reset, HARD)
     if v_ptr is not None:
         tl.store(v_ptr + at, v, mask=keep)
@@ -93,7 +94,7 @@ def lif_backward(
     grad_spikes_ptr, grad_v_ptr, x_ptr, threshold_ptr, v_init_ptr, grad_x_ptr, grad_threshold_ptr,
     grad_v_init_ptr, rows, channels, stride_t, grad_stride_t, threshold, tau, keep, v_reset, alpha,
     T: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
-    DETACH: tl.constexpr, SURROGATE: tl.constexpr, THRESHOLD: tl.constexpr,
+    DETACH: tl.constexpr, SURROGATE: tl.constexpr, FUSED: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x; the threshold's as `threshold_partial` says; gradient of v_init.
@@ -121,7 +122,7 @@ def lif_backward(
     scale = most  # dL/dx = scale dL/dh, as fire_backward has it
     if DECAY_INPUT:
         scale = over_tau(most, tau, RECIPROCAL)
-    carry = None
+    carry, kept = None, 1.0
     if grad_v_ptr is not None:
         carry = tl.load(grad_v_ptr + at, mask=inside, other=0.0) / most
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -132,15 +133,15 @@ def lif_backward(
     to = grad_x_ptr + (T - 1) * timestep + at
     for back in tl.static_range(T):
         grad_h, grad_threshold = fire_backward(
-            as_float(gs[T - 1 - back]), carry, hs[T - 1 - back], threshold, v_reset, alpha, HARD, DETACH,
-            SURROGATE,
+            as_float(gs[T - 1 - back]), carry, kept, hs[T - 1 - back], threshold, v_reset, alpha, HARD,
+            DETACH, SURROGATE, FUSED,
         )  # fmt: skip
         tl.store(to, (grad_h * scale).to(grad_x_ptr.dtype.element_ty), mask=inside)
         to -= timestep
-        carry = grad_h * keep
+        carry, kept = grad_h, keep
         total += grad_threshold
     if grad_v_init_ptr is not None:
-        tl.store(grad_v_init_ptr + at, carry * most, mask=inside)
+        tl.store(grad_v_init_ptr + at, carry * (keep * most), mask=inside)
     if grad_threshold_ptr is not None:
         total = tl.where(inside, total, 0.0) * most
         if THRESHOLD == 3:
@@ -167,7 +168,7 @@ def tile(by_channel: bool, channels: int, element_size: int, T: int, backward: b
     """Rows and channels of a tile, as measured on an H200 in bfloat16.
 
     Forward 128 bits a thread and timestep, twice that where T is short or long. Backward keeps T potentials
-    an element: 4 elements a thread, 2 for T > 8, so that more programs run side by side; 128 bits took 1.1
+    an element: 4 elements a thread, 2 for T > 4, so that more programs run side by side; 128 bits took 1.1
     times as long at T = 4, twice at T = 16. Narrow tiles by channel: a threshold's gradient is written once
     a tile and channel.
     """
@@ -272,7 +273,7 @@ def _walk_back(
         v_init_ptr=v_init, grad_x_ptr=grad_x, grad_threshold_ptr=partial, grad_v_init_ptr=grad_v_init,
         threshold=number, T=T, THRESHOLD=kind,
         **sizes(x, rows, channels, stride_t=strides[0], grad_stride_t=strides[1]), **neuron(p), **blocks,
-        fuse=True,
+        FUSED=fused_carry(x.device), fuse=True,
     )  # fmt: skip
     return threshold_gradient(kind, partial, threshold)
 

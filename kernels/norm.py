@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikedecoder.kernels import _launch
-from spikedecoder.kernels._launch import Call, cdiv, kernel, launch, multiprocessors, power_of_2
+from spikedecoder.kernels._launch import Call, alignment, cdiv, kernel, launch, multiprocessors, power_of_2
 from spikedecoder.kernels._sum import sum_parts
 
 __all__ = ["backward", "forward", "why_not"]
@@ -100,7 +100,7 @@ def _tile(x: Tensor) -> dict[str, int]:
     block_c = max(16, power_of_2(channels))
     warps = min(16, max(4, block_c // (32 * a_thread)))
     block_r = max(1, 32 * warps * a_thread // block_c)
-    align = 16 if channels % 16 == 0 else 1
+    align = alignment(channels)
     return {
         "rows": x.numel() // channels, "channels": channels // align, "ALIGN": align,
         "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps,

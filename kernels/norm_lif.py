@@ -17,13 +17,13 @@ Bytes per element of x (b = bytes of its dtype; row statistics add 8 / C forward
 Rows of more than MAX_ROW channels are walked tile by tile: statistics first, 3 b forward; sums of the row
 first, 5 b backward.
 Backward, a program walks many rows, and fetches the next ones to shared memory while it works on one; more
-than 8 timesteps (4 of five slices, 16 with statistics of channels) it walks in pieces, which come in the same
-way. Then x is read twice, and 4 bytes of potentials (2 with statistics of channels) go to a scratch and back,
-all of it in cache while T is not long.
+than 8 timesteps (4 of five slices, 16 with statistics of channels, 2 of rows that take more than 8 warps) it
+walks in pieces, which come in the same way. Then x is read twice, and 4 bytes of potentials (2 with
+statistics of channels) go to a scratch and back, all of it in cache while T is not long.
 To an I-LIF (LEVELS > 0; tau then holds 1 / v_threshold) timesteps are only rows: all of x [..., C] is one,
 in tiles of CHUNK times as many rows, so that as much is on its way.
-Bound by memory bandwidth forward; backward with statistics of rows by instructions, 32 to 43 an element of
-512 channels, 31 to 57 of slices.
+Bound by memory bandwidth forward; backward with statistics of rows by instructions, 29 to 41 an element of
+512 channels, 30 to 54 of slices.
 Sums over rows (gradients of weight, bias, threshold) are kept in registers by a fixed number of programs and
 added in one small reduction: the same result in every run.
 """
@@ -43,6 +43,7 @@ from torch import Tensor
 
 from spikedecoder.kernels._launch import (
     REGISTERS,
+    alignment,
     cdiv,
     kernel,
     launch,
@@ -58,6 +59,7 @@ from spikedecoder.kernels._neuron import (
     as_spikes,
     charge,
     count,
+    fused_carry,
     inside_of,
     load_slices,
     load_steps,
@@ -272,14 +274,14 @@ class _Backward:
     def programs(self, size: int, device: torch.device) -> int:
         """That a multiprocessor holds, each of which walks many rows."""
         threads, shared = 32 * self.tile["num_warps"], self.shared(size)
-        return max(1, min(REGISTERS // (threads * self.registers), shared_memory(device) // max(1, shared)))
+        return max(1, min(REGISTERS // (threads * self.registers), shared_memory(device) // shared))
 
     def shared(self, size: int) -> int:
         """Bytes of shared memory, at most: x and gradient of what is on its way; of pieces also
-        the potentials before each, and what hands them from thread to thread."""
+        the potentials before each, and what hands them from thread to thread; 1 KiB for sums over warps."""
         tile, ahead = self.tile["BLOCK_R"] * self.tile["BLOCK_C"] * self.tile["SLICES"], self.stages - 1
         pieces = (4 * ahead + 2) * tile if self.chunk < self.T else 0
-        return 2 * self.chunk * tile * size * ahead + pieces
+        return 2 * self.chunk * tile * size * ahead + pieces + 1024
 
 
 def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams | ILIFParams) -> _Backward:
@@ -330,7 +332,7 @@ def _fits(x: Tensor, tile: dict[str, int]) -> bool:
 
 def _sizes(x: Tensor, **strides: int) -> dict[str, int]:
     channels = x.shape[-1]
-    align = 16 if all(n % 16 == 0 for n in (channels, *strides.values())) else 1
+    align = alignment(channels, *strides.values())
     divided = {name: n // align for name, n in strides.items()}
     return {"rows": x[0].numel() // channels, "channels": channels // align, "ALIGN": align, **divided}
 
@@ -443,7 +445,7 @@ def _backward(
         STATISTICS=statistics, SUMS=sums, THRESHOLD=kind, CHUNK=chunk,
         STAGES=way.stages, FITS=_fits(x, blocks), maxnreg=way.registers,
         **_sizes(x, stride_t=_stride(x), grad_stride_t=_stride(grad_spikes)), **_neurons(p, neuron),
-        fuse=True, **blocks,
+        FUSED=fused_carry(x.device), fuse=True, **blocks,
     )  # fmt: skip
     if parts is None:
         return grad_x, Sums(nothing, nothing, nothing, ())

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikedecoder.kernels import _launch
-from spikedecoder.kernels._launch import Call, cdiv, kernel, launch, power_of_2
+from spikedecoder.kernels._launch import Call, alignment, cdiv, kernel, launch, power_of_2
 from spikedecoder.kernels._neuron import as_spikes
 
 __all__ = ["pack", "unpack", "why_not"]
@@ -86,7 +86,7 @@ def _launch_on(which: object, spikes: Tensor, words: Tensor) -> None:
     channels = spikes.shape[-1]
     rows = spikes.numel() // channels
     blocks = _tile(channels, spikes.element_size())
-    align = 16 if channels % 16 == 0 else 1
+    align = alignment(channels)
     launch(
         which, (cdiv(rows, blocks["BLOCK_R"]), cdiv(channels, blocks["BLOCK_C"])), spikes_ptr=spikes,
         words_ptr=halves(words), rows=rows, channels=channels // align, words=2 * words.shape[-1],

@@ -114,7 +114,8 @@ def lif() -> None:
         for limit in (1.0, channel):
             k.forward(x, limit, meta(*x.shape[1:], dtype=torch.float32), P)
             k.backward(x, meta(*x.shape[1:], dtype=torch.float32), x, limit, None, P)
-    k.forward_packed(meta(2, 1 << 28, 512), 1.0, None, P, want_v=False)
+    for shape in ((2, 1 << 28, 512), (16, 200_000_000, 1)):  # the latter has more rows times T than 2^31
+        k.forward_packed(meta(*shape), 1.0, None, P, want_v=False)
 
 
 def norm() -> None:
