@@ -123,6 +123,18 @@ def test_no_shape_asks_for_another_kernel(use: Callable[..., None], major: int, 
     assert keys[0] and all(found == keys[0] for found in keys)
 
 
+@pytest.mark.parametrize(("channels", "align"), [(80, 16), (1000, 8), (36, 4), (18, 2), (5, 1)])
+@pytest.mark.parametrize("use", [lif, norm, norm_lif, small], ids=lambda use: use.__name__)
+def test_channels_are_known_to_be_what_they_are_divisible_by(
+    use: Callable[..., None], channels: int, align: int
+) -> None:
+    """Or the compiler would read and write element by element."""
+    with _launch.record(9) as launches:
+        use(2, 3, meta, channels)
+    found = {launch.arguments["ALIGN"] for launch in launches if "ALIGN" in launch.arguments}
+    assert found == {align}
+
+
 @pytest.mark.parametrize("major", [8, 9, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("p", [P, ILIFParams(4)], ids=["lif", "ilif"])
