@@ -59,17 +59,17 @@ class Native(Recurrent):
         self.decoder = Decoder(model)
 
     def _advance(self, tokens: Sequence[int], state: DecoderState) -> tuple[Tensor, DecoderState]:
-        self._narrow(state)
-        if not self.decoder.takes(state):
+        if not (self.decoder.takes(state) or self._narrowed(state)):
             return super()._advance(tokens, state)
         return self.decoder.step(torch.tensor(tokens, device="cpu"), state)
 
-    def _narrow(self, state: DecoderState) -> None:
-        """Sums that float32 holds again, since the text that was too long for it has left."""
-        if state.longest + 1 <= self.model.config.exact_tokens:
-            for layer in state.layers:
-                if "attention.state" in layer:
-                    layer["attention.state"] = layer["attention.state"].float()
+    def _narrowed(self, state: DecoderState) -> bool:
+        """Whether float32 holds the sums again, and so does the state: the text too long for it has left."""
+        if state.longest + 1 > self.model.config.exact_tokens:
+            return False
+        for layer in state.layers:
+            layer["attention.state"] = layer["attention.state"].float()
+        return True
 
     def _read_part(self, part: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
         if state is None:
