@@ -25,6 +25,7 @@ constexpr int64_t CHUNK = 16 * ROWS;  // rows of a whose tiles lie in the cache 
 constexpr int64_t DEPTH = 1280;       // of a panel, at most
 // the same for an a that lies by columns: few rows, each a long sum, so that all threads have some
 constexpr int64_t COLUMNS_CHUNK = 48, COLUMNS_DEPTH = 512;
+constexpr int64_t RUN = 64;           // chunks whose sums are added up before they meet those before
 constexpr int64_t PACKED = 16;        // rows of b that become parts of all panels in one task
 
 // One block of the product: `depth` rows of b from row `first` on, as panels.
@@ -303,7 +304,12 @@ void multiply_all(const Matmul& p, bool dot) {
   }
   for (int64_t k = 0; sums && k < p.K; k += W) {
     F sum = zero();
-    for (int64_t chunk = 0; chunk < chunks; chunk++) sum = add(sum, load(sums + chunk * s.sums_stride() + k));
+    for (int64_t first = 0; first < chunks; first += RUN) {  // there may be a hundred thousand
+      F run = zero();
+      const int64_t end = smaller(first + RUN, chunks);
+      for (int64_t chunk = first; chunk < end; chunk++) run = add(run, load(sums + chunk * s.sums_stride() + k));
+      sum = add(sum, run);
+    }
     store_up_to(p.a_sums + k, sum, static_cast<int>(smaller(W, p.K - k)));
   }
 }

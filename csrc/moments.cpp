@@ -10,6 +10,7 @@ namespace SPIKEDECODER_VARIANT {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // rows
+constexpr int64_t RUN = 64;    // blocks that are combined before they meet those before, which may be many
 
 // Adds a block of n_b values with this mean and squared deviation to one of n_a values.
 SPIKEDECODER_INLINE void combine(double n_a, F& mean, F& squares, double n_b, F mean_b, F squares_b) {
@@ -49,12 +50,14 @@ SPIKEDECODER_INLINE void block_moments(const E* x, int64_t rows, int64_t stride,
 template <class E>
 void moments_of(const Moments& a, const E* x) {
   const int threads = threads_for(0.3 * static_cast<double>(a.rows) * static_cast<double>(a.C), a.threads);
-  const int64_t padded = round_up(a.C, 16), own = per_thread(2 * padded);
+  const int64_t padded = round_up(a.C, 16), own = per_thread(4 * padded);
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * threads));
   parallel(threads, [&](int thread, int all) {
-    float *means = scratch.floats() + own * thread, *squares = means + padded;
-    for (int64_t c = 0; c < 2 * padded; c++) means[c] = 0;
+    float *const all_means = scratch.floats() + own * thread, *const means = all_means + 2 * padded;
+    float* const squares = means + padded;
+    for (int64_t c = 0; c < 4 * padded; c++) all_means[c] = 0;
     const Range rows = share(a.rows, thread, all, BLOCK);
+    int64_t first = rows.begin;  // of the run at hand
     for (int64_t r = rows.begin; r < rows.end; r += BLOCK) {
       const int64_t length = rows.end - r < BLOCK ? rows.end - r : BLOCK;
       for_channels_evenly(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {
@@ -63,12 +66,20 @@ void moments_of(const Moments& a, const E* x) {
         block_moments<U>(x + r * a.C + c, length, a.C, n, a.center, mean_b, squares_b);
         for (int u = 0; u < U; u++, c += W) {
           F mean = load(means + c), square = load(squares + c);
-          combine(static_cast<double>(r - rows.begin), mean, square, static_cast<double>(length), mean_b[u],
-                  squares_b[u]);
+          combine(static_cast<double>(r - first), mean, square, static_cast<double>(length), mean_b[u], squares_b[u]);
           store(means + c, mean);
           store(squares + c, square);
         }
       });
+      if (r + length - first < RUN * BLOCK && r + length < rows.end) continue;
+      for (int64_t c = 0; c < padded; c += W) {
+        F mean = load(all_means + c), square = load(all_means + padded + c);
+        combine(static_cast<double>(first - rows.begin), mean, square, static_cast<double>(r + length - first),
+                load(means + c), load(squares + c));
+        store(all_means + c, mean);
+        store(all_means + padded + c, square);
+      }
+      first = r + length;
     }
   });
   for (int64_t c = 0; c < a.C; c += W) {

@@ -105,7 +105,8 @@ struct RowScratch {
   Charged now, next;       // the row at hand, and the one after it
   float* g;                // [T, C] of one row: dL/dz
   float *sum_g, *sum_gz;   // [T to a multiple of 4, 1 vector]: of the row's dL/dz, and of its products with z
-  float *weight, *bias;    // [C]: sums over rows of g z and of g
+  float *weight, *bias;    // [C]: sums over some rows of g z and of g
+  double* totals;          // [2, C]: both over all rows
   float* threshold;
   int64_t padded;          // C, to whole vectors
 
@@ -118,7 +119,8 @@ struct RowScratch {
   static int64_t weight_at(int64_t T, int64_t C) {
     return 2 * Charged::size(T) + T * round_up(C, 16) + 2 * round_up(T, 4) * 16;
   }
-  static int64_t threshold_at(int64_t T, int64_t C) { return weight_at(T, C) + 2 * round_up(C, 16); }
+  static int64_t totals_at(int64_t T, int64_t C) { return weight_at(T, C) + 2 * round_up(C, 16); }
+  static int64_t threshold_at(int64_t T, int64_t C) { return totals_at(T, C) + 4 * round_up(C, 16); }
   static int64_t size(const Threshold& t, int64_t T, int64_t C) {
     return threshold_at(T, C) + ThresholdSum::size(t, C);
   }
@@ -130,9 +132,13 @@ struct RowScratch {
     sum_gz = sum_g + round_up(T, 4) * 16;
     weight = memory + weight_at(T, C);
     bias = weight + padded;
+    totals = reinterpret_cast<double*>(memory + totals_at(T, C));
     threshold = memory + threshold_at(T, C);
-    for (int64_t c = 0; c < padded; c++) weight[c] = bias[c] = 0;
+    for (int64_t c = 0; c < 2 * padded; c++) weight[c] = 0, totals[c] = 0;
   }
+
+  // After every so many rows, of which there may be millions.
+  void end_run() { end_of_rows(weight, totals, 2 * padded); }
 };
 
 // What the backward pass reads and writes.
@@ -350,6 +356,7 @@ SPIKEDECODER_OUTLINE void back_through_rows(const CellType& shared_cell, const B
       back_through_lif<ByRow, Sums, Apply, Thresholds, KNOWN>(cell, b, p, row, s, threshold_sum, c);
       if (ByRow && !near) add_up_block(s, p.T, p.C, c);
     }
+    if (Sums && (row - rows.begin) % ThresholdSum::RUN == ThresholdSum::RUN - 1) s.end_run();
     if (!ByRow) continue;
     // while this one's sums are waited for
     if (ahead && row + 1 < rows.end) charge_row<ByRow, KNOWN>(cell, b, row + 1, 0, s.next);
@@ -391,18 +398,19 @@ void backward(const NormLifBackward& a, const CellType& cell) {
       case NormLifPart::known: back_through_rows<false, true, true, true, 0>(cell, b, rows, s, threshold_sum); break;
     }
     threshold_sum.end_run();
+    s.end_run();
   });
 
   if (!sums) return;
   const float* const thresholds = scratch.floats() + RowScratch::threshold_at(b.p.T, a.C);
   ThresholdSum::combine(a.threshold, a.C, threshold_out, thresholds, own, most);
-  const int64_t padded = round_up(a.C, 16), first = RowScratch::weight_at(b.p.T, a.C);
+  const int64_t padded = round_up(a.C, 16), first = RowScratch::totals_at(b.p.T, a.C);
   for (int64_t c = 0; c < a.C; c++) {
     double weight = 0, bias = 0;
     for (int thread = 0; thread < most; thread++) {
-      const float* of_thread = scratch.floats() + own * thread + first;
-      weight += static_cast<double>(of_thread[c]);
-      bias += static_cast<double>(of_thread[padded + c]);
+      const auto* totals = reinterpret_cast<const double*>(scratch.floats() + own * thread + first);
+      weight += totals[c];
+      bias += totals[padded + c];
     }
     a.grad_weight[c] = static_cast<float>(weight);
     a.grad_bias[c] = static_cast<float>(bias);

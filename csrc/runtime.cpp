@@ -52,12 +52,20 @@ bool has_tiles() {
 }
 #endif
 
+#if defined(SPIKEDECODER_X86)
+// What both vector variants are compiled for; a hypervisor may hide some of it and leave AVX-512.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
+#endif
+
 const Kernels* find(const char* name) {
 #if defined(SPIKEDECODER_X86)
   __builtin_cpu_init();
 #if defined(SPIKEDECODER_AVX512_BUILT)
   if (!std::strcmp(name, "avx512")) {
-    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool has = has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512vbmi2");
     return has ? &avx512::kernels : nullptr;
@@ -70,12 +78,7 @@ const Kernels* find(const char* name) {
   }
 #endif
 #if defined(SPIKEDECODER_AVX2_BUILT)
-  if (!std::strcmp(name, "avx2")) {
-    const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                     __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                     __builtin_cpu_supports("popcnt");
-    return has ? &avx2::kernels : nullptr;
-  }
+  if (!std::strcmp(name, "avx2")) return has_avx2() ? &avx2::kernels : nullptr;
 #endif
 #endif
   return std::strcmp(name, "baseline") ? nullptr : &baseline::kernels;

@@ -102,3 +102,26 @@ def test_when_the_text_too_long_for_float32_has_left_the_others_are_compiled_aga
         expected = alone.step([token])
         if token > 4:
             torch.testing.assert_close(source.step([token]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_that_somebody_changed_is_looked_at_again():
+    """Addresses are kept from step to step: no others may be read, or written to."""
+    model = _model({"token_shift": 2}).eval()
+    decoder = Decoder(model)
+    _, state = decoder.prefill(TOKENS[:, :5])
+    _, state = decoder.step(TOKENS[:, 5], state)
+    for change in (
+        lambda at: at.repeat(2)[: len(at) + 1],
+        lambda at: at.int(),
+        lambda at: at[:1].expand(len(at)),
+        lambda at: torch.stack([at, at], 1)[:, 0],
+    ):
+        changed = decoder.step(TOKENS[:, 6], state.clone())[1]
+        changed.position = change(changed.position)
+        with pytest.raises(ValueError, match="state: "):
+            decoder.step(torch.zeros(len(changed.position), dtype=torch.int64), changed)
+    expected, _ = decoder.step(TOKENS[:, 6], state.clone())
+    for layer in state.layers:
+        for tensor in layer.values():
+            tensor.data = tensor.detach().clone()
+    assert torch.equal(decoder.step(TOKENS[:, 6], state)[0], expected)

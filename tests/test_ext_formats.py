@@ -370,3 +370,39 @@ def test_bfloat16_products_are_right_whoever_computes_them(monkeypatch, tiles):
     grad_s, grad_bias = spike_linear.input_and_bias_grad(grad, weight)
     assert torch.equal(grad_s, (grad.float() @ weight.float()).bfloat16())
     assert torch.equal(grad_bias, grad.float().sum(0).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (
+            lambda o: o.unpack_spikes(torch.zeros(4, 1).long(), 1000, torch.float32, "cpu"),
+            "words: got 1 a row, takes 16 for 1000 channels",
+        ),
+        (
+            lambda o: o.spike_linear_from_words(
+                torch.ones(64, 1).long(), 640, torch.ones(5, 640), None, "cpu"
+            ),
+            "words: got 1 a row, takes 10 for 640 channels",
+        ),
+        (
+            lambda o: o.spike_linear_from_words(torch.ones(64, 1).long(), 64, torch.ones(5, 60), None, "cpu"),
+            "channels: got 64, takes those of weight, 60",
+        ),
+        (
+            lambda o: o.spike_linear_weight_grad(torch.ones(64, 1).long(), 64, torch.ones(4, 5), "cpu"),
+            r"grad: got shape \(4, 5\), takes",
+        ),
+        (
+            lambda o: o.lif_backward(
+                *(torch.ones(1, 4), None, torch.ones(4, 400), None, None),
+                *(2.0, 1.0, 0.0, True, "sigmoid", 4.0, True, "cpu"),
+            ),
+            r"grad_spikes: got shape \(1, 4\), takes \(4, 400\)",
+        ),
+    ],
+)
+def test_registered_operators_read_nothing_beyond_their_arguments(call, why):
+    """Which `ops` checks, and these do not."""
+    with pytest.raises(ValueError, match=why):
+        call(torch.ops.spikedecoder)

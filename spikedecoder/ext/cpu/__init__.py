@@ -9,7 +9,8 @@ makes a training step on the CPU two to three times slower. Importing this packa
 serve large blocks from the heap and to keep freed memory for reuse (`mallopt`: M_MMAP_MAX = 0,
 M_TRIM_THRESHOLD = -1, M_TOP_PAD = 64 MiB), so a process keeps the memory of its peak until it ends, and to
 ask Linux for huge pages there (`madvise`). Large results lie in blocks of our own, which keeps the heap whole
-(`_memory`). SPIKEDECODER_TUNE_MALLOC=0 leaves malloc alone and all results to torch.
+(`_memory`); torch's own do not, so that where many of other sizes come and go the heap may grow to several
+times what is alive at once. SPIKEDECODER_TUNE_MALLOC=0 leaves malloc alone and all results to torch.
 """
 
 from __future__ import annotations

@@ -121,7 +121,9 @@ class Decoder:
         )
         self._scratch = _empty(0)
         self._room = 0  # threads that it is for
-        self._known: list[Tensor] = []  # the state's tensors whose addresses these are
+        # the state's tensors whose addresses these are, and where they were, for how many sequences
+        self._known: list[Tensor] = []
+        self._known_at: list[int] = []
         self._addresses = _empty(0)
         self._exact_tokens = c.exact_tokens
         self._bounded = c.position_encoding != "static" or c.token_encoding == "one-hot"
@@ -187,6 +189,12 @@ class Decoder:
         if tokens.dim() != dims or len(tokens) != state.batch_size or not tokens.numel():
             takes = f"[{state.batch_size}]" if dims == 1 else f"[{state.batch_size}, S]"
             raise ValueError(f"{name}: got shape {tuple(tokens.shape)}, takes {takes} as the state has")
+        at = state.position
+        if at.dtype != torch.int64 or at.device.type != "cpu" or at.dim() != 1 or not at.is_contiguous():
+            raise ValueError(
+                f"state: position: got {tuple(at.shape)} {at.dtype} on {at.device}, takes contiguous [B] "
+                "torch.int64 on the CPU"
+            )
         more = 1 if dims == 1 else tokens.shape[1]
         if self._bounded and state.longest + more > c.max_len:
             raise ValueError(
@@ -220,7 +228,8 @@ class Decoder:
     def _point_to(self, state: DecoderState) -> int:
         """Where the addresses of a state's tensors are; known, where they are those of the step before."""
         tensors = [tensor for layer in state.layers for tensor in layer.values()]
-        if self._known and len(tensors) == len(self._known) and all(map(is_, tensors, self._known)):
+        at = [state.batch_size, *map(Tensor.data_ptr, tensors)]
+        if self._known and at == self._known_at and all(map(is_, tensors, self._known)):
             return address(self._addresses)
         self._known = []
         wanted = shapes(self.config, state.batch_size).items()
@@ -236,6 +245,7 @@ class Decoder:
         addresses = [[address(layer.get(name)) for name in _STATE] for layer in state.layers]
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device="cpu")
         self._known = [tensor for layer in state.layers for tensor in layer.values()]
+        self._known_at = [state.batch_size, *map(Tensor.data_ptr, self._known)]
         return address(self._addresses)
 
 

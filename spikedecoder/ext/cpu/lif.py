@@ -50,6 +50,8 @@ def backward(
     want_grad_v_init: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, of a threshold that is a tensor, and of v_init if there is one and it is asked for."""
+    if grad_spikes.shape != x.shape:
+        raise ValueError(f"grad_spikes: got shape {tuple(grad_spikes.shape)}, takes {tuple(x.shape)}")
     x = same(x)
     grad_spikes = same(grad_spikes, x.dtype)
     v_init = None if v_init is None else dense(v_init)

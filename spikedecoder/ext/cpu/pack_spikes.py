@@ -42,7 +42,15 @@ def packable(spikes: Tensor) -> Tensor:
     return spikes if spikes.is_contiguous() else spikes.detach().contiguous()
 
 
+def check_words(words: Tensor, channels: int) -> None:
+    if words.shape[-1] != -(-channels // 64):
+        raise ValueError(
+            f"words: got {words.shape[-1]} a row, takes {-(-channels // 64)} for {channels} channels"
+        )
+
+
 def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    check_words(words, channels)
     words = words.contiguous()
     kernel_dtype = dtype if dtype == torch.bfloat16 else torch.float32
     values = empty((*words.shape[:-1], channels), kernel_dtype)

@@ -16,7 +16,7 @@ from spikedecoder.ext import cpu
 from spikedecoder.ext.cpu import _cost, native
 from spikedecoder.ext.cpu._arguments import BITS, ELEMENTS, address, dense, floats_on_cpu, same
 from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty
-from spikedecoder.ext.cpu.pack_spikes import pack_and_count, packable, unpack
+from spikedecoder.ext.cpu.pack_spikes import check_words, pack_and_count, packable, unpack
 
 why_not = floats_on_cpu
 
@@ -65,6 +65,9 @@ def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None
     """y [..., N] from the spikes' bits: that of `forward`, bit for bit."""
     if (found := few_rows(words, weight, bias)) is not None:
         return found[0]
+    check_words(words, channels)
+    if weight.shape[1] != channels:
+        raise ValueError(f"channels: got {channels}, takes those of weight, {weight.shape[1]}")
     words = words.contiguous()
     return multiply(words, UNKNOWN, weight, bias, way_of(words, weight))
 
@@ -157,6 +160,12 @@ def _lies_by_columns(weight: Tensor) -> bool:
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None = None) -> Tensor:
     """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over rows where each channel spiked."""
+    check_words(words, channels)
+    if words.shape[:-1] != grad.shape[:-1]:
+        raise ValueError(
+            f"grad: got shape {tuple(grad.shape)}, takes [..., N] of as many rows as words, "
+            f"{tuple(words.shape)}"
+        )
     words, grad = words.contiguous(), same(grad)
     rows, n, dtype = _rows(words), grad.shape[-1], grad.dtype
     if method is not None:
