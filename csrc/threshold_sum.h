@@ -60,7 +60,6 @@ class ThresholdSum {
     run_length_ = 0;
   }
 
-
   // After the threads have ended: the parts' sums, which lie `stride` apart from `scratch` on, into `out`.
   static void combine(const Threshold& t, int64_t C, float* out, const float* scratch, int64_t stride, int64_t parts) {
     if (!out || t.kind == ThresholdKind::element) return;

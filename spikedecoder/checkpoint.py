@@ -7,6 +7,7 @@ file whole. Reading checks what it reads and says in one line what is wrong.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 _FORMAT = 1
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a model runs in
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _HUB = (
     "revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder", "endpoint",
     "proxies", "etag_timeout",
@@ -120,9 +122,8 @@ def _misfit(own: Tensor, tensor: Tensor) -> str:
     floats = own.is_floating_point()
     if tensor.layout != torch.strided:
         return f"of {tensor.layout}, takes strided".replace("torch.", "")
-    if tensor.dtype not in (_FLOATS if floats else (own.dtype,)):
-        takes = "float16 to float64" if floats else own.dtype
-        return f"of {tensor.dtype}, takes {takes}".replace("torch.", "")
+    if tensor.dtype not in (_FLOATS if floats else (*_FLOATS, *_INTEGERS)):  # counters fit any of them
+        return f"of {tensor.dtype}, takes float16 to float64".replace("torch.", "")
     return "" if tensor.shape == own.shape else f"of shape {tuple(tensor.shape)} for {tuple(own.shape)}"
 
 
@@ -293,15 +294,16 @@ def _remote(name: str, hub: dict[str, Any]) -> Callable[..., Path]:
     if not slash or Path(owner).exists():  # a slip in a path: the hub would be asked again and again
         raise CheckpointError(f"{name}: no such folder (a name on the hub is OWNER/NAME)")
     unreachable = None
-    if not hub.get("local_files_only") and "proxies" not in hub:
+    where = {key: hub.get(key) for key in ("subfolder", "revision", "endpoint")}
+    pinned = re.fullmatch("[0-9a-f]{40}", where["revision"] or "")  # which needs no network if it is here
+    if not (hub.get("local_files_only") or "proxies" in hub or pinned):
         # once: without a network hf_hub_download asks for half a minute, and writes a line for each time
         timeout = hub.get("etag_timeout", constants.HF_HUB_ETAG_TIMEOUT)
         try:
-            get_hf_file_metadata(hf_hub_url(name, CONFIG, endpoint=hub.get("endpoint")), timeout=timeout)
-        except (HfHubHTTPError, ValueError):  # an answer, or what hf_hub_download says better
-            pass
-        except Exception as error:  # of what the hub is asked with: requests or httpx, by its version
-            unreachable, hub = error, {**hub, "local_files_only": True}
+            get_hf_file_metadata(hf_hub_url(name, CONFIG, **where), token=hub.get("token"), timeout=timeout)
+        except Exception as error:  # of requests or httpx; of others hf_hub_download is the one to speak
+            if any("Connect" in kind.__name__ for kind in type(error).__mro__):
+                unreachable, hub = error, {**hub, "local_files_only": True}
 
     def get(file: str, optional: bool = False) -> Path:
         try:

@@ -382,11 +382,13 @@ def test_tensors_that_no_model_runs_with_are_named():
     model = SpikeDecoder(_model().config.replace(norm="power"))
     iters = next(name for name in model.state_dict() if name.endswith(".iters"))
     for name, tensor, said in (
-        (iters, torch.zeros(()), f"{iters} of float32, takes int64"),
+        (iters, torch.zeros((), dtype=torch.complex64), f"{iters} of complex64, takes float16 to float64"),
         ("head.linear.weight", model.head.linear.weight.detach().to_sparse(), "of sparse_coo, takes strided"),
     ):
         with pytest.raises(CheckpointError, match=f"here: weights do not fit the config: .*{said}"):
             ck.load_state(model, {**model.state_dict(), name: tensor}, "here")
+    ck.load_state(model, {**model.state_dict(), iters: torch.tensor(3, dtype=torch.int32)}, "here")
+    assert model.state_dict()[iters] == 3
     assert model.dtype == torch.float32
 
 

@@ -118,6 +118,20 @@ def test_why_not():
             assert why_not(model) is None
 
 
+def test_a_step_is_made_where_the_next_token_fits_it(monkeypatch):
+    """Not of a state whose sums float32 does not hold behind it: the modules go on in float64."""
+    monkeypatch.setattr("spikedecoder.generation.graph.why_not", lambda model: None)
+    ilif = {"neuron": "ilif", "timesteps": 1, "levels": 15, "max_len": 512}
+    model = _model(ilif).eval()
+    limit = int(model.config.exact_tokens)
+    for length in range(limit - BEFORE - 2, limit + 1):
+        prompt = [i % 7 for i in range(length)]
+        graph, recurrent = Graph(model), Recurrent(model)
+        assert torch.equal(graph.add([prompt]), recurrent.add([prompt]))
+        for token in range(BEFORE + 3):
+            assert torch.equal(graph.step([token]), recurrent.step([token]))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_graphs_give_the_logits_of_steps(variant):

@@ -82,6 +82,9 @@ def test_stop_strings(written):
     assert (
         tokenizer.decode(result.sequences[0]) == tokenizer.decode(result.prompts[0]) + result.completions[0]
     )
+    for ids in (torch.tensor([by_id]), torch.tensor(by_id)):
+        again = generate_result(model, tokenizer, ["the"], 40, SamplingParams(seed=3), stop=ids)
+        assert again.tokens == result.tokens
     never = generate_result(model, tokenizer, ["the"], 40, SamplingParams(seed=3), stop="no such text")
     assert never.finish == ["length"] and never.completions == [whole]
 

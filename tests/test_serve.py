@@ -222,6 +222,7 @@ GOOD = {"prompt": "the"}
         ({**GOOD, "logprobs": 1, "echo": True}, 400, "logprobs", "not supported together with echo"),
         ({**GOOD, "presence_penalty": 0.5}, 400, "presence_penalty", "not supported"),
         ({**GOOD, "max_token": 5}, 400, "max_token", "no such field"),
+        ({**GOOD, "\ud800": 5}, 400, "?", "no such field"),
         ({**GOOD, "model": "gpt-4"}, 404, "model", "takes 'tiny'"),
     ],
 )  # fmt: skip

@@ -192,8 +192,9 @@ def download_corpus(
             )
     else:
         _download(name, url, sha256, raw, record, progressbar)
+    body = strip_gutenberg_frame(raw.read_bytes().decode("utf-8-sig"))
     with atomic_writer(text) as file:
-        file.write(strip_gutenberg_frame(raw.read_bytes().decode("utf-8-sig")).encode("utf-8"))
+        file.write(body.encode("utf-8"))
     return text
 
 

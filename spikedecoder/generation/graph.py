@@ -75,8 +75,7 @@ class StaticStep:
 
     def fits(self, state: DecoderState) -> bool:
         """Whether a state has the tensors that this step works on, and one more token leaves them so."""
-        wide = self.state.layers[0]["attention.state"].dtype == torch.float64
-        if not wide and state.longest + 1 > self.state.config.exact_tokens:
+        if not _exact(state):
             return False
         if state is self.state:
             return True
@@ -128,12 +127,19 @@ class Graph(Recurrent):
         size = state.batch_size
         self._count[size] = self._count.get(size, 0) + 1
         step = self._steps.get(size)
-        if self._count[size] <= BEFORE or (step is not None and not step.fits(state)):
+        if self._count[size] <= BEFORE or not (_exact(state) if step is None else step.fits(state)):
             return super()._advance(tokens, state)
         with evaluating(self.modules), torch.no_grad():
             if step is None:
                 step = self._steps[size] = StaticStep(self.model, state)
             return step(torch.tensor(tokens, device=self.model.device), state)
+
+
+def _exact(state: DecoderState) -> bool:
+    """Whether the sums behind one more token fit the state's dtype."""
+    sums = state.layers[0].get("attention.state")
+    wide = sums is not None and sums.dtype == torch.float64
+    return wide or state.longest + 1 <= state.config.exact_tokens
 
 
 def _tensors(state: DecoderState) -> list[Tensor]:

@@ -174,7 +174,7 @@ def check_ids(name: str, ids: Any, vocabulary: int) -> list[int]:
             raise TypeError(f"{name}: got {token!r}, takes integers")
         if not 0 <= token < vocabulary:
             raise ValueError(f"{name}: got token {token}, takes 0 to {vocabulary - 1}")
-    return found
+    return list(map(int, found))
 
 
 def sample(
@@ -264,4 +264,4 @@ def _is_number(value: object) -> bool:
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -166,6 +166,7 @@ def prepare_text(
 ) -> Request:
     """A request whose tokens become text; `stop`: strings or token ids."""
     check_options("generate_text", options)
+    stop = getattr(stop, "tolist", lambda: stop)()  # of a tensor or an array of ids
     stop = [] if stop is None else [stop] if isinstance(stop, (str, int)) else stop
     if not isinstance(stop, Iterable):
         raise TypeError(f"stop: got {type(stop).__name__}, takes strings or token ids")

@@ -104,9 +104,8 @@ def unrolled_attention(
             if i == 0 and new is not None:
                 final = new * worth if final is None else final + new * worth
     assert total is not None
-    total = (scale * total).to(
-        q.dtype
-    )  # once, behind the sums: integers without a decay, and the same as not unrolled
+    # once, behind the sums: integers without a decay, and the same as not unrolled
+    total = (scale * total).to(q.dtype)
     if return_state:
         assert final is not None
         return total, final

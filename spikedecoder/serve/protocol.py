@@ -131,7 +131,8 @@ def _check_entries(values: dict[str, Any]) -> None:
     """At the first wrong one, what pydantic would make an error of for each of them."""
     for name, value in values.items():
         if name not in CompletionRequest.model_fields:
-            raise bad_request(f"{_short(name)}: no such field", name[:64])
+            known = name[:64].encode(errors="replace").decode()  # JSON can name what no text can hold
+            raise bad_request(f"{_short(name)}: no such field", known)
         if name == "prompt":
             if not _is_prompt(value):
                 raise bad_request(f"prompt: {_PROMPT}, got {_short(value)}")
