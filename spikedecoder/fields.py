@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import numbers
 import sys
 import types
 from collections.abc import Collection
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeGuard, get_args, get_origin
 
 LEAST = math.ulp(0.0)  # of what has to be positive
 
@@ -32,6 +33,11 @@ def number(name: str, value: object, takes: str, low: float = -math.inf, high: f
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes {takes}")
     if not (abs(value) <= sys.float_info.max and low <= value <= high):
         raise ValueError(f"{name}: got {value!r}, takes {takes}")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Also one of numpy's; truth values are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def switch(name: str, value: object) -> None:

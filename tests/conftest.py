@@ -112,3 +112,12 @@ def poisoned_empty_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     cpu.KEEPS_FREED_MEMORY = keeps
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than small tensors do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

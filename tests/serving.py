@@ -15,15 +15,6 @@ from spikedecoder.serve import Engine
 TEXT = "the cat sat on the mat. it was a fat cat."
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost more than these small tensors do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model():
     """In float64, where a batch's size does not decide between two tokens."""

@@ -28,12 +28,7 @@ TEXT = "the cat sat on the mat. a rat ran."
 TINY = {"max_len": 24, "token_dim": 10, "position_dim": 6, "heads": 2, "blocks": 1, "timesteps": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save(folder: Path, kind: str, words: bool = False, seed: int = 0, **changes: int) -> Path:

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from awake import awake
 from torch import nn
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, energy, viz
@@ -29,24 +30,12 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**changes):
     torch.manual_seed(0)
-    model = SpikeDecoder(SpikeDecoderConfig.from_dict({**SMALL, **changes})).eval()
-    with torch.no_grad():  # so that every layer fires
-        for name, p in model.named_parameters():
-            if name.endswith("norm.bias"):
-                p.add_(torch.randn_like(p) * 0.7 + 0.3)
-            if "embedding" in name:
-                p.add_(torch.randn_like(p))
-    return model
+    return awake(SpikeDecoder(SpikeDecoderConfig.from_dict({**SMALL, **changes})).eval(), 0.3)
 
 
 def tokens(b=2, s=5):

@@ -17,12 +17,7 @@ from spikedecoder.data import CharTokenizer
 TEXT = "the cat sat on the mat. it was a fat cat."
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

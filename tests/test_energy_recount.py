@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from awake import awake
 from recount import Recount, price
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, energy
@@ -63,12 +64,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def name_of(variant: dict[str, Any]) -> str:
@@ -79,13 +75,7 @@ def name_of(variant: dict[str, Any]) -> str:
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_every_row_and_joule_equals_a_second_count(variant: dict[str, Any], mode: Any) -> None:
     torch.manual_seed(0)
-    model = SpikeDecoder(SpikeDecoderConfig.from_dict({**SMALL, **variant})).eval()
-    with torch.no_grad():  # so that every layer fires
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.bias"):
-                parameter.add_(torch.randn_like(parameter) * 0.7 + 1.0)
-            if "embedding" in name:
-                parameter.add_(torch.randn_like(parameter))
+    model = awake(SpikeDecoder(SpikeDecoderConfig.from_dict({**SMALL, **variant})).eval(), 1.0)
     ids = torch.randint(0, 7, (2, min(6, model.config.max_len)))
 
     ledger, counted = energy.measure(model, ids, mode=mode), Recount(model, ids, mode)

@@ -20,14 +20,7 @@ from spikedecoder.generation.window import PAST, Context
 from spikedecoder.nn.linear import SpikeLinear
 from spikedecoder.spike_stats import SpikeCounter
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other cost more than these small tensors do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

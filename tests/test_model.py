@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from awake import awake
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
 from spikedecoder.nn.embedding import binary_code, sinusoid
@@ -78,14 +79,7 @@ VARIANTS = [pytest.param(v, id="-".join(f"{k}={x}" for k, x in v.items())) for v
 
 def _model(variant, seed=0):
     torch.manual_seed(seed)
-    model = SpikeDecoder(_config(**variant))
-    with torch.no_grad():  # norms that let every layer fire
-        for name, p in model.named_parameters():
-            if name.endswith("norm.bias"):
-                p.add_(torch.randn_like(p) * 0.7 + 0.2)
-            if "embedding" in name:
-                p.add_(torch.randn_like(p))
-    return model
+    return awake(SpikeDecoder(_config(**variant)), 0.2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -16,9 +16,11 @@ import time
 
 import pytest
 import torch
-from serving import Running, client, gate, model, one_thread, running, until  # noqa: F401
+from serving import Running, client, gate, model, running, until  # noqa: F401
 
 from spikedecoder.generation import generate_text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 pytest.importorskip("fastapi", reason="needs the extra spikedecoder[serve]")
 pytest.importorskip("uvicorn", reason="needs the extra spikedecoder[serve]")

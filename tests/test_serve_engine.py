@@ -5,10 +5,12 @@
 import threading
 
 import pytest
-from serving import gate, model, one_thread, until  # noqa: F401
+from serving import gate, model, until  # noqa: F401
 
 from spikedecoder.generation import Continuation, SamplingParams, generate
 from spikedecoder.serve import Engine, EngineError, QueueFull, Stopping
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def continuation(engine, prompt, n, seed, **options):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spikedecoder.fields import is_integer
 from spikedecoder.ops._check import of_type, same_shape
 
 _SEEDS = 2**63
@@ -54,11 +55,11 @@ class SamplingParams:
             raise ValueError(
                 f"temperature: got {self.temperature!r}, takes a finite number >= 0, 0 being greedy"
             )
-        if self.top_k is not None and (not _is_integer(self.top_k) or self.top_k < 1):
+        if self.top_k is not None and (not is_integer(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k: got {self.top_k!r}, takes an integer >= 1, or None for all tokens")
         if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
             raise ValueError(f"top_p: got {self.top_p!r}, takes a number in (0, 1], or None for all tokens")
-        if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed < _SEEDS):
+        if self.seed is not None and (not is_integer(self.seed) or not 0 <= self.seed < _SEEDS):
             raise ValueError(f"seed: got {self.seed!r}, takes an integer from 0 to 2^63 - 1, or None")
         if self.min_p is not None and (not _is_number(self.min_p) or not 0 <= self.min_p <= 1):
             raise ValueError(f"min_p: got {self.min_p!r}, takes a number in [0, 1], or None for all tokens")
@@ -170,7 +171,7 @@ def check_ids(name: str, ids: Any, vocabulary: int) -> list[int]:
         raise TypeError(f"{name}: got {type(ids).__name__}, takes integers")
     found = list(found)
     for token in found:
-        if not _is_integer(token):
+        if not is_integer(token):
             raise TypeError(f"{name}: got {token!r}, takes integers")
         if not 0 <= token < vocabulary:
             raise ValueError(f"{name}: got token {token}, takes 0 to {vocabulary - 1}")
@@ -245,7 +246,7 @@ def top_predictions(
     The probabilities are the model's own: at temperature 1, before any penalty or filter, of all tokens.
     Those of `suppress` are left out of the list, not of the sum.
     """
-    if not _is_integer(k) or k < 0:
+    if not is_integer(k) or k < 0:
         raise ValueError(f"k: got {k!r}, takes an integer >= 0")
     return predictions(_scores_without(logits, suppress), log_normalizers(to_scores(logits)), k)
 
@@ -261,7 +262,3 @@ def _is_number(value: object) -> bool:
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         return False
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from spikedecoder.fields import is_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,7 +95,7 @@ def check_picture(path: str | Path) -> Path:
 
 def check_index(name: str, value: object, size: int) -> int:
     """`value`, where it is the number of one of so many."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < size:
+    if not is_integer(value) or not 0 <= value < size:
         raise ValueError(f"{name}: got {value!r}, takes 0 to {size - 1}")
     return int(value)
 
