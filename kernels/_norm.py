@@ -25,7 +25,7 @@ from spikedecoder.kernels._launch import (
     multiprocessors,
     power_of_2,
 )
-from spikedecoder.kernels._neuron import as_float
+from spikedecoder.kernels._neuron import as_float, times
 
 AT_ONCE, WARPS, PROGRAMS = 16, 2, 6  # loads of a thread, warps, programs a multiprocessor; on an H200
 
@@ -71,7 +71,8 @@ def moments_of_bands(
                 x = as_float(xs[i])
                 square += x * x
     if CENTER:
-        band_mean = tl.sum(mean * done, 0) / (stop - start).to(tl.float32)
+        # rounded before it is summed: else each thread fuses its own product, and those that share a sum differ
+        band_mean = tl.sum(times(mean, done), 0) / (stop - start).to(tl.float32)
         delta = mean - band_mean[None, :]
         square += delta * (delta * done)
     c1 = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
