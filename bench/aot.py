@@ -79,6 +79,26 @@ def made_of(launch: Launch, target: int, needs: tuple[str, ...]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
 
+def gpu_code(launch: Launch, target: int) -> tuple[str, int]:
+    """(PTX, bytes of shared memory) of a launch for sm_`target`: the compiler's stages but the last."""
+    gpu = GPUTarget("cuda", target, 32)
+    backend, context = make_backend(gpu), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(dict(launch.options))
+    source = source_of(launch)
+    implementation, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(gpu, options, implementation, modules, context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    metadata = {"target": gpu, **vars(options)}
+    for name, stage in stages.items():
+        module = stage(module, metadata)
+        if name == "ptx":
+            break
+    return module, metadata["shared"]
+
+
 def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, str]:
     """(registers, shared bytes, local bytes, disassembly) of a launch compiled for sm_`target`."""
     compiled = triton.compile(

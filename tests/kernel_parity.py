@@ -6,6 +6,8 @@ unit in the last place is allowed for there.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from spikedecoder import ops
@@ -53,6 +55,21 @@ def compare(case: Case, dtype: torch.dtype, device: str = DEVICE) -> None:
         limit = TOLERANCE[dtype] * (value.double().abs() + value.double().abs().mean().clamp(min=1))
         wrong = (error > limit).double().mean().item() if error.numel() else 0.0
         assert wrong <= 20 * flips, f"{name}: {wrong:.2%} of the elements are off by up to {error.max():.3g}"
+
+
+def larger(case: Case) -> Case:
+    """The same case, as many rows or tokens as fill a GPU a little."""
+    shape = list(case.shape)
+    grow = {
+        "spike_attention": 3,
+        "spike_attention_lif": 3,
+        "spike_linear": 0,
+        "pack_spikes": 0,
+        "binarize": 0,
+    }
+    axis = grow.get(case.operator, -2)
+    shape[axis] = shape[axis] * 37 + (5 if shape[axis] else 0)
+    return dataclasses.replace(case, shape=tuple(shape), name=f"{case.name}-large")
 
 
 def random(*shape: int, seed: int = 0, scale: float = 2.0, shift: float = 1.0) -> torch.Tensor:

@@ -6,13 +6,12 @@ unit in the last place is allowed for there. With one, the tests marked `gpu` ru
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from kernel_parity import DEVICE, DTYPES, TOLERANCE, compare, random
+from kernel_parity import DEVICE, DTYPES, TOLERANCE, compare, larger, random
 
 from spikedecoder import ops
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
@@ -62,21 +61,6 @@ def is_quick(case: Case, dtype: torch.dtype) -> bool:
 )
 def test_triton_is_the_reference(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype)
-
-
-def larger(case: Case) -> Case:
-    """The same case, as many rows or tokens as fill a GPU a little."""
-    shape = list(case.shape)
-    grow = {
-        "spike_attention": 3,
-        "spike_attention_lif": 3,
-        "spike_linear": 0,
-        "pack_spikes": 0,
-        "binarize": 0,
-    }
-    axis = grow.get(case.operator, -2)
-    shape[axis] = shape[axis] * 37 + (5 if shape[axis] else 0)
-    return dataclasses.replace(case, shape=tuple(shape), name=f"{case.name}-large")
 
 
 @pytest.mark.gpu

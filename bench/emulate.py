@@ -1,0 +1,166 @@
+"""Run the kernels' PTX on a CPU beside the reference: what a GPU would be given, without one.
+
+    python bench/emulate.py                          # every case of the tests in every dtype, for sm_90
+    python bench/emulate.py --only lif,norm_lif --target 80
+    python bench/emulate.py --sample 20              # every twentieth call
+
+Each operator runs as on a GPU, forward and backward; its launches are compiled by Triton for the target and
+their PTX is interpreted (`bench/ptx`), which holds every access against the tensors' bounds and looks for
+missing barriers. Calls whose code needs instructions that the interpreter lacks are counted and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from aot import gpu_code, source_of
+from aot_rows import MORE_CASES, OPERATORS, TYPES
+from ptx import arithmetic, machine, transfer, warps  # noqa: F401  the instructions
+from ptx.memory import Globals
+from ptx.parse import Kernel, parse
+from torch import Tensor
+
+from spikedecoder.kernels import _launch
+from spikedecoder.kernels._launch import DTYPES, Launch
+from spikedecoder.testing import Case, cases
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from kernel_parity import compare, larger
+
+TARGETS = (80, 90, 100)
+
+
+class Emulator(list[Launch]):
+    """Takes launches as a recorder does, and runs each."""
+
+    def __init__(self, target: int) -> None:
+        super().__init__()
+        self.target = target
+        self._compiled: dict[tuple[object, ...], tuple[Kernel, int]] = {}
+        self.ran: collections.Counter[str] = collections.Counter()
+
+    def append(self, launch: Launch) -> None:
+        key = (*launch.key, launch.kernel.cache_key)
+        if key not in self._compiled:
+            text, shared = gpu_code(launch, self.target)
+            self._compiled[key] = parse(text)[launch.kernel.__name__], shared
+        kernel, shared = self._compiled[key]
+        threads = 32 * launch.options["num_warps"]
+        machine.launch(kernel, launch.grid, (threads,), _bits(launch), shared, _memory(launch))
+        self.ran[launch.kernel.__name__] += 1
+
+
+def _bits(launch: Launch) -> list[int]:
+    """Parameters as Triton passes them, and the two pointers that it adds."""
+    bits = []
+    signature = source_of(launch).signature
+    for name in launch.kernel.arg_names:
+        kind, value = signature[name], launch.arguments[name]
+        if kind == "constexpr":
+            continue
+        if isinstance(value, Tensor):
+            bits.append(value.data_ptr())
+        elif kind == "fp32":
+            bits.append(int.from_bytes(struct.pack("<f", value), "little"))
+        else:
+            bits.append(value % 2 ** (64 if kind == "i64" else 32))
+    return [*bits, 0, 0]
+
+
+def _memory(launch: Launch) -> Globals:
+    memory, seen = Globals(), set()
+    for value in launch.arguments.values():
+        if isinstance(value, Tensor) and (storage := value.untyped_storage()).data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            data = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+            memory.add(storage.data_ptr(), data)
+    return memory
+
+
+@contextlib.contextmanager
+def emulated(target: int, multiprocessors: int) -> Iterator[Emulator]:
+    """Triton's backend runs on the CPU, as compiled for sm_`target` and a device of so many multiprocessors:
+    of few, programs walk through several tiles in a loop, as they do with large tensors on a GPU."""
+    emulator = Emulator(target)
+    sizes = mock.patch.dict(_launch._MULTIPROCESSORS, {target // 10: multiprocessors})
+    with sizes, _launch.record(target // 10):
+        assert _launch._recorder is not None
+        _launch._recorder.launches = emulator
+        yield emulator
+
+
+def calls() -> list[tuple[Case, torch.dtype]]:
+    """What the tests compare, and in which dtype."""
+    every = [(case, dtype) for case in (*cases(*OPERATORS), *MORE_CASES) for dtype in DTYPES]
+    return [
+        (case, dtype)
+        for case, dtype in every
+        if not (case.operator == "norm" and case.options["norm"] != "layer")
+        and not (case.operator == "linear_norm_lif" and dtype != torch.float32)
+    ]
+
+
+def check(emulator: Emulator, case: Case, dtype: torch.dtype) -> str | None:
+    """What is wrong, or None."""
+    try:
+        compare(case, dtype, "cpu")
+    except (AssertionError, machine.PTXError) as error:
+        return str(error)
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="an operator, or several with commas between")
+    parser.add_argument("--case", help="only cases whose name holds this")
+    parser.add_argument("--dtype", help="fp32, fp16 or bf16")
+    parser.add_argument("--target", type=int, default=90, choices=TARGETS, help="compute capability")
+    parser.add_argument(
+        "--multiprocessors", type=int, default=2, help="of the device that grids are made for"
+    )
+    parser.add_argument("--sample", type=int, default=1, help="every so many calls")
+    parser.add_argument("--larger", action="store_true", help="with 37 times as many rows or tokens")
+    parser.add_argument("--verbose", action="store_true", help="name each call and its time")
+    options = parser.parse_args()
+    if _launch.INTERPRETED:
+        parser.error("TRITON_INTERPRET is set: kernels can't be compiled under the interpreter")
+    chosen = [
+        (larger(case) if options.larger else case, dtype)
+        for case, dtype in calls()
+        if (options.only is None or case.operator in options.only.split(","))
+        and (options.case is None or options.case in str(case))
+        and options.dtype in (None, TYPES[dtype])
+    ][:: options.sample]
+    wrong: list[str] = []
+    lacking: collections.Counter[str] = collections.Counter()
+    with emulated(options.target, options.multiprocessors) as emulator:
+        for case, dtype in chosen:
+            began = time.perf_counter()
+            name = f"{case}, {TYPES[dtype]}, sm_{options.target}"
+            try:
+                if fault := check(emulator, case, dtype):
+                    wrong.append(f"{name}: {fault}")
+                    print(wrong[-1], file=sys.stderr, flush=True)
+            except NotImplementedError as error:
+                lacking[" ".join(str(error).split())[:60]] += 1
+            if options.verbose:
+                print(f"{time.perf_counter() - began:6.2f} s  {name}", flush=True)
+    for what, count in lacking.items():
+        print(f"not run, {count} times: {what}")
+    launches = ", ".join(f"{name} {count}" for name, count in sorted(emulator.ran.items()))
+    not_run = sum(lacking.values())
+    print(f"{len(chosen)} calls for sm_{options.target}, {len(wrong)} wrong, {not_run} not run: {launches}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Instructions of warps and of groups of them: barriers, shuffles, and products of matrices.
+
+Lanes hold matrices as the PTX ISA draws them for each instruction: eight rows of four lanes, two neighbours a
+register. Products are exact in float64, and their sums are rounded once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from ptx.machine import (
+    TYPES,
+    Array,
+    Batch,
+    PTXError,
+    Read,
+    Step,
+    address,
+    makes,
+    over,
+    parts,
+    reads,
+    source,
+    target,
+)  # fmt: skip
+from ptx.numbers import from_bf16
+from ptx.parse import Instruction, Kernel, Number, Operand, Vector
+
+LANES = np.arange(32)
+ROW, PAIR = LANES // 4, 2 * (LANES % 4)  # of a lane in an 8 x 8 matrix of 16 bits
+
+
+@makes("bar", "barrier")
+def barrier(kernel: Kernel, ins: Instruction) -> Step:
+    if "warp" in ins.modifiers:
+        return lambda b: b.shared.warp_barrier(b.whole(32, "bar.warp.sync").ravel())
+    if "sync" not in ins.modifiers or len(ins.operands) > 1:
+        raise NotImplementedError(ins.text)
+    return lambda b: b.shared.barrier(b.whole(b.per, "bar.sync").ravel())
+
+
+@makes("fence", "membar")
+def nothing(kernel: Kernel, ins: Instruction) -> Step:
+    return lambda b: None
+
+
+@makes("shfl")
+def shuffle(kernel: Kernel, ins: Instruction) -> Step:
+    """From another lane; the second result says whether there is one."""
+    way = ins.modifiers[1]
+    targets = [target(part) for part in parts(ins.operands[0])]
+    value, by, clamp = (source(kernel, operand, np.uint32) for operand in ins.operands[1:4])
+
+    def run(b: Batch) -> None:
+        threads = b.whole(32, "shfl.sync").ravel()
+        x = over(b, value)
+        n, c = (
+            np.broadcast_to(np.asarray(f(b)).astype(np.int64), (b.threads,))[threads] for f in (by, clamp)
+        )
+        lane, segment, last = threads % 32, (c >> 8) & 31, c & 31
+        n = n & 31
+        low, high = lane & segment, (lane & segment) | (last & ~segment)
+        if way == "up":
+            other = lane - n
+            there = other >= high
+        elif way == "down":
+            other = lane + n
+            there = other <= high
+        elif way == "bfly":
+            other = lane ^ n
+            there = other <= high
+        else:
+            other = low | (n & ~segment)
+            there = other <= high
+        other = np.where(there, other, lane)
+        got, valid = np.zeros(b.threads, np.uint32), np.zeros(b.threads, bool)
+        got[threads] = x[threads - lane + other]
+        valid[threads] = there
+        for name, result in zip(targets, (got, valid), strict=False):
+            b.write(name, result)
+
+    return run
+
+
+@makes("redux")
+def reduce(kernel: Kernel, ins: Instruction) -> Step:
+    if ins.modifiers[:2] != ("sync", "add"):
+        raise NotImplementedError(ins.text)
+    to, value = target(ins.operands[0]), source(kernel, ins.operands[1], np.uint32)
+
+    def run(b: Batch) -> None:
+        warps = b.whole(32, "redux.sync")
+        out = np.zeros(b.threads, np.uint32)
+        out[warps] = over(b, value)[warps].sum(1, dtype=np.uint32)[:, None]
+        b.write(to, out)
+
+    return run
+
+
+@makes("vote")
+def vote(kernel: Kernel, ins: Instruction) -> Step:
+    if ins.modifiers[:2] != ("sync", "ballot"):
+        raise NotImplementedError(ins.text)
+    to, value = target(ins.operands[0]), source(kernel, ins.operands[1], np.bool_)
+
+    def run(b: Batch) -> None:
+        warps = b.whole(32, "vote.sync")
+        bits = over(b, value)[warps].astype(np.uint64) << LANES.astype(np.uint64)
+        out = np.zeros(b.threads, np.uint32)
+        out[warps] = bits.sum(1).astype(np.uint32)[:, None]
+        b.write(to, out)
+
+    return run
+
+
+def _rows(b: Batch, warps: Array, at: Array, matrices: int) -> tuple[Array, Array]:
+    """Threads whose addresses are rows of matrices, and where these are in shared memory: [n], [n, 16]."""
+    threads = warps[:, : 8 * matrices].ravel()
+    return threads, b.shared.places(threads, at[threads], 16)
+
+
+@makes("ldmatrix")
+def load_matrices(kernel: Kernel, ins: Instruction) -> Step:
+    count, turned = int(next(m for m in ins.modifiers if re.match(r"x\d", m))[1:]), "trans" in ins.modifiers
+    where = address(kernel, ins.operands[1], False)
+    targets = [target(part) for part in parts(ins.operands[0])]
+
+    def run(b: Batch) -> None:
+        warps = b.whole(32, "ldmatrix")
+        threads, places = _rows(b, warps, where(b), count)
+        octets = b.shared.read(threads, places)
+        matrices = np.ascontiguousarray(octets).view(np.uint16).reshape(len(warps), count, 8, 8)
+        if turned:
+            matrices = matrices.transpose(0, 1, 3, 2)
+        for i, name in enumerate(targets):
+            low, high = matrices[:, i, ROW, PAIR], matrices[:, i, ROW, PAIR + 1]
+            out = np.zeros(b.threads, np.uint32)
+            out[warps] = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+            b.write(name, out)
+
+    return run
+
+
+@makes("stmatrix")
+def store_matrices(kernel: Kernel, ins: Instruction) -> Step:
+    count, turned = int(next(m for m in ins.modifiers if re.match(r"x\d", m))[1:]), "trans" in ins.modifiers
+    where = address(kernel, ins.operands[0], False)
+    values = [source(kernel, part, np.uint32) for part in parts(ins.operands[1])]
+
+    def run(b: Batch) -> None:
+        warps = b.whole(32, "stmatrix")
+        matrices = np.zeros((len(warps), count, 8, 8), np.uint16)
+        for i, read in enumerate(values):
+            both = over(b, read)[warps]
+            matrices[:, i, ROW, PAIR] = both & np.uint32(0xFFFF)
+            matrices[:, i, ROW, PAIR + 1] = both >> np.uint32(16)
+        if turned:
+            matrices = matrices.transpose(0, 1, 3, 2)
+        threads, places = _rows(b, warps, where(b), count)
+        octets = np.ascontiguousarray(matrices).reshape(-1, 8).view(np.uint8)
+        b.shared.write(threads, places, octets)
+
+    return run
+
+
+def _as_floats(bits: Array, kind: str) -> Array:
+    return from_bf16(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
+
+
+def _halves(b: Batch, registers: list[Read], warps: Array, kind: str) -> Array:
+    """Registers of two 16-bit numbers each as float32, [warps, 32, registers, 2]."""
+    both = np.stack([over(b, read)[warps] for read in registers], -1)
+    return _as_floats(np.stack([both & np.uint32(0xFFFF), both >> np.uint32(16)], -1).astype(np.uint16), kind)
+
+
+def _rows_of_registers(kernel: Kernel, operand: Operand, kind: str) -> Callable[[Batch, Array], Array]:
+    """What gives the left matrix, [warps, 16, 16], from four registers a lane."""
+    registers = reads(kernel, operand, np.uint32)
+
+    def rows(b: Batch, warps: Array) -> Array:
+        halves = _halves(b, registers, warps, kind)
+        out = np.zeros((len(halves), 16, 16))
+        for register, (row, column) in enumerate(((0, 0), (8, 0), (0, 8), (8, 8))):
+            for i in range(2):
+                out[:, ROW + row, PAIR + column + i] = halves[:, :, register, i]
+        return out
+
+    return rows
+
+
+@makes("mma")
+def multiply(kernel: Kernel, ins: Instruction) -> Step:
+    kinds = tuple(m for m in ins.modifiers if m in TYPES)
+    if _size(ins) != (16, 8, 16) or kinds not in [("f32", x, x, "f32") for x in ("bf16", "f16")]:
+        raise NotImplementedError(ins.text)
+    d, a, b_, c = ins.operands
+    rows, right = _rows_of_registers(kernel, a, kinds[1]), reads(kernel, b_, np.uint32)
+    sums = reads(kernel, c, np.float32)
+
+    def run(b: Batch) -> None:
+        warps = b.whole(32, "mma.sync")
+        halves = _halves(b, right, warps, kinds[1])
+        columns = np.zeros((len(warps), 16, 8))
+        for register in range(2):
+            for i in range(2):
+                columns[:, PAIR + 8 * register + i, ROW] = halves[:, :, register, i]
+        _add(b, warps, rows(b, warps) @ columns, d, sums)
+
+    return run
+
+
+def _add(b: Batch, warps: Array, product: Array, d: Operand, sums: list[Read] | None) -> None:
+    """The sums of a product [warps, 16, n] and of what lanes hold, back to where they hold it."""
+    for register, part in enumerate(parts(d)):
+        row, column = ROW + 8 * (register % 4 // 2), PAIR + register % 2 + 8 * (register // 4)
+        value = product[:, row, column]
+        if sums is not None:
+            value = value + over(b, sums[register])[warps]
+        out = np.zeros(b.threads, np.float32)
+        out[warps] = value
+        b.write(target(part), out)
+
+
+def _size(ins: Instruction) -> tuple[int, int, int]:
+    """Rows, columns and the length of sums."""
+    m, n, k = next(found.groups() for x in ins.modifiers if (found := re.match(r"m(\d+)n(\d+)k(\d+)$", x)))
+    return int(m), int(n), int(k)
+
+
+@makes("wgmma")
+def multiply_of_four_warps(kernel: Kernel, ins: Instruction) -> Step:
+    """64 rows, 16 a warp; descriptors say where operands lie in shared memory. Done at once."""
+    if ins.modifiers[0] in ("fence", "commit_group", "wait_group"):
+        return lambda b: None
+    kinds, n = ins.modifiers[-3:], _size(ins)[1]
+    d, a, b_, keep, *rest = ins.operands
+    numbers = [part.value if isinstance(part, Number) else None for part in rest]
+    plain = numbers[:2] == [1, 1] and kinds in (("f32", "bf16", "bf16"), ("f32", "f16", "f16"))
+    if not plain or _size(ins)[::2] != (64, 16):
+        raise NotImplementedError(ins.text)
+    turned = [bool(x) for x in numbers[2:]]
+    rows = _rows_of_registers(kernel, a, kinds[1]) if isinstance(a, Vector) else None
+    left = None if isinstance(a, Vector) else source(kernel, a, np.uint64)
+    right, keeps = source(kernel, b_, np.uint64), source(kernel, keep, np.bool_)
+    sums = reads(kernel, d, np.float32)
+
+    def run(b: Batch) -> None:
+        groups = b.whole(128, "wgmma")
+        first, warps = groups[:, 0], groups.reshape(-1, 32)
+        if rows is not None:
+            matrix = rows(b, warps).reshape(len(groups), 64, 16)
+        else:
+            assert left is not None
+            matrix = _described(first, b, left, 64, turned[0], kinds[1])
+        columns = _described(first, b, right, n, turned[-1], kinds[1])
+        held = over(b, keeps)[groups]
+        if held.all() != held.any():
+            raise PTXError("threads disagree on whether sums go on")
+        product = (matrix @ columns.transpose(0, 2, 1)).reshape(-1, 16, n)
+        _add(b, warps, product, d, sums if held.all() else None)
+
+    return run
+
+
+SWIZZLES = {1: 128, 2: 64, 3: 32}  # bytes of a line whose parts of 16 bytes change places
+
+
+def _described(first: Array, b: Batch, descriptor: Read, n: int, turned: bool, kind: str) -> Array:
+    """[groups, n, 16] of 16-bit numbers where a descriptor says; `turned`: they lie along n, not along k."""
+    words = over(b, descriptor)[first].astype(np.int64)
+    start, lead, stride = ((words >> s & 0x3FFF)[:, None, None] << 4 for s in (0, 16, 32))
+    modes = set((words >> 62 & 3).tolist())
+    if len(modes) != 1 or modes == {0} or (words >> 49 & 7).any():
+        raise NotImplementedError("wgmma of matrices that are not swizzled, or not alike")
+    line = SWIZZLES[modes.pop()]
+    i, j = np.meshgrid(np.arange(n), np.arange(16), indexing="ij")
+    if turned:  # lines along n, eight of them along k
+        at = start + i % (line // 2) * 2 + i // (line // 2) * lead + j % 8 * line + j // 8 * stride
+    else:  # lines along k, eight of them along n
+        at = start + j * 2 + i % 8 * line + i // 8 * stride
+    at = at ^ (at >> 7) % (line // 16) << 4
+    threads = np.repeat(first, n * 16)
+    octets = b.shared.read(threads, b.shared.places(threads, at.reshape(-1), 2))
+    values = _as_floats(np.ascontiguousarray(octets).view(np.uint16), kind)
+    return values.reshape(len(first), n, 16).astype(np.float64)
