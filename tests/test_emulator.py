@@ -78,7 +78,7 @@ FLOATS = np.array([0.0, -0.0, 1.5, -2.25, 3.0e38, -1e-40, np.inf, np.nan] * 4, n
         ("bfe.s32 %r4, %r3, 1, 3;", SIGNED, (SIGNED >> 1 & 7 ^ 4) - 4),
         ("bfi.b32 %r4, 5, %r3, 4, 3;", ONE, ONE & 15 | 0x50),
         ("prmt.b32 %r4, %r3, 0x44332211, 0x7650;", ONE, ONE | 0x44332200),
-        ("popc.b32 %r4, %r3;", ONE, np.bitwise_count(ONE)),
+        ("popc.b32 %r4, %r3;", ONE, [int(x).bit_count() for x in ONE]),
         ("clz.b32 %r4, %r3;", ONE, 32 - np.ceil(np.log2(ONE.astype(float) + 1)).astype(np.uint32)),
         ("brev.b32 %r4, %r3;", ONE, [int(f"{x:032b}"[::-1], 2) for x in ONE]),
         ("setp.lt.s32 %p1, %r3, 5; selp.b32 %r4, 7, 9, %p1;", ONE, np.where(ONE < 5, 7, 9)),

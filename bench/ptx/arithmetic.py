@@ -75,10 +75,15 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "rsqrt": lambda x: (1 / np.sqrt(np.asarray(x, np.float64))).astype(np.float32),
     "ex2": lambda x: np.exp2(np.asarray(x, np.float64)).astype(np.float32),
     "lg2": lambda x: np.log2(np.asarray(x, np.float64)).astype(np.float32),
-    "popc": lambda x: np.bitwise_count(x).astype(np.uint32),
+    "popc": lambda x: _ones(x),
     "clz": lambda x: _leading_zeros(x),
     "brev": lambda x: _reversed(x),
 }  # fmt: skip
+
+
+def _ones(x: Any) -> Array:
+    x = np.ascontiguousarray(x)
+    return np.unpackbits(x.view(np.uint8).reshape(x.size, -1), axis=1).sum(1, dtype=np.uint32)
 
 
 def _leading_zeros(x: Any) -> Array:
