@@ -3,6 +3,8 @@
     python bench/emulate.py                          # every case of the tests in every dtype, for sm_90
     python bench/emulate.py --only lif,norm_lif --target 80
     python bench/emulate.py --sample 20              # every twentieth call
+    python bench/emulate.py --widths                 # norms of the presets' channels, at T = 4, 8, 16
+    python bench/emulate.py --note bench/results/emulated.md  # adds a line to what was run so far
 
 Each operator runs as on a GPU, forward and backward; its launches are compiled by Triton for the target and
 their PTX is interpreted (`bench/ptx`), which holds every access against the tensors' bounds and looks for
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import datetime
+import re
 import struct
 import sys
 import time
@@ -22,9 +26,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import triton
 from aot import gpu_code, source_of
 from aot_rows import MORE_CASES, OPERATORS, TYPES
-from ptx import arithmetic, machine, transfer, warps  # noqa: F401  the instructions
+from ptx import arithmetic, machine, tensor, transfer, warps  # noqa: F401  the instructions
 from ptx.memory import Globals
 from ptx.parse import Kernel, parse
 from torch import Tensor
@@ -37,23 +42,30 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from kernel_parity import compare, larger
 
 TARGETS = (80, 90, 100)
+HEAD = """# The kernels' PTX beside the reference, on a CPU
+
+Each line is a run of the command in it: operators, forward and all gradients, whose kernels were compiled for
+the architecture and interpreted (`bench/ptx`). "Wrong" are calls that differ from the reference by more than the
+tests allow, reach beside a tensor or lack a barrier; "not run" those with an instruction that the interpreter
+lacks.
+
+"""
 
 
-class Emulator(list[Launch]):
-    """Takes launches as a recorder does, and runs each."""
+class Emulator:
+    """In place of a recorder's list: runs each launch."""
 
     def __init__(self, target: int) -> None:
-        super().__init__()
         self.target = target
-        self._compiled: dict[tuple[object, ...], tuple[Kernel, int]] = {}
+        self.compiled: dict[tuple[object, ...], tuple[Kernel, int]] = {}
         self.ran: collections.Counter[str] = collections.Counter()
 
     def append(self, launch: Launch) -> None:
         key = (*launch.key, launch.kernel.cache_key)
-        if key not in self._compiled:
+        if key not in self.compiled:
             text, shared = gpu_code(launch, self.target)
-            self._compiled[key] = parse(text)[launch.kernel.__name__], shared
-        kernel, shared = self._compiled[key]
+            self.compiled[key] = parse(text)[launch.kernel.__name__], shared
+        kernel, shared = self.compiled[key]
         threads = 32 * launch.options["num_warps"]
         machine.launch(kernel, launch.grid, (threads,), _bits(launch), shared, _memory(launch))
         self.ran[launch.kernel.__name__] += 1
@@ -109,6 +121,28 @@ def calls() -> list[tuple[Case, torch.dtype]]:
     ]
 
 
+def widths() -> list[tuple[Case, torch.dtype]]:
+    """Norms and neurons over the channels that models have: of one tile, of several, of none that fits."""
+    found = []
+    for T in (4, 8, 16):
+        for channels in (80, 96, 384, 512, 1000, 1280, 2048):
+            shape = (T, 1, 40 if channels < 600 else 12, channels)
+            found += [
+                (Case("norm_lif", f"{norm}-T{T}-C{channels}", shape, {"norm": norm}, exact=False), dtype)
+                for norm in ("layer", "batch")
+                for dtype in (torch.float32, torch.bfloat16)
+            ]
+    return found
+
+
+def note(path: Path, cells: dict[str, str]) -> None:
+    """Add a line to a table of runs."""
+    if not path.exists():
+        path.write_text(HEAD + f"| {' | '.join(cells)} |\n{'|---' * len(cells)}|\n")
+    with path.open("a") as file:
+        file.write(f"| {' | '.join(cells.values())} |\n")
+
+
 def check(emulator: Emulator, case: Case, dtype: torch.dtype) -> str | None:
     """What is wrong, or None."""
     try:
@@ -128,6 +162,8 @@ def main() -> int:
         "--multiprocessors", type=int, default=2, help="of the device that grids are made for"
     )
     parser.add_argument("--sample", type=int, default=1, help="every so many calls")
+    parser.add_argument("--widths", action="store_true", help="norms of the channels that presets have")
+    parser.add_argument("--note", type=Path, help="add the result to this table")
     parser.add_argument("--larger", action="store_true", help="with 37 times as many rows or tokens")
     parser.add_argument("--verbose", action="store_true", help="name each call and its time")
     options = parser.parse_args()
@@ -135,7 +171,7 @@ def main() -> int:
         parser.error("TRITON_INTERPRET is set: kernels can't be compiled under the interpreter")
     chosen = [
         (larger(case) if options.larger else case, dtype)
-        for case, dtype in calls()
+        for case, dtype in (widths() if options.widths else calls())
         if (options.only is None or case.operator in options.only.split(","))
         and (options.case is None or options.case in str(case))
         and options.dtype in (None, TYPES[dtype])
@@ -158,6 +194,14 @@ def main() -> int:
         print(f"not run, {count} times: {what}")
     launches = ", ".join(f"{name} {count}" for name, count in sorted(emulator.ran.items()))
     not_run = sum(lacking.values())
+    if options.note:
+        command = re.sub(r" --note \S+", "", " ".join(["python bench/emulate.py", *sys.argv[1:]]))
+        note(options.note, {
+            "date": f"{datetime.date.today()}", "command": f"`{command}`", "Triton": triton.__version__,
+            "architecture": f"sm_{options.target}", "calls": f"{len(chosen)}",
+            "launches": f"{emulator.ran.total()}", "kernels": f"{len(emulator.ran)}",
+            "variants": f"{len(emulator.compiled)}", "wrong": f"{len(wrong)}", "not run": f"{not_run}",
+        })  # fmt: skip
     print(f"{len(chosen)} calls for sm_{options.target}, {len(wrong)} wrong, {not_run} not run: {launches}")
     return 1 if wrong else 0
 

@@ -27,7 +27,7 @@ from unittest import mock
 
 import pybind11
 import torch
-from ptx import arithmetic, machine, transfer, warps  # noqa: F401  the instructions
+from ptx import arithmetic, machine, tensor, transfer, warps  # noqa: F401  the instructions
 from ptx.memory import Globals
 from ptx.parse import parse
 from torch import Tensor

@@ -18,7 +18,7 @@ from spikedecoder.ext import _programs
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
-from ptx import arithmetic, transfer, warps  # noqa: F401, E402  the instructions
+from ptx import arithmetic, tensor, transfer, warps  # noqa: F401, E402  the instructions
 from ptx.machine import PTXError, launch  # noqa: E402
 from ptx.memory import Globals  # noqa: E402
 from ptx.numbers import fma, to_bf16  # noqa: E402
@@ -168,7 +168,7 @@ def test_a_copy_is_there_once_it_was_waited_for():
         ("ld.global.b32 %r4, [%d4+4];", "in no tensor: 256 bytes into one of 256"),
         ("ld.global.b32 %r4, [%d4+2];", "no multiple of 4"),
         ("ld.global.v2.b32 {%r4, %r5}, [%d4];", "no multiple of 8"),
-        ("setp.eq.b32 %p1, %r2, 3; @%p1 bra $on; bar.sync 0; $on:", "only a part of 64 threads is there"),
+        ("setp.eq.b32 %p1, %r2, 3; @%p1 bra $on; bar.sync 0; $on:", "only a part of 32 threads is there"),
     ],
 )  # fmt: skip
 def test_faults_are_found(body, message):
@@ -177,8 +177,8 @@ def test_faults_are_found(body, message):
 
 
 def test_what_it_does_not_know_is_said():
-    with pytest.raises(NotImplementedError, match=r"tcgen05\.alloc"):
-        execute("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r2], 128;", ONE)
+    with pytest.raises(NotImplementedError, match=r"nanosleep\.u32 5"):
+        execute("nanosleep.u32 5;", ONE)
 
 
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -194,8 +194,7 @@ def test_the_kernels_ptx_is_the_reference(target, sample):
     pytest.importorskip("triton")
     done = run("--target", target, "--sample", sample)
     assert done.returncode == 0, done.stderr
-    assert " 0 wrong" in done.stdout
-    assert target == "100" or " 0 not run" in done.stdout
+    assert " 0 wrong, 0 not run" in done.stdout
 
 
 BROKEN = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +30,12 @@ from ptx.parse import Instruction, Kernel, Register, Vector
 ROUNDINGS = {"rni": np.rint, "rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc}
 
 
-def _min(a: Any, b: Any) -> Any:
-    return np.fmin(a, b) if np.asarray(a).dtype.kind == "f" else np.minimum(a, b)
+def _min(*of: Any) -> Any:
+    return functools.reduce(np.fmin if np.asarray(of[0]).dtype.kind == "f" else np.minimum, of)
 
 
-def _max(a: Any, b: Any) -> Any:
-    return np.fmax(a, b) if np.asarray(a).dtype.kind == "f" else np.maximum(a, b)
+def _max(*of: Any) -> Any:
+    return functools.reduce(np.fmax if np.asarray(of[0]).dtype.kind == "f" else np.maximum, of)
 
 
 def _quotient(a: Any, b: Any) -> Any:
@@ -58,7 +59,7 @@ def _right(a: Any, n: Any) -> Any:
     return shifted if a.dtype.kind == "i" else np.where(n >= bits, a.dtype.type(0), shifted)
 
 
-BINARY: dict[str, Callable[[Any, Any], Any]] = {
+BINARY: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": _min, "max": _max, "and": np.bitwise_and,
     "or": np.bitwise_or, "xor": np.bitwise_xor, "div": _quotient,
     "rem": lambda a, b: a - _quotient(a, b) * b,

@@ -1,7 +1,7 @@
 """Programs of a kernel side by side: registers, masks, and the walk through the code.
 
 Threads that take different ways wait for each other where these meet: of all threads those at the lowest
-address go on. A program of which only a part is at a barrier is an error, as it would be on a GPU.
+address go on, but for those that wait for the rest of their program at a barrier.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx.memory import Globals, Shared
+from ptx.memory import Globals, Shared, TensorMemory
 from ptx.parse import Address, Instruction, Kernel, Number, Operand, Register, Special, Symbol, Vector
 
 Array = np.ndarray[Any, Any]
@@ -47,7 +47,9 @@ class Batch:
     parameters: Mapping[str, int]
     memory: Globals
     shared: Shared
+    tensor: TensorMemory
     registers: dict[str, Array] = field(default_factory=dict)
+    arrivals: dict[tuple[int, int], int] = field(default_factory=dict)  # of each mbarrier
     mask: Array | None = None  # threads that are at this instruction; None: all
 
     def __post_init__(self) -> None:
@@ -180,18 +182,23 @@ def guarded(step: Step, guard: tuple[str, bool]) -> Step:
 
 @dataclass
 class Segment:
-    """Code without a jump into or out of it, and how it ends: (label, guard) of a jump, "ret" or going on."""
+    """Code without a jump into or out of it, and how it ends: by a jump, a return, a barrier, or going on."""
 
     steps: list[tuple[Step, Instruction]]
     jump: str | None = None
-    guard: tuple[str, bool] | None = None
+    guard: tuple[str, bool] | None = None  # of the jump or return
     ends: bool = False
+    waits: bool = False
+
+
+def _is_barrier(instruction: Instruction) -> bool:
+    return instruction.name in ("bar", "barrier") and "warp" not in instruction.modifiers
 
 
 def segments(kernel: Kernel) -> tuple[list[Segment], dict[str, int]]:
     """The code in pieces, and which piece each label names."""
-    behind_jumps = {i + 1 for i, x in enumerate(kernel.code) if x.name in ("bra", "ret", "exit")}
-    starts = sorted({0, *kernel.labels.values()} | behind_jumps)
+    last = {i + 1 for i, x in enumerate(kernel.code) if x.name in ("bra", "ret", "exit") or _is_barrier(x)}
+    starts = sorted({0, *kernel.labels.values()} | last)
     number = {start: i for i, start in enumerate(starts)}
     pieces = []
     for start, end in itertools.pairwise([*starts, len(kernel.code)]):
@@ -208,6 +215,7 @@ def segments(kernel: Kernel) -> tuple[list[Segment], dict[str, int]]:
                     raise NotImplementedError(instruction.text)
                 step, guard = MAKERS[instruction.name](kernel, instruction), instruction.guard
                 piece.steps.append((guarded(step, guard) if guard else step, instruction))
+                piece.waits = _is_barrier(instruction)
         pieces.append(piece)
     return pieces, {label: number[at] for label, at in kernel.labels.items() if at in number}
 
@@ -227,10 +235,12 @@ def launch(
     parameters = dict(zip(names, arguments, strict=True))
     programs, per = int(np.prod(whole)), int(np.prod(threads))
     together = max(1, AT_ONCE // per)
+    uses_tensors = any(instruction.name == "tcgen05" for instruction in kernel.code)
     for first in range(0, programs, together):
         count = min(together, programs - first)
         shared = Shared(count, per, shared_size)
-        batch = Batch(kernel, first, count, threads, whole, parameters, memory, shared)
+        tensor = TensorMemory(count if uses_tensors else 0)
+        batch = Batch(kernel, first, count, threads, whole, parameters, memory, shared, tensor)
         with np.errstate(all="ignore"):
             _walk(batch, pieces, labels)
 
@@ -243,9 +253,16 @@ def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:
 def _walk(b: Batch, pieces: list[Segment], labels: Mapping[str, int]) -> None:
     end = len(pieces)
     at = np.zeros(b.threads, np.int64)
-    while (here := int(at.min())) < end:
+    waiting = np.zeros(b.threads, bool)
+    while (at < end).any():
+        ready = np.where(waiting, end, at)
+        here = int(ready.min())
+        if here == end:  # who is not at a barrier is done
+            b.shared.barrier(np.flatnonzero(np.repeat(waiting.reshape(-1, b.per).any(1), b.per)))
+            waiting[:] = False
+            continue
         piece = pieces[here]
-        mask = at == here
+        mask = ready == here
         b.mask = None if mask.all() else mask
         for step, instruction in piece.steps:
             try:
@@ -259,6 +276,8 @@ def _walk(b: Batch, pieces: list[Segment], labels: Mapping[str, int]) -> None:
             at[mask & taken], at[mask & ~taken] = after, here + 1
         else:
             at[mask] = after
+        if piece.waits:
+            waiting[mask] = True
 
 
 def address(kernel: Kernel, operand: Operand, wide: bool) -> Callable[[Batch], Array]:

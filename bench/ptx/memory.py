@@ -115,13 +115,16 @@ class Shared:
         within = (other >= 0) & (other // 32 == warp) & (other != threads[:, None]) & known
         return across | (within & (warp_spell[at] == self.warp_spell[threads][:, None]))
 
-    def read(self, threads: Array, at: Array) -> Array:
+    def read(self, threads: Array, at: Array, note: bool = True) -> Array:
+        """`note`: whether a barrier of the program must come before the next write."""
         if self.coming[at].any():
             raise MemoryFault("shared memory is read before cp.async was waited for")
         if not self.written[at].all():
             raise MemoryFault("shared memory is read that nobody wrote")
         if self._unordered(threads, at, self.writer, self.write_spell, self.write_warp_spell).any():
             raise MemoryFault("shared memory is read with no barrier behind another thread's write")
+        if not note:
+            return self.data[at]
         who = np.broadcast_to(threads[:, None], at.shape)
         same = (self.read_spell[at] == self.spell[threads][:, None]) & (self.reader[at] != NOBODY)
         several = same & ((self.reader[at] == MANY) | (self.reader[at] // 32 != who // 32))
@@ -174,3 +177,40 @@ class Shared:
                 rest = ~arrived
                 left.append(_Copy(copy.threads[rest], copy.group[rest], copy.at[rest], copy.values[rest]))
         self.copies = left
+
+
+class TensorMemory:
+    """Blackwell's, of some programs."""
+
+    LANES, COLUMNS = 128, 512
+
+    def __init__(self, programs: int) -> None:
+        self.cells = np.zeros((programs, self.LANES, self.COLUMNS), np.uint32)
+        self.written = np.zeros(self.cells.shape, bool)
+        self.used = np.zeros(programs, np.int64)
+
+    def allocate(self, program: int, columns: int) -> int:
+        """The first column."""
+        first = int(self.used[program])
+        if first + columns > self.COLUMNS:
+            raise MemoryFault(f"{first + columns} columns of tensor memory")
+        self.used[program] += columns
+        return first
+
+    def _inside(self, programs: Array, columns: Array) -> None:
+        used = np.reshape(self.used[programs], (-1, *(1,) * (columns.ndim - 1)))
+        if (columns >= used).any():
+            raise MemoryFault("a column of tensor memory that is not the program's")
+
+    def read(self, programs: Array, lanes: Array, columns: Array) -> Array:
+        self._inside(programs, columns)
+        programs = np.reshape(programs, (-1, 1))
+        if not self.written[programs, lanes, columns].all():
+            raise MemoryFault("tensor memory is read that nobody wrote")
+        return self.cells[programs, lanes, columns]
+
+    def write(self, programs: Array, lanes: Array, columns: Array, values: Array) -> None:
+        self._inside(programs, columns)
+        programs = np.reshape(programs, (-1, 1))
+        self.cells[programs, lanes, columns] = values
+        self.written[programs, lanes, columns] = True

@@ -113,27 +113,29 @@ def _kernel(entry: re.Match[str], text: str, module_shared: list[tuple[str, str,
 def _matching(text: str, start: int) -> str:
     """From behind an opening brace to the closing one."""
     depth, i = 1, start
-    while depth:
-        i += 1
+    while True:
         depth += {"{": 1, "}": -1}.get(text[i], 0)
-    return text[start:i]
+        if not depth:
+            return text[start:i]
+        i += 1
 
 
 def _statements(kernel: Kernel, body: str) -> None:
-    scopes: list[dict[str, str]] = [{}]  # names that registers of an inner scope have outside
+    scopes: list[dict[str, str]] = [{}]  # what registers and labels of an inner scope are called outside
     opened, i = 0, 0
     while i < len(body):
         if body[i].isspace() or body[i] == ";":
             i += 1
         elif body[i] == "{":
             opened += 1
-            scopes.append({})
             i += 1
+            inside = _LABEL.findall(_matching(body, i))
+            scopes.append({label: f"{label}@{opened}" for label in inside})
         elif body[i] == "}":
             scopes.pop()
             i += 1
         elif label := _LABEL.match(body, i):
-            kernel.labels[label[1]] = len(kernel.code)
+            kernel.labels[_inner(label[1], scopes)] = len(kernel.code)
             i = label.end()
         else:
             end = body.index(";", i)
@@ -213,4 +215,4 @@ def _operand(kernel: Kernel, text: str, scopes: list[dict[str, str]]) -> Operand
         return Number(int(text.rstrip("U"), 0))
     if re.match(r"[-+]?\d*\.\d*$", text):
         return Number(struct.unpack("<I", struct.pack("<f", float(text)))[0])
-    return Symbol(text)
+    return Symbol(inner)

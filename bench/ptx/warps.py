@@ -37,9 +37,15 @@ ROW, PAIR = LANES // 4, 2 * (LANES % 4)  # of a lane in an 8 x 8 matrix of 16 bi
 def barrier(kernel: Kernel, ins: Instruction) -> Step:
     if "warp" in ins.modifiers:
         return lambda b: b.shared.warp_barrier(b.whole(32, "bar.warp.sync").ravel())
-    if "sync" not in ins.modifiers or len(ins.operands) > 1:
+    if ins.modifiers[0] != "sync" or ins.operands != (Number(0),) or ins.guard is not None:
         raise NotImplementedError(ins.text)
-    return lambda b: b.shared.barrier(b.whole(b.per, "bar.sync").ravel())
+    aligned = ins.name == "bar" or "aligned" in ins.modifiers
+
+    def arrive(b: Batch) -> None:  # the rest is done where threads go on
+        if aligned:
+            b.whole(32, "bar.sync")
+
+    return arrive
 
 
 @makes("fence", "membar")
@@ -166,14 +172,14 @@ def store_matrices(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-def _as_floats(bits: Array, kind: str) -> Array:
+def as_floats(bits: Array, kind: str) -> Array:
     return from_bf16(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
 
 
 def _halves(b: Batch, registers: list[Read], warps: Array, kind: str) -> Array:
     """Registers of two 16-bit numbers each as float32, [warps, 32, registers, 2]."""
     both = np.stack([over(b, read)[warps] for read in registers], -1)
-    return _as_floats(np.stack([both & np.uint32(0xFFFF), both >> np.uint32(16)], -1).astype(np.uint16), kind)
+    return as_floats(np.stack([both & np.uint32(0xFFFF), both >> np.uint32(16)], -1).astype(np.uint16), kind)
 
 
 def _rows_of_registers(kernel: Kernel, operand: Operand, kind: str) -> Callable[[Batch, Array], Array]:
@@ -254,8 +260,8 @@ def multiply_of_four_warps(kernel: Kernel, ins: Instruction) -> Step:
             matrix = rows(b, warps).reshape(len(groups), 64, 16)
         else:
             assert left is not None
-            matrix = _described(first, b, left, 64, turned[0], kinds[1])
-        columns = _described(first, b, right, n, turned[-1], kinds[1])
+            matrix = described(first, b, left, 64, turned[0], kinds[1])
+        columns = described(first, b, right, n, turned[-1], kinds[1])
         held = over(b, keeps)[groups]
         if held.all() != held.any():
             raise PTXError("threads disagree on whether sums go on")
@@ -265,16 +271,19 @@ def multiply_of_four_warps(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-SWIZZLES = {1: 128, 2: 64, 3: 32}  # bytes of a line whose parts of 16 bytes change places
+# bytes of a line whose parts of 16 bytes change places, by the highest bits of a descriptor
+SWIZZLES = {2: 128, 4: 64, 6: 32}
 
 
-def _described(first: Array, b: Batch, descriptor: Read, n: int, turned: bool, kind: str) -> Array:
+def described(
+    first: Array, b: Batch, descriptor: Read, n: int, turned: bool, kind: str, note: bool = True
+) -> Array:
     """[groups, n, 16] of 16-bit numbers where a descriptor says; `turned`: they lie along n, not along k."""
     words = over(b, descriptor)[first].astype(np.int64)
     start, lead, stride = ((words >> s & 0x3FFF)[:, None, None] << 4 for s in (0, 16, 32))
-    modes = set((words >> 62 & 3).tolist())
-    if len(modes) != 1 or modes == {0} or (words >> 49 & 7).any():
-        raise NotImplementedError("wgmma of matrices that are not swizzled, or not alike")
+    modes = set((words >> 61 & 7).tolist())
+    if len(modes) != 1 or not modes <= SWIZZLES.keys() or (words >> 49 & 7).any():
+        raise NotImplementedError("products of matrices that are not swizzled, or not alike")
     line = SWIZZLES[modes.pop()]
     i, j = np.meshgrid(np.arange(n), np.arange(16), indexing="ij")
     if turned:  # lines along n, eight of them along k
@@ -283,6 +292,6 @@ def _described(first: Array, b: Batch, descriptor: Read, n: int, turned: bool, k
         at = start + j * 2 + i % 8 * line + i // 8 * stride
     at = at ^ (at >> 7) % (line // 16) << 4
     threads = np.repeat(first, n * 16)
-    octets = b.shared.read(threads, b.shared.places(threads, at.reshape(-1), 2))
-    values = _as_floats(np.ascontiguousarray(octets).view(np.uint16), kind)
+    octets = b.shared.read(threads, b.shared.places(threads, at.reshape(-1), 2), note)
+    values = as_floats(np.ascontiguousarray(octets).view(np.uint16), kind)
     return values.reshape(len(first), n, 16).astype(np.float64)
