@@ -45,9 +45,9 @@ TARGETS = (80, 90, 100)
 HEAD = """# The kernels' PTX beside the reference, on a CPU
 
 Each line is a run of the command in it: operators, forward and all gradients, whose kernels were compiled for
-the architecture and interpreted (`bench/ptx`). "Wrong" are calls that differ from the reference by more than the
-tests allow, reach beside a tensor or lack a barrier; "not run" those with an instruction that the interpreter
-lacks.
+the architecture and interpreted (`bench/ptx`). "Wrong" are calls that differ from the reference by more than
+the tests allow, reach beside a tensor or lack a barrier; "not run" those with an instruction that the
+interpreter lacks.
 
 """
 

@@ -2,6 +2,7 @@
 
     TRITON_INTERPRET=1 python bench/loss_curve.py --out bench/results/loss-curve-interpreter.json
     python bench/loss_curve.py --device cuda --out loss-curve.json
+    python bench/loss_curve.py --emulate 90 --out bench/results/loss-curve-emulated.json  # PTX, on a CPU
 
 The model is tiny, but every neuron fires and every parameter moves. Bounds: the loss of each step within
 0.1 %, each parameter's way from start to end within 0.2 % of its length. Sums in another order do not reach
@@ -13,6 +14,7 @@ that. On a CPU one thread computes: the order in which torch's threads share a s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -64,17 +66,31 @@ def differences(
     return losses, ways
 
 
+def _emulated(target: int | None) -> contextlib.AbstractContextManager[Any]:
+    if target is None:
+        return contextlib.nullcontext()
+    import emulate  # compiles, which Triton's interpreter prevents
+
+    return emulate.emulated(target, 2)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--emulate", type=int, help="run the kernels' PTX for this compute capability on the CPU"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     found: dict[str, Any] = {"steps": options.steps, "device": options.device}
+    if options.emulate:
+        found["emulated"] = f"sm_{options.emulate}"
     results = {}
     for backend in ("reference", "triton"):
         start = time.perf_counter()
-        results[backend] = train(backend, options.device, options.steps)
+        with _emulated(options.emulate) if backend == "triton" else contextlib.nullcontext():
+            results[backend] = train(backend, options.device, options.steps)
         found[f"{backend}_seconds"] = round(time.perf_counter() - start, 1)
         found[backend] = [round(loss, 5) for loss in results[backend][0]]
     loss, way = differences(results["triton"], results["reference"])
