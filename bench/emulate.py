@@ -32,6 +32,7 @@ from aot_rows import MORE_CASES, OPERATORS, TYPES
 from ptx import arithmetic, machine, tensor, transfer, warps  # noqa: F401  the instructions
 from ptx.memory import Globals
 from ptx.parse import Kernel, parse
+from ptx.traffic import Traffic
 from torch import Tensor
 
 from spikedecoder.kernels import _launch
@@ -59,6 +60,7 @@ class Emulator:
         self.target = target
         self.compiled: dict[tuple[object, ...], tuple[Kernel, int]] = {}
         self.ran: collections.Counter[str] = collections.Counter()
+        self.traffic: Traffic | None = None
 
     def append(self, launch: Launch) -> None:
         key = (*launch.key, launch.kernel.cache_key)
@@ -67,7 +69,7 @@ class Emulator:
             self.compiled[key] = parse(text)[launch.kernel.__name__], shared
         kernel, shared = self.compiled[key]
         threads = 32 * launch.options["num_warps"]
-        machine.launch(kernel, launch.grid, (threads,), _bits(launch), shared, _memory(launch))
+        machine.launch(kernel, launch.grid, (threads,), _bits(launch), shared, _memory(launch), self.traffic)
         self.ran[launch.kernel.__name__] += 1
 
 

@@ -23,6 +23,7 @@ from ptx.machine import PTXError, launch  # noqa: E402
 from ptx.memory import Globals  # noqa: E402
 from ptx.numbers import fma, to_bf16  # noqa: E402
 from ptx.parse import parse  # noqa: E402
+from ptx.traffic import Traffic  # noqa: E402
 
 KERNEL = """
 .version 9.0
@@ -237,3 +238,16 @@ def test_the_cuda_extensions_ptx_is_the_reference():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 wrong: gather " in done.stdout
+
+
+def test_traffic_is_counted():
+    """Neighbours take the fewest sectors and wavefronts; lanes a sector apart, or a row of banks apart, do not."""
+    lanes = np.arange(32)
+    traffic = Traffic()
+    traffic.tensors("k", "near", lanes, 4 * lanes, 4)
+    traffic.tensors("k", "far", lanes, 64 * lanes, 16)
+    traffic.shared("k", "near", lanes, 16 * lanes, 16)
+    traffic.shared("k", "same", lanes, 0 * lanes, 4)
+    traffic.shared("k", "one bank", lanes, 128 * lanes, 4)
+    counts = {kind: tuple(count.tolist()) for (_, kind), count in traffic.counts.items()}
+    assert counts == {"near": (2, 4 + 4, 4 + 4), "far": (1, 32, 16), "same": (1, 1, 1), "one bank": (1, 32, 1)}

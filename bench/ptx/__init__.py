@@ -1,8 +1,9 @@
 """Runs PTX, the code that compilers make for NVIDIA GPUs, on a CPU: all threads at once, in NumPy.
 
-`parse` reads the text and `machine` walks through it; `arithmetic`, `transfer` and `warps` hold what
-instructions do, `memory` what they reach. It finds what an interpreter of the source cannot: wrong inline
-assembly, a layout in which a thread takes another's element, a missing barrier, a copy that is read before it
-has arrived, an access beside a tensor. It says nothing about time. It lacks Blackwell's tensor memory
-(tcgen05), and what approximates (ex2, rcp, rsqrt) is as exact as float32 can be.
+`parse` reads the text and `machine` walks through it; `arithmetic`, `transfer`, `warps` and `tensor` hold
+what instructions do, `memory` what they reach, and `traffic` counts it. It finds what an interpreter of the
+source cannot: wrong inline assembly, a layout in which a thread takes another's element, a missing barrier,
+a copy that is read before it has arrived, an access beside a tensor. It says nothing about time, and what
+approximates (ex2, rcp, rsqrt) is as exact as float32 can be. Products that a GPU does meanwhile (wgmma,
+tcgen05) are done at once.
 """

@@ -15,6 +15,7 @@ import numpy as np
 
 from ptx.memory import Globals, Shared, TensorMemory
 from ptx.parse import Address, Instruction, Kernel, Number, Operand, Register, Special, Symbol, Vector
+from ptx.traffic import Traffic
 
 Array = np.ndarray[Any, Any]
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -48,6 +49,7 @@ class Batch:
     memory: Globals
     shared: Shared
     tensor: TensorMemory
+    traffic: Traffic | None = None
     registers: dict[str, Array] = field(default_factory=dict)
     arrivals: dict[tuple[int, int], int] = field(default_factory=dict)  # of each mbarrier
     mask: Array | None = None  # threads that are at this instruction; None: all
@@ -65,6 +67,12 @@ class Batch:
             self.special[f"%nctaid.{axis}"] = np.full(self.threads, whole, np.uint32)
             thread, program = thread // size, program // whole
         self.every = np.arange(self.threads)
+
+    def note(self, space: str, ins: Instruction, threads: Array, addresses: Array, size: int) -> None:
+        """Count an access, where that is wanted."""
+        if self.traffic is not None and threads.size:
+            count = self.traffic.shared if space == "shared" else self.traffic.tensors
+            count(self.kernel.name, f"{space} {ins.name}", threads, addresses, size)
 
     def active(self) -> Array:
         """Numbers of the threads at this instruction."""
@@ -227,8 +235,10 @@ def launch(
     arguments: list[int],
     shared_size: int,
     memory: Globals,
+    traffic: Traffic | None = None,
 ) -> None:
-    """Run a kernel. `arguments`: the bits of each parameter, in order; `shared_size`: bytes a program."""
+    """Run a kernel. `arguments`: the bits of each parameter, in order; `shared_size`: bytes a program;
+    `traffic` counts what is moved."""
     whole, threads = _three(grid), _three(block)
     pieces, labels = segments(kernel)
     names = [name for name, _ in kernel.parameters]
@@ -240,7 +250,7 @@ def launch(
         count = min(together, programs - first)
         shared = Shared(count, per, shared_size)
         tensor = TensorMemory(count if uses_tensors else 0)
-        batch = Batch(kernel, first, count, threads, whole, parameters, memory, shared, tensor)
+        batch = Batch(kernel, first, count, threads, whole, parameters, memory, shared, tensor, traffic)
         with np.errstate(all="ignore"):
             _walk(batch, pieces, labels)
 

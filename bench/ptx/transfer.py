@@ -52,6 +52,7 @@ def load(kernel: Kernel, ins: Instruction) -> Step:
     def run(b: Batch) -> None:
         threads = b.active()
         at = where(b)[threads]
+        b.note(space, ins, threads, at, size)
         if space == "shared":
             octets = b.shared.read(threads, b.shared.places(threads, at, size))
         else:
@@ -79,6 +80,7 @@ def store(kernel: Kernel, ins: Instruction) -> Step:
         columns = [over(b, read)[threads] for read in values]
         octets = np.ascontiguousarray(np.stack(columns, 1)).view(np.uint8)
         at = where(b)[threads]
+        b.note(space, ins, threads, at, octets.shape[1])
         if space == "shared":
             b.shared.write(threads, b.shared.places(threads, at, octets.shape[1]), octets)
         else:
@@ -116,6 +118,8 @@ def copy(kernel: Kernel, ins: Instruction) -> Step:
             if (at[some] % size).any():
                 raise ValueError(f"cp.async of {size} bytes from an address that is no multiple of them")
             values[some, :n] = b.memory.read(at[some], int(n))
+        b.note("global", ins, threads[counts > 0], at[counts > 0], size)
+        b.note("shared", ins, threads, to(b)[threads], size)
         b.shared.copy(threads, b.shared.places(threads, to(b)[threads], size), values)
 
     return run

@@ -122,9 +122,10 @@ def vote(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-def _rows(b: Batch, warps: Array, at: Array, matrices: int) -> tuple[Array, Array]:
+def _rows(b: Batch, ins: Instruction, warps: Array, at: Array, matrices: int) -> tuple[Array, Array]:
     """Threads whose addresses are rows of matrices, and where these are in shared memory: [n], [n, 16]."""
     threads = warps[:, : 8 * matrices].ravel()
+    b.note("shared", ins, threads, at[threads], 16)
     return threads, b.shared.places(threads, at[threads], 16)
 
 
@@ -136,7 +137,7 @@ def load_matrices(kernel: Kernel, ins: Instruction) -> Step:
 
     def run(b: Batch) -> None:
         warps = b.whole(32, "ldmatrix")
-        threads, places = _rows(b, warps, where(b), count)
+        threads, places = _rows(b, ins, warps, where(b), count)
         octets = b.shared.read(threads, places)
         matrices = np.ascontiguousarray(octets).view(np.uint16).reshape(len(warps), count, 8, 8)
         if turned:
@@ -165,7 +166,7 @@ def store_matrices(kernel: Kernel, ins: Instruction) -> Step:
             matrices[:, i, ROW, PAIR + 1] = both >> np.uint32(16)
         if turned:
             matrices = matrices.transpose(0, 1, 3, 2)
-        threads, places = _rows(b, warps, where(b), count)
+        threads, places = _rows(b, ins, warps, where(b), count)
         octets = np.ascontiguousarray(matrices).reshape(-1, 8).view(np.uint8)
         b.shared.write(threads, places, octets)
 
