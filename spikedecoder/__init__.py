@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
     from spikedecoder.ops import BackendError, use_backend
 
-# read when torch loads
+# GNU OpenMP reads it when torch loads
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = spins()
 one_thread_in_forks()
@@ -39,7 +39,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to load: the command line's help, and Ctrl-C, do not wait for it
+    # torch takes seconds to import: the command line's help and Ctrl-C must not wait for it
     if name == "ops":
         return importlib.import_module("spikedecoder.ops")
     if name not in _HOMES:

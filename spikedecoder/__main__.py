@@ -1,4 +1,4 @@
-"""``python -m spikedecoder``, and so ``torchrun -m spikedecoder``: the command line."""
+"""The command line: ``python -m spikedecoder``, and with it ``torchrun -m spikedecoder``."""
 
 from spikedecoder.cli import main
 

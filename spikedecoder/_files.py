@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing files completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _STREAMS = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all. A device or a pipe is written to: a renamed file would replace it."""
+    """Write `path` completely or not at all. A device or pipe is written to, as a rename would replace it."""
     write_files({path: data})
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:
-    """`write_bytes` for several that belong together: none takes its name before all are on the disk."""
+    """`write_bytes` for files that belong together: none gets its final name before all are on disk."""
     staged: dict[Path, Path] = {}
     path = Path()
     try:
@@ -40,13 +40,13 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     except BaseException as error:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk: say which
+        if isinstance(error, OSError) and error.filename is None:  # such as a full disk: add the path
             raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
         raise
 
 
 def check_writable(path: Path) -> None:
-    """The OSError that `write_bytes` would raise, before long work. Nothing is made, not even a folder."""
+    """Raise the OSError that `write_bytes` would, before long work. Creates nothing, not even a folder."""
     if not _is_stream(path):
         handle, temporary = _temporary_beside(path, make_folder=False)
         os.close(handle)
@@ -54,7 +54,7 @@ def check_writable(path: Path) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Whether it is a device or a pipe; an error where nothing can be written, as to a folder."""
+    """Whether `path` is a device or a pipe; OSError if it cannot be written, such as a folder."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder, takes a file", str(path))
     if path.is_file() and path.parent in _STREAMS:
@@ -64,7 +64,8 @@ def _is_stream(path: Path) -> bool:
 
 
 def _temporary_beside(path: Path, make_folder: bool = True) -> tuple[int, Path]:
-    """An open file, and its name, in `path`'s folder: where that is not there, made, or the one above."""
+    """A new file beside `path`: (open descriptor, its path). If the folder is missing, it is created or,
+    without `make_folder`, the nearest existing one above it is used."""
     try:
         folder = path.parent
         if make_folder:
@@ -78,7 +79,7 @@ def _temporary_beside(path: Path, make_folder: bool = True) -> tuple[int, Path]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for each float that is NaN or infinite, for which JSON has no words."""
+    """`value` with None in place of floats that are NaN or infinite, which JSON cannot express."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,8 +1,9 @@
-"""Threads of torch's that wait: how long they spin before they sleep, and that none is waited for in a fork.
+"""Torch's waiting threads: how long they spin before they sleep, and one thread only in forked processes.
 
-OpenMP reads the first when torch loads it. The second: a forked child has none of its parent's OpenMP
-threads, and whoever waits for them waits for ever. The C++ kernels notice; so that torch's own work between
-them does not hang either, `torch.get_num_threads` is 1 in a child, as it is in a DataLoader's workers.
+The environment variable for the first is read when torch loads OpenMP. The second is needed because a forked
+child has none of its parent's OpenMP threads, so that waiting for them never ends. The C++ kernels detect a
+fork; so that torch's own operations do not hang either, `torch.get_num_threads` is 1 in a child, as in a
+DataLoader's workers.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import sys
 import time
 from pathlib import Path
 
-LONG, SHORT = "10000", "1000"  # turns of a loop, of 10 to 50 nanoseconds
+LONG, SHORT = "10000", "1000"  # iterations of a loop, 10 to 50 nanoseconds each
 
 
 def spins(load: Path = Path("/proc/loadavg")) -> str:
-    """What GOMP_SPINCOUNT should be: long where only this process runs, short where work shares the cores.
+    """The value for GOMP_SPINCOUNT: long if only this process is running, short if others share the cores.
 
-    Between the parallel parts of a training step Python takes some hundred microseconds, and a thread that
-    sleeps then is slow to wake. But one that spins holds a core which others could use, and then waits for
-    it: GNU OpenMP's own 300 000 turns make training several times slower beside other work. `load`: a file
-    that says how many run, "... running/all ...".
+    Between the parallel parts of a training step Python takes a few hundred microseconds, and a thread that
+    goes to sleep meanwhile is slow to wake. But a spinning thread occupies a core that others could use, and
+    others then occupy its own: with GNU OpenMP's default of 300 000 iterations, training is several times
+    slower beside other work. `load`: a file in the format of /proc/loadavg, "... running/all ...".
     """
     try:
         for _ in range(5):
@@ -35,12 +36,12 @@ def spins(load: Path = Path("/proc/loadavg")) -> str:
 
 
 def one_thread_in_forks() -> None:
-    """From now on, in whatever this process forks."""
+    """Let torch use one thread in every process that is forked from now on."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_one_thread)
 
 
 def _one_thread() -> None:
     torch = sys.modules.get("torch")
-    if torch is not None and hasattr(torch, "set_num_threads"):  # and is not just being imported
+    if torch is not None and hasattr(torch, "set_num_threads"):  # it may be only partly imported
         torch.set_num_threads(1)

@@ -23,15 +23,15 @@ from spikedecoder.spike_stats import neurons_of, spiking_layers
 
 @dataclass
 class Activity:
-    """spikes: by layer, [T, B, S, N] of 0 and 1. potentials: by layer, h before the reset, same shapes.
+    """What `record` keeps of a model's neurons, on the CPU.
 
-    Of I-LIF neurons, the binary timesteps that their integers stand for.
-
-    scores: by attention layer, q k^T before masking and scaling, summed over T: [B, H, S, S], lower triangle;
-        of I-LIF neurons, of their integers; of softmax attention, the weights. score: what they are called.
+    spikes: by layer, [T, B, S, N], bool. potentials: by layer, membrane potentials h before the reset, same
+        shapes. For I-LIF neurons, those of the binary timesteps that their integers stand for.
+    scores: by attention layer, [B, H, S, S]: the lower triangle of q k^T before scaling, summed over T (with
+        I-LIF neurons, of their integers), or the weights of softmax attention. score: what to call them.
     thresholds: by layer, a float.
     levels: by layer of I-LIF neurons, their largest integer.
-    note: a second line for the titles of pictures.
+    note: a second line for the titles of plots.
     """
 
     spikes: dict[str, Tensor]
@@ -43,13 +43,13 @@ class Activity:
     note: str = ""
 
     def layer(self, name: str | None) -> str:
-        """`name`, or the first layer where it is None; ValueError naming the layers there are."""
+        """`name`, or the first layer if it is None; ValueError listing the layers if there is no such one."""
         if not self.spikes:
             raise ValueError("activity: holds no spikes, as its model has no spiking layer")
         return choose("layer", name, self.spikes)
 
     def last(self, tokens: int) -> Activity:
-        """What happened at the last so many tokens, after those before them."""
+        """The activity at the last `tokens` tokens only."""
         return replace(
             self,
             spikes={name: s[:, :, -tokens:] for name, s in self.spikes.items()},
@@ -66,16 +66,16 @@ class Activity:
         return {name: float((s.sum((0, 1, 2)) == 0).float().mean()) for name, s in self.spikes.items()}
 
     def saturated(self) -> dict[str, float]:
-        """By layer, the share of neurons that fired at every timestep of every token; of I-LIF neurons, that
-        were at their largest integer at every token."""
+        """By layer, the share of neurons that fired at every timestep of every token; of I-LIF neurons, those
+        whose integer was `levels` at every token."""
         return {
             name: float((s == self._most(name)).all((0, 1, 2)).mean(dtype=torch.float32))
             for name, s in self.spikes.items()
         }
 
     def full(self) -> dict[str, float]:
-        """By layer, the share of the largest among what its neurons gave: of spikes those that are 1, of
-        I-LIF neurons' integers those at `levels`."""
+        """By layer, the share of outputs at their largest value: of spikes, those that are 1; of I-LIF
+        neurons' integers, those equal to `levels`."""
         shares = {}
         for name, s in self.spikes.items():
             at = s == self._most(name)
@@ -83,7 +83,7 @@ class Activity:
         return shares
 
     def _most(self, name: str) -> Tensor:
-        """What a neuron does that cannot fire more, [T, 1, 1, 1]."""
+        """The spikes of a neuron that fires as much as it can, [T, 1, 1, 1]."""
         s = self.spikes[name]
         if name not in self.levels:
             return torch.ones(len(s), 1, 1, 1, dtype=torch.bool)
@@ -100,10 +100,11 @@ def record(
     scores: bool = False,
     check: bool = True,
 ) -> Activity:
-    """Run the model on tokens [B, S] and keep what its neurons did, on the CPU.
+    """Run the model on tokens [B, S] in evaluation mode and keep what its neurons did, on the CPU.
 
-    Raises ValueError where the model has no spiking layer (and no scores are asked for), and, unless `check`
-    is off, where a parameter or what would be kept is NaN or infinite: a neuron that gets NaN never fires.
+    potentials, scores: keep these too. Raises ValueError if the model has no spiking layer (and no softmax
+    attention whose scores are wanted) and, unless `check` is off, if a parameter or anything kept is NaN or
+    infinite: a neuron that receives NaN never fires, so its spikes alone would not show it.
     """
     model = check_model(model)
     if check:
@@ -113,7 +114,7 @@ def record(
     if not layers and not softmax:
         raise ValueError("model: has no spiking layer, so there are no spikes to show")
     activity = Activity({})
-    linears: dict[nn.Module, Tensor] = {}  # what came out of each Linear that neurons follow
+    linears: dict[nn.Module, Tensor] = {}  # the output of each Linear that is followed by neurons
     hooks: list[tuple[nn.Module, Any]] = [
         (m, _hook(activity, n, linears, potentials, scores, check)) for n, m in layers
     ]
@@ -202,9 +203,9 @@ def _potentials(x: Tensor, lif: LIF, threshold: float) -> Tensor:
 
 
 def _integer_potentials(x: Tensor, neurons: ILIF) -> Tensor:
-    """h [B, ...] over the binary timesteps of x [1, ...], divided by what a spike there counts.
+    """h [B, ...] over the binary timesteps of x [1, ...], divided by the worth of a spike at each timestep.
 
-    So v_threshold is the threshold at each. What a potential has beyond the levels shows at the first only.
+    The threshold is thus v_threshold at all of them. A potential beyond the levels is seen at the first only.
     """
     unit, worths = neurons.params.v_threshold, ops.spike_worths(neurons.levels)
     h = x + unit / 2
@@ -217,7 +218,7 @@ def _integer_potentials(x: Tensor, neurons: ILIF) -> Tensor:
 
 
 def choose(argument: str, name: str | None, known: dict[str, Any]) -> str:
-    """`name`, or the first that is known where it is None; ValueError naming those there are."""
+    """`name`, or the first of `known` if it is None; ValueError listing `known` if it is none of them."""
     if name is None:
         return next(iter(known))
     if not isinstance(name, str) or name not in known:

@@ -1,7 +1,7 @@
-"""A model as a folder: config.json, model.safetensors and, where the model has one, tokenizer.json.
+"""A model as a folder: config.json, model.safetensors and, if the model has one, tokenizer.json.
 
 Each file is written under a temporary name and renamed, so that a crash or a full disk leaves the old
-file whole. Reading checks what it reads and says in one line what is wrong.
+file intact. Reading checks every file; an error says in one line what is wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 _FORMAT = 1
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what a model runs in
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that a model can run in
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _HUB = (
     "revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder", "endpoint",
@@ -38,7 +38,7 @@ _HUB = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: truncated, of another format, or with tensors missing."""
+    """A checkpoint cannot be read: it is missing, truncated, of another format, or lacks tensors."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,7 +48,7 @@ def write_json(path: Path, value: Any) -> None:
 def _json(value: Any) -> bytes:
     try:
         return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # the name of a file that is not UTF-8, which escapes can say
+    except UnicodeEncodeError:  # a file name that is not UTF-8: ASCII escapes can express it
         return (json.dumps(value, indent=2) + "\n").encode()
 
 
@@ -69,7 +69,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 
 def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:
-    """Each tensor whole: one that shares another's memory, as tied weights do, is written twice."""
+    """Every tensor in full: those that share memory, such as tied weights, are each written."""
     written: set[int] = set()
     apart = {}
     for name, t in tensors.items():
@@ -81,10 +81,10 @@ def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None) ->
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        with open(path, "rb") as file:  # safetensors says of any file that it cannot open that there is none
+        with open(path, "rb") as file:  # safetensors would report any file it cannot open as missing
             try:
                 str(path).encode()
-            except UnicodeEncodeError:  # a name that is not UTF-8, which safetensors takes for no name
+            except UnicodeEncodeError:  # safetensors rejects a path that is not UTF-8
                 return load(file.read())
             return load_file(path)
     except PermissionError as error:
@@ -96,20 +96,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) -> None:
-    """Load weights by name, each in its own dtype; CheckpointError naming what is missing, left over or of
-    another shape or kind."""
+    """Load weights by name; each parameter takes the dtype of its stored tensor.
+
+    Raises CheckpointError naming tensors that are missing, unknown, or of the wrong shape or kind.
+    """
     if problems := _misfits(model.state_dict(), tensors):
         raise CheckpointError(f"{source}: weights do not fit the config: {problems}")
-    if "head.linear.weight" in tensors:  # for what is in no file: decays are wider in a wider model
+    if "head.linear.weight" in tensors:  # for what is not in the file: decays are float64 in a float64 model
         model.to(tensors["head.linear.weight"].dtype)
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if name in tensors and t.is_floating_point():  # norms may be wider than what they norm
+        if name in tensors and t.is_floating_point():  # norms may be wider than their inputs
             t.data = t.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)
 
 
 def _misfits(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
-    """What of a model's tensors is missing, left over or misfits, in words; "" if nothing does."""
+    """Which tensors are missing, unknown or do not fit the model's `own`, in words; "" if all fit."""
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in own]
     both = [name for name in tensors if name in own]
@@ -118,18 +120,18 @@ def _misfits(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
 
 
 def _misfit(own: Tensor, tensor: Tensor) -> str:
-    """Why no model runs with `tensor` in the place of `own`, in words; "" if one does."""
+    """Why `tensor` cannot take the place of `own`, in words; "" if it can."""
     floats = own.is_floating_point()
     if tensor.layout != torch.strided:
         return f"of {tensor.layout}, takes strided".replace("torch.", "")
-    if tensor.dtype not in (_FLOATS if floats else (*_FLOATS, *_INTEGERS)):  # counters fit any of them
+    if tensor.dtype not in (_FLOATS if floats else (*_FLOATS, *_INTEGERS)):  # counters may be any of these
         return f"of {tensor.dtype}, takes float16 to float64".replace("torch.", "")
     return "" if tensor.shape == own.shape else f"of shape {tuple(tensor.shape)} for {tuple(own.shape)}"
 
 
 def save_folder(model: SpikeDecoder, folder: Path) -> None:
-    """Write the model's files over those that are there, all or none; the weights last, so that a new folder
-    with weights is complete. ValueError where they could not be loaded again."""
+    """Write the model's files, replacing existing ones, all or none; weights last, so that a new folder with
+    weights is complete. ValueError if the model could not be loaded again from them."""
     kind: Any = type(model)
     weights, files = model.state_dict(), {}
     if any(hasattr(t, "full_tensor") for t in weights.values()):
@@ -156,7 +158,7 @@ def save_folder(model: SpikeDecoder, folder: Path) -> None:
     files[folder / CONFIG] = _json(head)
     files[folder / WEIGHTS] = _safetensors(weights, {"format": "pt"})
     write_files(files)
-    if model.tokenizer is None:  # another model's
+    if model.tokenizer is None:  # one that is there belongs to another model
         (folder / TOKENIZER).unlink(missing_ok=True)
 
 
@@ -193,14 +195,18 @@ model = SpikeDecoder.from_pretrained("{repo_id}")
 
 
 class FolderMixin:
-    """`from_pretrained`, `save_pretrained` and `push_to_hub` over the files above.
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` for the files above.
 
-    `from_pretrained` takes a folder, which needs no network, or a name on the Hugging Face hub. Of a training
-    run's folder it takes the best model, or else the last.
+    `from_pretrained` takes a folder, which needs no network, or a name on the Hugging Face hub. From a
+    training run's folder it loads the best model or, without one, the last.
     """
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model's files into `folder`, which is made where it is not there."""
+        """Write the model's files into `folder`, creating it if needed.
+
+        Raises ValueError for a model that its config would not bring back, as after pruning, with an
+        adapter, or where sharding leaves this process only a part of the weights.
+        """
         save_folder(cast("SpikeDecoder", self), Path(folder))
 
     def push_to_hub(
@@ -213,19 +219,20 @@ class FolderMixin:
         commit_message: str = "Upload model",
         create_pr: bool = False,
     ) -> str:
-        """Upload the model's files as `repo_id` (OWNER/NAME or NAME), made where it is not there.
+        """Upload the model's files to `repo_id` (OWNER/NAME or NAME), creating the repository if needed.
 
-        A repository without a README.md gets a model card. Returns the address of the commit.
+        A repository without a README.md gets a model card. Returns the address of the commit. Raises
+        ConnectionError if the hub cannot be reached, the hub's own errors, and those of `save_pretrained`.
         """
-        from huggingface_hub import HfApi  # half a second, which few need
+        from huggingface_hub import HfApi  # takes half a second to import, and few need it
         from huggingface_hub.errors import HfHubHTTPError
 
         api = HfApi(token=token)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        except (HfHubHTTPError, ValueError):  # the hub's own words
+        except (HfHubHTTPError, ValueError):  # the hub says itself what is wrong
             raise
-        except Exception as error:  # of what the hub is asked with: requests or httpx, by its version
+        except Exception as error:  # from requests or httpx, depending on the version of huggingface_hub
             raise ConnectionError(f"{repo_id}: the hub could not be reached ({error})") from error
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
@@ -248,13 +255,14 @@ class FolderMixin:
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device = "cpu", **hub: Any
     ) -> SpikeDecoder:
-        """The model in folder `name`, or of that name on the hub.
+        """Load the model in folder `name`, or called `name` on the hub (OWNER/NAME), in evaluation mode.
 
-        hub: what `huggingface_hub.hf_hub_download` does with them; a folder needs none.
+        hub: options for `huggingface_hub.hf_hub_download`, such as revision and token; not used for a folder.
 
-        Raises TypeError for other options, and CheckpointError for what cannot be read.
+        Raises TypeError for other options, and CheckpointError (a ValueError) if there is no such model or it
+        cannot be read.
         """
-        if name == "":  # Path would take it for the folder that we are in
+        if name == "":  # Path('') is the current folder
             raise ValueError("name: got '', takes a folder, or a name on the hub")
         if unknown := [option for option in hub if option not in _HUB]:
             raise TypeError(f"from_pretrained: got {unknown[0]!r}, takes name, device and {', '.join(_HUB)}")
@@ -291,17 +299,17 @@ def _remote(name: str, hub: dict[str, Any]) -> Callable[..., Path]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     owner, slash, _ = name.partition("/")
-    if not slash or Path(owner).exists():  # a slip in a path: the hub would be asked again and again
+    if not slash or Path(owner).exists():  # a mistyped path: the hub would be asked again and again
         raise CheckpointError(f"{name}: no such folder (a name on the hub is OWNER/NAME)")
     unreachable = None
     where = {key: hub.get(key) for key in ("subfolder", "revision", "endpoint")}
-    pinned = re.fullmatch("[0-9a-f]{40}", where["revision"] or "")  # which needs no network if it is here
+    pinned = re.fullmatch("[0-9a-f]{40}", where["revision"] or "")  # needs no network if cached
     if not (hub.get("local_files_only") or "proxies" in hub or pinned):
-        # once: without a network hf_hub_download asks for half a minute, and writes a line for each time
+        # try once: without a network, hf_hub_download retries for half a minute and logs each attempt
         timeout = hub.get("etag_timeout", constants.HF_HUB_ETAG_TIMEOUT)
         try:
             get_hf_file_metadata(hf_hub_url(name, CONFIG, **where), token=hub.get("token"), timeout=timeout)
-        except Exception as error:  # of requests or httpx; of others hf_hub_download is the one to speak
+        except Exception as error:  # from requests or httpx; any other error hf_hub_download will report
             if any("Connect" in kind.__name__ for kind in type(error).__mro__):
                 unreachable, hub = error, {**hub, "local_files_only": True}
 

@@ -22,51 +22,58 @@ BinaryCode = Literal["fixed-width", "left-aligned"]
 
 @dataclass(frozen=True)
 class SpikeDecoderConfig:
-    """Everything that defines a `SpikeDecoder` besides its weights.
+    """Everything that defines a `SpikeDecoder` except its weights.
 
-    Shapes below: T timesteps, E channels (`embed_dim`), H heads, d = E / H.
+    A value that does not fit raises ValueError naming the field. T: timesteps, E: channels (`embed_dim`),
+    B: sequences of a batch, S: tokens of a sequence.
 
     vocab_size, max_len: number of tokens; context length in tokens.
     spike_degree: 0 the non-spiking baseline (softmax attention, GELU); 1 spiking embedding; 2 also
         attention; 3 also MLP; 4 also head, the full SpikeDecoder.
-    attention_only: only the attention spikes; embedding, MLP and head are the baseline's.
-    token_encoding: "learned" (an embedding of `token_dim`, binarised), "one-hot" (token times position),
-        "two-hot" (token one-hot), "binary" (the token's number in binary).
-    position_encoding, concatenated to the token part: "static" (sinusoid of `position_dim`, minus
-        `position_bias`, binarised), "learned" (an embedding of `position_dim`, binarised), "linear"
-        (one-hot of max_len), "binary".
+    attention_only: only the attention spikes; embedding, MLP and head are the baseline's. Overrides
+        spike_degree.
+    token_encoding: "learned" (an embedding of `token_dim`, binarised), "one-hot" (one channel per pair of
+        token and position), "two-hot" (one channel per token), "binary" (the token's number in binary).
+    position_encoding: "static" (sinusoid of `position_dim`, minus `position_bias`, binarised), "learned" (an
+        embedding of `position_dim`, binarised), "linear" (one channel per position), "binary". Its channels
+        follow those of the token; one-hot tokens need none.
     combine_position: add learned tokens and static or learned positions, then binarise (E = token_dim).
-    float_embedding: learned tokens and static or learned positions stay real numbers.
+    float_embedding: do not binarise learned tokens and static or learned positions.
     learn_positions: learned positions get a gradient (in the original they did not).
     binary_code: "fixed-width" (unique), or the original's "left-aligned" (1, 2, 4, 8 share a code).
-    embedding_gain: factor on the embedding. At tau = 2 a constant input of 1 only reaches 1 - 2^-T and
-        never fires a neuron of threshold 1; a gain of 2 does.
-    embedding_std: spread of learned tokens and positions before training, where they are binarised. The
-        original's 1e-5 starts all of them at their threshold, where a step of training flips any.
+    embedding_gain: factor on the embedding. At tau = 2, a constant input of 1 raises the membrane potential
+        only to 1 - 2^-T, so a neuron with threshold 1 never fires; with a gain of 2 it does.
+    embedding_std: initial standard deviation of a spiking embedding's learned tokens and positions. With the
+        default, the original's 1e-5, all values start so close to the binarisation threshold that any
+        training step can flip them.
     heads, blocks, mlp_ratio (hidden width / E), timesteps (T).
-    residual_init: weight, before training, of the norms behind the last Linear of spiking attention and MLP:
-        how much a block adds to a residual stream that its neurons only read up to their saturation.
-    norm: "layer", "batch" or "power". The last two use statistics over T, B and S together in training,
-        so that a training loss sees later positions through them.
-    spiking_residuals: 0 real-valued residual stream; 1 LIF after the attention's sum; 2 also before it.
-    first_block_residual_lif: in the first block the attention's output passes a LIF before it is added.
-    attention_scale, attention_dropout, mlp_dropout.
-    decay_fastest, decay_slowest: spiking attention forgets: what a token adds counts decay^n after n more
-        tokens, each head with a decay of its own from the one to the other, 1 - decay in equal ratios.
-        1 and 1: no decay, exact integers.
-    attention_norm: the attention's result passes the norm before its LIF, so that its size does not grow
-        with the context.
-    token_shift, mlp_token_shift: channel group i of n comes from the token i places back, at the input
-        of the attention's and the MLP's first Linear; 1 is off.
-    reunite: how the head joins timesteps. float_reunite: join first, then one LIF step.
-    spiking_head: LIF before the head's Linear; None: where spike_degree is 4.
-    neuron: "lif"; or "ilif", which trains in one timestep (T = 1) with integers 0 to `levels` in units of
-        v_threshold and runs as binary timesteps, one for each of their digits (`SpikeDecoder.unroll`); see
-        `spikedecoder.params.ILIFParams`. It has none of LIF's other parameters.
-    levels: of "ilif", 1 to 15; None with "lif".
-    tau, v_threshold, v_reset (None: soft), decay_input, learn_threshold, surrogate, surrogate_alpha,
-        detach_reset: the neurons; see `spikedecoder.params.LIFParams`.
-    pad_id: token ignored by the loss; None if there is none.
+    residual_init: initial weight of the norms after the last Linear of spiking attention and MLP. It sets how
+        much a block adds to the residual stream, which neurons read only up to their saturation.
+    norm: "layer", "batch" or "power". In training the last two take statistics over T, B and S together, so
+        the training loss sees later positions through them.
+    spiking_residuals: 0 real-valued residual stream; 1 LIF after adding the attention (if the MLP spikes); 2
+        also before the attention. Without effect below spike_degree 2 and with attention_only.
+    first_block_residual_lif: in the first block, the attention's output passes through a LIF before it is
+        added.
+    attention_scale: factor on the result of spiking attention. attention_dropout, mlp_dropout: probabilities
+        of dropping an attention score and an output of the MLP.
+    decay_fastest, decay_slowest: make spiking attention forget: n tokens later, a token's contribution is
+        multiplied by decay^n. Heads get decays from the fastest to the slowest, with 1 - decay in equal
+        ratios; a single head gets the slowest. 1 and 1: no decay, and sums are exact integers.
+    attention_norm: normalise the attention's result before its LIF, so that its size does not grow with the
+        context.
+    token_shift, mlp_token_shift: n channel groups, of which group i comes from the token i places back, at
+        the input of the first Linear of attention and MLP; 1 is off.
+    reunite: how the head joins timesteps. float_reunite: join them first, then apply one LIF step.
+    spiking_head: LIF before the head's Linear; None: if spike_degree is 4. Never below spike_degree 2 or
+        with attention_only.
+    neuron: "lif" or "ilif". "ilif" trains in a single timestep (T = 1) with integers from 0 to `levels` in
+        units of v_threshold, and can run as binary timesteps, one for each of their binary digits
+        (`SpikeDecoder.unroll`); see `spikedecoder.params.ILIFParams`. LIF's other parameters do not apply.
+    levels: largest integer of "ilif", 1 to 15; None with "lif".
+    tau (in timesteps), v_threshold, v_reset (None: soft), decay_input, learn_threshold, surrogate,
+        surrogate_alpha, detach_reset: parameters of the neurons; see `spikedecoder.params.LIFParams`.
+    pad_id: token that the loss ignores; None if there is none.
     """
 
     vocab_size: int = 30
@@ -177,7 +184,7 @@ class SpikeDecoderConfig:
                 raise ValueError(
                     f"levels: got {self.levels}, takes None with neuron='lif', as the preset default-lif has"
                 )
-            _ = self.lif  # its own checks
+            _ = self.lif  # checks its values
             rest = self.v_reset or 0.0
             if self.v_threshold <= rest:
                 raise ValueError(
@@ -199,7 +206,7 @@ class SpikeDecoderConfig:
                 raise ValueError(f"{name}: got {got!r}, takes {default!r} with neuron='ilif', which has none")
         if self.v_reset not in (None, _DEFAULTS["v_reset"]):
             raise ValueError(f"v_reset: got {self.v_reset}, takes None with neuron='ilif': its reset is soft")
-        _ = self.neurons  # its own checks
+        _ = self.neurons  # checks its values
 
     def _check_embedding(self) -> None:
         if self.ann_embedding and self.position_encoding not in ("static", "learned"):
@@ -247,7 +254,7 @@ class SpikeDecoderConfig:
 
     @property
     def position_width(self) -> int:
-        """Channels of the position part; 0 where positions are added or contained in the token part."""
+        """Channels of the position part; 0 if positions are added to the token part or contained in it."""
         if self.token_encoding == "one-hot" or self.combine_position:
             return 0
         widths = {"linear": self.max_len, "binary": bits(self.max_len)}
@@ -265,7 +272,7 @@ class SpikeDecoderConfig:
 
     @property
     def decays(self) -> list[float] | None:
-        """One decay a head, fastest first; None without decay."""
+        """The decay of each head, fastest first; None without decay."""
         if self.decay_fastest == 1:
             return None
         fastest, slowest = self.decay_fastest, self.decay_slowest
@@ -273,7 +280,7 @@ class SpikeDecoderConfig:
             return [slowest]
         ratio = (1 - slowest) / (1 - fastest)
         between = (1 - (1 - fastest) * ratio ** (h / (self.heads - 1)) for h in range(1, self.heads - 1))
-        # a decay near 0 is lost in 1 - decay
+        # clamped: rounding of 1 - decay can lose a decay near 0
         return [fastest, *(min(max(decay, fastest), slowest) for decay in between), slowest]
 
     @property
@@ -290,7 +297,7 @@ class SpikeDecoderConfig:
 
     @property
     def neurons(self) -> LIFParams | ILIFParams:
-        """Those of the model's neurons."""
+        """Parameters of the model's neurons."""
         if self.neuron == "lif":
             return self.lif
         assert self.levels is not None
@@ -298,26 +305,27 @@ class SpikeDecoderConfig:
 
     @property
     def spike_levels(self) -> int:
-        """The largest activation: 1, or an I-LIF neuron's levels."""
+        """The largest output of a neuron: 1, or `levels` with I-LIF neurons."""
         return self.levels or 1
 
     @property
     def binary_timesteps(self) -> int:
-        """Timesteps of 0 and 1 that a neuron runs: T, or the binary digits of an I-LIF neuron's levels."""
+        """Binary timesteps of a neuron: T, or the number of binary digits of `levels` with I-LIF neurons."""
         return self.timesteps * binary_timesteps(self.spike_levels)
 
     @property
     def exact_tokens(self) -> float:
-        """For how many tokens the attention's sums, d D^3 a token, stay below 2^24 and so exact in float32.
+        """Number of tokens for which the attention's sums stay below 2^24, and so exact in float32.
 
-        D is 1, or the levels of I-LIF neurons. With a decay the sums are real numbers, and bounded.
+        A token adds up to d D^3, where d = E / heads and D is 1, or the levels of I-LIF neurons. Sums with a
+        decay are real numbers and bounded; inf if that bound is below 2^24.
         """
         tokens = 2**24 / (self.embed_dim // self.heads * self.spike_levels**3)
         return math.inf if self.decay_slowest < 1 and 1 / (1 - self.decay_slowest) <= tokens else tokens
 
     @property
     def spike_worth(self) -> float:
-        """What a spike counts in the head: 1, or an I-LIF neuron's unit of current."""
+        """Value of a spike at the head's input: 1, or `v_threshold` with I-LIF neurons."""
         return 1.0 if self.levels is None else self.v_threshold
 
     def replace(self, **changes: Any) -> SpikeDecoderConfig:
@@ -325,7 +333,7 @@ class SpikeDecoderConfig:
         return self.from_dict({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, booleans and None: fit for JSON."""
+        """The fields as plain numbers, strings, booleans and None, ready for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -343,9 +351,10 @@ class SpikeDecoderConfig:
     def preset(cls, name: str, **changes: Any) -> SpikeDecoderConfig:
         """A named configuration, with some fields changed: ``preset("original-char", blocks=2)``.
 
-        With another vocab_size a preset's pad_id, a token of its own vocabulary, is left out.
+        If vocab_size changes, the preset's pad_id is dropped: it belongs to the preset's own vocabulary.
+        Raises ValueError for an unknown preset or field.
         """
-        if name not in cls.presets():  # of any type: files hold lists too
+        if name not in cls.presets():  # may have any type: a file can hold a list here
             raise ValueError(f"preset: got {name!r}, takes one of {', '.join(PRESETS)}")
         fields = dict(PRESETS[name])
         own = fields.get("vocab_size", _DEFAULTS["vocab_size"])
@@ -355,7 +364,7 @@ class SpikeDecoderConfig:
 
 
 def bits(n: int) -> int:
-    """Binary digits that number n things."""
+    """Number of binary digits needed to number n things."""
     return math.ceil(math.log2(n)) if n > 1 else 1
 
 

@@ -1,5 +1,5 @@
-"""What ails a spiking model: values that are not finite, dead and saturated layers, gradients that vanish,
-thresholds that drift."""
+"""Find what is wrong with a spiking model: values that are not finite, dead and saturated layers, vanishing
+gradients, drifting thresholds."""
 
 from __future__ import annotations
 
@@ -21,25 +21,29 @@ from spikedecoder.params import MAX_LEVELS, ILIFParams
 from spikedecoder.spike_stats import spiking_layers
 from spikedecoder.surrogate import get_surrogate
 
-MOST = 0.5  # share of a layer's neurons from which the layer is named
-FULL = 0.9  # share of the largest among what its neurons gave
-FLAT_SLOPE = 0.01  # of the surrogate's largest derivative
-FLAT_SHARE = 0.95  # of potentials in the flat part
-SMALL_GRADIENT = 1e-3  # of the largest layer's, root mean square per spike
-DRIFT = 2.0  # factor between a learned threshold and where it started, both from rest
+# A finding names the layers that are beyond these limits.
+MOST = 0.5  # share of neurons that are dead, or saturated
+FULL = 0.9  # share of outputs at their largest value
+FLAT_SLOPE = 0.01  # of the surrogate's largest derivative: potentials with less count as flat
+FLAT_SHARE = 0.95  # share of flat potentials
+SMALL_GRADIENT = 1e-3  # root mean square per spike, relative to the layer where it is largest
+DRIFT = 2.0  # factor between a learned threshold and its initial value, from the reset potential
 
 
 @dataclass(frozen=True)
 class LayerHealth:
     """One layer of neurons on the text that was read.
 
-    rate: spikes per neuron and timestep. full: share of the largest among what the neurons gave: the rate,
-    or of I-LIF neurons' integers those at `levels`. dead, saturated: shares of neurons that never fired, and
-    that fired at every timestep of every token (of I-LIF neurons, that were at their largest integer at
-    each). flat: share of membrane potentials at which the surrogate's derivative is below 1 % of its largest,
-    or of I-LIF neurons' currents through which no gradient passes. gradient: root mean square of dL/ds over
-    the layer's spikes, L the summed loss; None where no targets were given or none arrives. threshold: now;
-    v_threshold: the configuration's, where training started.
+    rate: spikes per neuron and timestep.
+    full: share of outputs at their largest value: the rate or, for I-LIF neurons, the share of integers
+        equal to `levels`.
+    dead, saturated: shares of neurons that never fired, and that fired at every timestep of every token (for
+        I-LIF neurons, whose integer was `levels` at every token).
+    flat: share of membrane potentials at which the surrogate's derivative is below 1 % of its maximum or,
+        for I-LIF neurons, of currents through which no gradient passes.
+    gradient: root mean square of dL/ds over the layer's spikes s, L the summed loss; None without targets,
+        and if no gradient arrives.
+    threshold, v_threshold: the present one, and the configuration's, at which training started.
     """
 
     name: str
@@ -65,10 +69,11 @@ class Diagnosis:
 
 
 def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None) -> Diagnosis:
-    """Watch every neuron of `model` while it reads tokens [B, S]; with targets [B, S], its gradients too.
+    """Watch every neuron of `model` while it reads tokens [B, S]; with targets [B, S], also the gradients.
 
-    The model is left as it was: its mode, its gradients. Raises ValueError for a model without a spiking
-    layer, and for spikes or potentials that are not finite though every parameter is.
+    The model's mode and gradients are left as they were. Raises TypeError for anything but a SpikeDecoder,
+    and ValueError for a model without a spiking layer, for targets of which none counts, and for spikes or
+    potentials that are not finite although all parameters are.
     """
     broken = not_finite(check_model(model))
     activity = record(model, tokens, potentials=True, check=not broken)
@@ -83,7 +88,7 @@ def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None)
         potentials = activity.potentials[name].float()
         if isinstance(c.neurons, ILIFParams):
             low, high = c.neurons.window
-            # the potential of the first timestep is the current and half a unit
+            # the first timestep's potential is the current plus half a unit
             u = potentials[0] * ops.spike_worths(c.neurons.levels)[0] / threshold - 0.5
             flat = (u < low) | (u > high)
         else:
@@ -102,13 +107,13 @@ def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None)
             )
         )
     findings = _not_finite(broken, loss, layers)
-    if not broken:  # else what the neurons do follows from that
+    if not broken:  # otherwise what the neurons do is a consequence of that
         findings += _findings(layers, c, loss is not None)
     return Diagnosis(layers, findings)
 
 
 def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> tuple[float, dict[str, float]]:
-    """The loss; by layer, the root mean square of dL/ds over its spikes s, L the loss summed over targets."""
+    """(loss, root mean square of dL/ds over the spikes s of each layer), L the loss summed over targets."""
     found: dict[str, float] = {}
 
     def watch(name: str) -> Any:
@@ -133,13 +138,13 @@ def _gradients(model: SpikeDecoder, tokens: Tensor, targets: Tensor) -> tuple[fl
             counted &= targets != model.config.pad_id
         if not counted.any():
             raise ValueError(f"targets: got none that counts, takes some besides {IGNORE} and pad_id")
-        # to what the blocks read, and to no parameter, so that it does not matter which of them learn
+        # with respect to what the blocks read, so that it does not matter which parameters are trained
         torch.autograd.grad(loss * int(counted.sum()), read, allow_unused=True)
     return loss.item(), found
 
 
 def dead_layers(names: list[str], c: SpikeDecoderConfig) -> str:
-    """What to say of layers of which no neuron fires."""
+    """The finding for layers in which no neuron fires."""
     return f"dead: no neuron of {_list(names)} fires, so nothing passes there" + _try(
         "--set embedding_gain=2 (where the first block is silent)" * (c.embedding_gain < 2),
         "a larger attention_scale (where an attention_lif is)",
@@ -150,7 +155,7 @@ def dead_layers(names: list[str], c: SpikeDecoderConfig) -> str:
 
 
 def saturated_layers(names: list[str], c: SpikeDecoderConfig) -> str:
-    """What to say of layers that fire nearly always."""
+    """The finding for layers that fire nearly always."""
     often = (
         "fire at nearly every timestep" if c.levels is None else "are nearly always at their largest integer"
     )
@@ -164,7 +169,7 @@ def saturated_layers(names: list[str], c: SpikeDecoderConfig) -> str:
 
 
 def _not_finite(broken: list[str], loss: float | None, layers: list[LayerHealth]) -> list[str]:
-    """What to say of these parameters and buffers, of the loss, and of the layers' gradients."""
+    """The finding for `broken` parameters and buffers, and for a loss or gradients that are not finite."""
     parts = [f"values of {_list(broken)}"] if broken else []
     if loss is not None and not math.isfinite(loss):
         parts.append(f"the loss ({loss})")
@@ -176,7 +181,7 @@ def _not_finite(broken: list[str], loss: float | None, layers: list[LayerHealth]
 
 
 def _findings(layers: list[LayerHealth], c: SpikeDecoderConfig, gradients: bool) -> list[str]:
-    """gradients: whether they were looked at."""
+    """The findings for finite values. gradients: whether gradients were computed."""
     integers, found = c.levels is not None, []
     dead = [x.name for x in layers if x.rate == 0]
     if dead:
@@ -246,14 +251,14 @@ def _findings(layers: list[LayerHealth], c: SpikeDecoderConfig, gradients: bool)
 
 
 def _finer(c: SpikeDecoderConfig) -> str:
-    """More steps for the neurons' values, where the configuration takes more."""
+    """The advice to give neurons more possible values; "" if the configuration allows no more."""
     if c.levels is None:
         return "more timesteps"
     return "more levels" * (c.levels < MAX_LEVELS)
 
 
 def _try(*ways: str) -> str:
-    """The end of a finding: the ways out that there are."""
+    """The end of a finding: the remedies that apply (empty ones do not)."""
     kept = [way for way in ways if way]
     if len(kept) > 1:
         kept[-1] = f"or {kept[-1]}"

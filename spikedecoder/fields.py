@@ -11,11 +11,11 @@ import types
 from collections.abc import Collection
 from typing import Any, Literal, TypeGuard, get_args, get_origin
 
-LEAST = math.ulp(0.0)  # of what has to be positive
+LEAST = math.ulp(0.0)  # lower bound of numbers that must be positive
 
 
 def check_field(name: str, known: Collection[str], what: str) -> None:
-    """ValueError with the nearest known name if `name` is none of them."""
+    """Raise ValueError, suggesting the nearest known name, if `name` is unknown."""
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
@@ -28,7 +28,7 @@ def at_least(name: str, value: float, low: int) -> None:
 
 
 def number(name: str, value: object, takes: str, low: float = -math.inf, high: float = math.inf) -> None:
-    """TypeError where `value` is no number, ValueError where it is not finite or outside of [low, high]."""
+    """TypeError if `value` is not a number, ValueError if it is not finite or outside [low, high]."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes {takes}")
     if not (abs(value) <= sys.float_info.max and low <= value <= high):
@@ -36,7 +36,7 @@ def number(name: str, value: object, takes: str, low: float = -math.inf, high: f
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Also one of numpy's; truth values are none."""
+    """Whether `value` is an integer, numpy's included; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -46,7 +46,7 @@ def switch(name: str, value: object) -> None:
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the field's type, or ValueError: TOML and JSON write 1 for 1.0."""
+    """`value` in the field's type (TOML and JSON may write 1 for 1.0); ValueError if it does not fit."""
     options = get_args(hint)
     if get_origin(hint) is Literal:
         if value not in options:
@@ -67,7 +67,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
 
 
 def parse_value(text: str) -> Any:
-    """A value typed on a command line: a number, true, false, none, or else a string."""
+    """A value typed on a command line: a number, true, false, none or null, JSON, or else a string."""
     word = text.strip()
     if word.lower() in ("none", "null"):
         return None
@@ -85,7 +85,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_assignment(text: str, what: str = "--set") -> tuple[str, Any]:
-    """("key", value) of "key=value"."""
+    """("key", value) from "key=value", with "_" for "-" in the key; ValueError without a key or "="."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise ValueError(f"{what}: got {text!r}, takes key=value")

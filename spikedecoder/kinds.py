@@ -1,4 +1,4 @@
-"""The four kinds of decoder that are compared with each other: what each changes in a configuration."""
+"""The four kinds of decoder that are compared, and what each changes in a configuration."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "fully spiking": {"spike_degree": 4, "reunite": "concatenate", "norm": "batch"},
     # the head reads spike counts, so its products are multiply-accumulates; thresholds are learned
     "SpikeDecoder": {"spike_degree": 4, "reunite": "accumulate", "learn_threshold": True, "norm": "layer"},
-    # the "performance" one: attention spikes, MLP and head do not
+    # the original's "performance" kind: attention spikes, MLP and head do not
     "partly spiking": {"spike_degree": 2, "norm": "layer"},
     "non-spiking": {"spike_degree": 0, "embedding_gain": 1.0, "norm": "layer"},
 }
 
 
 def kind_of(config: SpikeDecoderConfig) -> str:
-    """Which of KINDS a model is most like.
+    """The entry of KINDS that a model is closest to.
 
-    A model whose head is fed spikes alone is "fully spiking" (integers of I-LIF neurons too: they are sums of
-    spikes, see `SpikeDecoder.unroll`); one that spikes everywhere else is a "SpikeDecoder"; one in which only
-    some parts spike is "partly spiking".
+    "fully spiking": its head, too, receives only spikes (or integers of I-LIF neurons, which are sums of
+    spikes: see `SpikeDecoder.unroll`). "SpikeDecoder": it spikes everywhere but there. "partly spiking": only
+    some parts spike. "non-spiking": none does.
     """
     if config.spike_degree == 0 and not config.attention_only:
         return "non-spiking"

@@ -20,11 +20,11 @@ from spikedecoder.nn.mlp import MLP, SpikingMLP
 from spikedecoder.nn.neuron import LIF, neurons
 from spikedecoder.nn.state import DecoderState, LayerState, shapes
 
-IGNORE = -100  # target that the loss does not count
+IGNORE = -100  # targets of this value do not count in the loss
 
 
 def check_model(model: object) -> SpikeDecoder:
-    """The model itself, also out of what torch.compile makes of it; TypeError where it is none."""
+    """The SpikeDecoder, unwrapped if torch.compile wrapped it; TypeError for any other object."""
     found = getattr(model, "_orig_mod", model)
     if not isinstance(found, SpikeDecoder):
         wraps = isinstance(getattr(model, "module", None), SpikeDecoder)
@@ -35,13 +35,15 @@ def check_model(model: object) -> SpikeDecoder:
 
 
 class Block(nn.Module):
-    """One decoder block, x [T, B, S, E] (or [B, S, E] where attention does not spike).
+    """One decoder block, x [T, B, S, E] (or [B, S, E] if attention does not spike).
 
         spiking_residuals 0:  x = x + Attn(x);                 x = x + MLP(x)
         spiking_residuals 1:  x = LIF(x + Attn(x));            x = x + MLP(x)
         spiking_residuals 2:  x = LIF(x); x = LIF(x + Attn(x)); x = x + MLP(x)
 
-    `first` with first_block_residual_lif: Attn(x) passes a LIF before it is added.
+    LIF(x) is left out below spike_degree 2 and with attention_only; LIF(x + Attn(x)) also where the MLP does
+    not spike. In the `first` block, with first_block_residual_lif, Attn(x) passes through a LIF before it is
+    added.
     """
 
     def __init__(self, c: SpikeDecoderConfig, first: bool) -> None:
@@ -59,7 +61,7 @@ class Block(nn.Module):
         self.mlp = SpikingMLP(c, residuals > 0) if c.spiking_mlp else MLP(c)
 
     def forward(self, x: Tensor, layer: LayerState | None = None, position: Tensor | None = None) -> Tensor:
-        """With `layer`, go on from that past (and softmax attention from `position` [B]), and move it on."""
+        """With `layer`, continue from that past and update it; softmax attention needs `position` [B] too."""
         if self.input_lif is not None:
             x = self.input_lif(x)
         past = (layer,) if isinstance(self.attention, SpikingAttention) else (layer, position)
@@ -75,8 +77,8 @@ class Block(nn.Module):
 class SpikeDecoder(nn.Module, FolderMixin):
     """A GPT-style decoder-only language model made of spiking neurons.
 
-    ``model(tokens [B, S] int64) -> logits [B, S, V]``. Every call starts from neurons at rest: the model
-    remembers nothing between calls. How much of it spikes: ``config.spike_degree``.
+    ``model(tokens [B, S] int64) -> logits [B, S, V]``. Every call starts with all neurons at rest; the model
+    keeps no state between calls. ``config.spike_degree`` says how much of it spikes.
 
     Source: SpikeDecoder, Beger, Walter and Knoll, arXiv 2606.12287.
     """
@@ -86,7 +88,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
         if not isinstance(config, SpikeDecoderConfig):
             raise TypeError(f"config: got {type(config).__name__}, takes a SpikeDecoderConfig")
         self.config = config
-        self.tokenizer: Any = None  # travels with the checkpoint if set
+        self.tokenizer: Any = None  # saved with the checkpoint if set
         self.embedding = FloatEmbedding(config) if config.ann_embedding else Embedding(config)
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.blocks))
         self.head = Head(config)
@@ -101,11 +103,15 @@ class SpikeDecoder(nn.Module, FolderMixin):
 
     @property
     def _some_weight(self) -> Tensor:
-        # there may be an adapter in its place, or a module without parameters
+        # the head's Linear may have been replaced by an adapter, or by a module without parameters
         return next(chain(getattr(self.head, "linear", self.head).parameters(), self.parameters()))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, S, V] for tokens [B, S]; position i sees tokens 0 to i."""
+        """Logits [B, S, V] for tokens [B, S], int64 or int32; position i sees tokens 0 to i.
+
+        Raises TypeError for another type, and ValueError for another shape, for more than `max_len` tokens
+        (static positions take any number, unless tokens are one-hot) or, on the CPU, for unknown ids.
+        """
         self._check(tokens)
         x = self._embed(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
@@ -119,11 +125,14 @@ class SpikeDecoder(nn.Module, FolderMixin):
 
     @torch.no_grad()
     def prefill(self, tokens: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
-        """Read tokens [B, S], from the beginning or from `state` on: logits [B, S, V] and the state behind.
+        """Read tokens [B, S], from the beginning or after `state`: (logits [B, S, V], the new state).
 
-        The same logits as the parallel forward over all tokens read so far, in memory that does not grow
-        with them (spiking attention). Consumes `state`: see `DecoderState`. In evaluation mode only.
-        `forward` is not called, nor hooks on the model itself; those of its modules are.
+        The logits are those of a parallel forward pass over all tokens read so far. With spiking attention,
+        memory does not grow with their number. Consumes `state`: see `DecoderState`. `forward` is not
+        called, so hooks on the model itself do not run; those on its modules do.
+
+        Raises ValueError in training mode and for a state of another config or batch size, and rejects
+        tokens as `forward` does.
         """
         if self.training:
             raise ValueError("prefill: the model is in training mode; call model.eval() first")
@@ -148,14 +157,14 @@ class SpikeDecoder(nn.Module, FolderMixin):
         return self.head(x), state
 
     def step(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One more token for each sequence: token [B], logits [B, V] and the state behind it."""
+        """Read one more token of each sequence, token [B]: (logits [B, V], the new state); see `prefill`."""
         if not isinstance(token, Tensor) or token.dim() != 1:
             raise ValueError("token: takes an int64 tensor [B]")
         logits, state = self.prefill(token[:, None], state)
         return logits[:, 0], state
 
     def _keep_exact(self, state: DecoderState, more: int) -> None:
-        """Where float32 would not hold the sums of spikes any more, the state goes on in float64."""
+        """Continue the state in float64 if float32 would no longer hold the sums of spikes exactly."""
         c = self.config
         if not c.spiking_attention or state.longest + more <= c.exact_tokens:
             return
@@ -166,16 +175,17 @@ class SpikeDecoder(nn.Module, FolderMixin):
             layer["attention.state"] = layer["attention.state"].double()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over targets [B, S], those of -100 and of `pad_id` left out.
+        """Mean cross-entropy in nats over targets [B, S]; targets of -100 and `pad_id` do not count.
 
-        targets: for each token the one that follows it. Raises TypeError where they are no integers, and
-        ValueError where their shape is another, or (on the CPU) an id that the model has not.
+        targets: for each token the one that follows it, int64 or int32. NaN if none of them counts. Raises
+        TypeError for other types, ValueError if the shape differs from that of tokens or, on the CPU, for
+        ids outside the vocabulary.
         """
         if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
             got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
             raise TypeError(f"targets: got {got}, takes an int64 tensor [B, S]")
         if not isinstance(tokens, Tensor) or targets.shape != tokens.shape:
-            self._check(tokens)  # which `forward` does of others
+            self._check(tokens)  # bad tokens are reported first; otherwise `forward` checks them
             raise ValueError(
                 f"targets: got shape {tuple(targets.shape)}, takes that of tokens, {tuple(tokens.shape)}"
             )
@@ -185,7 +195,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         try:
             return F.cross_entropy(logits, targets.flatten().long(), ignore_index=IGNORE)
-        except IndexError:  # on the CPU; a GPU has its own assertion, and would wait if values were read
+        except IndexError:  # on the CPU only: a GPU has its own assertion, and reading values would stall it
             low, high = map(int, targets.aminmax())
             takes = f"0 to {self.config.vocab_size - 1}, and {IGNORE} for none"
             raise ValueError(f"targets: got ids from {low} to {high}, takes {takes}") from None
@@ -200,11 +210,12 @@ class SpikeDecoder(nn.Module, FolderMixin):
         seed: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """Tokens [B, S] with their continuations, [B, S + N], N <= max_new_tokens.
+        """Tokens [B, S] followed by their continuations: int64 [B, S + N], N <= max_new_tokens.
 
-        temperature 0 is greedy; `options`: min_p, repetition_penalty, stop, suppress, keep, past.
-        See `spikedecoder.generation.generate`, which also takes prompts of unequal length and returns the
-        predictions, and its `stream`.
+        temperature: 0 is greedy. top_k, top_p: limits on the candidates; None: no limit. seed: None draws a
+        new one. `options`: min_p, repetition_penalty, stop, suppress, keep, past. They are described in
+        `spikedecoder.generation.generate`, which also takes prompts of unequal lengths and returns the
+        predictions; `spikedecoder.generation.stream` yields tokens as they are generated.
         """
         from spikedecoder.generation.generate import generate_tensor
         from spikedecoder.generation.sampling import SamplingParams
@@ -226,17 +237,18 @@ class SpikeDecoder(nn.Module, FolderMixin):
             raise ValueError(
                 f"tokens: got {length} positions, takes at most max_len = {c.max_len} with {what}"
             )
-        # reading values would stall a GPU; there the embedding's own device assertion guards
+        # reading values would stall a GPU, where the embedding's device assertion catches bad ids
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= c.vocab_size:
                 raise ValueError(f"tokens: got ids from {low} to {high}, takes 0 to {c.vocab_size - 1}")
 
     def recompute_activations(self, on: bool = True) -> None:
-        """For backward keep spikes as bits and statistics of norms only, and compute Linears again there.
+        """Save memory in training: keep only spikes, as bits, and norm statistics; redo Linears in backward.
 
-        Same results; what a training step keeps shrinks several times, for one more product a Linear. A
-        setting of this object: in no config and no checkpoint. ValueError with I-LIF: it keeps bits.
+        Results are the same. A training step keeps several times less, for one more matrix product per
+        Linear. The setting belongs to this object and is stored in no config or checkpoint. Raises
+        ValueError with neuron="ilif", whose integers are not bits.
         """
         if on and self.config.neuron == "ilif":
             raise ValueError("recompute: got True, takes False with neuron='ilif': it keeps spikes as bits")
@@ -245,20 +257,23 @@ class SpikeDecoder(nn.Module, FolderMixin):
                 module.recompute = on
 
     def unroll(self, on: bool = True) -> None:
-        """Run I-LIF neurons as what they stand for: a binary timestep for each digit of `levels`.
+        """Run I-LIF neurons as binary timesteps, one for each binary digit of `levels`.
 
-        Every matrix product then takes the timesteps' spikes, 0 and 1, of its integer operand, and adds up
-        what they give, twice as much at each timestep as at the one after: the same numbers and gradients,
-        but for the order of sums. A neuron's spikes over the timesteps are those of
-        `spikedecoder.params.ILIFParams`. Without I-LIF neurons nothing changes. Unrolled, a model with
-        attention_dropout > 0 cannot be trained. A setting of this object: in no config and no checkpoint.
+        Every matrix product is then computed from the spikes, 0 and 1, that its integer operand stands for
+        (see `spikedecoder.params.ILIFParams`), one timestep at a time; the results are summed, each timestep
+        weighted twice as much as the next. Values and gradients stay the same, except for the order of
+        summation. Without I-LIF neurons nothing changes. An unrolled model with attention_dropout > 0 cannot
+        be trained. The setting belongs to this object and is stored in no config or checkpoint.
         """
         for module in self.modules():
             if isinstance(module, (SpikeLinear, AttentionLIF)):
                 module.unrolled = on and self.config.spike_levels > 1
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """For the optimiser: decay on Linear weights and thresholds, none on biases, norms, embeddings."""
+        """Groups for the optimiser: decay for Linear weights and learned thresholds, none for the rest.
+
+        The rest are biases, norms and embeddings. weight_decay: >= 0, else TypeError or ValueError.
+        """
         number("weight_decay", weight_decay, "a finite number >= 0", 0)
         decay = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)} | {
             id(m.v_threshold) for m in self.modules() if isinstance(m, LIF) and m.v_threshold is not None

@@ -1,4 +1,4 @@
-"""Parameters of operators, travelling together."""
+"""Parameters of operators, grouped into objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from spikedecoder.fields import LEAST, number, switch
 from spikedecoder.surrogate import get_surrogate
 
-RUNNING = {  # what each kind of norm keeps from pass to pass
+RUNNING = {  # the tensors that each kind of norm keeps from pass to pass
     "layer": (),
     "batch": ("running_mean", "running_var"),
     "power": ("running_phi", "ema_gz", "iters"),
@@ -29,7 +29,7 @@ def check_levels(levels: object) -> None:
 
 @dataclass(frozen=True)
 class LIFParams:
-    """What defines a leaky integrate-and-fire neuron besides its input.
+    """Parameters of a leaky integrate-and-fire neuron.
 
     With input x and membrane potential v, at each timestep t:
 
@@ -39,8 +39,10 @@ class LIFParams:
         v[t] = v_reset where s[t] = 1, else h[t]          hard reset (v_reset a number)
         v[t] = h[t] - s[t] * v_threshold                  soft reset (v_reset=None)
 
-    where r = v_reset (0 if None). ``detach_reset=True`` lets no gradient through s in the reset.
-    ``v_threshold`` here is the fixed one; operators also take a threshold tensor that overrides it.
+    where r = v_reset (0 if None) and tau >= 1 is in timesteps. In backward, ds/dh is the `surrogate` with
+    sharpness `alpha` (`spikedecoder.surrogate.SURROGATES`); ``detach_reset=True`` blocks the gradient through
+    s in the reset. ``v_threshold`` is a fixed number; operators also take a threshold tensor that overrides
+    it. A bad value raises TypeError or ValueError naming the field.
     """
 
     tau: float = 2.0
@@ -64,11 +66,11 @@ class LIFParams:
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def of(*flat: Any) -> LIFParams:
-        """``LIFParams(*flat)``, checked the first time: at every call of an operator that would be felt."""
+        """``LIFParams(*flat)``, cached: checking values at every operator call would take noticeable time."""
         return LIFParams(*flat)
 
     def flat(self) -> tuple[float, float, float | None, bool, str, float, bool]:
-        """The fields in order, for an operator's schema; ``LIFParams.of(*p.flat())`` is p again."""
+        """The fields in order, for an operator's schema; ``LIFParams.of(*p.flat())`` equals p."""
         return (
             self.tau,
             self.v_threshold,
@@ -84,33 +86,33 @@ MAX_LEVELS = 15
 
 
 def binary_timesteps(levels: int) -> int:
-    """B, the binary digits of integers up to `levels`: 2^B > levels; 1 for spikes."""
+    """B, the number of binary digits of integers up to `levels`, 2^B > levels; 1 for plain spikes."""
     return levels.bit_length()
 
 
 @dataclass(frozen=True)
 class ILIFParams:
-    """What defines an integer leaky integrate-and-fire neuron (I-LIF) besides its input.
+    """Parameters of an integer leaky integrate-and-fire neuron (I-LIF).
 
-    Trained in one timestep, with D = `levels`:
+    It is trained in one timestep, with input x and D = `levels`, 1 to 15:
 
         s = clip(floor(x / v_threshold + 1/2), 0, D)
         ds/dx = 1 / v_threshold where -WINDOW <= x / v_threshold <= D + WINDOW, else 0
 
-    At inference s is B binary timesteps, its binary digits, 2^B > D: an integrate-and-fire neuron without
-    leak whose potential starts at x + v_threshold / 2 (at most (D + 1/2) v_threshold), whose threshold is
-    2^(B-1) v_threshold at the first timestep and half as large at each later one, and from which each spike
-    subtracts the threshold that it crossed (soft reset). A spike counts as much as its threshold: see
-    `spikedecoder.ops.spike_planes`.
+    At inference s unrolls into B binary timesteps, 2^B > D, which emit its binary digits, most significant
+    first. The neuron then integrates and fires without leak: its potential starts at x + v_threshold / 2,
+    capped at (D + 1/2) v_threshold; its threshold is 2^(B-1) v_threshold at the first timestep and halves at
+    each later one; each spike subtracts the threshold that it crossed (soft reset). A spike counts as much
+    as its threshold: see `spikedecoder.ops.spike_planes`.
 
-    Sources: I-LIF, Luo et al., 2024 (SpikeYOLO, arXiv 2407.20708), there with D timesteps of equal worth;
+    Sources: I-LIF, Luo et al., 2024 (SpikeYOLO, arXiv 2407.20708), there with D equally weighted timesteps;
     spikes weighted by powers of 2: Kim et al., 2018 (Neurocomputing 311).
     """
 
     levels: int
     v_threshold: float = 1.0
 
-    WINDOW: ClassVar[float] = 0.5  # levels below 0 and above D as far as which the gradient passes
+    WINDOW: ClassVar[float] = 0.5  # the gradient passes this many levels below 0 and above D
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
@@ -122,13 +124,13 @@ class ILIFParams:
 
     @property
     def window(self) -> tuple[float, float]:
-        """Of x / v_threshold, where the gradient passes."""
+        """(low, high): the gradient passes where x / v_threshold lies within them."""
         return -self.WINDOW, self.levels + self.WINDOW
 
 
 def repeats_a_pass() -> bool:
-    """Whether a backward pass runs here: a forward pass inside it is one that activation checkpointing
-    repeats. (torch has no public name for it.)"""
+    """Whether this runs inside a backward pass: a forward pass there is a repetition by activation
+    checkpointing. (torch has no public function for this.)"""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -139,13 +141,15 @@ class NormParams:
     kind="layer": statistics per row; mean 0, variance 1, then weight and bias.
     kind="batch": statistics per channel over all rows (T, B and S together); `running` is
         (running_mean, running_var), updated in training with `momentum`, used in evaluation.
-    kind="power": PowerNorm (Shen et al., 2020), no mean: `running` is (running_phi, ema_gz, iters);
-        `momentum` is alpha, `warmup` the number of passes that use the batch's own second moment.
+    kind="power": PowerNorm (Shen et al., 2020), without a mean: `running` is (running_phi, ema_gz, iters);
+        `momentum` is 1 - alpha; the first `warmup` training passes use the batch's own second moment.
 
     `group`: the name of a process group (`spikedecoder.sync.name_of`) whose processes share the statistics of
-    kinds "batch" and "power" in training, as torch.nn.SyncBatchNorm does: those of all processes' rows, each
-    row counted once. The gradients of weight and bias stay each process's own, for data parallelism to
-    average. None: every process by itself.
+    kinds "batch" and "power" in training, as with torch.nn.SyncBatchNorm: they are taken over the rows of all
+    processes, and every row counts once. Gradients of weight and bias stay local, to be averaged by data
+    parallelism. None: each process uses the statistics of its own rows.
+
+    A bad kind, eps or momentum raises TypeError or ValueError.
     """
 
     kind: str
@@ -166,5 +170,5 @@ class NormParams:
 
     @property
     def synced(self) -> str | None:
-        """The group that shares this pass's statistics, None where each process has its own."""
+        """The group that shares this pass's statistics, None if each process uses its own."""
         return self.group if self.training and self.kind != "layer" else None

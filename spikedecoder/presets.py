@@ -18,8 +18,8 @@ _ORIGINAL_CHAR: dict[str, Any] = {
     "pad_id": 28,
 }
 
-# what made small models learn best, and last in long contexts, by bench/quality.py; one position channel, a
-# sine of period 2 pi: slower ones take values at long range that training never saw
+# the settings with which small models learn best and keep working in long contexts, by bench/quality.py; one
+# position channel, a sine of period 2 pi tokens: slower ones take values at long range unseen in training
 _BEST_LIF: dict[str, Any] = {
     "norm": "batch",
     "embedding_gain": 2.0,
@@ -38,11 +38,11 @@ _BEST: dict[str, Any] = {
     "levels": 15,
     "v_threshold": 0.2,
     "timesteps": 1,
-    "attention_scale": 0.001,  # LIF's 0.125, for q, k and v of spikes that are worth v_threshold
+    "attention_scale": 0.001,  # LIF's 0.125 times v_threshold^3: q, k and v count in units of v_threshold
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # small enough for a laptop's minutes
+    # small enough to train on a laptop in minutes
     "default": {**_BEST, "max_len": 128, "token_dim": 95, "position_dim": 1},
     # the same with LIF neurons of four timesteps
     "default-lif": {**_BEST_LIF, "max_len": 128, "token_dim": 95, "position_dim": 1},
@@ -72,8 +72,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# the original's: 10 epochs of 90 000 windows in batches of 32, of the 200 over which its cosine falls
-# to 5e-5
+# as in the original: 10 epochs of 90 000 windows in batches of 32, the first of the 200 epochs over which its
+# cosine schedule falls to 5e-5
 _ORIGINAL_RUN: dict[str, Any] = {
     "steps": 28_125,
     "batch_size": 32,
@@ -83,7 +83,7 @@ _ORIGINAL_RUN: dict[str, Any] = {
     "eval_every": 1000,
 }
 
-# how each of them is trained
+# the training settings of each preset
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "default": {"lr": 8e-3},
     "default-lif": {"lr": 8e-3},

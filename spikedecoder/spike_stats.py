@@ -21,7 +21,7 @@ SPIKING = (LIF, LinearNormLIF, AttentionLIF)  # modules whose output is spikes
 
 
 def spiking_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the layers that fire; a LIF that a fused layer computes is named as that layer."""
+    """(name, module) of the layers that fire; a LIF inside a fused layer goes by that layer's name."""
     inside = ""
     for name, module in model.named_modules():
         if isinstance(module, SPIKING) and not (inside and name.startswith(inside)):
@@ -30,7 +30,7 @@ def spiking_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def neurons_of(layer: nn.Module) -> LIF:
-    """The neurons of a layer that `spiking_layers` gives."""
+    """The neurons of a layer from `spiking_layers`."""
     neurons = layer if isinstance(layer, LIF) else layer.lif
     assert isinstance(neurons, LIF)
     return neurons
@@ -44,14 +44,14 @@ class SpikeCounter:
             model(tokens)
         counter.rates()                     # spikes per neuron and timestep, 0 to 1, by layer
 
-    The integers of I-LIF neurons count as the spikes of their binary timesteps (`ops.spike_planes`).
+    Integers of I-LIF neurons count as the spikes of their binary timesteps (`ops.spike_planes`).
     Costs one pass over each layer's output. Counts are exact.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.mask: Tensor | None = None
         self._layers = list(spiking_layers(model))
-        self._totals: dict[str, Tensor] = {}  # spikes, and outputs that are the largest
+        self._totals: dict[str, Tensor] = {}  # by layer: (spikes, outputs at their largest value)
         self._slots: dict[str, int] = {}
         self._model = model
         self._open = ExitStack()
@@ -81,10 +81,13 @@ class SpikeCounter:
         return count
 
     def counts(self) -> dict[str, tuple[int, int, int]]:
-        """By layer: spikes; the timesteps at which the neuron's output was the largest that it has, of I-LIF
-        neurons all of such an integer's; and the neurons * timesteps * positions that could have fired."""
+        """By layer: (spikes, timesteps at the largest output, neurons * timesteps * positions).
+
+        For I-LIF neurons an integer equal to `levels` counts with all of its binary timesteps as the second.
+        The third is how many spikes there could have been.
+        """
         return {name: (*total.tolist(), self._slots[name]) for name, total in self._totals.items()}
 
     def rates(self) -> dict[str, float]:
-        """By layer, in the order of the model: spikes per neuron, timestep and position."""
+        """By layer, in the order in which they ran: spikes per neuron, timestep and position, 0 to 1."""
         return {name: spikes / slots if slots else 0.0 for name, (spikes, _, slots) in self.counts().items()}

@@ -1,12 +1,12 @@
-"""The table of surrogates: what stands in for the derivative of a spike.
+"""The table of surrogate gradients, which replace the derivative of a spike.
 
 A neuron fires where its membrane potential h reaches the threshold,
 
     s = 1 if u >= 0 else 0,   u = h - v_threshold,
 
-which has no useful derivative. In the backward pass ds/du is replaced by g'(u), the derivative of a
-smooth (or piecewise) step g(u) from 0 to 1. Each row of the table holds g, g' and the number by which
-compiled kernels know it. ``u >= 0`` is said here and nowhere else.
+whose derivative is 0 almost everywhere. In the backward pass ds/du is replaced by g'(u), the derivative of
+a smooth or piecewise step g(u) from 0 to 1 (fast sigmoid: from -1 / alpha to 1 / alpha). Each row of the
+table holds g, g' and the number that identifies them in compiled kernels.
 
 Sources: sigmoid and ATan as in SpikingJelly (Fang et al., 2023, Science Advances 9, eadi1480) and PLIF
 (Fang et al., 2021); rectangular: Wu et al., 2018 (STBP); triangle: Esser et al., 2016; fast sigmoid:
@@ -24,13 +24,16 @@ from torch import Tensor
 
 
 def heaviside(u: Tensor) -> Tensor:
-    """1 where u >= 0, else 0, in u's dtype. NaN >= 0 is false: a NaN never fires."""
+    """1 where u >= 0, else 0, in u's dtype. NaN >= 0 is false, so NaN never fires."""
     return (u >= 0).to(u.dtype)
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """One row: ``primitive(u, alpha)`` is g, ``derivative(u, alpha)`` is g', both elementwise."""
+    """One row of the table: ``primitive(u, alpha)`` is g, ``derivative(u, alpha)`` is g', both elementwise.
+
+    u: membrane potential minus threshold. alpha: sharpness of the step, > 0.
+    """
 
     name: str
     kernel_id: int
@@ -97,7 +100,7 @@ SURROGATES: dict[str, Surrogate] = {
 
 
 def get_surrogate(name: str) -> Surrogate:
-    """The row called `name`; ValueError naming the choices if there is none."""
+    """The surrogate called `name`; ValueError listing the choices if there is none."""
     try:
         return SURROGATES[name]
     except (KeyError, TypeError):

@@ -1,8 +1,8 @@
-"""Sums and moments over the processes of a group: statistics of a batch that is cut in pieces.
+"""Sums and moments over the processes of a group: statistics of a batch that is split between them.
 
-A group is named by a string, which fits an operator's schema and a pickled model: ``WORLD`` is every process,
-others get their name from `name_of`. The collectives are operators of their own, so that a model which uses
-them traces; no value is read on the host.
+Groups go by strings, which fit an operator's schema and a pickled model: ``WORLD`` is all processes, other
+groups get their names from `name_of`. The collectives are registered operators, so models that use them can
+be traced; no value is read on the host.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _groups: dict[str, Any] = {}
 
 
 def name_of(group: Any = None) -> str:
-    """The name under which operators find this process group; None: all processes."""
+    """The name by which operators find this process group (None: all processes); else TypeError."""
     if group is None:
         return WORLD
     if not isinstance(getattr(group, "group_name", None), str):
@@ -28,7 +28,7 @@ def name_of(group: Any = None) -> str:
 
 
 def group_of(name: str) -> Any:
-    """The process group of that name; ValueError where this process has none."""
+    """The process group of that name; ValueError if there is none, or torch.distributed has not started."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             f"group: got {name!r}, but torch.distributed is not initialised here; call "
@@ -43,7 +43,7 @@ def group_of(name: str) -> Any:
 
 @torch.library.custom_op("spikedecoder::sum_over_processes", mutates_args=())
 def sum_over(x: Tensor, group: str) -> Tensor:
-    """The sum of every process's x."""
+    """The sum of x over all processes of the group."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group_of(group))
     return total
@@ -56,7 +56,7 @@ def _(x, group):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("spikedecoder::gather_from_processes", mutates_args=())
 def gather_from(x: Tensor, group: str) -> Tensor:
-    """Every process's x, stacked: [processes, ...]."""
+    """The x of all processes of the group, stacked: [processes, ...]."""
     members = group_of(group)
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(members))]
@@ -70,11 +70,11 @@ def _(x, group):  # type: ignore[no-untyped-def]
 
 
 def moments_over(mean: Tensor, var: Tensor, rows: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean [C], var [C], rows []) of all processes' rows together, from each one's own.
+    """(mean [C], var [C], rows []) over the rows of all processes, from the moments of each process's own.
 
     With n_i rows in process i and N in all:  mean = sum n_i mean_i / N,
-    var = sum n_i (var_i + (mean_i - mean)^2) / N,  so processes count by their rows, and one without
-    any hands in zeros. One collective.
+    var = sum n_i (var_i + (mean_i - mean)^2) / N,  so each process counts by its rows; one without rows
+    passes zeros. One collective.
     """
     own = torch.cat([mean, var, torch.full((1,), rows, dtype=mean.dtype, device=mean.device)])
     means, variances, counts = gather_from(own, group).split([len(mean), len(var), 1], dim=1)

@@ -1,7 +1,8 @@
 """The table of operator cases, shared by parity tests, ahead-of-time compilation and benchmarks.
 
 A case names an operator, shapes and options; `make_inputs` builds its tensors. A new operator adds its
-rows to `CASES` and its call to `CALLS`; tests and benches pick them up unedited.
+rows to `_rows` and the maker of its inputs to `_MAKERS`; tests and benchmarks then pick it up without being
+edited.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One row. `shape` is the operator's own (see `_MAKERS`); `exact`: inputs on which every backend must
-    agree bit for bit in the forward pass (dyadic currents, integer sums)."""
+    """One row. `shape` means what the operator's maker in `_MAKERS` reads it as. `exact`: on these inputs
+    (dyadic currents, integer sums) all backends must agree bit for bit in the forward pass."""
 
     operator: str
     name: str
@@ -103,7 +104,7 @@ def _rows() -> Iterator[Case]:
         yield Case(op, "S40-d128", (2, 1, 1, 40, 128))
         yield Case(op, "decay", (2, 2, 3, 100, 16), {"decay": True}, exact=False)
         yield Case(op, "scale", (3, 1, 2, 40, 16), {"scale": 0.5})
-    for shape in ((), (3, 1, 1), (20,), (3, 1, 20)):  # one, one a head, a channel, both
+    for shape in ((), (3, 1, 1), (20,), (3, 1, 20)):  # scalar, per head, per channel, both
         name = "threshold-" + "x".join(map(str, shape or (1,)))
         yield Case("spike_attention_lif", name, (2, 2, 3, 33, 20), {"threshold": shape})
     yield Case("spike_attention", "integers", (1, 2, 2, 66, 16), {"levels": 4})
@@ -149,7 +150,7 @@ def cases(*operators: str) -> list[Case]:
 
 
 def dyadic(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Multiples of 1/8 in [-2, 4): exact in every dtype, and so is the membrane at tau = 2, T <= 16."""
+    """Multiples of 1/8 in [-2, 4): exact in every dtype, as is the membrane potential at tau = 2, T <= 16."""
     return torch.randint(-16, 32, shape, generator=generator) / 8
 
 
@@ -158,7 +159,7 @@ def spikes(shape: tuple[int, ...], generator: torch.Generator, rate: float = 0.2
 
 
 def make_inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Inputs:
-    """The case's keyword arguments: tensors in `dtype` on `device`, those with a gradient requiring it."""
+    """The case's keyword arguments: tensors in `dtype` on `device`, some of which require a gradient."""
     generator = torch.Generator().manual_seed(seed)
     inputs = _MAKERS[case.operator](case, generator)
     return {name: _place(value, dtype, device) for name, value in inputs.items()}
@@ -197,7 +198,7 @@ def _norm_params(case: Case, generator: torch.Generator) -> NormParams:
         running = (torch.randn(c, generator=generator) * 0.1, second)
     elif kind == "power":
         running = (second, torch.zeros(c), torch.tensor(0))
-        if case.options.get("past_warmup"):  # where running_phi and what backward has gathered are read
+        if case.options.get("past_warmup"):  # then running_phi and ema_gz are read
             running = (second, torch.randn(c, generator=generator) * 0.5, torch.tensor(NormParams.warmup))
     return NormParams(kind, weight, bias, training=case.options.get("training", True), running=running)
 
@@ -270,7 +271,7 @@ def _linear_norm_inputs(case: Case, generator: torch.Generator) -> Inputs:
 _MAKERS: dict[str, Callable[[Case, torch.Generator], Inputs]] = {
     "lif": _lif_inputs,
     "binarize": lambda case, g: {"x": torch.randn(case.shape, generator=g).requires_grad_()},
-    # a wide range, with ties and what lies on the window's borders among it
+    # a wide range, including ties and values on the borders of the window
     "ilif": lambda case, g: {"x": (2 * dyadic(case.shape, g)).requires_grad_(), **case.options},
     "pack_spikes": lambda case, g: {"spikes": spikes(case.shape, g, 0.4)},
     "norm": _norm_inputs,

@@ -1,1 +1,1 @@
-"""What a model is made of. No choice of backend in here: everything goes through `spikedecoder.ops`."""
+"""The modules of a model. None of them chooses a backend: everything goes through `spikedecoder.ops`."""

@@ -1,4 +1,4 @@
-"""Self-attention: spiking without softmax, and the baseline's."""
+"""Self-attention: spiking without softmax, and softmax attention for the baseline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SpikingAttention(nn.Module):
         s = LIF(x), token-shifted;  q, k, v = LIF(Norm(Linear(s)));
         a = LIF((q k^T, causal) v * scale);  out = Norm(Linear(a)).
 
-    With `residual_spikes` x already spikes: no LIF before, one more LIF behind.
+    With `residual_spikes` x is spikes already: there is no LIF at the input, but one at the output.
     """
 
     def __init__(self, c: SpikeDecoderConfig, residual_spikes: bool) -> None:
@@ -47,7 +47,7 @@ class SpikingAttention(nn.Module):
 
 
 class AttentionLIF(nn.Module):
-    """Spikes [T, B, S, E] of the attention of q, k, v [T, B, S, E]."""
+    """Spiking attention of q, k, v [T, B, S, E] and its neurons: spikes [T, B, S, E]."""
 
     def __init__(self, c: SpikeDecoderConfig) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class AttentionLIF(nn.Module):
         self.levels, self.unrolled = c.spike_levels, False  # see SpikeDecoder.unroll
         self.lif = neurons(c)
         self.norm = Norm(c.norm, c.embed_dim) if c.attention_norm else None
-        # a constant of the config: in no checkpoint
+        # made from the config, so in no checkpoint
         self.decay: Tensor | None
         self._decays = c.decays
         self.register_buffer("decay", None if c.decays is None else self._made(), persistent=False)
@@ -64,21 +64,21 @@ class AttentionLIF(nn.Module):
         return torch.tensor(self._decays, dtype=dtype, device=device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionLIF:
-        """What `to`, `half` and `to_empty` call: the decay is not rounded (0.999 in bfloat16 is 1), and gets
-        its values where the module had none."""
+        """Called by `to`, `half` and `to_empty`: makes the decay anew, so that it is not rounded (0.999 in
+        bfloat16 is 1) and gets its values if the module had none."""
         super()._apply(fn, recurse)
         if self.decay is not None and not self.decay.is_meta:
             self.decay = self._made(self.decay.device, torch.promote_types(self.decay.dtype, torch.float32))
         return self
 
     def decays_as_made(self) -> bool:
-        """Whether the decay is the config's."""
+        """Whether the decay is what the config makes."""
         if self.decay is None or self.decay.is_meta:
             return (self.decay is None) == (self._decays is None)
         return torch.equal(self.decay, self._made(self.decay.device, self.decay.dtype))
 
     def _decay_for(self, x: Tensor) -> Tensor | None:
-        """The decay; made here where weights were assigned to a module of the meta device."""
+        """The decay; made here if weights were assigned to a module on the meta device."""
         if self.decay is not None and self.decay.is_meta and not x.is_meta:
             self.decay = self._made(x.device)
         return self.decay
@@ -89,14 +89,14 @@ class AttentionLIF(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if layer is None and self.norm is None and not watched(self.lif) and self.lif.fused:
             p, threshold = self.lif.params, self.lif.v_threshold
-            if threshold is not None and threshold.dim() == 1:  # one a channel of E
+            if threshold is not None and threshold.dim() == 1:  # one value per channel of E
                 threshold = threshold.expand(q.shape[2] * q.shape[-1]).unflatten(0, (self.heads, 1, -1))
             a = ops.spike_attention_lif(
                 q, k, v, p, self.scale, self._decay_for(q), threshold=threshold, dropout=dropout
             )
             return a.transpose(2, 3).flatten(-2)
         dtype = q.dtype
-        # as the operator above, which rounds no current to 16 bits
+        # like the operator above, round no current to 16 bits
         if self.norm is None and getattr(self.lif, "fused", False):
             q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
         current = self.current(q, k, v, dropout) if layer is None else self._go_on(q, k, v, layer)
@@ -115,7 +115,7 @@ class AttentionLIF(nn.Module):
         return attention(q, k, v, self.scale, self._decay_for(q), levels=self.levels, **options)
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState) -> Tensor:
-        """The attention with the past's sum of k^T v, in the dtype that keeps it exact; [T, B, H, S, d]."""
+        """The attention after the past's sum of k^T v, in the dtype that keeps it exact; [T, B, H, S, d]."""
         state, dtype = layer.get("attention.state"), q.dtype
         if state is not None and state.dtype == torch.float64:
             q, k, v = q.double(), k.double(), v.double()
@@ -124,7 +124,7 @@ class AttentionLIF(nn.Module):
 
 
 class SoftmaxAttention(nn.Module):
-    """The baseline's, x [B, S, E] -> [B, S, E]:
+    """The attention of the non-spiking baseline, x [B, S, E] -> [B, S, E]:
 
     q, k, v = Norm(Linear(x));  out = Norm(Linear(softmax(q k^T / sqrt(d), causal) v)).
     """
@@ -161,7 +161,7 @@ class SoftmaxAttention(nn.Module):
         return tuple(f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, layer: LayerState, position: Tensor) -> Tensor:
-        """With the past's keys and values, [B, H, capacity, d], written from `position` [B] on."""
+        """The attention with cached keys and values [B, H, capacity, d]; new ones go to `position` [B] on."""
         b, s = q.shape[0], q.shape[2]
         places = position[:, None] + torch.arange(s, device=q.device)  # [B, S]
         needed = int(places.max()) + 1
@@ -169,12 +169,12 @@ class SoftmaxAttention(nn.Module):
         for name, new in (("attention.k", k), ("attention.v", v)):
             cache = layer.get(name)
             if cache is not None:
-                cache = cache.to(new.dtype)  # another where autocast began or ended
+                cache = cache.to(new.dtype)  # differs if autocast has begun or ended since
             if cache is None:
                 cache = new.new_zeros(*new.shape[:2], max(self.capacity, needed), new.shape[-1])
             elif needed > cache.shape[-2]:
                 cache = grow(cache, max(needed, 2 * cache.shape[-2]))
-            elif cache.is_inference() and not torch.is_inference_mode_enabled():  # not to be changed in place
+            elif cache.is_inference() and not torch.is_inference_mode_enabled():  # must not change in place
                 cache = cache.clone()
             cache[torch.arange(b, device=q.device)[:, None], :, places] = new.transpose(1, 2)
             layer[name] = cache

@@ -1,4 +1,4 @@
-"""Tokens and positions as channels: spiking, and the baseline's."""
+"""Tokens and positions as channels: as spikes, and as the baseline's real numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spikedecoder.surrogate import heaviside
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
     """[..., dim] float32: entry i of position p is sin (even i) or cos (odd i) of p / 10000^(i / dim).
 
-    In float32 whatever the model's dtype: a binarised sinusoid must not depend on it.
+    In float32 whatever the model's dtype, on which a binarised sinusoid must not depend.
     """
     i = torch.arange(dim, device=positions.device)
     phase = positions.to(torch.float32).unsqueeze(-1) / 1e4 ** (i.to(torch.float32) / dim)
@@ -25,7 +25,7 @@ def binary_code(numbers: Tensor, width: int, code: str) -> Tensor:
     """[..., width] of 0 and 1: the numbers' binary digits, most significant first.
 
     "fixed-width": leading zeros, so every number has its own code. "left-aligned" (the original's):
-    zeros behind the digits instead, so that 1, 2, 4, ... share one code.
+    trailing zeros instead, so 1, 2, 4, ... share one code.
     """
     if code == "left-aligned":
         digits = 1 + (numbers.clamp(min=1).unsqueeze(-1) >> torch.arange(1, 63, device=numbers.device)).gt(
@@ -37,7 +37,7 @@ def binary_code(numbers: Tensor, width: int, code: str) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """tokens [B, S] -> [B, S, E]: token channels, then position channels, as spikes (times the gain)."""
+    """tokens [B, S] -> [B, S, E]: token channels, then position channels, as spikes times the gain."""
 
     def __init__(self, c: SpikeDecoderConfig) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Embedding(nn.Module):
                 nn.init.normal_(table.weight, std=c.embedding_std)
 
     def forward(self, tokens: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """`positions` [S], or [B, S] where the sequences stand at different places."""
+        """`positions` [S], or [B, S] if the sequences are at different positions."""
         c = self.config
         if c.token_encoding == "one-hot":
             out = F.one_hot(positions * c.vocab_size + tokens, c.token_width).to(dtype)
@@ -94,7 +94,7 @@ class Embedding(nn.Module):
 
 
 class FloatEmbedding(nn.Module):
-    """The baseline's, tokens [B, S] -> [B, S, E]: token embedding plus sinusoid or learned position."""
+    """The baseline's embedding, tokens [B, S] -> [B, S, E]: token plus sinusoid or learned position."""
 
     def __init__(self, c: SpikeDecoderConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
-    """Evaluation mode inside; each module's own mode behind. Takes a model or the list of its modules."""
+    """Evaluation mode inside the block, then each module's own mode again. Takes a model or its modules."""
     modules = model.modules() if isinstance(model, nn.Module) else model
     training = [m for m in modules if m.training]
     for module in training:

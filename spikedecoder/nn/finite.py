@@ -1,4 +1,4 @@
-"""Numbers that are none: a neuron that gets NaN never fires, so what it does must not be read off spikes."""
+"""Search for NaN and infinite values: a neuron that receives NaN never fires, and its spikes hide that."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 def not_finite(model: nn.Module) -> list[str]:
     """Names of the parameters and buffers that hold NaN or infinite values."""
     tensors = chain(model.named_parameters(), model.named_buffers())
-    # a sum is the faster look, and finite only where all of them are
+    # a sum is faster to check, and is finite only if all values are
     return [name for name, x in tensors if not (bool(x.sum().isfinite()) or bool(x.isfinite().all()))]
 
 
 def check_finite(model: nn.Module) -> None:
-    """ValueError naming the first of `not_finite`."""
+    """Raise ValueError naming the first of `not_finite`, if any."""
     if names := not_finite(model):
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         raise ValueError(

@@ -10,10 +10,10 @@ from spikedecoder.nn.neuron import neurons
 
 
 class Head(nn.Module):
-    """x [T, B, S, E] -> logits [B, S, V]: LIF (where the head spikes), join the timesteps, Linear.
+    """x [T, B, S, E] -> logits [B, S, V]: LIF (if the head spikes), join the timesteps, Linear.
 
-    `float_reunite`: join first, then one LIF step. Without timesteps, x [B, S, E], only the Linear. No norm
-    follows it, so that the size of its input matters: integers of I-LIF neurons are worth v_threshold each.
+    `float_reunite`: join first, then one LIF step. Without timesteps, x [B, S, E] only passes the Linear.
+    No norm follows, so the scale of the input matters: a unit of I-LIF neurons' integers counts v_threshold.
     """
 
     def __init__(self, c: SpikeDecoderConfig) -> None:

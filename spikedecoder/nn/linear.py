@@ -1,4 +1,4 @@
-"""Linear with the norm, and the neurons, that follow it."""
+"""Linear layers, with the norm and the neurons that follow them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from spikedecoder.nn.norm import Norm
 
 
 class SpikeLinear(nn.Linear):
-    """Linear whose input is exactly 0 and 1: accumulates, multiplies nothing.
+    """Linear whose input is exactly 0 and 1: it adds weights and multiplies nothing.
 
-    With `levels` > 1 its input is integers from 0 to that, each the spikes of several binary timesteps:
-    trained as one dense product, and where `unrolled` is set (`SpikeDecoder.unroll`) computed from those.
+    With `levels` > 1 the input is integers from 0 to `levels`, each standing for spikes of several binary
+    timesteps. They are multiplied in one dense product or, if `unrolled` is set (`SpikeDecoder.unroll`), as
+    those spikes.
 
-    unit: what a spike is worth, y = unit (s W^T) + b: one multiplication an output, where it is not 1.
+    unit: value of a spike, y = unit (s W^T) + b; unless it is 1, it costs one multiplication per output.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class SpikeLinear(nn.Linear):
 class LinearNorm(nn.Module):
     """Norm(Linear(x)), x [..., K] -> [..., N].
 
-    levels: of the spikes x, None where it is real numbers. gain: the norm's weight before training.
+    levels: the largest value of the spikes x; None if x is real numbers. gain: the norm's initial weight.
     """
 
     def __init__(self, inputs: int, outputs: int, norm: str, levels: int | None, gain: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""Whether a model still is what its config makes, in what no tensor of its state says."""
+"""Whether a model still is what its config makes, in all that its state dict does not show."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
 
 _PLAIN = (bool, int, float, str, type(None), LIFParams, ILIFParams, SpikeDecoderConfig)
-# how a module runs or is trained, which is in no config
+# attributes that say how a module runs or is trained, not what it is
 _OF_THE_OBJECT = {"training", "recompute", "unrolled", "group", "dropout", "capacity", "tokenizer"}
 
 
 class _Unfilled(TorchFunctionMode):
-    """Draws no numbers: on the meta device they would import the compiler, which takes a second."""
+    """Skips random initialisation: on the meta device it would import the compiler, which takes a second."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -35,21 +35,21 @@ class _Unfilled(TorchFunctionMode):
 
 @functools.lru_cache(maxsize=16)
 def made(kind: Any, config: SpikeDecoderConfig) -> SpikeDecoder:
-    """What `kind`, SpikeDecoder or a class derived from it, makes of the config; it has no memory."""
+    """The model that `kind`, SpikeDecoder or a subclass, makes of the config; on the meta device, cached."""
     with torch.device("meta"), _Unfilled():
         model: SpikeDecoder = kind(config)
     return model
 
 
 def changed(model: SpikeDecoder, kind: Any) -> str | None:
-    """The first module that is another, or is set otherwise, than in `made(kind, model.config)`, in words."""
+    """How the first module that differs from `made(kind, model.config)` does so, in words; else None."""
     own = dict(model.named_modules(remove_duplicate=False))
     expected = dict(made(kind, model.config).named_modules(remove_duplicate=False))
     for name, module in own.items():
         if name not in expected:
             return f"{name} was added"
         same = expected[name]
-        if name and type(module) is not type(same):  # a model may be of a class derived from `kind`
+        if name and type(module) is not type(same):  # the model itself may be of a subclass of `kind`
             return f"{name} is a {type(module).__name__}, not a {type(same).__name__}"
         if "forward" in vars(module) and "forward" not in vars(same):
             return f"{name or 'it'} has a forward of its own"
@@ -62,7 +62,7 @@ def changed(model: SpikeDecoder, kind: Any) -> str | None:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """The attributes by which a config sets a module of this package."""
+    """The attributes of a module of this package that are set by the config."""
     if not type(module).__module__.startswith("spikedecoder."):
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Feed-forward part of a block: spiking, and the baseline's."""
+"""Feed-forward part of a block: spiking, and the one of the baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spikedecoder.nn.state import LayerState
 class SpikingMLP(nn.Module):
     """x [T, B, S, E] -> [T, B, S, E]: Norm(Linear(LIF(Norm(Linear(LIF(x), token-shifted))))), dropout.
 
-    With `residual_spikes` x already spikes: no LIF before, one more LIF behind.
+    With `residual_spikes` x is spikes already: there is no LIF at the input, but one at the output.
     """
 
     def __init__(self, c: SpikeDecoderConfig, residual_spikes: bool) -> None:
@@ -34,7 +34,7 @@ class SpikingMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """The baseline's, x [..., S, E] -> [..., S, E]: Linear(GELU(Linear(x))), tanh GELU, dropout."""
+    """The MLP of the baseline, x [..., S, E] -> [..., S, E]: Linear(GELU(Linear(x))), tanh GELU, dropout."""
 
     def __init__(self, c: SpikeDecoderConfig) -> None:
         super().__init__()

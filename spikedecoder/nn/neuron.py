@@ -11,20 +11,20 @@ from spikedecoder.config import SpikeDecoderConfig
 from spikedecoder.nn.norm import Norm
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
-# torch's modules that this package's own are made of
+# those of the torch modules that this package builds on
 _PARTS = (nn.Linear.forward, nn.Embedding.forward, nn.Dropout.forward)
 
 
 def foreign(module: nn.Module) -> bool:
-    """Whether it is not made of what this package is: an adapter in a Linear's place, for one."""
-    # of the class: with torch 2.11 a bound method's module does not trace
+    """Whether it is neither this package's nor a torch module it builds on: an adapter, for example."""
+    # taken from the class: with torch 2.11, __module__ of a bound method cannot be traced
     of_class = type(module).forward
     ours = getattr(of_class, "__module__", "").startswith("spikedecoder.")
     return "forward" in module.__dict__ or not (ours or of_class in _PARTS)
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether a hook waits on one of them, or one is foreign, so that it has to be called by itself."""
+    """Whether one of them has a hook or is foreign, so that the modules have to be called separately."""
     return bool(_has_any_global_hook()) or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or foreign(m)
         for m in modules
@@ -32,7 +32,7 @@ def watched(*modules: nn.Module) -> bool:
 
 
 def followed(model: nn.Module) -> bool:
-    """Whether a hook waits on the forward of any of its modules."""
+    """Whether the forward of any of its modules has a hook."""
     return bool(_has_any_global_hook()) or any(
         m._forward_hooks or m._forward_pre_hooks for m in model.modules()
     )
@@ -45,7 +45,7 @@ class LIF(nn.Module):
     """
 
     levels = 1  # the largest output
-    fused = True  # there are operators that hold it together with what comes before
+    fused = True  # some operators fuse it with what comes before
     params: LIFParams
 
     def __init__(self, params: LIFParams, learn_threshold: bool = False) -> None:
@@ -67,7 +67,7 @@ class LIF(nn.Module):
 
 
 class ILIF(LIF):
-    """Integer LIF: counts 0 to `levels`, one step; x of any shape."""
+    """Integer LIF: integers 0 to `levels`, in one step; x of any shape."""
 
     fused = False
     params: ILIFParams  # type: ignore[assignment]
@@ -84,8 +84,8 @@ class ILIF(LIF):
 
 
 def fire(lif: LIF, norm: Norm, x: Tensor) -> Tensor:
-    """lif(norm(x)) in x's dtype, of which under autocast some norms make float32; in one operator unless
-    someone wants the current or the spikes, or neurons of another make are in ours' place."""
+    """lif(norm(x)) in x's dtype (under autocast, some norms return float32). In one operator, unless a hook
+    has to see norm or neurons separately, or one of them is foreign."""
     if watched(norm, lif):
         spikes: Tensor = lif(norm(x))
         return spikes.to(x.dtype)
@@ -93,6 +93,6 @@ def fire(lif: LIF, norm: Norm, x: Tensor) -> Tensor:
 
 
 def neurons(c: SpikeDecoderConfig) -> LIF:
-    """A layer of the neurons that the configuration asks for."""
+    """A layer of the neurons that the configuration specifies."""
     params = c.neurons
     return ILIF(params) if isinstance(params, ILIFParams) else LIF(params, c.learn_threshold)

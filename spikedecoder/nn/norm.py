@@ -20,7 +20,7 @@ class Norm(nn.Module):
     def __init__(self, kind: str, channels: int) -> None:
         super().__init__()
         self.kind = kind
-        self.group: str | None = None  # whose processes share the statistics: see `sync_norms`
+        self.group: str | None = None  # of processes that share the statistics: see `sync_norms`
         self.momentum = NormParams.momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -34,7 +34,7 @@ class Norm(nn.Module):
             self.register_buffer("iters", torch.tensor(0))
 
     def params(self) -> NormParams:
-        """The tensors and settings of one pass; counts the pass where the norm keeps count."""
+        """The tensors and settings of one pass; in training, BatchNorm counts the pass."""
         if self.kind == "batch" and self.training and not repeats_a_pass():
             self.num_batches_tracked.add_(1)
         tensors = tuple(getattr(self, name) for name in RUNNING[self.kind])
@@ -51,22 +51,23 @@ class Norm(nn.Module):
 
 
 def sync_norms(model: nn.Module, group: Any = None) -> int:
-    """Let BatchNorm and PowerNorm of `model` take their statistics over all processes of a group in training.
+    """Let the BatchNorms and PowerNorms of `model` share their statistics between processes in training.
 
-    As torch.nn.SyncBatchNorm does: the statistics are those of all processes' rows together, each process
-    counting by its rows, and the running ones stay equal everywhere. One small collective a norm in forward
-    and one in backward. Without it each process normalises by its own batch, as torch's BatchNorm does, which
-    at few sequences a process is noisy.
+    As with torch.nn.SyncBatchNorm, statistics are taken over the rows of all processes of the group, every
+    row counting once, and running statistics stay equal everywhere. This takes one small collective per norm
+    in forward and one in backward. Without it each process normalises by its own batch, as torch's BatchNorm
+    does, which is noisy with few sequences per process.
 
     Args:
         model: changed in place.
         group: a torch.distributed.ProcessGroup; None: all processes.
 
     Returns:
-        how many norms were changed (LayerNorm has nothing to share).
+        the number of norms that were changed (LayerNorm has nothing to share).
 
     Raises:
-        TypeError, ValueError: not a group; torch.distributed is not initialised.
+        TypeError: group is not a process group.
+        ValueError: torch.distributed is not initialised.
     """
     name = sync.name_of(group)
     sync.group_of(name)
@@ -80,15 +81,15 @@ def sync_norms(model: nn.Module, group: Any = None) -> int:
 def measure_norms(model: nn.Module, batches: Iterable[Any]) -> int:
     """Measure BatchNorm's running statistics anew, as the mean over `batches`, each an input of `model`.
 
-    For weights that training has not seen, as averaged ones (`torch.optim.swa_utils.AveragedModel`), whose
-    `update_bn` knows torch's own norms alone. Dropout is off meanwhile. Where norms share statistics
+    For weights that were not trained as they are, such as those of `torch.optim.swa_utils.AveragedModel`;
+    torch's `update_bn` knows only torch's own norms. Dropout is off meanwhile. If norms share statistics
     (`sync_norms`), each process calls this with its share of the batches.
 
     Returns:
-        how many norms were measured.
+        the number of norms that were measured.
 
     Raises:
-        ValueError: no batches; the statistics then stay as they are.
+        ValueError: no batches; the statistics stay as they were.
     """
     norms = [m for m in model.modules() if isinstance(m, Norm) and m.kind == "batch"]
     modes = [(m, m.training) for m in model.modules()]
@@ -98,7 +99,7 @@ def measure_norms(model: nn.Module, batches: Iterable[Any]) -> int:
         for seen, batch in enumerate(batches, 1):
             for norm in norms:
                 norm.train()
-                norm.momentum = 1 / seen  # the first takes the place of what was there
+                norm.momentum = 1 / seen  # the first batch replaces the old statistics
             model(batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

@@ -1,4 +1,4 @@
-"""Token shift: spikes of the previous tokens, without a parameter or a multiplication."""
+"""Token shift: spikes of previous tokens, without parameters or multiplications."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from spikedecoder.nn.state import LayerState
 def token_shift(x: Tensor, n: int, layer: LayerState | None = None, key: str = "") -> Tensor:
     """Channel group i of n takes its values from the token i places back (zeros before the first).
 
-    x [..., S, E] -> [..., S, E]. Groups are as equal as possible, the first ones wider. Spikes stay
-    spikes. With `layer`, its entry `key` holds the last n - 1 tokens [..., n - 1, E] and is moved on.
+    x [..., S, E] -> [..., S, E]. Group widths differ by at most 1, the first ones being wider. Spikes stay
+    spikes. With `layer`, its entry `key` holds the last n - 1 tokens [..., n - 1, E] and is updated.
     Source: the token shift of RWKV (Peng et al., 2023), made binary and longer.
     """
     if n == 1:
@@ -33,12 +33,12 @@ def token_shift(x: Tensor, n: int, layer: LayerState | None = None, key: str = "
 
 
 def _groups(x: Tensor, n: int) -> Sequence[Tensor]:
-    """x.tensor_split(n, dim=-1), whose gradient would be zeros of all of x for each group."""
+    """x.tensor_split(n, dim=-1), whose gradient would fill a tensor of x's size with zeros for each group."""
     wide, first = divmod(x.shape[-1], n)
     return x.split([wide + (i < first) for i in range(n)], dim=-1)
 
 
 def _moved(group: Tensor, i: int) -> Tensor:
-    """group [..., S, C], i places later; zeros come in, and the last ones go."""
+    """group [..., S, C] moved i places later: zeros come first, and the last i places are dropped."""
     i = min(i, group.shape[-2])
     return F.pad(group, (0, 0, i, -i)) if i else group

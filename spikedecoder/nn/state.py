@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has read: explicit, movable, forkable, of bounded size."""
+"""What a model remembers of the tokens it has read, as an explicit object."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LayerState = dict[str, Tensor]
 
 
 def shapes(c: SpikeDecoderConfig, batch: int) -> dict[str, tuple[int, ...]]:
-    """Of a block's tensors once it has read something; caches of keys and values can be longer."""
+    """Shapes of a block's tensors once it has read something; key and value caches can be longer."""
     d = c.embed_dim // c.heads
     steps = (c.timesteps,) if c.spiking_attention else ()
     cache = (batch, c.heads, c.max_len, d)
@@ -37,18 +37,18 @@ class DecoderState:
 
     Per block: ``attention.state``, the running sum of k^T v [T, B, H, d, d] of spiking attention, or
     ``attention.k`` and ``attention.v`` [B, H, capacity, d] of softmax attention; ``attention.shift`` and
-    ``mlp.shift``, the last tokens' spikes of a token shift. Neurons start fresh at each token, so this is
-    all. `position` [B] is how many tokens each sequence has read.
+    ``mlp.shift``, the last tokens' inputs of a token shift. Neurons start at rest at each token, so this is
+    all. `position` [B]: how many tokens each sequence has read.
 
-    A call of `SpikeDecoder.prefill` or `step` consumes the state that it gets: go on with the one that it
-    returns, and `clone` first to keep a point to fork from. It knows its model's config, and is refused by
-    models of another; that the weights are the same is the caller's to see to.
+    `SpikeDecoder.prefill` and `step` consume the state passed to them: continue with the one that they
+    return, and `clone` first to keep a point to fork from. A state is refused by models of another config;
+    that the weights are the same is up to the caller.
     """
 
     config: SpikeDecoderConfig
     position: Tensor
     layers: list[LayerState]
-    longest: int = 0  # the largest position, known without asking the device
+    longest: int = 0  # the largest position, known without reading the device
 
     @classmethod
     def empty(cls, config: SpikeDecoderConfig, batch: int, device: torch.device) -> DecoderState:
@@ -67,11 +67,11 @@ class DecoderState:
 
     @staticmethod
     def bytes_of(config: SpikeDecoderConfig, itemsize: int = 4) -> int:
-        """Bytes that one sequence's state takes, in a dtype of `itemsize` bytes.
+        """Bytes of one sequence's state, in a dtype of `itemsize` bytes.
 
-        With spiking attention for ever, but for the step from float32 to float64 where sums need it (past
-        2^24 / d tokens); with softmax attention for up to max_len tokens. Before the first token a state
-        holds its position only.
+        With spiking attention it never grows, except when its sums need float64 instead of float32 (past
+        `config.exact_tokens` tokens). With softmax attention this is the size for up to max_len tokens.
+        Before the first token a state holds only its position.
         """
         return 8 + config.blocks * sum(map(math.prod, shapes(config, 1).values())) * itemsize
 
@@ -80,14 +80,17 @@ class DecoderState:
         return 1 if self.config.spiking_attention else 0
 
     def clone(self) -> DecoderState:
-        """A copy that shares nothing."""
+        """A copy that shares no memory."""
         return self._map(torch.clone)
 
     def to(self, device: torch.device | str) -> DecoderState:
         return self._map(lambda t: t.to(device))
 
     def select(self, rows: Sequence[int] | Tensor) -> DecoderState:
-        """The sequences `rows`, in that order; a row may come more than once: n ways to go on."""
+        """The sequences `rows`, in that order; a row may be repeated, to be continued in several ways.
+
+        Raises TypeError for truth values and ValueError for rows that there are not.
+        """
         rows = rows.tolist() if isinstance(rows, Tensor) else rows
         for row in rows:
             if isinstance(row, bool):
@@ -101,7 +104,7 @@ class DecoderState:
 
     @classmethod
     def stack(cls, states: Sequence[DecoderState]) -> DecoderState:
-        """The sequences of several states as one batch; they may have read unequal numbers of tokens."""
+        """The sequences of several states as one batch; they may have read different numbers of tokens."""
         if not states:
             raise ValueError("states: got none, takes at least one")
         first = states[0]
@@ -127,10 +130,10 @@ class DecoderState:
 
     @classmethod
     def from_tensors(cls, config: SpikeDecoderConfig, tensors: dict[str, Tensor]) -> DecoderState:
-        """The state whose `tensors` these were.
+        """The state that these are the `tensors` of.
 
         Raises:
-            ValueError: some are missing, unknown, or not what a state of this config has; names the first.
+            ValueError: names the first tensor that is missing, unknown, or does not fit this config.
         """
         position = tensors.get("position")
         if position is None or position.dtype != torch.int64 or position.dim() != 1 or not position.numel():
@@ -171,7 +174,7 @@ def _check_saved(
 
 
 def _join(name: str, layers: Sequence[LayerState], sizes: Sequence[int], dim: int) -> Tensor:
-    """The tensors of that name of so many sequences each as one; zeros for those that have read nothing."""
+    """The tensors called `name`, of `sizes` sequences each, as one; zeros for those that read nothing yet."""
     known = next(layer[name] for layer in layers if name in layer)
     shapes = [(*known.shape[:dim], size, *known.shape[dim + 1 :]) for size in sizes]
     parts = [
@@ -184,7 +187,7 @@ def _join(name: str, layers: Sequence[LayerState], sizes: Sequence[int], dim: in
 
 
 def grow(cache: Tensor, capacity: int) -> Tensor:
-    """[..., n, d] -> [..., capacity, d] with zeros behind."""
+    """[..., n, d] -> [..., capacity, d], padded with zeros."""
     more = capacity - cache.shape[-2]
     if more <= 0:
         return cache

@@ -1,4 +1,4 @@
-"""Forward hooks for a while."""
+"""Temporary forward hooks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 @contextmanager
 def watching(model: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Forward hooks of `model`'s modules inside.
+    """Forward hooks on `model`'s modules inside the block.
 
-    Modules that were compiled in place (`nn.Module.compile`) run as they are meanwhile: torch does not call
-    hooks that come after the first compiled call.
+    Modules that were compiled in place (`nn.Module.compile`) run uncompiled meanwhile, as torch does not call
+    hooks that were added after the first compiled call.
     """
     compiled = [(m, m._compiled_call_impl) for m in model.modules() if m._compiled_call_impl is not None]
     handles = []

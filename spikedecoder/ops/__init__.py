@@ -1,4 +1,4 @@
-"""What the operators mean: signature, checks, autograd, choice of backend."""
+"""The operators: signatures, checks of arguments, autograd, choice of backend."""
 
 from spikedecoder.ops._dispatch import BackendError, use_backend
 from spikedecoder.ops.binarize import binarize

@@ -1,4 +1,4 @@
-"""Checks at the boundary of the operators: what was got, what is taken."""
+"""Checks of the operators' arguments; an error says what an argument got and what it takes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def broadcasts(name: str, x: Tensor, shape: torch.Size) -> None:
 
 
 def no_gradient(option: str, **tensors: Tensor | None) -> None:
-    """`option` gives a result without gradient, so that one which is recorded would end there unnoticed."""
+    """Raise if a gradient would be recorded: `option`'s result carries none, so it would be lost silently."""
     for name, x in tensors.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(

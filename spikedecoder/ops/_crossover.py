@@ -1,11 +1,11 @@
-"""Which backend was measured to be the fastest on a GPU, by shape: what ``auto`` asks before its order.
+"""Which backend was measured to be the fastest on a GPU, by shape; ``auto`` looks here first.
 
-`crossover.json` beside this file is written by ``python bench/gpu_crossover.py``. An entry says up to which
-rate of spikes the CUDA extension took less time than Triton, for an operator, a dtype, rows, channels and
-outputs. The rate of a call is not known without waiting for the GPU; it is taken to be ASSUMED_RATE, about
-that of a trained model. An entry stands for GPUs of the compute capability that it was measured on; for
-channels and outputs less than twice or more than half its own; and for rows: one of few for up to twice as
-many, one of many from half as many on. Where no entry stands, the device's order holds.
+`crossover.json` beside this file is written by ``python bench/gpu_crossover.py``. For an operator, dtype and
+numbers of rows, channels and outputs, an entry gives the spike rate below which the CUDA extension took less
+time than Triton. The rate of a call is unknown without waiting for the GPU, so ASSUMED_RATE is used, roughly
+that of a trained model. An entry applies to GPUs of the compute capability that it was measured on, and to
+channels and outputs between half and twice its own. An entry of few rows applies up to twice its number of
+rows, one of many rows from half its number on. Without an entry, the device's order of preference decides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 TABLE = Path(__file__).with_name("crossover.json")
 ASSUMED_RATE = 0.1
-FEW = 64  # rows: up to here few
+FEW = 64  # an entry of up to this many rows is one of few
 
 
 @functools.cache
@@ -29,14 +29,14 @@ def entries() -> tuple[dict[str, Any], ...]:
 
 @functools.cache
 def capability(device: torch.device) -> str | None:
-    """Such as "9.0"; None of what is no GPU of CUDA."""
+    """The compute capability, such as "9.0"; None if the device is not a CUDA GPU."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def is_measured(operator: str, device: torch.device) -> bool:
-    """Whether shapes matter to the choice for `operator`, or a part of it, on this device."""
+    """Whether there are entries for `operator`, or a part of it, on this device, so that shapes matter."""
     return any(
         entry["operator"].startswith(operator) and entry["capability"] == capability(device)
         for entry in entries()
@@ -44,7 +44,7 @@ def is_measured(operator: str, device: torch.device) -> bool:
 
 
 def fastest(part: str, device: torch.device, dtype: torch.dtype, *sizes: int) -> str | None:
-    """The backend to try first for rows, channels and outputs (packing has none); None where none is."""
+    """The backend to try first for these rows, channels and outputs (packing has no outputs), or None."""
     return _find(part, capability(device), str(dtype), sizes)
 
 

@@ -1,4 +1,4 @@
-"""When an operator may pass the dispatcher by, which for a small tensor takes as long as its kernel."""
+"""Calls that bypass torch's dispatcher, which for a small tensor takes as long as the kernel."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, nn.Parameter)
-# Asked for each call of an operator: looked up once.
+# Needed at every call of an operator, so looked up once.
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nothing traces, transforms or records a call, and its tensors are what they seem, of values.
+    """Whether nothing traces, transforms or intercepts this call, and its tensors are plain, dense and hold
+    values.
 
     Raises:
         NotImplementedError: a tensor has a tangent (forward-mode differentiation), which torch's custom
-            operators lose without a word.
+            operators would drop silently.
     """
     if forward_ad._current_level >= 0 and any(
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
@@ -43,13 +44,13 @@ def unwatched(*tensors: Tensor | None) -> bool:
 
 
 def as_tensors(like: Tensor, *found: Tensor | None, dtype: torch.dtype | None = None) -> Any:
-    """What a registered operator, which gives tensors alone, says None with: empty ones."""
+    """`found` with empty tensors in place of None: a registered operator can return only tensors."""
     return tuple(like.new_empty(0, dtype=dtype or like.dtype) if x is None else x for x in found)
 
 
 class _Final(torch.autograd.Function):
-    """What `compute` gives, as a function of tensors by which it cannot be differentiated. (torch's
-    once_differentiable looks at incoming gradients alone, and says nothing to torch.autograd.grad.)"""
+    """The result of `compute`, which raises when it is differentiated with respect to `tensors`. (torch's
+    once_differentiable looks only at incoming gradients, and raises nothing under torch.autograd.grad.)"""
 
     @staticmethod
     def forward(ctx: Any, compute: Callable[[], Any], *tensors: Any) -> Any:
@@ -61,7 +62,7 @@ class _Final(torch.autograd.Function):
 
 
 class _Kept:
-    """A ctx whose saved tensors are read once, as activation checkpointing wants it."""
+    """A ctx whose saved tensors are read only once, as activation checkpointing requires."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
@@ -77,13 +78,15 @@ def direct(
     tensors: int | None = None,
     twice: bool = False,
 ) -> Callable[..., Any]:
-    """An operator as an autograd function, for calls that nothing watches: a training step of a small model
-    feels what the dispatcher takes.
+    """An operator as an autograd function, for calls that nothing watches (see `unwatched`): in a training
+    step of a small model, the time of the dispatcher matters.
 
-    Args: what the operator is registered with, but functions in place of operators.
-        tensors: so many of its arguments, the first, may be tensors; autograd, which looks at each argument,
-            is handed the others as one. None: any may.
-        twice: backward can be differentiated itself, where gradients are on in it.
+    Args:
+        forward, setup_context, backward: what the operator is registered with, calling functions instead of
+            operators.
+        tensors: only this many of the first arguments may be tensors. The others are passed through autograd
+            as one object, because it inspects every argument. None: any argument may be a tensor.
+        twice: whether backward can itself be differentiated when gradients are enabled in it.
     """
 
     class Direct(torch.autograd.Function):
@@ -98,7 +101,7 @@ def direct(
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             grads = tuple(grad if grad is None else grad.resolve_neg() for grad in grads)
-            if torch.is_grad_enabled() and not twice:  # the gradient may be differentiated again
+            if torch.is_grad_enabled() and not twice:  # someone may differentiate the gradient
                 kept = _Kept(ctx)
                 found = _Final.apply(lambda: backward(kept, *grads), *grads, *kept.saved_tensors)
             else:

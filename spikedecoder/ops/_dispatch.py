@@ -1,10 +1,10 @@
 """Which backend computes an operator.
 
-A backend is a folder of modules, one per operator, all with the operator's stem: `reference/lif.py`,
-`kernels/lif.py`, ... A module may offer ``why_not(call) -> str | None``: the reason it cannot run this
-call, None if it can. ``auto`` takes the first backend in the device's order of preference that can, after
-the one that was measured to be the fastest for the shape (`_crossover`); a backend asked for by name runs or
-raises.
+A backend is a folder of modules, one per operator and named after it: `reference/lif.py`,
+`kernels/lif.py`, ... A module may offer ``why_not(call) -> str | None``: the reason why it cannot run this
+call, None if it can. ``auto`` first tries the backend that was measured to be the fastest for the shape
+(`_crossover`), then the others in the device's order of preference, and takes the first that can run the
+call. A backend requested by name runs or raises.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _forced: str | None = None
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot run the operator."""
+    """The backend that was requested by name cannot run the operator, or with "auto" none can."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend may look at to decide whether it can run: no values. An empty shape means any.
+    """What a backend may look at to decide whether it can run a call: no values. An empty shape means any.
 
-    Options that say which measurements stand for the call: "part", of the operator, if it has several, and
-    "outputs", of a product whose shape ends in its channels.
+    Two options select the measurements that apply (`_crossover`): "part", for an operator of several parts,
+    and "outputs", the output channels of a product, whose shape ends in its input channels.
     """
 
     device: torch.device
@@ -67,7 +67,7 @@ class Call:
 
 
 def constant(function: Any) -> Any:
-    """`torch.compiler.assume_constant_result`, which would import the compiler: a second of every start."""
+    """`torch.compiler.assume_constant_result` without importing the compiler, a second of every start."""
     function._dynamo_marked_constant = True
     return function
 
@@ -79,7 +79,7 @@ def _check_name(name: str, where: str) -> str:
 
 
 def requested_backend() -> str:
-    """The backend in force: set by `use_backend`, else by SPIKEDECODER_BACKEND when it was first asked for,
+    """The backend in force: that of `use_backend`, else of SPIKEDECODER_BACKEND (read once, at first use),
     else "auto"."""
     return _forced if _forced is not None else _from_environment()
 
@@ -97,9 +97,10 @@ def _read_environment() -> str:
 class use_backend(contextlib.ContextDecorator):
     """Force a backend for every operator: ``use_backend("reference")``, or as a context manager.
 
-    Takes "auto", "reference", "triton", "cpu" or "cuda". Holds for the whole process from the call on;
-    in a ``with`` block, until its end. An operator which the forced backend cannot run raises
-    `BackendError` with the reason instead of running another.
+    Takes "auto", "reference", "triton", "cpu" or "cuda", else raises ValueError. Applies to the whole
+    process, all threads, from the call on or, in a ``with`` block, until its end. An operator that the
+    forced backend cannot run raises `BackendError` with the reason. Exceptions are `norm` and `dense_linear`,
+    which use torch's own operations where the backend has none.
     """
 
     def __init__(self, name: str) -> None:
@@ -117,7 +118,7 @@ class use_backend(contextlib.ContextDecorator):
 
 @functools.cache
 def _load(backend: str, operator: str) -> ModuleType | str:
-    """The backend's module of this operator, or the reason why there is none."""
+    """The backend's module for this operator, or the reason why it has none."""
     package = BACKENDS[backend]
     name = f"{package}.{operator}"
     try:
@@ -128,7 +129,7 @@ def _load(backend: str, operator: str) -> ModuleType | str:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        # a missing dependency is a reason, a fault inside the backend is not
+        # a missing dependency is a reason; an error inside the backend is raised
         if error.name is None or error.name.split(".")[0] == "spikedecoder":
             raise
         return f"{error.name} is not installed"
@@ -149,7 +150,7 @@ def candidates(device: torch.device) -> tuple[str, ...]:
 
 
 def _order(operator: str, call: Call) -> tuple[str, ...]:
-    """`candidates`, those first that were measured to be the fastest for this call."""
+    """`candidates`, beginning with the one that was measured to be the fastest for this call, if any."""
     order = candidates(call.device)
     if not call.shape or not _crossover.entries():
         return order
@@ -161,7 +162,7 @@ def _order(operator: str, call: Call) -> tuple[str, ...]:
 
 
 def select(operator: str, call: Call, requested: str | None = None) -> ModuleType:
-    """The module that runs this call. Raises BackendError if the one asked for cannot."""
+    """The module that runs this call. Raises BackendError if the requested one cannot or, with auto, none."""
     requested = requested or requested_backend()
     if requested != "auto":
         reason = why_not(requested, operator, call)
@@ -178,7 +179,7 @@ def select(operator: str, call: Call, requested: str | None = None) -> ModuleTyp
 
 
 def module(backend: str, operator: str) -> ModuleType:
-    """The module of a backend that `resolve` or `select` has found to be there."""
+    """The module of a backend that `resolve` or `select` has found to exist."""
     found = _load(backend, operator)
     assert not isinstance(found, str)
     return found
@@ -186,9 +187,9 @@ def module(backend: str, operator: str) -> ModuleType:
 
 @constant
 def resolve(operator: str, device: str, dtype: torch.dtype, requested: str) -> str:
-    """The backend for every shape of `operator`, where what is kept for backward depends on it.
+    """One backend for all shapes, for operators where the backend decides what is kept for backward.
 
-    Asked while tracing, so it looks at no shape.
+    Called while tracing, so it looks at no shape.
     """
     return _resolve(operator, device, dtype, requested)
 
@@ -204,15 +205,15 @@ def _resolve(operator: str, device: str, dtype: torch.dtype, requested: str) -> 
 
 @constant
 def goes_by_shape(operator: str, device: str) -> bool:
-    """Whether ``auto`` looks at the shape of a call of `operator`, once it runs. Asked while tracing."""
+    """Whether ``auto`` looks at shapes when a call of `operator` runs. Called while tracing."""
     return _crossover.is_measured(operator, torch.device(device))
 
 
 @constant
 def offers(backend: str, operator: str) -> bool:
-    """Whether a backend that runs here has a module of its own for `operator`. Asked while tracing.
+    """Whether this backend has a module of its own for `operator` that loads here. Called while tracing.
 
-    None that goes by shape has ("auto"): what one module does as a whole has parts of another beside it.
+    False for "auto" (a choice by shape): a module that does the whole would leave no choice for its parts.
     """
     return backend in BACKENDS and not isinstance(_load(backend, operator), str)
 

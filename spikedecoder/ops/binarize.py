@@ -55,7 +55,15 @@ _direct = direct(_run, _setup_context, lambda ctx, grad: _gradients(ctx, grad, _
 def binarize(x: Tensor, alpha: float = 2.0) -> Tensor:
     """s = 1 where x >= 0, else 0; backward: the ATan surrogate, ds/dx = (alpha/2) / (1 + (pi/2 alpha x)^2).
 
-    x: any shape, float. Returns spikes in x's dtype. Kept for backward: x.
+    Args:
+        x: any shape, float.
+        alpha: sharpness of the surrogate, > 0.
+
+    Returns:
+        spikes in x's shape and dtype. Kept for backward: x.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     _check.floating("x", x, min_dims=0)
     number("alpha", alpha, "a finite number > 0", LEAST)

@@ -1,4 +1,4 @@
-"""Linear layer whose input is any numbers: the counts of I-LIF neurons, which are too dense to gather."""
+"""Linear layer on any numbers, such as the integers of I-LIF neurons, which are too dense to gather."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from spikedecoder.ops._dispatch import module, requested_backend, resolve
 from spikedecoder.ops.spike_linear import autocast_is_on, check_linear
 from spikedecoder.reference.dense_linear import linear
 
-_FEW_ROWS = 128  # for which a backend's preparations take longer than the product
+_FEW_ROWS = 128  # up to which a backend's preparations take longer than the product
 
 
 def _backend(s: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """One with a product of its own, or "reference", which is torch's, also where others were asked for."""
+    """A backend with its own product or, even if another was requested, "reference" for torch's product."""
     few = s.numel() <= _FEW_ROWS * s.shape[-1] or not weight.numel()
     if few or s.device.type != "cpu" or requested_backend() not in ("auto", "cpu"):
         return "reference"
@@ -29,10 +29,10 @@ def _backend(s: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 def _lies_well(x: Tensor) -> bool:
-    """Whether it has memory of its own, and its numbers lie where those of its size do."""
+    """Whether it has memory of its own that is aligned to the size of its numbers."""
     try:
         address = x.data_ptr()
-    except RuntimeError:  # one of several in a batch
+    except RuntimeError:  # batched by vmap
         return False
     return address != 0 and address % x.element_size() == 0
 
@@ -51,7 +51,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     s, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
     plain = unwatched() and unwatched(grad) and _lies_well(grad)
-    if torch.is_grad_enabled() or not plain:  # such as a gradient's gradient
+    if torch.is_grad_enabled() or not plain:  # such as for a second derivative
         return *_by_torch(grad, s, weight, wanted), None
     return *module(ctx.backend, "dense_linear").backward(grad, s, weight, wanted), None
 
@@ -69,15 +69,17 @@ _direct = direct(_forward, _setup_context, _gradients, twice=True)
 
 
 def dense_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = s W^T + b for numbers of any kind: torch's product, or ours on CPUs where that is faster.
+    """y = s W^T + b for any numbers: torch's product, or our own on CPUs where that is faster.
 
-    A trace (torch.compile, torch.export), a transform or a mode of torch's sees torch's product.
+    torch's product is used when a call is traced (torch.compile, torch.export), transformed, or intercepted
+    by one of torch's modes.
 
     Args:
-        s: numbers [..., K]. weight: [N, K]; bias: [N] or None.
+        s: numbers [..., K], float. weight: [N, K]; bias: [N] or None; of s's dtype, unless autocast is on.
 
     Returns:
-        y [..., N]. Gradients to s, weight and bias, and of those. Kept for backward: s, where weight learns.
+        y [..., N]. Gradients to s, weight and bias can be differentiated again. Kept for backward: s, if the
+        weight gets a gradient.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -86,7 +88,7 @@ def dense_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != s.dtype and not autocast_is_on(s.device.type):
             raise TypeError(f"{name}: got dtype {x.dtype}, takes that of s, {s.dtype}")
-    # first whether there may be tangents, which the second refuses
+    # the first is False under forward-mode differentiation, where the second would raise
     if unwatched() and unwatched(s, weight, bias):
         backend = _backend(s, weight, bias)
         if backend != "reference":

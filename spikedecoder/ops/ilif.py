@@ -1,4 +1,4 @@
-"""Integer leaky integrate-and-fire neurons: counts of spikes in one step."""
+"""Integer leaky integrate-and-fire neurons (I-LIF)."""
 
 from __future__ import annotations
 
@@ -65,18 +65,18 @@ _direct = direct(_run, _setup_context, lambda ctx, grad, *_: (_gradient(ctx, gra
 
 
 def ilif(x: Tensor, *, levels: int, v_threshold: float = 1.0) -> Tensor:
-    """s = clip(floor(x / v_threshold + 1/2), 0, levels): integers, each the sum of B binary timesteps, its
-    digits, that count 2^(B-1), ..., 2, 1 (`spikedecoder.ops.spike_worths`), 2^B > levels.
+    """Integers of I-LIF neurons: s = clip(floor(x / v_threshold + 1/2), 0, levels).
 
-    Equations and gradient: `spikedecoder.params.ILIFParams`, with its source.
+    Each stands for spikes at B binary timesteps, its binary digits, 2^B > levels, that count 2^(B-1), ..., 2,
+    1 (`spikedecoder.ops.spike_worths`). Equations, gradient and source: `spikedecoder.params.ILIFParams`.
 
     Args:
-        x: current, any shape, float.
+        x: input current, any shape, float.
         levels: the largest integer D, 1 to 15.
-        v_threshold: current of one spike, > 0.
+        v_threshold: the current that one unit of s stands for, > 0.
 
     Returns:
-        s in x's dtype, NaN where x is. Kept for backward: one byte an element.
+        s in x's shape and dtype, NaN where x is. Kept for backward: one byte per element.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -85,7 +85,7 @@ def ilif(x: Tensor, *, levels: int, v_threshold: float = 1.0) -> Tensor:
 
 
 def ilif_params(x: Tensor, p: ILIFParams) -> Tensor:
-    """`ilif` with its parameters in one object."""
+    """`ilif` with its parameters in one object; same errors."""
     _check.of_type("p", p, ILIFParams)
     _check.floating("x", x, min_dims=0)
     want_mask = torch.is_grad_enabled() and x.requires_grad

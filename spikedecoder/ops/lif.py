@@ -18,7 +18,7 @@ def _run(
     x: Tensor, threshold: Tensor | None, v_init: Tensor | None, p: LIFParams, backend: str, return_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
-    # a backend that can leave a state unwritten says so: at T = 4 in bfloat16 it is a fifth of all bytes
+    # not every backend can skip writing the state, a fifth of all bytes at T = 4 in bfloat16
     options = {"want_v": return_state} if getattr(impl, "STATES_ON_REQUEST", False) else {}
     spikes, v = impl.forward(x, p.v_threshold if threshold is None else threshold, v_init, p, **options)
     return spikes, v.contiguous() if return_state else None
@@ -68,7 +68,7 @@ def _lif_packed(
     backend: str,
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(words, v), without gradients."""
+    """(spikes as words, v), without gradients."""
     p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     impl = select("lif", Call(x.device, x.dtype, tuple(x.shape)), backend)
     if hasattr(impl, "forward_packed"):
@@ -146,7 +146,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grad_spikes, grad_v, backward):
-    """Of (x, threshold, v_init)."""
+    """Gradients of (x, threshold, v_init)."""
     x, threshold, v_init = ctx.saved_tensors
     if grad_spikes is None and grad_v is None:
         return None, None, None
@@ -184,22 +184,22 @@ def lif(
     """Spikes of a layer of LIF neurons driven for T timesteps.
 
     Equations: `spikedecoder.params.LIFParams`; surrogates: `spikedecoder.surrogate.SURROGATES`.
-    Source: the multi-step LIF of SpikingJelly (Fang et al., 2023), whose numbers it reproduces.
+    Source: the multi-step LIF of SpikingJelly (Fang et al., 2023), whose values it reproduces.
 
     Args:
         x: input current [T, ...], float; T >= 1.
         tau: membrane time constant in timesteps, >= 1.
-        v_threshold: a number, or a tensor that broadcasts against one timestep (a scalar parameter, or
-            one per channel); a tensor gets a gradient.
+        v_threshold: a number, or a tensor that broadcasts against one timestep (a scalar, or one value
+            per channel); a tensor gets a gradient.
         v_reset: potential after a spike; None for a soft reset (subtract the threshold).
-        decay_input: whether the input is divided by tau as the leak is.
-        surrogate, alpha: the spike's derivative and its sharpness.
-        detach_reset: no gradient through the spike in the reset.
+        decay_input: whether the input is divided by tau, as the leak is.
+        surrogate, alpha: name and sharpness (> 0) of the surrogate gradient.
+        detach_reset: block the gradient through the spike in the reset.
         v_init: membrane potential before the first timestep, shape of one timestep; zeros if None.
         return_state: also return the membrane potential after the last timestep.
-        packed: spikes of x [T, ..., C] as bits, those of ``pack_spikes(lif(x))``; Triton then writes
-            nothing else. Bits carry no gradient, so this is for inference: where one would be recorded, as
-            outside `torch.no_grad` for an x that requires it, packed raises.
+        packed: return the spikes of x [T, ..., C] as bits, as ``pack_spikes(lif(x))`` does; Triton then
+            writes nothing else. Bits carry no gradient, so this is for inference: ValueError if a gradient
+            would be recorded, i.e. if a tensor requires one and `torch.no_grad` is not in force.
 
     Returns:
         spikes [T, ...] of 0 and 1 in x's dtype, or int64 words [T, ..., ceil(C / 64)] if packed; with
@@ -226,7 +226,7 @@ def lif_params(
     return_state: bool = False,
     packed: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`lif` with its parameters in one object; `threshold` overrides ``p.v_threshold``."""
+    """`lif` with its parameters in one object; same errors. `threshold` overrides ``p.v_threshold``."""
     _check.of_type("p", p, LIFParams)
     _check.floating("x", x)
     _check.timesteps("x", x)

@@ -1,4 +1,4 @@
-"""Linear on spikes and LayerNorm, of which only bits and statistics are kept."""
+"""Linear on spikes, then LayerNorm; only bits and statistics are kept for backward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _linear_norm(
     backend: str,
     linear_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y in `dtype`, mean, rstd); `current`, the Linear's result, comes in for forward and is let go."""
+    """(y in `dtype`, mean, rstd); `current`, the Linear's result, is used here and not kept."""
     impl = select("norm", Call(current.device, current.dtype, tuple(current.shape)), backend)
     return impl.forward(current, weight, bias, eps, dtype)
 
@@ -69,8 +69,8 @@ def linear_norm(
 
     Args:
         s: spikes [..., K], exactly 0 and 1. weight: [N, K]; bias: [N] or None. n: the norm of N channels.
-        recompute: keep for backward only s as bits and, a row, mean and 1 / standard deviation; s W^T + b is
-            computed again there. For LayerNorm; the other kinds keep s W^T + b whatever is said here.
+        recompute: keep for backward only s, as bits, and mean and 1 / standard deviation of each row, and
+            compute s W^T + b again. LayerNorm only: the other kinds keep s W^T + b in any case.
 
     Returns:
         y [..., N]. Same result and gradients with and without `recompute`.

@@ -1,4 +1,4 @@
-"""Linear on spikes, normalisation and LIF, of which only bits and statistics are kept."""
+"""Linear on spikes, normalisation and LIF; only bits and statistics are kept for backward."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _linear_norm_lif(
     backend: str,
     linear_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`current`, the Linear's result, comes in for forward and is let go; gradients pass by it, to s."""
+    """`current`, the Linear's result, is used here and not kept; gradients bypass it and go to s."""
     p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     return as_tensors(current, *forward(current, weight, bias, mean, rstd, threshold, eps, p, backend))
 
@@ -78,7 +78,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grad_spikes, want_s: bool, want_weight: bool):
-    """Of (s, Linear weight, Linear bias, weight, bias, threshold)."""
+    """Gradients of (s, Linear weight, Linear bias, weight, bias, threshold)."""
     words, linear_weight, linear_bias, *saved = ctx.saved_tensors
     backend = ctx.linear_backend
     current = from_words(words, ctx.channels, linear_weight, linear_bias, backend)
@@ -126,8 +126,8 @@ def _fused(
     detach_reset: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(spikes, row mean, row rstd, words of s), of a backend that has all of it in one; row statistics empty
-    where those of channels are handed in."""
+    """(spikes, row mean, row rstd, words of s) from a backend that does all of it in one; the row statistics
+    are empty if channel statistics are passed in."""
     p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     call = Call(s.device, linear_weight.dtype, (*s.shape[:-1], linear_weight.shape[0]))
     impl = select("linear_norm_lif", call, backend)
@@ -176,7 +176,7 @@ def _one_kernel(
     s: Tensor, weight: Tensor, bias: Tensor | None, n: NormParams, p: LIFParams, threshold: Tensor | None,
     backend: str,
 ) -> Tensor:  # fmt: skip
-    """Where no statistics of channels are taken: nothing asks for the current."""
+    """For passes that take no channel statistics: nothing else needs the current."""
     shape_only = weight.new_empty(1).expand(*s.shape[:-1], weight.shape[0])
     check_norm_lif(shape_only, n, threshold)
     found = statistics(shape_only, n)
@@ -200,12 +200,12 @@ def linear_norm_lif(
     Args:
         s: spikes [T, ..., K], exactly 0 and 1. weight: [N, K]; bias: [N] or None.
         n, p, threshold: as in `spikedecoder.ops.norm_lif`, of N channels.
-        recompute: keep for backward only s as bits (K / 8 bytes a row) and the norm's statistics, and compute
-            s W^T + b again there: for one more product, the N floats a row that `norm_lif` keeps are gone.
-            Same spikes and gradients either way.
+        recompute: keep for backward only s, as bits (K / 8 bytes per row), and the norm's statistics, and
+            compute s W^T + b again. This costs one more product and saves the N floats per row that
+            `norm_lif` keeps. Spikes and gradients are the same either way.
 
-    A backend may have all three in one kernel that never writes s W^T + b (Triton, where that moves less). It
-    runs with `recompute` or without gradients, for LayerNorm and in evaluation.
+    A backend may do all three in one kernel that never writes s W^T + b (Triton, where that moves fewer
+    bytes). It is used with `recompute` or without gradients, for LayerNorm or in evaluation.
 
     Returns:
         spikes [T, ..., N] in the dtype of the product.
@@ -218,7 +218,8 @@ def linear_norm_lif(
     check_linear(s, weight, bias)
     product_weight, product_bias, backend = as_product(weight, bias)
     nothing_kept = recompute or not torch.is_grad_enabled()
-    before = n.kind == "layer" or not n.training  # known before, or within a row of, the current
+    # the statistics are those of single rows, or known before the current is computed
+    before = n.kind == "layer" or not n.training
     if nothing_kept and before and offers(backend, "linear_norm_lif"):
         return _one_kernel(s, product_weight, product_bias, n, p, threshold, backend)
     if not recompute:

@@ -25,12 +25,12 @@ from spikedecoder.reference.norm import norm as _reference
 
 
 def _of_backend(x: Tensor, backend: str) -> Any:
-    """The module that takes the statistics of channels."""
+    """The module that computes channel statistics."""
     return select("norm_lif", Call(x.device, x.dtype, tuple(x.shape), {"rows": False}), backend)
 
 
 def _moments_of(x: Tensor, center: bool, backend: str) -> tuple[Tensor, Tensor]:
-    if x.numel() == 0:  # a process without rows, among others
+    if x.numel() == 0:  # such as on a process without rows
         nothing = x.new_zeros(x.shape[-1], dtype=compute_dtype(x.dtype))
         return nothing, nothing.clone()
     return _of_backend(x, backend).moments(x, center)
@@ -49,8 +49,8 @@ def _(x, center, backend):
 class Statistics:
     """Channel statistics of one pass: y = (x - mean) rstd weight + bias.
 
-    rstd_batch and ema_gz: of PowerNorm in training, see `reference.norm`. rows: how many rows the statistics
-    are of, where processes share them.
+    rstd_batch, ema_gz: for PowerNorm in training, see `reference.norm`. rows: number of rows that the
+    statistics are taken over, if processes share them.
     """
 
     mean: Tensor
@@ -61,12 +61,12 @@ class Statistics:
 
 
 def statistics(x: Tensor, n: NormParams) -> Statistics | None:
-    """Of BatchNorm and PowerNorm, whose running ones move on in training; None for LayerNorm (rows' own)."""
+    """Channel statistics, in training updating the running ones; None for LayerNorm, whose are per row."""
     return None if n.kind == "layer" else _of_channels(x, _moving_once(n))
 
 
 def _moving_once(n: NormParams) -> NormParams:
-    """n; where its pass is repeated, with copies of the running statistics, which moved when it ran first."""
+    """n; in a repeated pass with copies of the running statistics, which the first pass has updated."""
     if n.training and n.running and repeats_a_pass():
         return replace(n, running=tuple(x.clone() for x in n.running))
     return n
@@ -75,7 +75,7 @@ def _moving_once(n: NormParams) -> NormParams:
 @torch.no_grad()
 def _of_channels(x: Tensor, n: NormParams) -> Statistics:
     if not n.training:
-        dtype = compute_dtype(n.running[0].dtype)  # as the neurons behind them are computed
+        dtype = compute_dtype(n.running[0].dtype)  # the neurons that follow compute in it
         if n.kind == "power":
             phi = n.running[0].to(dtype)
             return Statistics(torch.zeros_like(phi), (phi + n.eps).rsqrt())
@@ -103,7 +103,7 @@ def _of_channels(x: Tensor, n: NormParams) -> Statistics:
 
 
 def check_norm(x: Tensor, n: NormParams) -> None:
-    """x [..., C] against the norm's C channels."""
+    """Check x [..., C] and the tensors of a norm of C channels."""
     _check.of_type("n", n, NormParams)
     _check.floating("x", x, min_dims=2)
     _check.floating("weight", n.weight, dims=1)
@@ -141,7 +141,7 @@ def _layer_forward(
 
 
 def layer_fake(x, dtype):
-    """What `_layer_norm` gives, without values."""
+    """The outputs of `layer_norm`, without values."""
     rows = x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(dtype))
     return x.new_empty(x.shape, dtype=dtype), rows, torch.empty_like(rows)
 
@@ -191,18 +191,29 @@ _direct = direct(_layer_forward, _setup_context, lambda ctx, grad, *_: _gradient
 
 
 def layer_backend() -> str:
-    """The one in force, or torch's own LayerNorm where that has none."""
+    """The backend in force or, if it has no LayerNorm, "reference" for torch's."""
     requested = requested_backend()
     return requested if requested == "auto" or offers(requested, "norm") else "reference"
 
 
 def norm(x: Tensor, n: NormParams) -> Tensor:
-    """LayerNorm, BatchNorm or PowerNorm of x [..., C] over its channels; see `NormParams`.
+    """LayerNorm, BatchNorm or PowerNorm of x [..., C]; see `spikedecoder.params.NormParams`.
 
-    Updates the running statistics in ``n.running`` in training. Batch and power statistics run over all
-    of T, B and S (and, with ``n.group``, over all processes), so in training a position's output depends on
-    later positions: choose "layer" where a strictly causal training loss matters (in evaluation all three
-    are causal).
+    In training, updates the running statistics in ``n.running``. Batch and power statistics are taken over
+    all of T, B and S (and, with ``n.group``, over all processes), so in training the output at one position
+    depends on later positions: choose "layer" where a strictly causal training loss matters. In evaluation
+    all three are causal.
+
+    Args:
+        x: [..., C], float, two dimensions or more; in training at least 2 rows for "batch" and 1 for "power".
+        n: the norm of C channels.
+
+    Returns:
+        y in x's shape.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+        RuntimeError: PowerNorm in training, under activation checkpointing (`torch.utils.checkpoint`).
     """
     check_norm(x, n)
     backend = layer_backend()

@@ -77,7 +77,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grad, backward):
-    """Of the tensors, in order."""
+    """Gradients of the tensors, in order."""
     x, weight, bias, mean, rstd, _, rstd_batch, rows = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = backward(
         grad, x, weight, bias, mean, rstd, rstd_batch, ctx.ema_gz, rows, ctx.channel, *ctx.rest
@@ -103,22 +103,22 @@ _direct = direct(_run, _setup_context, lambda ctx, grad, *_: _gradients(ctx, gra
 
 
 def norm_ilif(x: Tensor, n: NormParams, p: ILIFParams) -> Tensor:
-    """Integers of I-LIF(norm(x)) with nothing written between.
+    """Integers of I-LIF(norm(x)), without writing norm(x) to memory.
 
         y = (x - mean) * rstd * weight + bias;   s = clip(floor(y / v_threshold + 1/2), 0, levels)
 
-    and back, g = dL/dy being dL/ds / v_threshold inside the I-LIF's window and 0 outside. y is computed in
-    float32 (float64 for float64) and not rounded before it is counted: beside `norm` and `ilif` one after
-    the other, a count differs, by one, where y / v_threshold + 1/2 is within rounding of a whole number.
+    In backward, dL/dy is dL/ds / v_threshold inside the I-LIF's window and 0 outside. y is computed in
+    float32 (float64 for float64) and not rounded before s is taken from it. Calling `norm` and then `ilif`
+    gives integers that differ by one where y / v_threshold + 1/2 is within rounding error of a whole number.
 
     Args:
-        x: currents [..., C], float, two dimensions or more. A model's T is rows like any other.
+        x: currents [..., C], float, two dimensions or more. Timesteps, if any, are rows like all others.
         n: LayerNorm, BatchNorm or PowerNorm; its running statistics are updated in training.
         p: the neurons.
 
     Returns:
-        s [..., C] in x's dtype, NaN where y is. Kept for backward: x and the statistics. Where the gradient
-        passes is computed again.
+        s [..., C] in x's dtype, NaN where y is. Kept for backward: x and the statistics; y and the window are
+        recomputed.
 
     Raises:
         TypeError, ValueError: naming the argument.

@@ -47,7 +47,7 @@ _norm_lif = torch.library.custom_op("spikedecoder::norm_lif", _forward, mutates_
 
 
 def forward(x, weight, bias, mean, rstd, threshold, eps, p, backend):
-    """(spikes, row mean, row rstd), the last two None where statistics were handed in."""
+    """(spikes, row mean, row rstd), the last two None if channel statistics were passed in."""
     impl = select("norm_lif", _call(x, mean), backend)
     limit = p.v_threshold if threshold is None else threshold
     spikes, row_mean, row_rstd = impl.forward(x, weight, bias, mean, rstd, eps, limit, p)
@@ -103,7 +103,7 @@ def gradients(
     channel: bool, batch_gradient: bool, group: str | None, p: LIFParams | ILIFParams, backend: str,
     over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Of x, weight, bias and threshold (None where there is none); `over`: see `backward_over`."""
+    """Gradients of x, weight, bias and threshold (None without one); `over`: see `backward_over`."""
     impl = select("norm_lif", _call(x, mean if channel else None), backend)
     limit = p.v_threshold if threshold is None else threshold
     args = (grad_spikes, x, weight, bias, mean, rstd, limit, p)
@@ -165,7 +165,7 @@ def _norm_lif_backward_over(
     alpha: float,
     detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_backward` for row statistics; the gradient of x takes the place of x."""
+    """`_backward` for row statistics; the gradient of x overwrites x."""
     p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
     known = (weight, bias, mean, rstd, threshold, None, None, None)
     return as_tensors(
@@ -177,8 +177,8 @@ _norm_lif_backward_over.register_fake(_parameters_fake)
 
 
 def backward_over(grad_spikes, x, saved, channel, rest):
-    """`backward` for an x, contiguous, that nobody needs any more: its gradient may take its place, which
-    spares memory its size. None where the backend, or the norm, has no such pass."""
+    """`backward` for a contiguous x that is no longer needed: its gradient overwrites it, which saves as much
+    memory. None if the backend, or the kind of norm, has no such pass."""
     weight, bias, mean, rstd, threshold, *_ = saved
     _, _, *neuron, backend = rest
     if channel or resolve("norm_lif", x.device.type, x.dtype, backend) != "triton":
@@ -194,12 +194,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def keep(ctx, output, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, eps, *rest):
-    """What a backward pass needs, in ctx."""
+    """Store in ctx what the backward pass needs."""
     _, row_mean, row_rstd = output
     ctx.channel = mean is not None
     if mean is None:
         mean, rstd = row_mean, row_rstd
-    # the running ema_gz is read, and moved on, when the gradient arrives
+    # the running ema_gz is read and updated when the gradient arrives
     ctx.ema_gz, ctx.eps = ema_gz, eps
     ctx.save_for_backward(x, weight, bias, mean, rstd, threshold, rstd_batch, rows)
     ctx.rest = rest
@@ -207,7 +207,7 @@ def keep(ctx, output, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz
 
 
 def backward(grad_spikes, saved, ema_gz, eps, channel, rest, operator=_norm_lif_backward):
-    """(grad_x, grad_weight, grad_bias, grad_threshold | None) from what forward kept; moves ema_gz on."""
+    """(grad_x, grad_weight, grad_bias, grad_threshold | None) from what forward kept; updates ema_gz."""
     x, weight, bias, mean, rstd, threshold, rstd_batch, rows = saved
     grad_x, grad_weight, grad_bias, grad_threshold = operator(
         grad_spikes, x, weight, bias, mean, rstd, threshold, rstd_batch, ema_gz, rows, channel, *rest
@@ -219,8 +219,8 @@ def backward(grad_spikes, saved, ema_gz, eps, channel, rest, operator=_norm_lif_
 
 
 def move_ema(ema_gz, x, weight, rstd, rstd_batch, rows, eps, grad_weight, group: str | None) -> None:
-    """PowerNorm's running ema_gz after a backward pass."""
-    # mean over rows of ga z, from what is known: ga = g weight - (1 - alpha) ema_gz z
+    """Update PowerNorm's running ema_gz after a backward pass."""
+    # add the mean over rows of ga z, from the sums at hand: ga = g weight - (1 - alpha) ema_gz z
     sum_gz = grad_weight if group is None else sync.sum_over(grad_weight, group)
     count = x.numel() // x.shape[-1] if rows is None else rows
     second = rstd.square() * (rstd_batch**-2 - eps)
@@ -228,7 +228,7 @@ def move_ema(ema_gz, x, weight, rstd, rstd_batch, rows, eps, grad_weight, group:
 
 
 def _gradients(ctx, grad_spikes, operator):
-    """Of the tensors, in order."""
+    """Gradients of the tensors, in order."""
     grad_x, grad_weight, grad_bias, grad_threshold = backward(
         grad_spikes, ctx.saved_tensors, ctx.ema_gz, ctx.eps, ctx.channel, ctx.rest, operator
     )
@@ -252,18 +252,19 @@ _direct = direct(_run, _setup_context, lambda ctx, grad, *_: _gradients(ctx, gra
 
 
 def norm_lif(x: Tensor, n: NormParams, p: LIFParams, *, threshold: Tensor | None = None) -> Tensor:
-    """Spikes of LIF(norm(x)) with nothing written between.
+    """Spikes of LIF(norm(x)), without writing norm(x) to memory.
 
         y = (x - mean) * rstd * weight + bias;   spikes = LIF(y)
 
     Args:
         x: currents [T, ..., C], float.
         n: LayerNorm, BatchNorm or PowerNorm; its running statistics are updated in training. As in
-            `spikedecoder.ops.norm`, statistics run over T too for the last two.
+            `spikedecoder.ops.norm`, the last two take statistics over T too.
         p, threshold: the neurons, as in `spikedecoder.ops.lif`; a threshold tensor gets a gradient.
 
     Returns:
-        spikes [T, ..., C] in x's dtype. Kept for backward: x and the statistics.
+        spikes [T, ..., C] in x's dtype. Kept for backward: x and the statistics; norm(x) and the potentials
+        are recomputed.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -289,7 +290,7 @@ def check_norm_lif(x: Tensor, n: NormParams, threshold: Tensor | None) -> None:
 
 
 def flat(found: Statistics | None, n: NormParams, threshold: Tensor | None) -> tuple[Any, ...]:
-    """What the operators take between weight and bias, and the neurons, in order."""
+    """The operators' arguments after `bias` and before those of the neurons, in order."""
     mean = rstd = rstd_batch = ema_gz = rows = None
     if found is not None:
         mean, rstd, rstd_batch, ema_gz = found.mean, found.rstd, found.rstd_batch, found.ema_gz

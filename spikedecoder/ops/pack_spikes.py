@@ -42,9 +42,10 @@ def _seen(x: object) -> str:
 
 
 def pack_spikes(spikes: Tensor) -> Tensor:
-    """One bit a spike: [..., C] of 0 and 1 (float or bool) -> int64 words [..., ceil(C / 64)].
+    """One bit per spike: [..., C] of 0 and 1 (float or bool) -> int64 words [..., ceil(C / 64)].
 
-    Bit i of word w is channel 64 w + i, set where the value is not 0; bits past C are 0. No gradient.
+    Bit i of word w is channel 64 w + i, set where the value is not 0; bits past C are 0. Carries no gradient.
+    Raises TypeError for anything but a dense tensor of at least one dimension.
     """
     if not isinstance(spikes, Tensor) or spikes.dim() < 1:
         raise TypeError(f"spikes: got {_seen(spikes)}, takes a tensor of at least one dimension")
@@ -53,7 +54,10 @@ def pack_spikes(spikes: Tensor) -> Tensor:
 
 
 def unpack_spikes(words: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The inverse of `pack_spikes`: int64 words [..., ceil(C / 64)] -> spikes [..., C] in `dtype`."""
+    """The inverse of `pack_spikes`: int64 words [..., ceil(C / 64)] -> spikes [..., C] in `dtype`.
+
+    channels: C. Raises TypeError or ValueError naming the argument.
+    """
     if not isinstance(words, Tensor) or words.dtype != torch.int64 or words.dim() < 1:
         raise TypeError(f"words: got {_seen(words)}, takes an int64 tensor of at least one dimension")
     _check.dense("words", words)

@@ -25,16 +25,16 @@ def heads_last(x: Tensor) -> Tensor:
 
 
 def laid_out(x: Tensor) -> Tensor:
-    """x itself where it is laid out so, else a copy that is."""
+    """x itself if it is laid out as by `heads_last`, else a copy that is."""
     return x.transpose(2, 3).contiguous().transpose(2, 3)
 
 
 def by_token(x: Tensor) -> Tensor:
-    """x, laid out so, as [T, B, S, H, d] and no view: one that an autograd function made must not be changed
-    in place."""
+    """x, laid out as by `heads_last`, as a [T, B, S, H, d] tensor that is not a view: a view made by an
+    autograd function must not be changed in place."""
     x = x.transpose(2, 3)
     base = x._base
-    if base is None:  # nothing is recorded
+    if base is None:  # inference mode: views are not tracked
         return x
     return base if base.shape == x.shape and base.is_contiguous() else x.clone()
 
@@ -61,7 +61,7 @@ def _run(
     levels: int,
 ) -> tuple[Tensor, Tensor]:
     impl = _impl(q, decay, backend, levels)
-    with torch.autocast(q.device.type, enabled=False):  # or torch's products would round the sums
+    with torch.autocast(q.device.type, enabled=False):  # with autocast torch's products would round the sums
         out, final = impl.forward(q, k, v, scale, decay, state, return_state, **_integers(levels))
     return as_tensors(q, laid_out(out), None if final is None else final.contiguous())
 
@@ -104,7 +104,7 @@ def _(grad, q, k, v, *_):
 
 
 def as_words(q: Tensor, k: Tensor, v: Tensor, backend: str, pack: Callable[..., Tensor]) -> list[Tensor]:
-    """Bits [T, B, S, ceil(H d / 64)] of q, k, v; none where backward keeps them as they are."""
+    """Bits [T, B, S, ceil(H d / 64)] of q, k, v; [] if backward needs none of them or keeps floats."""
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not wanted or backend == "reference":
         return []
@@ -113,14 +113,14 @@ def as_words(q: Tensor, k: Tensor, v: Tensor, backend: str, pack: Callable[..., 
 
 
 def keep(ctx, qkv, words, first, second):
-    """For backward: q, k, v as bits where there are `words`, and two tensors more."""
+    """Save q, k, v for backward, as bits if there are `words`, and two more tensors."""
     ctx.packed, ctx.no_words_grad = len(words) > 0, [None] * len(words)
     ctx.size, ctx.dtype = qkv[0].shape, qkv[0].dtype
     ctx.save_for_backward(*(words or qkv), first, second)
 
 
 def kept(ctx, unpack):
-    """What `keep` was given but for the words; q, k, v laid out heads last where they were bits."""
+    """q, k, v and the two other tensors from `keep`; q, k, v laid out as by `heads_last` if kept as bits."""
     *qkv, first, second = ctx.saved_tensors
     if ctx.packed:
         _, _, h, _, d = ctx.size
@@ -137,7 +137,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grad, unpack, backward):
-    """Of (q, k, v, scale, decay, state)."""
+    """Gradients of (q, k, v, scale, decay, state)."""
     q, k, v, decay, state = kept(ctx, unpack)
     dq, dk, dv = backward(grad, q, k, v, ctx.scale, decay, state, *ctx.rest)
     wanted = state is not None and ctx.needs_input_grad[5]
@@ -151,7 +151,7 @@ def _autograd(ctx, grad, _grad_state):
 
 
 def _state_gradient(grad: Tensor, q: Tensor, scale: float, decay: Tensor | None, state: Tensor) -> Tensor:
-    """scale sum_i decay^(i+1) q[i]^T g[i], by one product."""
+    """scale sum_i decay^(i+1) q[i]^T g[i], in one product."""
     dtype = compute_dtype(state.dtype)
     q, grad = q.to(dtype), grad.to(dtype)
     if decay is not None:
@@ -181,7 +181,7 @@ def check_dropout(dropout: float) -> None:
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None = None
 ) -> None:
-    """q, k, v alike, [T, B, H, S, d]; decay one value a head, read on the CPU alone: a GPU would stall."""
+    """q, k, v alike, [T, B, H, S, d]; decay [H], its values checked on the CPU only: a GPU would stall."""
     _check.floating("q", q, dims=5)
     _check.timesteps("q", q)
     for name, x in (("k", k), ("v", v)):
@@ -235,19 +235,19 @@ def spike_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """o[i] = scale * (sum_{j<=i} decay^(i-j) (q[i] . k[j]) v[j] + decay^(i+1) q[i] state).
 
-    Exact without decay: every sum is an integer (below 2^24 as long as S d levels^3 is). Cost linear in S
-    (chunks with the state carried between them). Kept for backward: q, k and v, as bits where they are 0 and
-    1, on every backend but the reference.
+    Without decay every sum is an integer, and exact as long as S d levels^3 stays below 2^24 (with a state, S
+    includes the past). Cost is linear in S (chunks, with the state carried between them). Kept for backward:
+    q, k and v; as bits if levels is 1, on every backend but the reference.
 
     Args:
-        q, k, v: spikes [T, B, H, S, d], exactly 0 and 1 (only the reference takes anything else), in any
-            strides; or integers from 0 to `levels`.
-        scale: factor of the result.
+        q, k, v: spikes [T, B, H, S, d], exactly 0 and 1 (only the reference takes anything else), or integers
+            from 0 to `levels`; any strides.
+        scale: factor on the result.
         decay: per head [H], in (0, 1]; None for 1. Gets no gradient.
         state: the past's sum of k^T v, [T, B, H, d, d]; None for no past.
         return_state: also return the state after the last token (carries no gradient).
-        dropout: probability of dropping a score q[i] . k[j]; needs the scores themselves, so cost and
-            memory are quadratic in S, and it takes no state.
+        dropout: probability of dropping a score q[i] . k[j]. Computes all scores, so cost and memory are
+            quadratic in S, and neither `state` nor `return_state` can be used.
         levels: the largest value in q, k and v, 1 to 15.
 
     Returns:
@@ -266,7 +266,7 @@ def spike_attention(
         raise ValueError("dropout: takes 0 where the state is given or asked for")
     backend = requested_backend()
     found = resolve("spike_attention", q.device.type, q.dtype, backend)
-    if dropout > 0:  # torch's products on every backend, where that could run
+    if dropout > 0:  # torch's products, whatever the backend, once `resolve` has checked that it could run
         return _with_dropout(q, k, v, scale, decay, dropout)
     free = unwatched(q, k, v, decay, state)
     words = []

@@ -65,7 +65,7 @@ def _(q, *_):
 
 
 def _run_back(grad_spikes, q, k, v, scale, decay, threshold, p: LIFParams, backend: str):
-    """Gradients of q, k, v and threshold, the last None where there is none."""
+    """Gradients of q, k, v and threshold, the last None without a threshold tensor."""
     limit = p.v_threshold if threshold is None else threshold
     dq, dk, dv, grad_threshold = _impl(q, decay, backend).backward(
         grad_spikes, q, k, v, scale, decay, limit, p
@@ -111,7 +111,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grad_spikes, unpack, backward):
-    """Of (q, k, v, scale, decay, threshold)."""
+    """Gradients of (q, k, v, scale, decay, threshold)."""
     q, k, v, decay, threshold = kept(ctx, unpack)
     dq, dk, dv, grad_threshold = backward(grad_spikes, q, k, v, ctx.scale, decay, threshold, *ctx.rest)
     return dq, dk, dv, None, None, None if threshold is None else grad_threshold.to(threshold.dtype)
@@ -141,16 +141,19 @@ def spike_attention_lif(
     threshold: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Spikes [T, B, H, S, d] of LIF(spike_attention(q, k, v, scale, decay)), the current never written.
+    """Spikes [T, B, H, S, d] of LIF(spike_attention(q, k, v, scale, decay)).
+
+    A backend may do both in one kernel that never writes the current.
 
     Args:
         q, k, v, scale, decay, dropout: as in `spikedecoder.ops.spike_attention`.
-        p: the neurons; threshold: a tensor that overrides theirs and gets a gradient: a scalar, or what
-            broadcasts to [H, 1, d], one value a head, a channel, or both.
+        p: the neurons.
+        threshold: a tensor that overrides ``p.v_threshold`` and gets a gradient: a scalar, or one that
+            broadcasts to [H, 1, d] (a value per head, per channel, or both).
 
     Returns:
         spikes in q's dtype, laid out so that ``.transpose(2, 3)`` is contiguous. Kept for backward:
-        q, k and v as bits (the reference backend keeps them as they are, and the current).
+        q, k and v as bits (the reference backend, and dropout, keep them as they are, and the current).
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -167,7 +170,7 @@ def spike_attention_lif(
         threshold = threshold.expand(by_head)[:, 0]
     backend = resolve("spike_attention_lif", q.device.type, q.dtype, requested_backend())
     if backend == "reference" or dropout > 0:
-        exact = torch.promote_types(q.dtype, torch.float32)  # no current is rounded to 16 bits
+        exact = torch.promote_types(q.dtype, torch.float32)  # the current is not rounded to 16 bits
         current = spike_attention(q.to(exact), k.to(exact), v.to(exact), scale, decay, dropout=dropout)
         assert isinstance(current, Tensor)
         spikes = lif_params(current.transpose(2, 3), p, threshold=threshold)

@@ -18,7 +18,7 @@ from spikedecoder.reference.pack_spikes import WORD
 
 
 def _impl(x: Tensor, shape: tuple[int, ...], outputs: int, backend: str):
-    """For x in the dtype of the product, of spikes of this shape."""
+    """The module for spikes of this shape, with x's device and dtype, that of the product."""
     return select("spike_linear", Call(x.device, x.dtype, shape, {"outputs": outputs}), backend)
 
 
@@ -43,7 +43,7 @@ def _(s, weight, bias, backend):
 
 
 def _from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    """y [..., N] from the spikes' bits: that of `spike_linear`, bit for bit."""
+    """y [..., N] from the spikes' bits, equal to that of `spike_linear` bit for bit."""
     impl = _impl(weight, (*words.shape[:-1], channels), weight.shape[0], backend)
     if hasattr(impl, "from_words"):
         return impl.from_words(words, channels, weight, bias)
@@ -101,7 +101,7 @@ _FUNCTIONS = _dense, _weight, _weight_and_bias
 
 
 def backward(grad, words, weight, channels, dtype, backend, wanted, parts=_OPERATORS):
-    """Gradients of (s in `dtype`, weight, bias) from that of y, None for those that nobody wants."""
+    """Gradients of (s, in `dtype`; weight; bias) from that of y; None for those not `wanted`."""
     impl = _impl_of_gradients(grad, channels, backend)
     dense_grads, weight_grad, weight_and_bias_grad = parts
     grad_s = grad_weight = grad_bias = None
@@ -114,7 +114,7 @@ def backward(grad, words, weight, channels, dtype, backend, wanted, parts=_OPERA
     elif wanted[1]:
         grad_weight = weight_grad(words, channels, grad, backend)
     if wanted[2] and grad_bias is None:
-        grad_bias = grad.unsqueeze(0).flatten(0, -2).sum(0)  # of one row, too
+        grad_bias = grad.unsqueeze(0).flatten(0, -2).sum(0)  # also if s is a single row [K]
     return None if grad_s is None else grad_s.to(dtype), grad_weight, grad_bias if wanted[2] else None
 
 
@@ -187,16 +187,16 @@ def _check_bias(s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def autocast_is_on(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # torch has none there, and raises
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch has none for meta, and raises
 
 
 def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, str]:
-    """(weight, bias, backend) in the dtype that the product runs in: autocast's where that is on.
+    """(weight, bias, backend), the tensors in the dtype of the product: autocast's, if it is on.
 
-    The backend is the one for every shape; "auto" where that goes by shape, among those that keep bits.
+    The backend is one for all shapes, or "auto" if the shape decides between backends that keep bits.
     """
     device = weight.device.type
-    autocast = autocast_is_on(device) and weight.dtype != torch.float64  # which torch leaves as it is
+    autocast = autocast_is_on(device) and weight.dtype != torch.float64  # autocast leaves float64 as it is
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     requested = requested_backend()
     backend = resolve("spike_linear", device, dtype, requested)
@@ -207,8 +207,8 @@ def as_product(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | No
 
 @functools.cache
 def _few_rows(requested: str) -> Callable[..., Any] | None:
-    """What the backend "cpu" has for a handful of rows, whose product takes less time than all else here."""
-    # asked of "auto": that a backend asked for by name cannot run is for the general way to say
+    """The "cpu" backend's function for a handful of rows, whose product takes less time than all checks."""
+    # resolved for "auto": if the requested backend cannot run, the general path raises the error
     if requested not in ("auto", "cpu") or resolve("spike_linear", "cpu", torch.float32, "auto") != "cpu":
         return None
     return module("cpu", "spike_linear").few_rows
@@ -218,14 +218,14 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """y = s W^T + b for spikes: a sum of the weight's active columns.
 
     Args:
-        s: spikes [..., K], exactly 0 and 1 (anything else that is not 0 counts as 1 on sparse backends), or
-            their int64 words [..., ceil(K / 64)], from `pack_spikes` or ``lif(..., packed=True)``: an eighth
-            of a byte a spike in place of 2 or 4.
+        s: spikes [..., K], exactly 0 and 1 (sparse backends take any other nonzero value for 1), or their
+            int64 words [..., ceil(K / 64)], from `pack_spikes` or ``lif(..., packed=True)``: an eighth of a
+            byte per spike instead of 2 or 4.
         weight: [N, K]; bias: [N] or None.
 
     Returns:
-        y [..., N] in the weight's dtype. Gradients to s (words have none), weight and bias. Kept for
-        backward: s, as bits on every backend but the reference.
+        y [..., N] in the weight's dtype, or autocast's if that is on. Gradients to s (not to words), weight
+        and bias. Kept for backward: s, as bits on every backend but the reference.
 
     Raises:
         TypeError, ValueError: naming the argument.

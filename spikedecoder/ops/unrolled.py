@@ -1,4 +1,4 @@
-"""Products of integers from 0 to D as sums of products of spikes: the binary timesteps of I-LIF neurons."""
+"""Products of the integers of I-LIF neurons as sums of products of spikes, by binary timesteps."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from spikedecoder.params import binary_timesteps, check_levels
 
 
 def spike_worths(levels: int) -> list[int]:
-    """What a spike at each binary timestep counts: 2^(B-1), ..., 2, 1, where 2^B > levels >= 2^(B-1)."""
+    """What a spike counts at each of B binary timesteps: 2^(B-1), ..., 2, 1, with 2^B > levels >= 2^(B-1)."""
     check_levels(levels)
     return [1 << bit for bit in reversed(range(binary_timesteps(levels)))]
 
 
 def spike_planes(s: Tensor, levels: int) -> Tensor:
-    """The spikes that integers stand for, their binary digits: [B, ...] of 0 and 1 in s's dtype.
+    """The spikes that the integers s stand for, i.e. their binary digits: [B, ...] of 0 and 1 in s's dtype.
 
-    s = sum over timesteps t of `spike_worths`[t] planes[t], the most significant first: what a binary neuron
-    emits, see `spikedecoder.params.ILIFParams`. The gradient to s is the mean over timesteps of each one's
-    by its worth, which makes that of every such sum of products exact.
+    s = sum over timesteps t of `spike_worths`[t] planes[t], most significant first: what a binary neuron
+    emits, see `spikedecoder.params.ILIFParams`. The gradient of s is the mean over timesteps of each plane's
+    gradient divided by its worth. It is exact if the planes enter a sum of products, each times its worth.
 
     Args:
-        s: integers 0 to levels, any shape, float; levels: 1 to 15.
+        s: integers 0 to levels, any shape, float.
+        levels: 1 to 15.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     _check.floating("s", s, min_dims=0)
     check_levels(levels)
-    bits = torch.arange(binary_timesteps(levels) - 1, -1, -1, device=s.device)  # copies nothing from the host
+    bits = torch.arange(binary_timesteps(levels) - 1, -1, -1, device=s.device)  # no copy from the host
     worths = (1 << bits).to(s.dtype).view(-1, *(1,) * s.dim())
     planes = (s.detach() / worths).floor().remainder(2)
     if s.requires_grad and torch.is_grad_enabled():
@@ -41,24 +42,24 @@ def spike_planes(s: Tensor, levels: int) -> Tensor:
 
 
 def spike_counts(s: Tensor, levels: int) -> Tensor:
-    """How many spikes each integer of s takes, in s's dtype and shape."""
+    """The number of spikes that each integer of s, 0 to levels, stands for, in s's dtype and shape."""
     _check.floating("s", s, min_dims=0)
     return s if levels == 1 else spike_planes(s.detach(), levels).sum(0)
 
 
 def unrolled_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None, *, levels: int) -> Tensor:
-    """y = s W^T + b for integers s [..., K] from 0 to `levels`, by `spike_linear` of each binary timestep.
+    """y = s W^T + b for integers s [..., K] from 0 to `levels`, by `spike_linear` at each binary timestep.
 
-    Arguments, result and errors otherwise as of `spikedecoder.ops.spike_linear`.
+    Arguments, result and errors are otherwise those of `spikedecoder.ops.spike_linear`.
     """
     check_linear(s, weight, bias)
     weight, bias, _ = as_product(weight, bias)
     dtype, exact = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
-    # 16 bits would round the product of each timestep, where that of integers is rounded once
+    # in 16 bits each timestep's product would be rounded; that of integers is rounded once
     with torch.autocast(s.device.type, enabled=False):
         y = spike_linear(spike_planes(s.to(exact), levels), weight.to(exact))
         total = y[0]
-        for timestep in y[1:]:  # from the most significant on: a shift and a sum each
+        for timestep in y[1:]:  # most significant first: a shift and a sum each
             total = 2 * total + timestep
         return (total if bias is None else total + bias).to(dtype)
 
@@ -75,11 +76,11 @@ def unrolled_attention(
     *,
     levels: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`spikedecoder.ops.spike_attention` of integers from 0 to `levels`, from binary operands alone.
+    """`spikedecoder.ops.spike_attention` of integers from 0 to `levels`, computed from binary operands only.
 
-    (q k^T, causal) v is linear in each of q, k and v: the sum over all B^3 triples of their timesteps, each
-    by the product of its worths, a power of 2. The state is that of k^T v over B^2 pairs; each timestep of q
-    meets the past's once.
+    (q k^T, causal) v is linear in each of q, k and v, hence the sum over all B^3 triples of their timesteps,
+    each times the product of its worths, a power of 2. The state, k^T v, is the sum over B^2 pairs; the past
+    state is multiplied once by each timestep of q. `dropout` has to be 0, else ValueError.
     """
     check_attention(q, k, v, scale, decay, state)
     check_dropout(dropout)
@@ -96,7 +97,7 @@ def unrolled_attention(
     final: Tensor | None = None
     for i, query in enumerate(queries):
         for j, (key, value, worth) in enumerate(pairs):
-            past = None if j or state is None else state / worth  # what the pair's worth multiplies again
+            past = None if j or state is None else state / worth  # multiplied by it again below
             result = spike_attention(query, key, value, 1.0, decay, past, return_state)
             out, new = result if isinstance(result, tuple) else (result, None)
             out = out * (worths[i] * worth)
@@ -104,7 +105,7 @@ def unrolled_attention(
             if i == 0 and new is not None:
                 final = new * worth if final is None else final + new * worth
     assert total is not None
-    # once, behind the sums: integers without a decay, and the same as not unrolled
+    # once, after the sums: without a decay these are integers, and the result is that of integers
     total = (scale * total).to(q.dtype)
     if return_state:
         assert final is not None

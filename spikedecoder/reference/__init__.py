@@ -1,6 +1,6 @@
 """The specification of every operator in plain PyTorch: short, obvious, differentiable.
 
-Each module carries one operator. ``forward`` is what the operator means; where a ``backward`` stands
-beside it, it is the closed form of what autograd would give, kept so that the operator need not save
-intermediate tensors; tests hold the two together.
+Each module holds one operator. ``forward`` defines what the operator means. A ``backward`` beside it is the
+closed form of what autograd would give, so that the operator need not save intermediate tensors; tests
+compare the two.
 """

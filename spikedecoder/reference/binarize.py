@@ -1,4 +1,4 @@
-"""Binarisation of embeddings: s = 1 where x >= 0, ATan surrogate behind it."""
+"""Binarisation of embeddings: s = 1 where x >= 0, with the ATan surrogate in backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spikedecoder.surrogate import SURROGATES, heaviside
 
 
 def binarize(x: Tensor, alpha: float) -> Tensor:
-    """By autograd."""
+    """Spikes of x, differentiable by autograd."""
     return spike(x, "atan", alpha)
 
 

@@ -1,4 +1,4 @@
-"""Linear layer on any numbers: torch's own, by autograd."""
+"""Linear layer on any numbers: torch's own, differentiable by autograd."""
 
 from torch.nn.functional import linear
 

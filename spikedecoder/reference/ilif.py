@@ -10,7 +10,7 @@ from spikedecoder.reference.lif import compute_dtype
 
 
 def _in_levels(x: Tensor, p: ILIFParams) -> Tensor:
-    """x / v_threshold, as a product: every backend rounds it alike."""
+    """x / v_threshold, as a product, which every backend rounds alike."""
     return x.to(compute_dtype(x.dtype)) * (1 / p.v_threshold)
 
 
@@ -19,7 +19,7 @@ def _count(u: Tensor, p: ILIFParams) -> Tensor:
 
 
 def ilif(x: Tensor, p: ILIFParams) -> Tensor:
-    """By autograd: straight through in the window and at its ends, where clamp from torch 2.14 on is not."""
+    """By autograd: straight through in the window, ends included (clamp from torch 2.14 on excludes them)."""
     u = _in_levels(x, p)
     low, high = p.window
     through = torch.where((u >= low) & (u <= high), u, u.detach().clamp(low, high))
@@ -27,7 +27,7 @@ def ilif(x: Tensor, p: ILIFParams) -> Tensor:
 
 
 def forward(x: Tensor, p: ILIFParams, want_mask: bool) -> tuple[Tensor, Tensor | None]:
-    """(s in x's dtype, where the gradient passes as bytes of 0 and 1 if wanted)."""
+    """(s in x's dtype, mask): the mask, if wanted, has bytes of 1 where the gradient passes, else 0."""
     u = _in_levels(x, p)
     low, high = p.window
     mask = ((u >= low) & (u <= high)).view(torch.uint8) if want_mask else None

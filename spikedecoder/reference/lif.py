@@ -23,7 +23,7 @@ class _Spike(torch.autograd.Function):
 
 
 def spike(u: Tensor, surrogate: str, alpha: float) -> Tensor:
-    """Heaviside step of u with the named surrogate's derivative."""
+    """Heaviside step of u, with the derivative of the named surrogate in backward."""
     return _Spike.apply(u, SURROGATES[surrogate], alpha)
 
 
@@ -34,29 +34,29 @@ def charge(x: Tensor, v: Tensor, p: LIFParams) -> Tensor:
 
 
 def after(h: Tensor, fired: Tensor, threshold: Tensor | float, p: LIFParams) -> Tensor:
-    """Membrane potential after firing. (No product: a threshold may be infinite, and 0 times that is NaN.)"""
+    """Membrane potential after firing. (No product, as 0 times an infinite threshold would be NaN.)"""
     return h.masked_fill(fired, p.v_reset) if p.v_reset is not None else torch.where(fired, h - threshold, h)
 
 
 def over_tau(x: Tensor, p: LIFParams) -> Tensor:
-    """x / tau, rounded once. (For a number PyTorch multiplies by 1 / tau on a GPU, which is rounded too.)"""
+    """x / tau, rounded once. (On a GPU, PyTorch would multiply by 1 / tau, which is rounded itself.)"""
     return x / (torch.full((), p.tau, dtype=x.dtype, device=x.device) if x.is_cuda else p.tau)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Membrane potentials of half-precision inputs are kept in float32."""
+    """The dtype of membrane potentials and sums: float32 for half-precision inputs, else the inputs'."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def limit_of(threshold: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    """The threshold in the dtype of the potentials, whatever its own."""
+    """The threshold in `dtype`, that of the potentials."""
     return threshold.to(dtype) if isinstance(threshold, Tensor) else threshold
 
 
 def lif(x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams) -> tuple[Tensor, Tensor]:
     """Spikes [T, ...] and the final membrane potential [...] for input x [T, ...], by autograd.
 
-    `threshold` broadcasts against one timestep, v_init starts the membrane (zeros if None).
+    `threshold` broadcasts against one timestep; v_init is the initial membrane potential (zeros if None).
     """
     x_ = x.to(compute_dtype(x.dtype))
     threshold = limit_of(threshold, x_.dtype)
@@ -79,7 +79,7 @@ def lif(x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParam
 def forward(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams
 ) -> tuple[Tensor, Tensor]:
-    """`lif` without a graph, its output written in place of a list: the fast eager form."""
+    """`lif` without autograd, writing into one tensor instead of a list: the fast eager form."""
     dtype = compute_dtype(x.dtype)
     threshold = limit_of(threshold, dtype)
     spikes = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -100,9 +100,9 @@ def backward(
     v_init: Tensor | None,
     p: LIFParams,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the threshold (shape of one timestep: sum it to the threshold's) and of v_init.
+    """Gradients of x, of the threshold (in the shape of one timestep, to be summed to its own) and of v_init.
 
-    Recomputes h from x, then walks t backwards. With e = dL/dv[t] and u = h - v_threshold:
+    Recomputes h from x, then goes back in time. With e = dL/dv[t] and u = h - v_threshold:
 
         dL/dh[t] = dL/ds[t] g'(u) + e dv[t]/dh[t],      dL/dthreshold = -sum_t dL/ds[t] g'(u) + (reset)
         dL/dx[t] = dL/dh[t] dh/dx,                      dL/dv[t-1]    = dL/dh[t] (1 - 1/tau)

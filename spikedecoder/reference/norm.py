@@ -12,13 +12,13 @@ from spikedecoder.reference.lif import compute_dtype
 
 
 def alpha_backward() -> float:
-    """PowerNorm's alpha backward. A function, since with dynamic shapes torch.compile makes a global float an
-    input of the graph, and fails where only a backward pass reads it."""
+    """PowerNorm's alpha in backward. A function, since with dynamic shapes torch.compile turns a global float
+    into an input of the graph, and fails if only a backward pass reads it."""
     return 0.9
 
 
 def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] over all rows of x [..., C] (0 of no row); without `center` 0, E[x^2]."""
+    """(mean, biased variance) [C] over all rows of x [..., C]; (0, E[x^2]) without `center`; 0 of no rows."""
     rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x.dtype))
     if x.numel() == 0:
         return rows.new_zeros(x.shape[-1]), rows.new_zeros(x.shape[-1])
@@ -42,12 +42,12 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of LayerNorm: (grad_x in x's dtype, grad_weight, grad_bias)."""
+    """Gradients of LayerNorm: (grad_x in x's dtype, grad_weight, grad_bias)."""
     wide = x.to(grad.dtype)
     if x.dtype != grad.dtype:
         weight = weight.to(grad.dtype)
     wide, weight, _ = _alike(wide, weight, weight)
-    if not x.is_cuda:  # torch has statistics in the weight's dtype there, in float32 on CUDA
+    if not x.is_cuda:  # torch takes statistics in the weight's dtype on CPUs, in float32 on CUDA
         mean, rstd = mean.to(weight.dtype), rstd.to(weight.dtype)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(  # of a bias only the shape
         grad.contiguous().to(wide.dtype), wide, x.shape[-1:], mean, rstd, weight, weight, [True, True, True]
@@ -56,16 +56,17 @@ def backward(
 
 
 def mean_so_far(running_phi: Tensor, var: Tensor, iters: Tensor) -> Tensor:
-    """PowerNorm's mean of var over `iters` passes, running_phi being that of all before the last."""
+    """PowerNorm's mean of var over `iters` passes, with running_phi as the mean of all but the last."""
     passes = iters.to(var.dtype)  # a quotient of integers would be in torch's default dtype
     return running_phi * ((passes - 1) / passes) + var / passes
 
 
 def power_scale(var: Tensor, running_phi: Tensor, iters: Tensor, eps: float, warmup: int) -> Tensor:
-    """PowerNorm's 1 / sqrt in training, of var or of running_phi before this pass moves it on.
+    """PowerNorm's factor in training: 1 / sqrt(var + eps) in the first `warmup` passes, then 1 / sqrt of
+    running_phi + eps, before this pass updates it.
 
     Raises:
-        RuntimeError: the pass is repeated inside a backward pass, running_phi has moved.
+        RuntimeError: the pass is repeated inside a backward pass, after running_phi was updated.
     """
     if repeats_a_pass():
         raise RuntimeError(
@@ -76,8 +77,8 @@ def power_scale(var: Tensor, running_phi: Tensor, iters: Tensor, eps: float, war
     return torch.where(iters <= warmup, var, running_phi).add(eps).rsqrt()
 
 
-# An operator: of torch's own, torch.compile computes in backward again what it did not keep, and running_phi,
-# which it reads, has moved by then.
+# Registered as an operator: torch.compile may repeat torch's own operations in backward, when running_phi,
+# which they read, has been updated.
 traced_power_scale = torch.library.custom_op("spikedecoder::power_scale", power_scale, mutates_args=())
 traced_power_scale.register_fake(
     lambda var, running_phi, *_: var.new_empty(
@@ -87,8 +88,8 @@ traced_power_scale.register_fake(
 
 
 def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x and parameters as torch's LayerNorm takes them: all of x's dtype or, if they are not, parameters
-    of the one it computes in, and on CUDA x too."""
+    """x and parameters in dtypes that torch's LayerNorm takes: unchanged if all are the same, else the
+    parameters, and on CUDA also x, in the dtype that it computes in."""
     if not weight.dtype == bias.dtype == x.dtype:
         dtype = compute_dtype(x.dtype)
         weight, bias = weight.to(dtype), bias.to(dtype)
@@ -97,14 +98,14 @@ def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def layer_dtype(x: Tensor) -> torch.dtype:
-    """Of LayerNorm's result: autocast takes it to float32 on CUDA, and leaves it alone on the CPU."""
+    """The dtype of LayerNorm's result: float32 under autocast on CUDA, else that of x."""
     wide = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
     return torch.float32 if wide else x.dtype
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in that dtype. (With torch 2.11 a compiled autograd function that ends in `to` has no gradient where
-    `to` gives x itself.)"""
+    """x in that dtype. (With torch 2.11, a compiled autograd function that ends in `to` has no gradient if
+    `to` returns x itself.)"""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -112,10 +113,10 @@ class _PowerNorm(torch.autograd.Function):
     """Training pass of PowerNorm (Shen et al., 2020, arXiv 2003.07845), without group scaling.
 
     Pass i over rows x [N, C]:   var = mean(x^2);  z = x / sqrt(var + eps) while i <= warmup, then
-    z = x / sqrt(running_phi + eps);  y = weight z + bias.  Before pass `warmup` running_phi is the mean
-    of all var so far, and in every pass it moves to alpha running_phi + (1 - alpha) var.
-    Backward: g = dy weight;  ga = g - (1 - alpha) ema_gz z;  ema_gz += mean(ga z);
-    dx = ga / sqrt(var + eps).  Both means run over the rows of every process of `group`.
+    z = x / sqrt(running_phi + eps);  y = weight z + bias.  Before pass `warmup`, running_phi becomes
+    running_phi (i - 1) / i + var / i; then, in every pass, alpha running_phi + (1 - alpha) var.
+    Backward, with the alpha of `alpha_backward`: g = dy weight;  ga = g - (1 - alpha) ema_gz z;
+    ema_gz += mean(ga z);  dx = ga / sqrt(var + eps).  Means are over the rows of all processes of `group`.
     """
 
     @staticmethod
@@ -147,7 +148,7 @@ class _PowerNorm(torch.autograd.Function):
 
 
 class _SyncedBatchNorm(torch.autograd.Function):
-    """y = weight (x - mean) rstd + bias with statistics of all processes' rows, N in number.
+    """y = weight (x - mean) rstd + bias, with statistics over the N rows of all processes.
 
     With z = (x - mean) rstd and sums over all processes:
     dx = weight rstd (dy - sum dy / N - z sum(dy z) / N);
@@ -173,7 +174,7 @@ class _SyncedBatchNorm(torch.autograd.Function):
 
 
 def move_running(n: NormParams, mean: Tensor, var: Tensor, rows: Tensor | int) -> None:
-    """BatchNorm: running = (1 - momentum) running + momentum batch, the variance unbiased (torch's way)."""
+    """BatchNorm: running = (1 - momentum) running + momentum batch, with the unbiased variance, as torch."""
     running_mean, running_var = n.running
     running_mean.lerp_(mean.to(running_mean.dtype), n.momentum)
     running_var.lerp_((var * (rows / (rows - 1))).to(running_var.dtype), n.momentum)
@@ -192,9 +193,9 @@ def norm(x: Tensor, p: NormParams) -> Tensor:
         return _SyncedBatchNorm.apply(x, p.weight, p.bias, mean, (var + p.eps).rsqrt(), count, p.synced)
     if p.kind == "batch":
         rows = x.reshape(-1, x.shape[-1])
-        # of the weight, and of statistics in evaluation, torch's backward pass reads no strides
+        # torch's backward ignores strides of the weight and, in evaluation, of the statistics
         mean, var = p.running if p.training else (r.contiguous() for r in p.running)
-        # statistics are wider than the parameters where these alone are cast, as FSDP does
+        # statistics are wider than the parameters if only those are cast, as FSDP does
         weight, bias = p.weight.to(mean.dtype).contiguous(), p.bias.to(mean.dtype)
         return F.batch_norm(rows, mean, var, weight, bias, p.training, p.momentum, p.eps).view_as(x)
     running_phi, ema_gz, iters = p.running

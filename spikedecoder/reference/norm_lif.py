@@ -1,8 +1,8 @@
 """Normalisation, then LIF or I-LIF: y = (x - mean) * rstd * weight + bias, spikes = LIF(y).
 
-Row statistics (LayerNorm) are computed here; channel statistics (BatchNorm, PowerNorm) are handed in.
-Kept for backward: x and the statistics; y and the membrane potentials are recomputed. The threshold beside
-the neurons is a LIF's; an I-LIF has its own, and no timesteps.
+Row statistics (LayerNorm) are computed here; channel statistics (BatchNorm, PowerNorm) are passed in.
+Kept for backward: x and the statistics; y and the membrane potentials are recomputed. The argument
+`threshold` is for LIF neurons; I-LIF neurons have their own, and no timesteps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Neurons = LIFParams | ILIFParams
 
 
 def norm_lif(x: Tensor, n: NormParams, threshold: Threshold, p: LIFParams) -> Tensor:
-    """Spikes [T, ..., C] for x [T, ..., C], by autograd."""
+    """Spikes [T, ..., C] for x [T, ..., C], differentiable by autograd."""
     return _lif.lif(norm(x, n), threshold, None, p)[0]
 
 
@@ -36,7 +36,7 @@ def forward(
     threshold: Threshold,
     p: Neurons,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(spikes, mean, rstd): statistics per row if none are handed in, else those handed in."""
+    """(spikes, mean, rstd); the statistics are those passed in or, without any, those of each row."""
     x_ = x.to(_lif.compute_dtype(x.dtype))
     weight, bias = weight.to(x_.dtype), bias.to(x_.dtype)
     if mean is None or rstd is None:

@@ -1,10 +1,10 @@
-"""Causal spiking self-attention without softmax, in three equal forms.
+"""Causal spiking self-attention without softmax, in three equivalent forms.
 
     o[i] = scale * ( sum_{j<=i} decay^(i-j) (q[i] . k[j]) v[j]  +  decay^(i+1) q[i] state )
 
 Shapes: q, k, v, o [T, B, H, S, d]; decay [H] or None (1); state [T, B, H, d, d], the running sum of
-k^T v over the past. Without decay every sum is an integer, so the three forms agree bit for bit while
-sums stay below 2^24 (float32).
+k^T v over the past. Without decay every sum is an integer, so the three forms agree bit for bit in float32
+while sums stay below 2^24.
 
 Source: spiking self-attention, Zhou et al., 2023 (Spikformer), made causal; the decay is that of
 retention, Sun et al., 2023 (RetNet).
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 64  # of the sequence: below it the quadratic form is the cheaper one
+CHUNK = 64  # tokens; for fewer the quadratic form is cheaper
 
 
 def decay_matrix(decay: Tensor, s: int) -> Tensor:
@@ -35,7 +35,7 @@ def decay_powers(decay: Tensor, first: int, s: int) -> Tensor:
 def quadratic(
     q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None
 ) -> Tensor:
-    """The definition: scores, causal mask, weighted sum. Differentiable; cost S^2."""
+    """The definition: scores, causal mask, weighted sum. Differentiable; cost quadratic in S."""
     scores = q @ k.transpose(-1, -2)
     scores = scores.tril() if decay is None else scores * decay_matrix(decay, q.shape[-2])
     out = scores @ v
@@ -48,7 +48,7 @@ def quadratic(
 def recurrent(
     q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One token at a time, the past held in `state`. Returns (o, state)."""
+    """One token at a time, with the past in `state`. Returns (o, state)."""
     if state is None:
         state = q.new_zeros(*q.shape[:-2], q.shape[-1], v.shape[-1])
     outs = []
@@ -73,7 +73,7 @@ def advance_state(k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | No
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None
 ) -> Tensor:
-    """Quadratic inside chunks, the state carried between them: cost linear in S."""
+    """Quadratic inside chunks, with the state carried between them: cost linear in S."""
     outs = []
     for start in range(0, q.shape[-2], CHUNK):
         part = (t[..., start : start + CHUNK, :] for t in (q, k, v))
@@ -94,7 +94,7 @@ def forward(
     return_state: bool,
     levels: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """(o, final state if asked for), accumulated in float32 or wider. Takes any numbers."""
+    """(o, the final state or None), summed in float32 or wider. Takes any numbers; `levels` is not used."""
     dtype = q.dtype
     if dtype in (torch.float16, torch.bfloat16):
         q, k, v = q.float(), k.float(), v.float()
@@ -114,7 +114,7 @@ def backward(
     state: Tensor | None,
     levels: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v: each is itself a causal attention, for k and v backwards in time.
+    """Gradients of q, k, v: each is itself a causal attention, those of k and v backwards in time.
 
     dq[i] = scale ( sum_{j<=i} decay^(i-j) (g[i] . v[j]) k[j] + decay^(i+1) g[i] state^T )
     dk[j] = scale   sum_{i>=j} decay^(i-j) (v[j] . g[i]) q[i]

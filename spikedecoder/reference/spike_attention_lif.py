@@ -14,7 +14,7 @@ Threshold = Tensor | float
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, threshold: Threshold, p: LIFParams
 ) -> Tensor:
-    """Spikes [T, B, H, S, d]; the threshold is a number, a scalar or [H, d]."""
+    """Spikes [T, B, H, S, d]; the threshold is a number, or a tensor: a scalar or [H, d]."""
     current, _ = _attention.forward(q, k, v, scale, decay, None, False)
     return _lif.forward(current.transpose(2, 3), threshold, None, p)[0].transpose(2, 3)
 

@@ -19,6 +19,6 @@ def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None
 
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor) -> Tensor:
-    """dW = dy^T s, [N, K], from bits."""
+    """dW = dy^T s, [N, K], from s as bits."""
     s = unpack(words, channels, grad.dtype).unsqueeze(0).flatten(0, -2)
     return grad.unsqueeze(0).flatten(0, -2).transpose(0, 1) @ s
