@@ -34,23 +34,23 @@ from spikedecoder.ops import BackendError
 from spikedecoder.training import TrainingError
 
 MOST_COMPARED = 4
-_REFRESH = 0.06  # seconds between two looks at a growing text
+_REFRESH = 0.06  # seconds between two updates of a growing text
 _COLUMNS = ("model", "kind", "spike rate", "energy a token", "energy a character", "tokens/s")
 _NO_SPIKES = "This model has no spiking neurons, so there are no spikes to show."
-_PROGRESS = gr.Progress()  # Gradio finds it as a default argument, and hands in one that shows
+_PROGRESS = gr.Progress()  # Gradio finds it as a default argument, and passes one that the page shows
 
 
 @dataclass
 class Session:
-    """What one browser tab has: nothing here is shared with another."""
+    """The state of one browser tab: nothing here is shared with another."""
 
     observation: Observation | None = None
     ledgers: dict[str, Any] = field(default_factory=dict)  # of the models compared
-    stop: bool = False  # asked for with the button
+    stop: bool = False  # set by the button
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Faults that a person can mend become messages on the page."""
+    """Turn errors that the user can fix into messages on the page."""
     faults = (ValueError, TypeError, OSError, TrainingError, BackendError, MemoryError)
 
     def message(error: BaseException) -> gr.Error:
@@ -84,7 +84,7 @@ class Handlers:
         self.library = library
 
     def choices(self, tokens: str, kind: str, current: str | None = None) -> tuple[Any, ...]:
-        """(checkpoint list, offer to train, what is said above it) for what is on disk now."""
+        """(checkpoint list, offer to train, the text above it) for the models that are on disk now."""
         found = self.library.find(kind, tokens)
         paths = [m.path for m in found]
         value = current if current in paths else (paths[0] if paths else None)
@@ -100,7 +100,7 @@ class Handlers:
         return box, gr.skip() if found else gr.Accordion(open=True), offer
 
     def begin(self) -> tuple[Any, ...]:
-        """The state of the controls for a new tab: the first model that there is."""
+        """The state of the controls for a new tab: the first model found is chosen."""
         models = self.library.find()
         first = models[0] if models else Found("", "", next(iter(KINDS)), TOKENS[0])
         found = self.choices(first.tokens, first.kind)
@@ -130,7 +130,7 @@ class Handlers:
     def write(
         self, session: Session, path: str | None, prompt: str, memory: bool, view: str, *how: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """Text as it comes; then heat map, spikes and energy."""
+        """The text as it is generated; then heat map, spikes and energy."""
         session.stop = False
         loaded, written, last = self.library.get(path), None, 0.0
         same = gr.skip()
@@ -168,7 +168,7 @@ class Handlers:
 
     @staticmethod
     def curves(path: str | None) -> tuple[Any, str]:
-        """How the model learned, where its run's metrics lie beside it."""
+        """The loss curves of the model's training, if its run's metrics are beside it."""
         run = run_of(path) if path else None
         if run is None:
             return gr.Image(visible=False), "No record of its training lies beside this model."
@@ -196,7 +196,7 @@ class Handlers:
     def compare(
         self, session: Session, paths: list[str] | None, prompt: str, memory: bool, *how: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """The same prompt to several models, one after another."""
+        """Give the same prompt to several models, one after another."""
         session.stop = False
         if not paths:
             raise ValueError("models: got none, takes one to four from the list")
@@ -261,7 +261,7 @@ class Handlers:
 
 
 def _whole(name: str, value: float | None) -> int | None:
-    """A number box's value as an integer."""
+    """A number box's value as an integer; None if it is empty."""
     if value is None:
         return None
     if not math.isfinite(value) or value != int(value):
@@ -270,7 +270,7 @@ def _whole(name: str, value: float | None) -> int | None:
 
 
 def told_with_progress(train: Callable[..., Any]) -> Callable[..., Any]:
-    """`told`, with the default argument by which Gradio hands in a progress bar."""
+    """`told`, with the default argument through which Gradio passes a progress bar."""
     inner = told(train)
 
     def run(tokens: str, kind: str, steps: float, progress: Any = _PROGRESS) -> Any:

@@ -1,4 +1,4 @@
-"""The trained models that lie on this disk, and those of them that are in memory."""
+"""The trained models on this disk, and those of them that are in memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from spikedecoder.kinds import kind_of
 from spikedecoder.model import SpikeDecoder
 
 TOKENS = ("characters", "words")
-_DEPTH = 4  # folders below a root that are looked into
+_DEPTH = 4  # levels of folders to search below a root
 _IN_MEMORY = 6
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model on disk: its folder, what to call it, and what it is."""
+    """A model on disk: its folder, what to call it, its kind, and what it reads (one of TOKENS)."""
 
     path: str
     label: str
@@ -31,7 +31,7 @@ class Found:
 
 @dataclass
 class Loaded:
-    """A model in memory. `watched` is a copy for hooks, one user at a time: hooks see whatever runs."""
+    """A model in memory. `watched` is a copy for hooks, to be used under `lock`: hooks see every call."""
 
     model: SpikeDecoder
     watched: SpikeDecoder
@@ -41,7 +41,7 @@ class Loaded:
 
     @property
     def about(self) -> str:
-        """One line on what it is."""
+        """A one-line description of the model."""
         c = self.model.config
         parts = [
             kind_of(c),
@@ -55,7 +55,7 @@ class Loaded:
 
 
 class Library:
-    """Models below some folders, found anew at each look, loaded once. Safe for several threads."""
+    """The models below some folders, searched for at each call; keeps the last few in memory. Thread-safe."""
 
     def __init__(self, roots: Sequence[str | Path]) -> None:
         self.roots = [Path(root) for root in roots]
@@ -63,7 +63,7 @@ class Library:
         self._loaded: OrderedDict[str, tuple[tuple[int, ...], Loaded]] = OrderedDict()
 
     def find(self, kind: str | None = None, tokens: str | None = None) -> list[Found]:
-        """What there is now, perhaps only one kind, or only models of characters, or of words."""
+        """The models on disk now; if given, only those of one kind, or of characters or words."""
         found: dict[str, Found] = {}
         for root in self.roots:
             for folder in _model_folders(root, _DEPTH):
@@ -76,7 +76,7 @@ class Library:
         return [m for m in models if kind in (None, m.kind) and tokens in (None, m.tokens)]
 
     def get(self, path: str | None) -> Loaded:
-        """The model in that folder, as it is on disk now; ValueError where there is none (any more)."""
+        """The model in that folder, as it is on disk now; ValueError if there is none (any more)."""
         if not path:
             raise ValueError("checkpoint: none chosen; take one from the list, or train one first")
         with self._lock:
@@ -107,7 +107,7 @@ class Library:
 
 
 def model_folder(folder: Path) -> Path | None:
-    """Where the model of a folder lies: there, or in best/ or last/ of a run; None where it has none."""
+    """The folder with the model: `folder` itself, or best/ or last/ of a run; None if there is none."""
     for candidate in (folder, folder / "best", folder / "last"):
         if (candidate / CONFIG).is_file() and (candidate / WEIGHTS).is_file():
             return candidate
@@ -134,7 +134,7 @@ def _model_folders(root: Path, depth: int) -> Iterator[Path]:
 
 
 def _look(folder: Path, root: Path) -> Found | None:
-    """What a folder holds; None where its description cannot be read (it may be being written)."""
+    """The model in a folder; None if its description cannot be read (it may be being written)."""
     where = model_folder(folder)
     if where is None:
         return None
@@ -151,7 +151,7 @@ def _below(path: str, root: Path) -> bool:
 
 
 def _label(folder: Path, root: Path) -> str:
-    if not _below(str(folder), root):  # a link to elsewhere: as it is called here
+    if not _below(str(folder), root):  # a link to elsewhere: use its name here
         return str(folder.relative_to(root) if folder.is_relative_to(root) else folder)
     inside = folder.resolve().relative_to(root.resolve())
     return str(inside) if str(inside) != "." else folder.resolve().name

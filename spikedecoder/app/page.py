@@ -38,7 +38,7 @@ CSS = """
 
 
 def build(roots: list[Path]) -> Any:
-    """The page over the models in `roots`; trained ones go into the first of them."""
+    """The page for the models in `roots`; those it trains go into the first of them."""
     do = Handlers(Library(roots))
     with gr.Blocks(title="spikedecoder", analytics_enabled=False, **_style(gr.Blocks)) as page:
         session = gr.State(Session())
@@ -160,7 +160,7 @@ def look() -> dict[str, Any]:
 
 
 def _style(where: Any) -> dict[str, Any]:
-    """`look`, for the one of Blocks and launch that takes it (Gradio 5: Blocks; 6: launch)."""
+    """The part of `look` that `where` takes: Blocks takes it in Gradio 5, launch in Gradio 6."""
     names = inspect.signature(where).parameters
     return {name: value for name, value in look().items() if name in names}
 

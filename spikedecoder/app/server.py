@@ -13,12 +13,14 @@ HOST = "127.0.0.1"
 def launch(
     roots: Sequence[str | Path] = ("runs",), *, port: int = 7860, browser: bool = False, block: bool = True
 ) -> Any:
-    """Serve the app on this machine alone, at http://127.0.0.1:PORT.
+    """Serve the app at http://127.0.0.1:PORT, which only this machine can reach.
 
-    roots: folders in which models are looked for, or models; what the app trains goes into the first.
-    block: return only when it is stopped; else a handle with `close()` is returned.
+    roots: folders in which to look for models, or folders of models. The app puts models that it trains into
+        the first, which need not exist yet.
+    browser: whether to open a browser window.
+    block: whether to return only when the app is stopped. Otherwise returns a handle with `close()` at once.
 
-    Raises ValueError (Gradio is not installed, no such folder but the first), OSError (the port is taken).
+    Raises ValueError (a bad port, a missing folder, Gradio is not installed), OSError (the port is taken).
     """
     if not roots:
         raise ValueError("roots: got none, takes at least one folder")
@@ -28,7 +30,7 @@ def launch(
     for path in paths[1:]:
         if not path.is_dir():
             raise ValueError(f"roots: {path}: no such folder")
-    # nothing is sent anywhere
+    # so that nothing is sent anywhere
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio  # noqa: F401

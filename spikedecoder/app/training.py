@@ -1,4 +1,4 @@
-"""Training a small model from the app, where there is none yet."""
+"""Training a small model from the app, for those who have none yet."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from spikedecoder.data import prepare_corpus
 from spikedecoder.kinds import KINDS
 from spikedecoder.training import Evaluation, Reporter, TrainConfig, TrainResult, free_folder, train
 
-_ONE = threading.Lock()  # training sets the threads of the whole process
-_STOP = threading.Event()  # asked for, from whichever tab
-_SECONDS = 0.25  # between two looks at the progress
+_ONE = threading.Lock()  # one training at a time: it sets the threads of the whole process
+_STOP = threading.Event()  # set from any tab
+_SECONDS = 0.25  # between two updates of the progress
 
 Tell = Callable[[float, str], None]  # (share done, what to say)
 
@@ -25,8 +25,10 @@ def stop_training() -> None:
 
 
 def train_small(kind: str, tokens: str, steps: int, parent: Path, tell: Tell) -> TrainResult | None:
-    """Train the small default of a kind on the built-in text in a new folder of `parent`, until
-    `stop_training`. None if that came before the first step.
+    """Train the small default model of a kind on the built-in text, into a new folder in `parent`.
+
+    tokens: "characters" or "words". `stop_training` ends it early; returns None if it was called before the
+    first step.
 
     Raises ValueError (bad arguments, another training in progress), and what `spikedecoder.training.train`
     raises.

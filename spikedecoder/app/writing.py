@@ -1,4 +1,4 @@
-"""What the app does with a model, without the page around it: write a text, then look at what it cost."""
+"""What the app does with a model, without the page around it: write a text, then find what it cost."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 1000
 _CANDIDATES = 12  # for each token, in the heat map
-_SHOWN = 40  # tokens in heat map and raster, the last: more could not be read
+_SHOWN = 40  # the last tokens, shown in heat map and raster: more would be illegible
 VIEWS = ("raster", "attention", "membrane potentials")
-_DRAWING = threading.Lock()  # matplotlib's settings belong to the process
+_DRAWING = threading.Lock()  # one figure at a time: matplotlib's settings belong to the process
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ class Settings:
 
 @dataclass
 class Written:
-    """A text that grows: the ids of its prompt and of what was written, and what else was probable."""
+    """A growing text.
+
+    prompt, tokens: ids of the prompt and of what was written. before, after: their text. predictions: the
+    most probable candidates for each of `tokens`. seconds: the time that writing took so far.
+    """
 
     prompt: list[int]
     before: str
@@ -70,7 +74,10 @@ class Written:
 
 
 def write(loaded: Loaded, prompt: str, settings: Settings) -> Iterator[Written]:
-    """The text after each of its tokens, the same object each time. ValueError for what cannot be read."""
+    """Yield the text after each new token, always the same object.
+
+    Raises ValueError for a number of tokens out of range and for a prompt that the model cannot read.
+    """
     if not isinstance(settings.tokens, int) or not 1 <= settings.tokens <= MOST_TOKENS:
         raise ValueError(f"tokens: got {settings.tokens!r}, takes 1 to {MOST_TOKENS}")
     model, tokenizer = loaded.model, loaded.model.tokenizer
@@ -89,10 +96,10 @@ def write(loaded: Loaded, prompt: str, settings: Settings) -> Iterator[Written]:
 
 @dataclass
 class Observation:
-    """What the neurons did while that text was read and written.
+    """What the neurons did while a text was read and written.
 
-    activity: from the beginning of the text on, or of the last window that was read of it; None where no
-    neuron spikes. labels: its last tokens, those of the pictures that show single ones.
+    activity: on the last window that was read, which is the whole text if it fits the context; None if no
+    neuron spikes. labels: the last tokens of that window, for the pictures that show single tokens.
     """
 
     written: Written
@@ -118,7 +125,7 @@ class Observation:
 
 
 def observe(loaded: Loaded, written: Written) -> Observation:
-    """Read the text once more, watching. Exact: both forms of the model spike alike."""
+    """Read the text once more and record the neurons. Exact: both forms of the model spike alike."""
     model = loaded.watched
     names = model.tokenizer.tokens
     *_, (window, _known) = windows(written.prompt, written.tokens, Context.of(model, None, "slide"))
@@ -137,7 +144,7 @@ def predictions_figure(loaded: Loaded, written: Written) -> Figure:
 
 
 def layer_figure(seen: Observation, view: str, layer: str) -> Figure:
-    """One layer's raster; or, of the block that it is in, the attention scores or membrane potentials."""
+    """The raster of a layer, or the attention scores or membrane potentials of the layer's block."""
     assert seen.activity is not None
     labels = seen.labels
     activity = seen.activity.last(len(labels))

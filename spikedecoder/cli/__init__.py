@@ -60,7 +60,7 @@ _DEBUG = "SPIKEDECODER_DEBUG"
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 the training failed, 2 wrong input, 130 interrupted.
 
-    What the user can mend is one line on stderr; SPIKEDECODER_DEBUG=1 shows where it came from.
+    An error that the user can fix is one line on stderr; SPIKEDECODER_DEBUG=1 shows its traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _say("interrupted")
         code = 130
-    except (BrokenPipeError, SystemExit) as error:  # typer makes the second of the first
+    except (BrokenPipeError, SystemExit) as error:  # typer turns the first into the second
         if BrokenPipeError not in (type(error), type(error.__context__)):
             raise
         # the reader of our output has gone, as with `| head`
@@ -83,8 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _answer(error: Exception) -> int:
-    """The exit code after an error, which is said; raised again where no user could mend it."""
-    # typer brings its own click or takes the installed one, by version: told by what it can do
+    """Print an error and return the exit code; raises it again if no user could fix it."""
+    # depending on its version, typer brings its own click: recognise click's errors by their attributes
     if hasattr(error, "exit_code"):
         if hasattr(error, "format_message"):
             _say(error.format_message() or "missing command; see --help")

@@ -47,8 +47,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint of the original SpikeDecoder, number for number.
 
-    The folder then serves `spikedecoder generate --checkpoint` and SpikeDecoder.from_pretrained. Where the
-    vocabulary is known (the 30 letters, or a dictionary among the options) it has a tokenizer too.
+    The folder works with `spikedecoder generate --checkpoint` and SpikeDecoder.from_pretrained.
+    It has a tokenizer if the vocabulary is known: the 30 letters, or a dictionary among the options.
     """
     from spikedecoder.checkpoint import save_folder
     from spikedecoder.compat.convert import convert_original
@@ -95,7 +95,7 @@ def _read_options(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer(options: dict[str, Any], config: SpikeDecoderConfig) -> Any:
-    """The original's tokenizer, where it is known which one that is."""
+    """The original's tokenizer, or None if it is not known which one that is."""
     from spikedecoder.data import ORIGINAL_ALPHABET, CharTokenizer, WordTokenizer
 
     dictionary = options.get("dictionary")
@@ -105,13 +105,13 @@ def _tokenizer(options: dict[str, Any], config: SpikeDecoderConfig) -> Any:
 
 
 def _write(folder: Path, write: Any) -> None:
-    """Let `write` fill a temporary folder, then give it its name: whole or not at all."""
+    """Let `write` fill a temporary folder, then rename it: `folder` appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         temporary.chmod(0o755)
         write(temporary)
-        os.replace(temporary, folder)  # over an empty folder, at most
+        os.replace(temporary, folder)  # replaces an empty folder at most
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

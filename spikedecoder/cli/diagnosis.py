@@ -1,4 +1,4 @@
-"""``spikedecoder doctor --checkpoint``: what ails a model, layer by layer, and what to change."""
+"""``spikedecoder doctor --checkpoint``: what is wrong with a model, layer by layer, and what to change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WINDOWS = 4  # how many windows of the model's context are read
 
 
 def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) -> None:
-    """Read a little text with the model (None: the built-in one) and say how its neurons fared."""
+    """Let the model read a little text (None: the built-in text) and report on its neurons."""
     import torch
 
     from spikedecoder.cli.energy import read_text
@@ -28,7 +28,7 @@ def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) ->
     if model.tokenizer is None:
         raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
     length = model.config.max_len
-    # at most some 20 characters a token
+    # assuming at most about 20 characters per token
     words = (builtin_text() if text is None else read_text(text))[: 20 * _WINDOWS * (length + 1)]
     unknown = model.tokenizer.unknown(words)
     ids = model.tokenizer.encode(words, errors="drop")[: _WINDOWS * length + 1]
@@ -62,7 +62,7 @@ def _show(where: str, tokens: int, diagnosis: Diagnosis, integers: bool) -> None
         shares = (f"{100 * share:.1f} %" for share in (x.rate, x.dead, x.saturated, x.flat))
         gradient = "none" if x.gradient is None else f"{x.gradient:.1e}"
         table.add_row(x.name, *shares, gradient, f"{x.threshold:.3g}")
-    # a terminal that is too narrow breaks lines, which loses no figures
+    # print at full width: a narrow terminal then breaks lines instead of cutting figures
     whole = Measurement.get(console, console.options.update(width=1000), table).maximum
     Console(highlight=False, width=whole).print(table)
     if integers:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-# what a missing package costs, and what brings it
+# what each optional package is needed for, and how to install it
 _OPTIONAL = {
     "triton": ("the Triton kernels", "pip install triton"),
     "tensorboard": ("train --tensorboard", "pip install 'spikedecoder[tensorboard]'"),
@@ -20,7 +20,7 @@ _OPTIONAL = {
     "optuna": ("sweeps", "pip install 'spikedecoder[sweep]'"),
     "fastapi": ("serving", "pip install 'spikedecoder[serve]'"),
 }
-# where there is none: what brings one, by `platform.system()`
+# how to get a missing compiler or CUDA toolkit, by `platform.system()`
 _COMPILERS = {
     "Linux": "apt install g++ (Debian, Ubuntu), or dnf install gcc-c++ (Fedora)",
     "Darwin": "xcode-select --install",
@@ -53,11 +53,13 @@ def doctor(
         bool, typer.Option("--json", help="Print one line: a JSON object with all of it.")
     ] = False,
 ) -> None:
-    """Show what this machine has, and which backend computes each operator here, and why.
+    """Show what this machine has, which backend computes each operator here, and why.
 
-    Runs a small training step, and the C++ kernels beside the reference, so that "works" means tried. With
-    --checkpoint, show instead which layers of a model are dead or saturated, where gradients vanish and
-    thresholds drift, and what to change.
+    "works" means tried: it runs a small training step and compares the C++ kernels with the reference.
+    With --checkpoint, show instead what is wrong with a model, and what to change:
+    layers that are dead or saturated, gradients that vanish, thresholds that drift.
+
+    Exit code: 0 all works, 1 the training step fails or kernels differ, 2 wrong input.
     """
     if checkpoint is not None:
         from spikedecoder.cli.diagnosis import examine_checkpoint
@@ -121,7 +123,7 @@ def examine() -> dict[str, Any]:
 
 
 def _look_for(tool: str) -> tuple[str | None, str | None]:
-    """The program that setup.py would take, and where there is none what would bring it."""
+    """The path of the program that setup.py would use; if there is none, None and how to get it."""
     from spikedecoder.ext import _programs
 
     find, commands = {
@@ -136,7 +138,7 @@ def _look_for(tool: str) -> tuple[str | None, str | None]:
 
 
 def _compare() -> dict[str, Any]:
-    """How many cases of the C++ kernels agree with the reference, gradients too, and the others' names."""
+    """Compare the C++ kernels and their gradients with the reference: how many cases agree, which differ."""
     import torch
 
     from spikedecoder.ops import BackendError, use_backend
@@ -147,14 +149,14 @@ def _compare() -> dict[str, Any]:
         try:
             with use_backend("cpu"):
                 found = run(case, make_inputs(case))
-        except BackendError:  # of torch's own there
+        except BackendError:  # there is no C++ kernel for it
             continue
         with use_backend("reference"):
             expected = run(case, make_inputs(case))
         moved = flipped(found["out"], expected["out"]) if case.operator.endswith("lif") else 0.0
         if moved == 0 or case.exact:
             same = all(torch.allclose(found[k], expected[k], rtol=1e-3, atol=1e-3) for k in expected)
-        else:  # sums in another order may move a spike, and gradients with it
+        else:  # a sum in another order may flip a spike, and change gradients with it
             same = moved < 5e-3
         agree += same
         differ += [] if same else [str(case)]
@@ -179,13 +181,13 @@ def _try_step() -> dict[str, Any]:
         loss.backward()
         weight = model.head.linear.weight
         assert weight.grad is not None and bool(weight.grad.isfinite().all())
-    except Exception as error:  # a report of what is wrong is what this command is for
+    except Exception as error:  # to report what is wrong is what this command is for
         return {"works": False, "error": f"{type(error).__name__}: {error}"}
     return {"works": True, "loss": float(loss.detach())}
 
 
 def _part(info: dict[str, Any]) -> str:
-    """One part of the extension in a line: what it is made of, and what would mend it."""
+    """One part of the extension in a line: how it was built, and how to fix it."""
     words = {
         "compiler": "built by {}",
         "variant": "running {}",

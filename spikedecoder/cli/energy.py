@@ -70,7 +70,7 @@ def energy(
         bool, typer.Option("--json", help="Print one line: a JSON object with all of it.")
     ] = False,
 ) -> None:
-    """Estimate the energy of reading a text: this model, and its shapes without spikes, side by side.
+    """Estimate the energy to read a text: of the model, and of the same shapes without spikes, side by side.
 
     Operations are counted from the spikes that the model fires on the text, and priced by a table of joules.
     """
@@ -88,7 +88,7 @@ def energy(
         if file is not None:
             check_writable(file)
     ledgers: dict[str, Ledger] = {}
-    counted: dict[str, Measured | str] = {}  # or why there is none
+    counted: dict[str, Measured | str] = {}  # the measurement, or why there is none
     for given in dict.fromkeys(checkpoint):
         model, where = load(given, device)
         batches = windows(model, where, words, name, errors, max_tokens)
@@ -113,7 +113,7 @@ def energy(
 
 
 def given_text(prompt: str | None, text: Path | None) -> tuple[str, str]:
-    """The text of --prompt or of the file of --text, and which of them gave it."""
+    """The text from --prompt or from the file of --text, and the name of that option."""
     if prompt is not None and text is None:
         return prompt, "--prompt"
     if text is not None and prompt is None:
@@ -123,7 +123,7 @@ def given_text(prompt: str | None, text: Path | None) -> tuple[str, str]:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # as in training, a byte order mark is no text
+        return path.read_text(encoding="utf-8-sig")  # as in training, a byte order mark is not text
     except FileNotFoundError:
         raise FileNotFoundError(f"--text: {path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -139,7 +139,7 @@ def _mode(mode: str) -> Any:
 
 
 def windows(model: SpikeDecoder, where: str, text: str, name: str, errors: str, limit: int) -> list[Tensor]:
-    """The first `limit` tokens in windows of the model's context: one batch of full ones, and the rest."""
+    """The first `limit` tokens in windows of the model's context: a batch of full windows, then the rest."""
     import torch
 
     from spikedecoder.generation import encode_prompt
@@ -254,7 +254,7 @@ def _show(
 
 
 def _table(lines: list[list[str]], left: int) -> None:
-    """Columns as wide as they need to be, the first `left` aligned to the left; no number is ever cut."""
+    """Print columns as wide as they need to be, the first `left` aligned left; no number is ever cut."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = [
@@ -264,7 +264,7 @@ def _table(lines: list[list[str]], left: int) -> None:
 
 
 def _say(text: str = "") -> None:
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal that lacks a character gets a ? for it
+    encoding = sys.stdout.encoding or "utf-8"  # characters that the terminal lacks become ?
     print(text.encode(encoding, "replace").decode(encoding))
 
 

@@ -83,8 +83,8 @@ def generate(
         typer.Option("--json", help="Print one line: a JSON object with the text and what went with it."),
     ] = False,
 ) -> None:
-    """Continue a prompt, or write from nothing, with a trained model. Text appears as it is written."""
-    # heavy imports stay out of `--help`
+    """Continue a prompt, or write from nothing, with a trained model. Text appears as it is generated."""
+    # imported here to keep `--help` fast
     from spikedecoder.generation import SamplingParams, encode_prompt
     from spikedecoder.generation.detokenize import check_stop_strings
     from spikedecoder.generation.sampling import fresh_seed
@@ -123,7 +123,7 @@ def generate(
 
 
 def load(checkpoint: str, device: str) -> tuple[SpikeDecoder, str]:
-    """The model and the folder, or hub name, that it came from."""
+    """The model on `device` ("auto": a GPU if there is one), and the folder or hub name it came from."""
     import torch
 
     from spikedecoder.model import SpikeDecoder
@@ -141,7 +141,10 @@ def load(checkpoint: str, device: str) -> tuple[SpikeDecoder, str]:
 
 
 def find_checkpoint(checkpoint: str) -> str:
-    """The folder with a model in it: `checkpoint` itself, or its best/ or last/; else a hub name as it is."""
+    """The folder with the model: `checkpoint` itself, or its best/ or last/. A hub name is returned as it is.
+
+    Raises ValueError if `checkpoint` is neither.
+    """
     folder = Path(checkpoint)
     if not folder.exists():
         owner, _, name = checkpoint.partition("/")
@@ -164,7 +167,7 @@ def _prompts(given: list[str] | None) -> list[str]:
         if text == "-":
             from spikedecoder.data import read_text_files
 
-            # as the text that models learn is read
+            # read as training text is
             text = "".join(read_text_files(["-"])).removesuffix("\n")
         texts.append(text)
     return texts
@@ -178,7 +181,7 @@ def _to_terminal(
     sampling: Any,
     options: dict[str, Any],
 ) -> list[int]:
-    """Print a text as it comes; its new ids."""
+    """Print a text as it is generated; returns its new ids."""
     from spikedecoder.generation import stream_tokens
 
     shown = options["top"] > 0
@@ -212,7 +215,7 @@ def _stats(
         "spike_rates": cost.spike_rates,
         "accumulates_per_token": cost.accumulates,
         "multiply_accumulates_per_token": cost.multiply_accumulates,
-        "joules_per_token": energy.per_token,  # an estimate, as that of all tokens that were read
+        "joules_per_token": energy.per_token,  # of the tokens read; both are estimates
         "joules": energy.joules,
         "tokens_read": cost.tokens,
         "tokens_read_again": cost.again,
@@ -251,7 +254,7 @@ def _as_json(
     options: dict[str, Any],
     stats: bool,
 ) -> dict[str, Any]:
-    """The first prompt's result at the top, every prompt's under "samples"."""
+    """The first prompt's result at the top level, every prompt's under "samples"."""
     from spikedecoder.generation.generate import collect
     from spikedecoder.generation.text import prepare_text
 
@@ -292,6 +295,6 @@ def _named(tokenizer: Tokenizer, predictions: list[Prediction]) -> list[tuple[st
 
 
 def _print(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"  # a terminal that lacks a character gets a ? for it
+    encoding = sys.stdout.encoding or "utf-8"  # characters that the terminal lacks become ?
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()

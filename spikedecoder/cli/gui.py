@@ -24,7 +24,7 @@ def gui(
 ) -> None:
     """Write with trained models in a browser, and see predictions, spikes and estimated energy.
 
-    Only this machine can reach it. Without a trained model it offers to train a small one.
+    Only this machine can reach the page. If there is no trained model, it offers to train a small one.
     """
     from spikedecoder.app import launch
     from spikedecoder.cli.generate import find_checkpoint

@@ -81,7 +81,7 @@ def plot(
         str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
     ] = "auto",
 ) -> None:
-    """Draw what a model does: its spikes, its attention, its predictions, its energy; or how runs learned."""
+    """Draw a model's spikes, attention, predictions or energy, or the training curves of runs."""
     from spikedecoder import viz
     from spikedecoder._files import check_writable
 

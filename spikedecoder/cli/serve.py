@@ -55,7 +55,7 @@ def serve(
 ) -> None:
     """Serve a trained model over HTTP, in OpenAI's format: POST /v1/completions, GET /v1/models, GET /health.
 
-    Ctrl-C or SIGTERM stops it. There is no password: whoever reaches the address can use it.
+    Ctrl-C or SIGTERM stops it. There is no password: anyone who can reach the address can use it.
     """
     try:
         from spikedecoder.serve.server import build, listen, run
@@ -93,7 +93,7 @@ def serve(
 
 
 def _name(where: str) -> str:
-    """A folder's name; a run's for its best/ or last/."""
+    """The folder's name; for best/ or last/ the run's; a hub name as it is."""
     folder = Path(where)
     if not folder.exists():
         return where

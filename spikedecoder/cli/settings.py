@@ -26,7 +26,7 @@ TRAIN_FIELDS = tuple(f.name for f in dataclasses.fields(TrainConfig))
 
 @dataclass
 class Overrides:
-    """Fields that differ from a preset's."""
+    """The fields that are to differ from the preset's."""
 
     preset: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ def load_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> Overrides:
-    """A file with tables [model] and [train], and perhaps a key `preset` before them."""
+    """Read a file with tables [model] and [train], and optionally a key `preset` before them."""
     values = load_toml(path, "--config")
     for name in values:
         check_field(name, ("preset", "model", "train"), f"--config: {path}")
@@ -74,13 +74,13 @@ def read_toml(path: Path) -> Overrides:
             raise ValueError(f"--config: {path}: {table}: got {content!r}, takes a table [{table}]")
         for name, value in content.items():
             check_field(name, fields, f"--config: {path}: [{table}]")
-            # TOML has no word for it
+            # TOML has no null
             target[name] = None if value == "none" else value
     return overrides
 
 
 def to_toml(preset: str, overrides: Overrides) -> str:
-    """The preset with these overrides, a file for `read_toml`: all fields but those that the text decides."""
+    """The preset with these overrides as a file for `read_toml`: all fields but those the text determines."""
     model = SpikeDecoderConfig.preset(preset, **overrides.model)
     settings = TrainConfig.preset(preset, **overrides.train)
     lines = [f"preset = {json.dumps(preset)}"]
@@ -94,7 +94,7 @@ def to_toml(preset: str, overrides: Overrides) -> str:
 
 
 def model_config(preset: str, changes: Mapping[str, Any], tokenizer: Any) -> SpikeDecoderConfig:
-    """The preset with changes; the vocabulary is the tokenizer's."""
+    """The preset with changes and the tokenizer's vocabulary; ValueError if `changes` contradict that."""
     for name in _OF_THE_TEXT:
         takes = getattr(tokenizer, name)
         if changes.get(name, takes) != takes:

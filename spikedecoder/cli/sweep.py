@@ -33,7 +33,7 @@ def sweep(
         bool, typer.Option("--json", help="Result as a JSON object, the last line of standard output.")
     ] = False,
 ) -> None:
-    """Search for the settings with the lowest held-out bits per token. Called again, it goes on.
+    """Search for the settings with the lowest held-out bits per token. Run it again to go on.
 
     Writes OUT/results.csv, OUT/best.toml (for `spikedecoder train --config`), and pictures of the trials.
     See docs/sweep.md for the TOML file.
@@ -73,7 +73,7 @@ def _quiet(_: str) -> None:
 
 
 def _draw(result: SweepResult) -> list[Path]:
-    """The pictures, where there is something to show and matplotlib to show it."""
+    """Draw the pictures, if there is something to show and matplotlib is installed; returns their paths."""
     from spikedecoder import viz
 
     seen = [t for t in result.trials if t["state"] in ("complete", "pruned") and t["bits"] is not None]

@@ -1,4 +1,4 @@
-"""``spikedecoder train``"""
+"""``spikedecoder train``: train a model on a text."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def train(
 ) -> None:
     """Train a spiking decoder on a text, then print some text that it writes.
 
-    Without arguments: the default model on the text that comes with Python, a few minutes on a laptop.
-    Ctrl-C saves and says how to go on.
+    Without arguments: the default model on text that comes with Python, a few minutes on a laptop.
+    Ctrl-C saves a checkpoint and says how to go on.
 
     Exit code: 0 done, 1 the training failed, 2 wrong input, 130 interrupted.
     """
@@ -201,7 +201,7 @@ def _new(
     out: Path | None,
     as_json: bool,
 ) -> TrainResult:
-    """A run of a preset, or one that begins with the model `init`."""
+    """Train a new run: of a preset, or one that starts from the model `init`."""
     from spikedecoder import training
     from spikedecoder.cli.settings import model_config
     from spikedecoder.config import SpikeDecoderConfig
@@ -209,7 +209,7 @@ def _new(
     from spikedecoder.training.devices import check_device
     from spikedecoder.training.run_folder import check_unused
 
-    # what can be said without reading the text comes first
+    # first check what can be checked without reading the text
     if init is None:
         SpikeDecoderConfig.preset(preset)
         begin, settings = None, training.TrainConfig.preset(preset, **overrides.train)
@@ -250,13 +250,13 @@ def _new(
                 config, data, settings, out=folder, init=begin, reporter=reporter, source=source
             )
         except FileExistsError:
-            # another process may have taken the free folder a moment ago: then the next one
+            # another process may have taken the free folder a moment ago: then try the next one
             if out is not None or _processes() > 1 or not folder.exists():
                 raise
 
 
 def _begin(where: str, changes: dict[str, Any]) -> tuple[SpikeDecoder, TrainConfig]:
-    """The model to fine-tune, and the settings of its run (of the default preset where it lies in none)."""
+    """The model to fine-tune, and the settings of its run (without a run, those of the default preset)."""
     from spikedecoder import SpikeDecoder, training
     from spikedecoder.checkpoint import CheckpointError
 
@@ -287,10 +287,10 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
     if texts and "-" in texts and not text:
         raise ValueError(f"--text: the run in {folder} read a pipe; give it the text again, as with --text -")
     source = info.source
-    if text:  # the same text, as its fingerprint will show, perhaps in another place
+    if text:  # perhaps in another place, but the same text, as its fingerprint will show
         source = {**source, "text": [_absolute(path) for path in text], "corpus": None}
-    last = latest(folder)  # None where the run ended before its first checkpoint
-    fine_tuned = info.source.get("init") is not None  # whose first checkpoint is there before its run.json
+    last = latest(folder)  # None if the run ended before its first checkpoint
+    fine_tuned = info.source.get("init") is not None  # its first checkpoint is written before its run.json
     data = prepare_corpus(
         texts,
         corpus=None if texts else info.source.get("corpus"),
@@ -312,7 +312,7 @@ def _resume(folder: Path, overrides: Overrides, text: list[str] | None, as_json:
 
 
 def _first_process() -> bool:
-    """Whether this is the process that speaks, where a launcher has started several."""
+    """Whether this is the process that reports, if a launcher has started several."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -378,7 +378,7 @@ def _finish(result: TrainResult, as_json: bool) -> None:
 
 
 def _sample(result: TrainResult, length: int = 200) -> str:
-    """What the model writes after "The ", or from nothing where it does not know those letters."""
+    """What the model writes after "The ", or from nothing if it does not know those characters."""
     from spikedecoder.generation import generate_text
 
     prompt = "" if result.model.tokenizer.unknown("The ") else "The "
@@ -387,7 +387,7 @@ def _sample(result: TrainResult, length: int = 200) -> str:
 
 
 def _absolute(path: str) -> str:
-    """Where a text will be found again; - for a stream, which will not."""
+    """The path at which a text can be found again; - for a stream, which cannot."""
     if path == "-" or (Path(path).exists() and not Path(path).is_file()):
         return "-"
     return str(Path(path).resolve())

@@ -1,4 +1,4 @@
-"""Text in, token ids out: cleaning, tokenizers, corpora, datasets, and the n-gram models to compare with."""
+"""From text to token ids: cleaning, tokenizers, corpora, datasets, and n-gram models as baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and where cached files live."""
+"""Writing files whole or not at all, and the folder of cached files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 20
 def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; rename it to ``path`` when the block ends without an error.
 
-    A process that dies half-way, or a full disk, leaves whatever stood at ``path`` untouched.
+    If the process dies half-way or the disk is full, whatever was at ``path`` stays untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk: say which
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # full disk: add the path
             raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
         raise
 
@@ -64,7 +64,7 @@ def default_cache_dir() -> Path:
 
 
 def make_cache_dir(folder: Path) -> None:
-    """``folder`` in the cache, made if it is not there; an OSError that says what to do if it cannot be."""
+    """Make ``folder`` in the cache if it is not there; OSError with advice if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):

@@ -1,4 +1,4 @@
-"""Where text comes from: what Python itself carries, files and standard input, and a public-domain book."""
+"""Sources of text: the documentation within Python, files and standard input, and a public-domain book."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._files import BLOCK_BYTES, atomic_writer, default_cache_dir, make_cache_di
 
 STDIN = "-"
 _CONVERT = "convert it to utf-8, as with iconv, or give prepare_corpus its encoding"
-_WIDE_MARKS = {  # of 32 bits first: their bytes begin as those of 16 do
+_WIDE_MARKS = {  # those of 32 bits first: the little-endian one begins with the one of 16 bits
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -27,12 +27,12 @@ _WIDE_MARKS = {  # of 32 bits first: their bytes begin as those of 16 do
 
 
 class DownloadError(OSError):
-    """A corpus could not be downloaded, or what came is not what was expected."""
+    """A corpus could not be downloaded, or the download is not what was expected."""
 
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """A text that can be downloaded. ``sha256`` is None where no checksum can be fixed in advance."""
+    """A text that can be downloaded. ``sha256`` is None if no checksum can be fixed in advance."""
 
     title: str
     url: str
@@ -51,11 +51,11 @@ CORPORA = {
 
 
 def builtin_text() -> str:
-    """About 373 000 characters of English that Python itself carries: its documentation topics.
+    """About 373 000 characters of English that come with Python: its documentation topics.
 
-    The topics of ``pydoc_data.topics`` in the order of their names, joined by line ends, but for those that
-    are part of another topic ("while" of "compound"): what is held out would else be learned by heart. The
-    text differs a little from one Python release to the next.
+    The topics of ``pydoc_data.topics``, sorted by name and joined by line ends. Topics that are part of
+    another one ("while" of "compound") are left out: otherwise held-out text would also be training text.
+    The text differs a little between Python releases. Raises FileNotFoundError if this Python lacks it.
     """
     try:
         from pydoc_data.topics import topics
@@ -67,7 +67,7 @@ def builtin_text() -> str:
 
 
 def _no_part_of_another(topics: dict[str, str]) -> list[str]:
-    """The names, in order, of topics of which not all lines (but for short ones and rules) are in another."""
+    """The names, sorted, of topics whose lines (not counting short ones and rules) are not all in another."""
     lines = {
         name: {line for line in map(str.strip, text.splitlines()) if len(line) > 20 and len(set(line)) > 2}
         for name, text in topics.items()
@@ -81,11 +81,12 @@ def _no_part_of_another(topics: dict[str, str]) -> list[str]:
 
 
 def read_text_files(paths: Iterable[str | Path], encoding: str = "utf-8") -> Iterator[str]:
-    """The text of several files as one stream of chunks of about a megabyte; ``-`` is standard input.
+    """Yield the text of several files in chunks of about a megabyte; ``-`` is standard input.
 
-    A byte order mark is left out, line ends become ``\\n``, and a file that does not end in one is parted
-    from the next by one. Errors name the file: FileNotFoundError if it is missing, ValueError if it is a
-    directory, is empty, is binary (has NUL characters) or is not text in ``encoding``.
+    A byte order mark is left out, line ends become ``\\n``, and one is put between files if the first does
+    not end in one. Errors name the file: FileNotFoundError if it is missing, ValueError if it is a directory,
+    is empty, is binary (has NUL characters) or is not text in ``encoding``. ValueError also for an encoding
+    that Python does not know.
     """
     if not isinstance(encoding, str):
         raise TypeError(f"encoding: expected a name, such as utf-8, got {type(encoding).__name__}")
@@ -121,7 +122,7 @@ def _decoded(file: BinaryIO, name: str, encoding: str) -> Iterator[str]:
     wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))  # NUL bytes are normal there
     read = 0
     first = True
-    wrong = ""  # what the file's first bytes say against the encoding
+    wrong = ""  # how the file's first bytes contradict the encoding
     while True:
         try:
             block = file.read(BLOCK_BYTES)
@@ -138,14 +139,14 @@ def _decoded(file: BinaryIO, name: str, encoding: str) -> Iterator[str]:
         try:
             text = lines.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            # The decoder prepends what it kept of the block before, so count from the end.
+            # The decoder prepends what it kept of the previous block, so count from the end.
             position = read - len(error.object) + error.start
             byte = f"byte 0x{error.object[error.start]:02x} at {position}: {error.reason}"
             wrong = wrong or f"not valid {encoding} text ({byte})"
             raise ValueError(f"{name}: {wrong}; {_CONVERT}") from None
         if first and text:
             text = text.removeprefix("\ufeff")
-            first = not text  # a mark alone is no text
+            first = not text  # a mark alone is not text
         if "\0" in text:
             raise ValueError(f"{name}: looks like a binary file (NUL character)")
         if text:
@@ -165,13 +166,14 @@ def download_corpus(
 ) -> Path:
     """Download a text once; return the path of its cached copy (UTF-8, Project Gutenberg's frame removed).
 
-    ``name`` is one of ``CORPORA``, or any name if ``url`` is given. ``sha256`` is the checksum of the file
-    as downloaded. **For "war-and-peace" no checksum is known in advance**, because Project Gutenberg edits
-    its files in place: the checksum of the first download is written beside the file and verified at every
-    later use, so later changes and damage are noticed, but the first download itself is taken on trust.
+    ``name`` is one of ``CORPORA``, or any name if ``url`` is given. ``cache_dir`` None is
+    ``default_cache_dir()``. ``sha256`` is the checksum of the file as downloaded. **For "war-and-peace" no
+    checksum is known in advance**, because Project Gutenberg edits its files in place: the checksum of the
+    first download is written beside the file and verified at every later use, so later changes and damage are
+    noticed, but the first download itself is taken on trust.
 
-    Raises ValueError for an unknown name, and DownloadError (an OSError) where the download fails, the
-    checksum differs, or a web page came in place of a text; nothing of a failed download stays in the cache.
+    Raises ValueError for an unknown name, and DownloadError (an OSError) if the download fails, the checksum
+    differs, or a web page arrives instead of a text. A failed download leaves nothing in the cache.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or (url is None and name not in CORPORA):
         raise ValueError(f"corpus: expected one of {', '.join(CORPORA)}, got {name!r}")
@@ -204,7 +206,7 @@ def _download(name: str, url: str, sha256: str | None, raw: Path, record: Path, 
 
     help_text = f"Would be cached at {raw}. To train on a text of your own, pass --text FILE"
     make_cache_dir(raw.parent)
-    # In a folder of its own until its checksum is recorded: a file at `raw` is always a verifiable one.
+    # In a separate folder until its checksum is recorded, so that a file at `raw` can always be verified.
     with tempfile.TemporaryDirectory(dir=raw.parent, prefix=".download-") as folder:
         try:
             part = pooch.retrieve(
@@ -216,7 +218,7 @@ def _download(name: str, url: str, sha256: str | None, raw: Path, record: Path, 
             )
         except requests.RequestException as error:
             raise DownloadError(f"corpus {name}: cannot download {url}: {error}. {help_text}") from None
-        except ValueError as error:  # pooch's report of a checksum that differs
+        except ValueError as error:  # how pooch reports a checksum that differs
             reason = " ".join(str(error).split())
             raise DownloadError(f"corpus {name}: checksum of {url} differs: {reason}. {help_text}") from None
         data = Path(part).read_bytes()
@@ -227,7 +229,7 @@ def _download(name: str, url: str, sha256: str | None, raw: Path, record: Path, 
 
 
 def _check_is_text(name: str, url: str, data: bytes) -> None:
-    """A login page of a network is the usual thing that comes in place of a file."""
+    """DownloadError unless ``data`` is text; what usually arrives instead is a network's login page."""
     head = data[:1024].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if head.startswith((b"<!doctype", b"<html")):
         raise DownloadError(f"corpus {name}: {url} sent a web page, expected a text file")
@@ -244,7 +246,7 @@ _GUTENBERG_END = re.compile(r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOO
 
 
 def strip_gutenberg_frame(text: str) -> str:
-    """The book without Project Gutenberg's header and footer, line ends as ``\\n``; other text unchanged."""
+    """The book without Project Gutenberg's header and footer; in any text, line ends become ``\\n``."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     start = _GUTENBERG_START.search(text)
     if start:

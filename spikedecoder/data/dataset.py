@@ -20,7 +20,7 @@ from .text import count_lost_letters, original_dictionary
 from .tokenizers import CharTokenizer, Tokenizer, WordTokenizer, check_known, tokenizer_from_dict
 
 TOKENIZER_KINDS = ("char", "original-char", "word", "original-word")
-IGNORED = -100  # what torch's cross_entropy leaves out of the loss
+IGNORED = -100  # a target that torch's cross_entropy leaves out of the loss
 BUILTIN = "builtin"
 
 _VERSION = 1  # of the cached files; part of their key
@@ -35,13 +35,13 @@ class Corpus:
     """A text as token ids, split into a train part and a held-out part.
 
     Attributes:
-        name: what the text is called (file names, or the name of the corpus).
-        tokenizer: the tokenizer of the ids.
+        name: the text's name (file names, or the name of the corpus).
+        tokenizer: the tokenizer that made the ids.
         train, val: 1-D arrays of ids, mapped from the cache file, read-only.
-        characters: characters of the text; ``val_characters`` of them are held out.
+        characters: length of the text in characters; the last ``val_characters`` of them are held out.
         fingerprint: SHA-256 over text, tokenizer and split; equal fingerprints mean equal ids.
-        lost: how many letters and digits of the text the tokenizer's rules leave out: all but a to z, but
-            for kind "char", which keeps everything.
+        lost: how many letters and digits of the text the tokenizer's rules leave out: those other than a to
+            z. 0 for kind "char", which keeps everything.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Corpus:
 
     @property
     def unknown(self) -> float:
-        """The share of the held-out tokens that are words outside the vocabulary, all of them one token."""
+        """The share of the held-out tokens that are the unknown token; 0 if the tokenizer has none."""
         unk = self.tokenizer.unk_id
         return 0.0 if unk is None else float(np.count_nonzero(self.val == unk) / len(self.val))
 
     @property
     def left_out(self) -> str:
-        """What the tokenizer left out of the text, in words."""
+        """In words, what the tokenizer left out of the text."""
         return (
             f"the tokenizer {self.tokenizer.kind} leaves out {self.lost:,} letters and digits of the text "
             f"({self.lost / self.characters:.1%} of its characters), all but a to z"
@@ -81,26 +81,30 @@ def prepare_corpus(
 ) -> Corpus:
     """Encode a text, or find it encoded in the cache.
 
-    The text is ``texts`` (paths, joined; ``-`` is standard input), or ``corpus`` ("builtin" or a name in
-    ``CORPORA``), or the built-in text if neither is given; ``max_chars`` keeps only its beginning.
+    The text is ``texts`` (paths, joined; ``-`` is standard input; in ``encoding``) or ``corpus`` ("builtin"
+    or a name in ``CORPORA``); if neither is given, the built-in text. ``max_chars`` keeps only its beginning.
 
-    It is split first, by characters: the last ``val_fraction`` is held out, and windows are cut from each
-    part alone, so that no training window contains held-out text. Where the vocabulary comes from:
+    The text is split before anything else, by characters: the last ``val_fraction`` is held out, and windows
+    are cut from each part separately, so that no training window contains held-out text.
 
-    * "char": the whole text. It says only which characters exist; one that is met in the held-out part alone
-      would otherwise be an unknown token there, and the text could not be restored.
-    * "word": the train part. Which words the held-out part uses is what a model has to cope with; a
-      vocabulary that knew them would hide the unknown words and flatter the held-out figures.
+    ``tokenizer`` is a ``CharTokenizer`` or ``WordTokenizer``, which is used as it is, or a name that says
+    where the vocabulary comes from:
+
+    * "char": the whole text. The vocabulary only says which characters exist; otherwise one that occurs in
+      the held-out part alone would be an unknown token there, and the text could not be restored.
+    * "word": the train part. A model has to cope with whatever words the held-out part uses; a vocabulary
+      that included them would hide the unknown words and flatter the held-out figures.
+    * "original-char": the fixed alphabet of the original.
     * "original-word": the whole text, as in the original.
 
-    ``min_count`` applies to words. A ``CharTokenizer`` or ``WordTokenizer`` is used as it is.
+    With "word" and "original-word", words seen less than ``min_count`` times are not in the vocabulary.
 
-    The text is streamed, never held in memory, into a file in ``cache_dir`` (see ``default_cache_dir``) named
-    by a hash of content, tokenizer and split. A cached file is used only if its length and checksum are
+    The text is streamed, never held in memory, into a file in ``cache_dir`` (None: ``default_cache_dir()``)
+    named by a hash of content, tokenizer and split. A cached file is used only if its length and checksum are
     right; otherwise it is made again.
 
     Raises ValueError (bad argument; empty, binary or wrongly encoded file; text with nothing to hold out),
-    FileNotFoundError, DownloadError.
+    TypeError, FileNotFoundError, DownloadError.
     """
     if texts is not None and corpus is not None:
         raise ValueError("texts and corpus: expected one of them, got both")
@@ -160,7 +164,7 @@ def prepare_corpus(
 
 
 def check_context(corpus: Corpus, seq_len: int) -> None:
-    """Raise a ValueError naming both lengths if no window of ``seq_len`` tokens fits the train part."""
+    """ValueError if the train part has no window of ``seq_len`` tokens, or the held-out part no target."""
     if len(corpus.train) < seq_len + 1:
         raise ValueError(
             f"{corpus.name}: the text is shorter than the context: its train part has {len(corpus.train)} "
@@ -177,10 +181,10 @@ def check_context(corpus: Corpus, seq_len: int) -> None:
 class WindowSampler:
     """Random training windows as a pure function of (seed, step).
 
-    The windows of a step come from a counter-based generator (Philox: key = seed, counter = step), so that
-    there is no state to save: a resumed run asks for step n and gets what it would have got. Starts are
-    uniform over all windows (64-bit draws modulo their number). With ``world_size`` processes, process
-    ``rank`` gets its share of one common batch of ``world_size * batch_size`` windows.
+    The windows of a step come from a counter-based generator (Philox: key = seed, counter = step), so there
+    is no state to save: a resumed run gets the same windows for step n. Window starts are uniform (64-bit
+    draws modulo the number of windows). With ``world_size`` processes, process ``rank`` gets its share of one
+    common batch of ``world_size * batch_size`` windows. Raises ValueError naming the bad argument.
     """
 
     def __init__(
@@ -210,7 +214,7 @@ class WindowSampler:
         """Inputs and targets of a step, int64 ``[batch_size, seq_len]``; targets are one token ahead."""
         if not _is_integer(step) or step < 0:
             raise ValueError(f"step: expected an integer of 0 or more, got {step!r}")
-        # The second word of the counter: each step then has 2**64 draws before it meets the next.
+        # `step` is the second word of the counter: each step has 2**64 draws before it reaches the next.
         generator = np.random.Philox(key=self.seed, counter=[0, step, 0, 0])
         draws = generator.random_raw(self.batch_size * self.world_size)
         mine = draws[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
@@ -222,10 +226,10 @@ class WindowSampler:
 def held_out_batches(
     tokens: np.ndarray, seq_len: int, batch_size: int, max_tokens: int | None = None, pad_id: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Consecutive windows that do not overlap, in batches of at most ``batch_size``: inputs and targets.
+    """Inputs and targets of consecutive, non-overlapping windows, in batches of at most ``batch_size``.
 
     Every token but the first (nothing precedes it) is a target exactly once; ``max_tokens`` stops after that
-    many targets. In the last window, places beyond the end hold ``pad_id`` as input and -100, which
+    many targets. In the last window, positions beyond the end hold ``pad_id`` as input and -100, which
     cross-entropy ignores, as target. Both are int64 ``[<= batch_size, seq_len]``.
     """
     seq_len, batch_size = _count("seq_len", seq_len), _count("batch_size", batch_size)
@@ -256,7 +260,7 @@ def _is_integer(value: object) -> bool:
 
 
 def _count(what: str, value: Any) -> int:
-    """``value``, where it is an integer of 1 or more."""
+    """``value`` as an int; ValueError unless it is an integer of 1 or more."""
     if not _is_integer(value) or value < 1:
         raise ValueError(f"{what}: expected an integer of 1 or more, got {value!r}")
     return int(value)
@@ -265,7 +269,7 @@ def _count(what: str, value: Any) -> int:
 def _text_source(
     texts: Sequence[str | Path] | None, corpus: str | None, cache_dir: Path, encoding: str, stack: ExitStack
 ) -> tuple[str, Chunks]:
-    """A name for the text, and a function that streams it from the beginning as often as it is called."""
+    """A name for the text, and a function that streams it from the beginning each time it is called."""
     if texts is None and corpus in (None, BUILTIN):
         text = builtin_text()
         return BUILTIN, lambda: iter([text])
@@ -280,7 +284,7 @@ def _text_source(
         raise ValueError("texts: expected '-' (standard input) at most once")
     name = "+".join("stdin" if str(path) == STDIN else Path(path).name for path in paths)
     if any(str(path) == STDIN or _is_stream(path) for path in paths):
-        # It can be read only once, and is needed several times.
+        # A stream can be read only once, but the text is read several times.
         spool = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spikedecoder-"))) / "text"
         with atomic_writer(spool) as file:
             for chunk in read_text_files(paths, encoding):
@@ -345,7 +349,7 @@ def _write(path: Path, tokenizer: Tokenizer, parts: Sequence[Iterable[str]], tex
                 file.write(data)
                 digest.update(data)
                 lengths[-1] += len(ids)
-        if text_digest.hexdigest() != text_sha256:  # else the cache would hold what its key does not say
+        if text_digest.hexdigest() != text_sha256:  # the tokens would not match their key in the cache
             raise ValueError("texts: the text changed while it was being read; try again when it is complete")
     description = {
         "dtype": tokenizer.dtype.name,
@@ -354,13 +358,13 @@ def _write(path: Path, tokenizer: Tokenizer, parts: Sequence[Iterable[str]], tex
         "sha256": digest.hexdigest(),
         "tokenizer": tokenizer.to_dict(),
     }
-    # Written last: a token file without its description does not count.
+    # Written last: a token file without its description is ignored.
     with atomic_writer(path.with_suffix(".json")) as file:
         file.write(json.dumps(description).encode("ascii"))
 
 
 def _load(path: Path) -> tuple[Tokenizer, np.ndarray, np.ndarray] | None:
-    """What ``_write`` wrote, or None if it is not there or not whole."""
+    """What ``_write`` wrote, or None if it is missing or not whole."""
     try:
         description = json.loads(path.with_suffix(".json").read_bytes())
         dtype = np.dtype(description["dtype"]).newbyteorder("<")

@@ -1,4 +1,4 @@
-"""Unigram, bigram and trigram models: what a language model has to beat to have learned anything."""
+"""Unigram, bigram and trigram models: baselines that a language model has to beat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 DISCOUNT = 0.75
-_BLOCK = 1 << 22  # tokens looked at together: bounds memory by distinct n-grams, not by the text
+_BLOCK = 1 << 22  # tokens per block: memory then grows with the distinct n-grams, not with the text
 
 
 def ngram_bits(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str, float]:
@@ -21,13 +21,15 @@ def ngram_bits(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str,
         p_2(w \mid v) &= (\max(c(vw) - d, 0) + d \, D(v) \, p_1(w)) / c(v) \\
         p_3(w \mid uv) &= (\max(c(uvw) - d, 0) + d \, D(uv) \, p_2(w \mid v)) / c(uv)
 
-    with ``c`` the counts in ``train`` (of a history: where a token follows), ``N`` its length, ``V`` the
-    vocabulary and ``D(h)`` the number of distinct tokens that follow the history ``h``; a history never seen
-    falls back to the shorter one. The second token of ``val`` has only one token before it and counts with
-    its bigram probability.
+    with ``c`` the counts in ``train`` (for a history, only occurrences that a token follows), ``N`` its
+    length, ``V`` the vocabulary size and ``D(h)`` the number of distinct tokens that follow the history
+    ``h``; a history that was never seen falls back to the shorter one. The second token of ``val`` has only
+    one token before it; for it the trigram model uses the bigram probability.
 
-    Returns a dict with keys "unigram", "bigram", "trigram". Source: H. Ney, U. Essen and R. Kneser, Computer
-    Speech and Language 8(1), 1994. A fixed d is used because it does well for characters and words alike.
+    Returns a dict with keys "unigram", "bigram", "trigram". Raises ValueError if ``train`` or ``val`` is not
+    a 1-D array of at least 2 integers from 0 to ``vocab_size`` - 1. Source: H. Ney, U. Essen and R. Kneser,
+    Computer Speech and Language 8(1), 1994. A fixed d is used because it does well for characters and words
+    alike.
     """
     train, val = _checked("train", train, vocab_size), _checked("val", val, vocab_size)
     model = NGramModel(train, vocab_size)
@@ -42,7 +44,7 @@ def ngram_bits(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str,
 
 
 class NGramModel:
-    """Counts of one to three tokens in a row; see :func:`ngram_bits` for the equations."""
+    """Unigram, bigram and trigram counts; see :func:`ngram_bits` for the equations."""
 
     def __init__(self, train: np.ndarray, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -50,7 +52,7 @@ class NGramModel:
         for block in _blocks(train, 0):
             self._unigram += np.bincount(block, minlength=vocab_size)
         self._total = len(train)
-        # A bigram's key is v * V + w. A trigram's is (place of uv among the bigrams) * V + w: no overflow.
+        # A bigram's key is v * V + w, a trigram's (index of uv among the bigrams) * V + w: no overflow.
         self._bigram = _Counts(
             (block[:-1] * vocab_size + block[1:] for block in _blocks(train, 1)), vocab_size
         )
@@ -65,7 +67,7 @@ class NGramModel:
     def probabilities(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Probability of each token given those before it in ``tokens`` (int64), for the three models.
 
-        Tokens with fewer tokens before them than a model looks at get the shorter model's probability.
+        A token with fewer tokens before it than a model looks at gets the shorter model's probability.
         """
         v = self.vocab_size
         p1 = (self._unigram[tokens] + 1) / (self._total + v)
@@ -96,7 +98,7 @@ class _Counts:
         self._distinct = np.diff(np.append(first, len(self.keys)))
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """The place of each key, -1 where it was never seen."""
+        """The index of each key; -1 for a key that was never seen."""
         return _find(self.keys, keys)
 
     def interpolate(self, history: np.ndarray, token: np.ndarray, lower: np.ndarray) -> np.ndarray:

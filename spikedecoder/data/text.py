@@ -6,15 +6,16 @@ exactly what feeding it whole gives, whatever the cuts, and memory does not grow
 Characters (alphabet ``a-z . '`` and space), in this order:
 
 1. runs of white space become one space, none at either end;
-2. ``!`` and ``?`` become ``.``; ``;`` and ``--`` become a space; everything else outside ``a-zA-Z. '`` goes;
+2. ``!`` and ``?`` become ``.``; ``;`` and ``--`` become a space; everything else outside ``a-zA-Z. '`` is
+   deleted;
 3. white space after a full stop becomes exactly one space, except after initials (a full stop directly
-   behind a capital that stands alone, as in ``U.S.A.``), which stay as they are;
+   after a single capital letter, as in ``U.S.A.``), which stay as they are;
 4. ``. . .`` becomes ``...``; then lower case, and runs of spaces become one.
 
-Words: lower case; ``!`` and ``?`` become ``.``; ``;`` goes; everything else outside the alphabet becomes a
-space; each ``.`` is a word of its own; ``''`` becomes ``'``.
+Words: lower case; ``!`` and ``?`` become ``.``; ``;`` is deleted; everything else outside the alphabet
+becomes a space; each ``.`` is a word of its own; ``''`` becomes ``'``.
 
-Both lose all letters and digits but a to z; :func:`lost_letters` finds them.
+Both drop all letters and digits other than a to z; :func:`lost_letters` finds them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _DICTIONARY_TABLE = _byte_table({}, kept=LETTERS + b"' ")
 # The look-behind stands after the dot so that the regex engine can search for the literal dot first.
 _FULL_STOP = re.compile(rb"\.(?<![^A-Za-z][A-Z]\.) *")
 _SPACES = re.compile(rb"  +")
-# Letters and digits but a to z, and but the two others whose lower case is one of these.
+# Letters and digits other than a to z, without the two others whose lower case has one of these letters.
 _LOST = re.compile(r"[^\W_a-zA-Z\u0130\u212a]")
 _LOST_RUN = re.compile(f"{_LOST.pattern}+")
 _ELLIPSIS = b". . ."
@@ -64,8 +65,8 @@ class CharacterCleaner:
         self._space = False  # white space is pending: it counts only if more text follows
         self._hyphen = ""  # an odd hyphen at the end of a chunk may be half of "--"
         self._context = b"  "  # the last two characters before the chunk, for the look-behind
-        self._eat_spaces = False  # the text so far ends in a full stop whose space is already out
-        self._held = b""  # the beginning of what may become ". . ."
+        self._eat_spaces = False  # the text so far ends in a full stop whose space is already written
+        self._held = b""  # what may be the beginning of ". . ."
         self._after_space = False  # the output ends in a space
 
     def feed(self, chunk: str) -> bytes:
@@ -87,7 +88,7 @@ class CharacterCleaner:
         return self._collapsed(self._joined_ellipses(self._spaced_full_stops(data)))
 
     def close(self) -> bytes:
-        """What was held back; the cleaner is finished after this."""
+        """Return what was held back. The cleaner cannot be used after this."""
         held, self._held = self._held, b""
         return self._collapsed(held)
 
@@ -99,7 +100,7 @@ class CharacterCleaner:
         both = self._context + data
         last = both.rstrip(b" ")
         self._eat_spaces = last.endswith(b".") and not (last[-2:-1].isupper() and not last[-3:-2].isalpha())
-        # A full stop in the context is dealt with already; to the look-behind it is just "no letter".
+        # A full stop in the context has been dealt with; for the look-behind it is just not a letter.
         self._context = both[-2:].replace(b".", b" ")
         return _FULL_STOP.sub(b". ", both)[2:]
 
@@ -126,7 +127,7 @@ class WordCleaner:
         self._held = b""  # a word that the next chunk may continue
 
     def feed(self, chunk: str) -> list[str]:
-        # What is not ASCII becomes "?" here and a space in the table, so the text's own "?" must go first.
+        # Anything but ASCII becomes "?" and then, by the table, a space: replace the text's own "?" first.
         text = chunk.lower().replace(";", "").replace("?", ".")
         data = self._held + text.encode("ascii", "replace").translate(_WORD_TABLE)
         cut = max(data.rfind(b" "), data.rfind(b".")) + 1
@@ -134,7 +135,7 @@ class WordCleaner:
         return _words(data[:cut])
 
     def close(self) -> list[str]:
-        """The last word, if the text ends in one; the cleaner is finished after this."""
+        """Return the last word, if the text ends in one. The cleaner cannot be used after this."""
         held, self._held = self._held, b""
         return _words(held)
 
@@ -175,23 +176,23 @@ def clean_words(text: str) -> list[str]:
 
 
 def lost_letters(text: str) -> list[tuple[str, int]]:
-    """The letters and digits in ``text`` that both cleanings lose, and where they are."""
+    """The letters and digits in ``text`` that both cleaners drop, as (letter, position)."""
     return [(found.group(), found.start()) for found in _LOST.finditer(text)]
 
 
 def count_lost_letters(text: str) -> int:
-    """How many ``lost_letters`` finds, in a fraction of its time."""
+    """The number of ``lost_letters``, in a fraction of the time."""
     return sum(map(len, _LOST_RUN.findall(text)))
 
 
 def original_dictionary(
     text: str | Iterable[str], min_count: int | None = None, max_words: int | None = None
 ) -> list[str]:
-    """The dictionary that the original builds from a text.
+    """The dictionary that the original builds from a text (a str or an iterable of chunks).
 
-    Lower case, everything but ``a-z``, space and apostrophe becomes a space, words seen at least
-    ``min_count`` times (all if None), plus ``.`` and the padding token ``P``, sorted. Only the first
-    ``max_words`` words are looked at if that is given. ``text`` is a string or an iterable of chunks.
+    The text is lower-cased, and everything but ``a-z``, space and apostrophe becomes a space. The dictionary
+    is the sorted list of the words seen at least ``min_count`` times (None: all), ``.`` and the padding token
+    ``P``. If ``max_words`` is given, only the text's first ``max_words`` words are looked at.
     """
     counts: Counter[str] = Counter()
     left = max_words

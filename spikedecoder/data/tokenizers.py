@@ -34,10 +34,11 @@ class Tokenizer(ABC):
 
     Attributes:
         kind: "char", "original-char", "word" or "original-word".
-        tokens: the vocabulary; a token's id is its place in the list.
+        tokens: the vocabulary; a token's id is its index in the list.
+        vocab_size: the number of tokens.
         pad_id: id of the padding token; text never encodes to it, and decoding leaves it out.
         unk_id: id of the token that stands for anything outside the vocabulary; None in the original's
-            vocabularies, which drop such things.
+            vocabularies, which drop it instead.
         dtype: the integer type of encoded ids.
     """
 
@@ -56,9 +57,9 @@ class Tokenizer(ABC):
     def encode(self, text: str, errors: str = "replace") -> np.ndarray:
         """Ids of ``text``, a 1-D array of ``self.dtype``.
 
-        ``errors`` says what happens to what is outside the vocabulary: "replace" gives the unknown token
-        (the original's vocabularies have none and drop it), "drop" leaves it out, "strict" raises a
-        ValueError that names it and its positions.
+        ``errors`` says what to do with characters or words outside the vocabulary: "replace" gives the
+        unknown token (the original's vocabularies have none and drop them), "drop" leaves them out, "strict"
+        raises a ValueError that names them and their positions.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a str, got {type(text).__name__}")
@@ -66,13 +67,16 @@ class Tokenizer(ABC):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def encode_stream(self, chunks: Iterable[str], errors: str = "replace") -> Iterator[np.ndarray]:
-        """Ids of a text given in chunks; the concatenated results equal ``encode`` of the joined text."""
+        """Yield ids of a text given in chunks; concatenated, they equal ``encode`` of the joined text."""
         if errors not in ERRORS:
             raise ValueError(f"errors: expected one of {', '.join(ERRORS)}, got {errors!r}")
         return self._encode_stream(chunks, errors)
 
     def decode(self, ids: Any) -> str:
-        """The text of ``ids`` (any sequence, array or tensor of integers); padding is left out."""
+        """The text of ``ids`` (any sequence, array or tensor of integers); padding is left out.
+
+        Raises TypeError if they are not integers, ValueError if one is outside the vocabulary.
+        """
         array = np.asarray(ids).reshape(-1)
         if array.size == 0:
             return ""
@@ -86,7 +90,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def unknown(self, text: str) -> list[str]:
-        """What in ``text`` is outside the vocabulary (characters or words), each once, in order."""
+        """The characters or words of ``text`` outside the vocabulary, each once, in order."""
 
     @abstractmethod
     def _encode_stream(self, chunks: Iterable[str], errors: str) -> Iterator[np.ndarray]: ...
@@ -95,7 +99,7 @@ class Tokenizer(ABC):
     def _decode(self, ids: np.ndarray) -> str: ...
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything there is to know about the tokenizer, as plain data; see :func:`tokenizer_from_dict`."""
+        """The whole tokenizer as plain data; :func:`tokenizer_from_dict` is the inverse."""
         return {"format": _FORMAT, "version": 1, "kind": self.kind, "tokens": list(self.tokens)}
 
     def save(self, path: str | Path) -> None:
@@ -119,9 +123,9 @@ class CharTokenizer(Tokenizer):
     """One token per character.
 
     ``CharTokenizer.from_text(text)`` takes the vocabulary from a text and loses nothing of it: padding
-    (id 0), unknown (id 1), then the text's characters by code point. ``CharTokenizer.original()`` is the
-    original's alphabet of 30 (``P`` pads) with its cleaning, which maps every text into the alphabet, so
-    that nothing is ever unknown and "strict" never raises; what cleaning deletes, ``unknown`` lists.
+    (id 0), unknown (id 1), then the text's characters by code point. ``CharTokenizer.original()`` has the
+    original's alphabet of 30 (``P`` is padding) and its cleaning. Cleaning maps every text into the alphabet,
+    so there is no unknown token and "strict" never raises; ``unknown`` lists the characters it deletes.
     """
 
     def __init__(self, tokens: Sequence[str], kind: str = "char") -> None:
@@ -143,7 +147,7 @@ class CharTokenizer(Tokenizer):
         fallback = self.pad_id if self.unk_id is None else self.unk_id
         self._ids = np.full(_CODE_POINTS, fallback, dtype=self.dtype)
         self._ids[codes] = np.arange(first, len(self.tokens), dtype=self.dtype)
-        self._codes = np.full(len(self.tokens), 0xFFFD, dtype="<u4")  # the unknown token prints as U+FFFD
+        self._codes = np.full(len(self.tokens), 0xFFFD, dtype="<u4")  # the unknown token becomes U+FFFD
         self._codes[first:] = codes
 
     @classmethod
@@ -153,7 +157,10 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text: Iterable[str]) -> CharTokenizer:
-        """A vocabulary of all characters in a text (a str or an iterable of chunks)."""
+        """A tokenizer for all characters of a text (a str or an iterable of chunks).
+
+        Raises ValueError for an empty text.
+        """
         seen = np.zeros(_CODE_POINTS, dtype=bool)
         for chunk in [text] if isinstance(text, str) else text:
             seen[_code_points(chunk)] = True
@@ -194,11 +201,11 @@ class WordTokenizer(Tokenizer):
 
     ``WordTokenizer.from_text(text, min_count)`` takes the vocabulary from a text: padding (id 0), unknown
     (id 1), then the words seen at least ``min_count`` times, sorted. ``WordTokenizer.original(dictionary)``
-    is one of the original's dictionaries, in its order; words outside it are dropped.
+    has one of the original's dictionaries, in its order; words outside it are dropped.
 
-    These rules know words of the letters a to z, in which white space, case and punctuation but the full
-    stop and the apostrophe are not kept. All other letters and digits are lost: ``unknown`` lists them, and
-    "strict" raises for them. Decoding joins words by spaces, with none before a full stop.
+    The rules keep only the letters a to z, full stops and apostrophes. White space, case and other
+    punctuation are not restored. Other letters and digits are lost: ``unknown`` lists them, and "strict"
+    raises for them. Decoding joins words by spaces, with none before a full stop.
     """
 
     def __init__(self, tokens: Sequence[str], kind: str = "word") -> None:
@@ -225,7 +232,10 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text: Iterable[str], min_count: int = 1) -> WordTokenizer:
-        """A vocabulary of the words seen at least ``min_count`` times in a text (a str or chunks)."""
+        """A tokenizer for the words seen at least ``min_count`` times in a text (a str or chunks).
+
+        Raises ValueError if there is no such word.
+        """
         if not isinstance(min_count, int) or min_count < 1:
             raise ValueError(f"min_count: expected an integer of 1 or more, got {min_count!r}")
         counts: Counter[str] = Counter()
@@ -250,7 +260,7 @@ class WordTokenizer(Tokenizer):
     def encode(self, text: str, errors: str = "replace") -> np.ndarray:
         if errors == "strict" and isinstance(text, str):
             _check_kept(text)
-            words = clean_words(text)  # all of them, so that the error names them all
+            words = clean_words(text)  # of the whole text, so that the error counts all unknown words
             return self._encode_words(words, errors, 0)
         return super().encode(text, errors)
 
@@ -278,7 +288,7 @@ class WordTokenizer(Tokenizer):
 
 
 def tokenizer_from_dict(data: Any) -> CharTokenizer | WordTokenizer:
-    """The tokenizer that ``to_dict`` described; a ValueError says what is wrong with any other data."""
+    """The tokenizer that ``to_dict`` described; ValueError says what is wrong with any other data."""
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ValueError(f"tokenizer: expected a dict with format {_FORMAT!r}, got {_short(data)}")
     if data.get("version") != 1:
@@ -294,7 +304,7 @@ def tokenizer_from_dict(data: Any) -> CharTokenizer | WordTokenizer:
 
 
 def check_known(tokenizer: object, name: str, also: str = "") -> None:
-    """TypeError where `tokenizer` is of a class of its own, which no file would bring back."""
+    """TypeError unless `tokenizer` is a CharTokenizer or WordTokenizer: files can restore no other."""
     if type(tokenizer) not in (CharTokenizer, WordTokenizer):
         raise TypeError(
             f"{name}: got {type(tokenizer).__name__}, takes {also}a CharTokenizer or a WordTokenizer: "
@@ -303,7 +313,7 @@ def check_known(tokenizer: object, name: str, also: str = "") -> None:
 
 
 def load_tokenizer(path: str | Path) -> CharTokenizer | WordTokenizer:
-    """Read a tokenizer that ``save`` wrote; errors name the file."""
+    """Read a tokenizer that ``save`` wrote; a ValueError names the file and what is wrong with it."""
     try:
         data = json.loads(Path(path).read_bytes())
     except ValueError as error:

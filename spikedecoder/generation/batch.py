@@ -1,4 +1,4 @@
-"""A batch of sequences that grow together and come and go one by one."""
+"""A batch of sequences that are generated together; each can join or leave at any step."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ from spikedecoder.generation.window import LogitSource
 
 Finish = Literal["length", "stop"]
 
-_AT_ONCE = 64  # random numbers
+_AT_ONCE = 64  # random numbers drawn per call
 
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """One token as it comes: which sequence it continues, its id, what else was probable.
+    """One generated token.
 
-    `finish` is None while the sequence goes on, "length" or "stop" on its last token. `text` is what the
-    sequence's `TextStream` gives out with it; empty without one. `logprob` is the natural logarithm of its
-    probability where that was asked for.
+    sequence: number of the sequence that it continues. token: its id.
+    predictions: the most probable candidates for its place, best first (see `top_predictions`).
+    finish: None while the sequence goes on, "length" or "stop" on its last token.
+    text: what the sequence's `TextStream` returns for it; empty without one.
+    logprob: natural logarithm of the probability that the model gives it; None unless asked for.
     """
 
     sequence: int
@@ -48,11 +50,11 @@ class GeneratedToken:
 
 @dataclass(eq=False)
 class Continuation:
-    """What is to follow one prompt (not empty): at most `max_new_tokens` >= 1 tokens, drawn with `seed`.
+    """A sequence to generate: one prompt (not empty) and at most `max_new_tokens` >= 1 tokens after it.
 
-    number: comes back as `GeneratedToken.sequence`. stop: ids that end it. text: where its tokens become
-    text, whose stop strings end it too. top: how many predictions to keep with each token.
-    logprob: whether to keep the drawn token's own.
+    number: returned as `GeneratedToken.sequence`. seed: of its draws, in place of the one in `sampling`.
+    stop: ids that end it. text: turns its tokens into text; its stop strings end the sequence too.
+    top: how many predictions to keep with each token. logprob: whether to keep the drawn token's logprob.
     """
 
     number: int
@@ -69,21 +71,21 @@ class Continuation:
     last: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
-        # sequences that differ in nothing but the seed are drawn together
+        # sequences that differ only in the seed are drawn together
         self.rule = dataclasses.replace(self.sampling, seed=None)
         self.rng = generators(self.seed, 1)[0]
-        self._numbers: list[float] = []  # the generator's next ones, last first
-        self.seen: Any = None  # booleans [V], where there is a repetition penalty
+        self._numbers: list[float] = []  # the generator's next numbers, in reverse order
+        self.seen: Any = None  # booleans [V] if there is a repetition penalty
 
     def uniform(self) -> float:
         """The sequence's next random number."""
-        if not self._numbers:  # a call for each would cost more than all the rest of drawing a token
+        if not self._numbers:  # one call per number would cost more than all the rest of drawing a token
             numbers = torch.rand(_AT_ONCE, generator=self.rng, dtype=torch.float64, device="cpu")
             self._numbers = numbers.tolist()[::-1]
         return self._numbers.pop()
 
     def take(self, token: int) -> tuple[Finish | None, str]:
-        """Append a token: whether that ends the sequence, and the text that it adds."""
+        """Append a token; returns why that ends the sequence (None: it goes on) and the text it adds."""
         self.last = token
         self.count += 1
         if self.seen is not None:
@@ -100,10 +102,12 @@ class Continuation:
 
 
 class Batch:
-    """Draws one token for each of its sequences at each `step`; those that are done leave by themselves.
+    """Draws one token for each of its sequences at each `step`; finished sequences leave by themselves.
 
-    A sequence's tokens depend on its own prompt, parameters and seed only, not on who its neighbours are, to
-    the rounding of matrix products of another batch size. Not for several threads at once.
+    A sequence's tokens depend only on its own prompt, parameters and seed, not on its neighbours, up to the
+    rounding of matrix products, which varies with the batch size. Not thread-safe.
+
+    source: gives the logits. suppress: ids that are never drawn.
     """
 
     def __init__(self, source: LogitSource, suppress: Iterable[int] = ()) -> None:
@@ -115,17 +119,17 @@ class Batch:
         return len(self.running) + len(self._new)
 
     def add(self, sequences: Iterable[Continuation]) -> None:
-        """Their prompts are read at the next `step`, which draws their first tokens."""
+        """Add sequences; the next `step` reads their prompts and draws their first tokens."""
         self._new += sequences
 
     def remove(self, numbers: Iterable[int]) -> None:
-        """Sequences of these numbers leave, unfinished."""
+        """Remove the sequences with these numbers, unfinished."""
         numbers = set(numbers)
         self._new = [c for c in self._new if c.number not in numbers]
         self._keep([i for i, c in enumerate(self.running) if c.number not in numbers])
 
     def step(self) -> list[GeneratedToken]:
-        """One token of each sequence, in the order in which they came."""
+        """Draw one token for each sequence, in the order in which they were added."""
         if not len(self):
             return []
         logits = []
@@ -142,7 +146,7 @@ class Batch:
                 c.seen = np.zeros(scores.shape[1], dtype=bool)
                 c.seen[list(c.prompt)] = True
         tokens = self._draw(scores)
-        own = None  # the model's own probabilities are also of the tokens that are never drawn
+        own = None  # the model's own probabilities include the tokens that are never drawn
         if any(c.top or c.logprob for c in self.running):
             own = log_normalizers(to_scores(all_logits) if self.suppress else scores)
         drawn = []

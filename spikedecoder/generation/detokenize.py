@@ -1,4 +1,4 @@
-"""From token ids to text as they come, up to a stop string."""
+"""From token ids to text, one id at a time, up to a stop string."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
     from spikedecoder.data import Tokenizer
 
 
-# What tokens add behind others, of each tokenizer: decoding takes longer than drawing the token.
+# For each tokenizer, the text that a token adds after another: decoding takes longer than drawing the token.
 _PIECES: WeakKeyDictionary[Tokenizer, dict[tuple[int, ...], str]] = WeakKeyDictionary()
 _MOST_PIECES = 1 << 16
 
 
 class TextStream:
-    """The text that each token adds behind the ids `before`, up to the first stop string.
+    """The text that each token adds after the ids `before`, up to the first stop string.
 
-    A stop string is looked for in the new text only, across the borders of tokens, and is no part of the
-    text. The one that is complete first ends the text; of several complete at the same character the longest.
-    Text that may turn out to be the beginning of a stop string is held back.
+    A stop string is looked for in the new text only, across the borders of tokens, and is not part of the
+    text. The first one to be complete ends the text; if several are complete at the same character, the
+    longest. Text that may be the beginning of a stop string is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: Iterable[str] = ()) -> None:
@@ -31,7 +31,7 @@ class TextStream:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """What the token adds for sure; `stopped` says whether a stop string is complete."""
+        """Append a token; returns the text that is now certain. Sets `stopped` at a complete stop string."""
         text = self.take(token)
         if not self.stop:
             return text
@@ -45,12 +45,12 @@ class TextStream:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What was held back for a stop string that did not come."""
+        """Return the text that was held back for a stop string that did not come."""
         held, self._held = self._held, ""
         return held
 
     def piece(self, token: int) -> str:
-        """The text of a token that came next."""
+        """The text that a token would add, without appending it."""
         if token == self.tokenizer.pad_id:
             return ""
         key = (*self._last, token)
@@ -64,7 +64,7 @@ class TextStream:
         return piece
 
     def take(self, token: int) -> str:
-        """Its text, and on to the next: `push` without stop strings."""
+        """Append a token and return its text: `push` without stop strings."""
         piece = self.piece(token)
         if token != self.tokenizer.pad_id:
             self._last = [token]
@@ -72,7 +72,7 @@ class TextStream:
 
 
 def check_stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
-    """As a tuple; a ValueError or TypeError says what is wrong."""
+    """The stop strings as a tuple; TypeError for anything but strings, ValueError for an empty one."""
     strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     for string in strings:
         if not isinstance(string, str):
@@ -83,5 +83,5 @@ def check_stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with (all of `stop` excepted)."""
+    """Length of the longest end of `text` that is a beginning of `stop`, but not all of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

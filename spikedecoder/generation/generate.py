@@ -1,4 +1,4 @@
-"""Autoregressive generation of token ids: batches of prompts, streaming, the predictions as data."""
+"""Autoregressive generation of token ids: batches of prompts, streaming, predictions as data."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class GenerationResult:
-    """What `generate` returns; one entry per prompt everywhere.
+    """What `generate` returns; each list has one entry per prompt.
 
-    prompts: the prompts as read. tokens: the new ids, a stop token included.
+    prompts: ids of the prompts. tokens: the new ids, including a stop token.
     predictions: for each new token the `top` most probable candidates, best first (empty lists if top=0).
-    finish: "length" (max_new_tokens reached) or "stop". seed: what to pass to get the same again.
-    completions: the text of each continuation, up to a stop string; empty where no text was asked for.
+    finish: "length" (max_new_tokens reached) or "stop". seed: pass it to get the same result again.
+    completions: the text of each continuation, up to a stop string; an empty list from `generate` itself.
     """
 
     prompts: list[list[int]]
@@ -39,7 +39,7 @@ class GenerationResult:
 
     @property
     def sequences(self) -> list[list[int]]:
-        """Prompt and continuation."""
+        """The ids of each prompt and its continuation."""
         return [p + t for p, t in zip(self.prompts, self.tokens, strict=True)]
 
 
@@ -71,18 +71,20 @@ def generate(
 
     Args:
         model: used in evaluation mode, left in the mode it was in.
-        prompts: lists of ids, of unequal lengths if need be, or a tensor [B, S] (or [S]). Each gives the
-            result it gives alone. An empty one starts from `start_token(model)`.
-        sampling: see `SamplingParams`; None is its default.
-        stop: ids that end a sequence.
+        prompts: lists of ids, which may differ in length, or a tensor [B, S] (or [S]). Each prompt gives the
+            result that it gives alone. An empty one starts from `start_token(model)`.
+        max_new_tokens: 0 or more.
+        sampling: see `SamplingParams`; None: its defaults.
+        stop: ids that end a sequence; None: none.
         top: how many predictions to keep for each new token.
         suppress: ids that are never generated; None: `suppressed_ids(model)`, ``()``: none.
-        past: what happens to a sequence longer than the context (max_len tokens), prompt or not.
-            "slide": it is cut to its last `keep` tokens, whose positions start from 0, and grows from there;
-            the cut comes once in max_len - keep tokens. "continue": positions and memory just go on, nothing
-            is cut, and no token costs more than the first; only for spiking attention with static positions,
-            and only good where the model learned not to mind: sums of attention grow with the context.
-        keep: default max_len // 2.
+        past: what to do with a sequence, prompt included, that gets longer than the context of max_len
+            tokens. "slide": cut it to its last `keep` tokens, whose positions start from 0 again, and go on;
+            this happens once every max_len - keep + 1 tokens. "continue": positions and state simply go on,
+            nothing is cut, and no token costs more than the first. It needs spiking attention, static
+            positions and no one-hot tokens, and a model that copes with longer contexts than it was trained
+            on, because the sums of attention grow with the context.
+        keep: for "slide" only; None: max_len // 2, at least 1.
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -99,9 +101,11 @@ def stream(
     sampling: SamplingParams | None = None,
     **options: Any,
 ) -> Iterator[GeneratedToken]:
-    """The tokens of `generate`, same arguments, as they come: one per unfinished sequence at each step."""
+    """Yield the tokens of `generate`, same arguments, as they are drawn: one per unfinished sequence a step.
+
+    The arguments are checked at the call, not at the first token.
+    """
     check_options("stream", options)
-    # checked here, at the call, not at the first token
     return run(prepare(model, prompts, max_new_tokens, sampling, **options))
 
 
@@ -114,9 +118,9 @@ def generate_tensor(
     repetition_penalty: float = 1.0,
     **options: Any,
 ) -> Tensor:
-    """`generate` for tokens [B, S]: [B, S + N] int64 on their device, N the longest continuation.
+    """`generate` for a tensor: tokens [B, S] to [B, S + N] int64 on their device, N the longest continuation.
 
-    Behind a stop token stand pad tokens (where the model has none: the stop token again).
+    A stop token is followed by pad tokens, or by itself if the model has no pad token.
     """
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or _is_real(tokens) or not len(tokens):
         got = (
@@ -161,7 +165,7 @@ def collect(request: Request) -> GenerationResult:
 
 
 def start_token(model: SpikeDecoder) -> int:
-    """What an empty prompt starts from: the pad token, or token 0 where there is none."""
+    """The token that an empty prompt starts from: the model's or its tokenizer's pad token, else token 0."""
     pad = model.config.pad_id
     if pad is None and model.tokenizer is not None:
         pad = model.tokenizer.pad_id
@@ -169,7 +173,10 @@ def start_token(model: SpikeDecoder) -> int:
 
 
 def suppressed_ids(model: SpikeDecoder, tokenizer: Any = None) -> list[int]:
-    """Ids that stand for no text: padding, unknown, and what lies beyond the tokenizer's vocabulary."""
+    """Ids that stand for no text: padding, unknown, and any beyond the vocabulary of the tokenizer.
+
+    tokenizer: None is the model's own.
+    """
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     ids = {model.config.pad_id}
     if tokenizer is not None:
@@ -178,7 +185,7 @@ def suppressed_ids(model: SpikeDecoder, tokenizer: Any = None) -> list[int]:
 
 
 def check_options(function: str, options: dict[str, Any]) -> None:
-    """TypeError for a name that `generate` does not have."""
+    """TypeError for an option that `generate` does not have."""
     names = ("stop", "top", "suppress", "keep", "past")
     for name in options:
         if name not in names:
@@ -198,7 +205,7 @@ def prepare(
     past: str = "slide",
     texts: Sequence[TextStream] | None = None,
 ) -> Request:
-    """`generate`'s arguments, checked; `texts`: where each sequence's tokens become text."""
+    """Check `generate`'s arguments. `texts`: turn each sequence's tokens into text; None: no text."""
     model = check_model(model)
     vocabulary = model.config.vocab_size
     for name, value in (("max_new_tokens", max_new_tokens), ("top", top)):
@@ -255,5 +262,5 @@ def _prompts(prompts: Sequence[Sequence[int]] | Tensor, vocabulary: int) -> list
 
 
 def _is_real(x: Tensor) -> bool:
-    """Whether it holds no integers."""
+    """Whether `x` holds floats or booleans instead of integers."""
     return x.is_floating_point() or x.dtype == torch.bool

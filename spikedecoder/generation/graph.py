@@ -16,13 +16,13 @@ from spikedecoder.nn.state import DecoderState
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
 
-# Steps that a batch size takes through the modules before it is captured: they compile and warm up, and a
-# batch that soon has another size again is not worth capturing.
+# Steps that a batch size takes through the modules before it is captured: they compile and warm up kernels,
+# and a batch whose size soon changes again is not worth capturing.
 BEFORE = 4
 
 
 def why_not(model: SpikeDecoder) -> str | None:
-    """Why steps of this model cannot be captured; None if they can."""
+    """The reason why steps of this model cannot be captured; None if they can."""
     if model.device.type != "cuda":
         return f"it runs on a GPU, the model is on {model.device}"
     if not model.config.spiking_attention:
@@ -33,13 +33,16 @@ def why_not(model: SpikeDecoder) -> str | None:
 
 
 class StaticStep:
-    """`SpikeDecoder.step` for one batch size, in one set of tensors: token and state stay where they are.
+    """`SpikeDecoder.step` for one batch size, on a fixed set of tensors for token and state.
 
-    On a GPU the step is captured as a graph, so that a token costs one launch; nothing in it waits for the
-    host. Elsewhere it runs as it is. Weights are read where the model has them: changes in place count.
+    On a GPU the step is captured as a graph, so that a token costs one launch and nothing waits for the host.
+    Elsewhere it runs as usual. Weights are read from the model's own tensors: in-place changes take effect.
+
+    state: sets the batch size and dtypes; it has read at least one token. It is copied.
 
     Raises:
-        ValueError: a state that has read nothing yet; called, a state or a token that it does not `fit`.
+        ValueError: a state without sums of attention; when called, a state that does not `fit` or a token of
+            another shape.
     """
 
     def __init__(self, model: SpikeDecoder, state: DecoderState) -> None:
@@ -56,7 +59,7 @@ class StaticStep:
             self._replay = self._capture()
 
     def __call__(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One more token: token [B], logits [B, V] and the state behind it, always the same object."""
+        """Read one more token [B]; returns logits [B, V] and the new state, always the same object."""
         if not self.fits(state):
             raise ValueError(
                 f"state: got one of {state.batch_size} sequences behind {state.longest} tokens, takes this "
@@ -74,7 +77,7 @@ class StaticStep:
         return self._logits.clone(), self.state
 
     def fits(self, state: DecoderState) -> bool:
-        """Whether a state has the tensors that this step works on, and one more token leaves them so."""
+        """Whether a state has this step's config, shapes and dtypes, also after one more token."""
         if not _exact(state):
             return False
         if state is self.state:
@@ -86,7 +89,7 @@ class StaticStep:
         return same and state.config == self.state.config
 
     def _run(self) -> None:
-        # the model replaces the tensors of the state that it gets: it gets a copy of the dictionaries
+        # the model replaces tensors in the state it is given, so give it copies of the dictionaries
         layers = [dict(layer) for layer in self.state.layers]
         before = DecoderState(self.state.config, self.state.position, layers, self.state.longest)
         self._logits, after = self.model.step(self.token, before)
@@ -94,7 +97,7 @@ class StaticStep:
             mine.copy_(new)
 
     def _capture(self) -> Callable[[], object]:
-        # of the model's device, which may not be the current one: that one's graph would hold nothing
+        # the model's device may not be the current one, whose stream would capture nothing
         current, stream = (of(self.token.device) for of in (torch.cuda.current_stream, torch.cuda.Stream))
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -107,9 +110,9 @@ class StaticStep:
 
 
 class Graph(Recurrent):
-    """`Recurrent`, its steps replayed as CUDA graphs, one for each batch size that lasts.
+    """`Recurrent` with its steps replayed as CUDA graphs, one for each batch size that lasts.
 
-    Prompts and windows that are read anew go through the model.
+    Prompts, and windows that are read again, go through the model.
 
     Raises:
         ValueError: `why_not` has a reason.
@@ -136,7 +139,7 @@ class Graph(Recurrent):
 
 
 def _exact(state: DecoderState) -> bool:
-    """Whether the sums behind one more token fit the state's dtype."""
+    """Whether the state's dtype still holds the sums of attention exactly after one more token."""
     sums = state.layers[0].get("attention.state")
     wide = sums is not None and sums.dtype == torch.float64
     return wide or state.longest + 1 <= state.config.exact_tokens

@@ -1,4 +1,4 @@
-"""Logits for the next token in one call of the compiled extension; which source of logits to use."""
+"""Logits for the next token in one call of the compiled extension; choice of the source of logits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from spikedecoder.ops._dispatch import requested_backend
 
 
 def open_source(model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> LogitSource:
-    """What generation and the server use: `Native` or `Graph` where they can be, else `Recurrent`; `Window`
-    where the model's forward is somebody's own, or hooks wait on it: no other calls it."""
+    """The source of logits that generation and the server use.
+
+    `Native` or `Graph` if possible, else `Recurrent`. `Window` if the model's forward is not this package's
+    or has hooks: only `Window` calls it. keep, past: see `generate`.
+    """
     if foreign(model) or model._forward_hooks or model._forward_pre_hooks:
         return Window(model, keep, past)
     if why_not(model) is None:
@@ -30,12 +33,12 @@ def open_source(model: SpikeDecoder, keep: int | None = None, past: str = "slide
 
 
 def why_not(model: SpikeDecoder) -> str | None:
-    """Why `Native` cannot be the source for this model, with the backend in force; None if it can."""
+    """The reason why `Native` cannot be used for this model with the current backend; None if it can."""
     if requested_backend() not in ("auto", "cpu"):
         return f"backend {requested_backend()!r} was asked for"
     if model.device.type != "cpu":
         return f"it runs on the CPU, the model is on {model.device}"
-    # importing the extension changes malloc's settings: only for those who can use it
+    # imported only when it can be used, because importing the extension changes malloc's settings
     from spikedecoder.ext.cpu import decode
 
     reason = decode.why_not(model)
@@ -45,11 +48,10 @@ def why_not(model: SpikeDecoder) -> str | None:
 
 
 class Native(Recurrent):
-    """`Recurrent`, computed by `spikedecoder.ext.cpu.decode.Decoder`.
+    """`Recurrent`, computed by `spikedecoder.ext.cpu.decode.Decoder`: prompts, windows and steps.
 
-    Prompts, windows that are read anew and steps alike; where float32 would not hold the sums exactly, the
-    model itself goes on. Takes a copy of the weights: for a model that has changed, open another. For models
-    of which `why_not` has nothing to say.
+    Where float32 would not hold the sums of attention exactly, the model itself takes over. The weights are
+    copied: after changing the model, make a new source. Only for models for which `why_not` is None.
     """
 
     def __init__(self, model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> None:
@@ -64,7 +66,7 @@ class Native(Recurrent):
         return self.decoder.step(torch.tensor(tokens, device="cpu"), state)
 
     def _narrowed(self, state: DecoderState) -> bool:
-        """Whether float32 holds the sums again, and so does the state: the text too long for it has left."""
+        """Whether float32 holds the sums again, now that the text too long for it has left; converts them."""
         if state.longest + 1 > self.model.config.exact_tokens:
             return False
         for layer in state.layers:

@@ -1,4 +1,4 @@
-"""Logits for the next token from the model's recurrent state: the cost of a token does not grow."""
+"""Logits for the next token from the model's recurrent state: earlier tokens are not read again."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 class Recurrent:
     """A `LogitSource` over `SpikeDecoder.prefill` and `step`.
 
-    The logits are those of `Window`, which runs the parallel forward over the same tokens. Where `past` is
+    The logits are those of `Window`, which runs the parallel forward over the same tokens. With `past`
     "slide", a sequence that outgrows the context is cut in the same way: its last `keep` tokens are read
-    anew, so it remembers at most max_len of them. Where it is "continue" it remembers none.
+    again, so up to max_len tokens of it are remembered. With "continue" none are.
     """
 
     def __init__(self, model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> None:
         self.model, self.context = model, Context.of(model, keep, past)
-        self.modules = list(model.modules())  # walking the tree for each token would take long
+        self.modules = list(model.modules())  # walking the tree for each token would be slow
         self.windows: list[list[int]] = []
         self.state: DecoderState | None = None
 
     def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         windows = [self.context.cut(list(prompt)) for prompt in prompts]
         known: dict[tuple[int, ...], tuple[Tensor, DecoderState]] = {}
-        for window in map(tuple, windows):  # many ways to go on from one prompt: it is read once
+        for window in map(tuple, windows):  # a prompt with several continuations is read once
             if window not in known:
                 known[window] = self._read(list(window))
         read = [known[tuple(window)] for window in windows]
@@ -72,17 +72,17 @@ class Recurrent:
             return self.model.step(torch.tensor(tokens, device=self.model.device), state)
 
     def _read(self, window: list[int]) -> tuple[Tensor, DecoderState]:
-        """Logits [1, V] behind the window, and the state there."""
+        """Logits [1, V] after the window, and the state there."""
         tokens = torch.tensor([window], device=self.model.device)
         state = None
-        # in parts, so that the memory for reading does not grow with the prompt either
+        # in parts, so that the memory needed does not grow with the prompt
         for part in tokens.split(max(self.context.longest, 256), dim=1):
             logits, state = self._read_part(part, state)
         assert state is not None
         return logits, state
 
     def _read_part(self, part: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
-        """Logits [1, V] behind tokens [1, S], and the state there."""
+        """Logits [1, V] after tokens [1, S], and the state there."""
         with evaluating(self.modules):
             logits, state = self.model.prefill(part, state)
         return logits[:, -1], state

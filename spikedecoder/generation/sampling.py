@@ -1,7 +1,7 @@
-"""From logits to the next token. Knows nothing of where the logits came from.
+"""From logits to the next token, wherever the logits come from.
 
-All of it runs on the CPU in float64, whatever device and type the logits have: equal logits and an equal seed
-give equal tokens everywhere.
+All of it runs on the CPU in float64, whatever the device and dtype of the logits: equal logits and an equal
+seed give equal tokens everywhere.
 """
 
 from __future__ import annotations
@@ -21,26 +21,30 @@ from spikedecoder.fields import is_integer
 from spikedecoder.ops._check import of_type, same_shape
 
 _SEEDS = 2**63
-_PENALTIES = 1e-6, 1e6  # whatever the logits, they stay finite
+_PENALTIES = 1e-6, 1e6  # within these, logits stay finite
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, in this order: repetition_penalty, temperature, top_k, top_p and min_p.
+    """How the next token is chosen.
 
-    temperature: logits are divided by it; 0 is greedy (the most probable token, of equals the lowest id).
-    top_k: only the k most probable tokens (of equals the lowest ids); None is all.
-    top_p: of those only the fewest, most probable first, whose probabilities sum to at least this; None is
-        all.
+    Applied in this order: repetition_penalty, temperature, top_k, top_p, min_p.
+
+    temperature: the logits are divided by it. 0 is greedy: the most probable token (of ties the lowest id).
+    top_k: choose among the k most probable tokens only (of ties the lowest ids); None: all.
+    top_p: of those, keep the fewest most probable ones whose probabilities sum to at least top_p, in (0, 1];
+        None: all.
     seed: sequence i of a batch draws from a generator seeded with ``seed + i``, so its text depends neither
         on its neighbours nor on the device. None: a fresh seed at each call.
-    min_p: only tokens at least this many times as probable as the most probable one; None or 0 is all.
-    repetition_penalty: r divides the positive logits, and multiplies the negative ones, of every token that
-        the prompt or the text generated so far contains, however long ago: 1e-6 to 1e6. 1 is off, more
-        repeats less.
-        Source: CTRL (Keskar et al., 2019).
+    min_p: keep only tokens at least min_p times as probable as the most probable one, in [0, 1]; None or 0:
+        all.
+    repetition_penalty: for every token that the prompt or the generated text contains, however far back, a
+        positive logit is divided by it and a negative one multiplied by it. 1e-6 to 1e6; 1 is off, above 1
+        repeats less. Source: CTRL (Keskar et al., 2019).
+
+    Raises ValueError naming the field that has an invalid value.
     """
 
     temperature: float = 1.0
@@ -89,14 +93,14 @@ def generators(seed: int, n: int) -> list[torch.Generator]:
 
 
 def to_scores(logits: Tensor, suppress: Iterable[int] = ()) -> Floats:
-    """logits [B, V] as a float64 array of its own, the tokens `suppress` at -inf. ValueError for NaN."""
+    """Logits [B, V] copied to float64, `suppress` at -inf. ValueError if a row's maximum is not finite."""
     _check_logits(logits)
     scores: Floats = logits.detach().to("cpu", torch.float64, copy=True).numpy()
     suppressed = list(suppress)
     if suppressed:
         scores[:, suppressed] = -math.inf
     top = scores.max(axis=1)
-    if not np.isfinite(top).all():  # max passes NaN on
+    if not np.isfinite(top).all():  # max propagates NaN
         bad = float(top[~np.isfinite(top)][0])
         why = "no token is left to choose from" if bad == -math.inf else "the model is broken or has diverged"
         raise ValueError(f"logits: the greatest of a row is {bad}, takes a finite number; {why}")
@@ -110,9 +114,9 @@ def _check_logits(logits: Tensor) -> None:
 
 
 def distribution(scores: Floats, params: SamplingParams, seen: Any = None) -> Floats:
-    """The probabilities [B, V] that `params` draws from: one-hot where greedy.
+    """The probabilities [B, V] that `params` draws from; one-hot if greedy.
 
-    seen: booleans [B, V], the tokens that the repetition penalty is for; None: no token.
+    seen: booleans [B, V], the tokens to which the repetition penalty applies; None: none.
     """
     if seen is not None and params.repetition_penalty != 1:
         r = params.repetition_penalty
@@ -121,7 +125,7 @@ def distribution(scores: Floats, params: SamplingParams, seen: Any = None) -> Fl
         greedy = np.zeros_like(scores)
         greedy[np.arange(len(scores)), scores.argmax(axis=1)] = 1.0
         return greedy
-    # the greatest is 0 before the division, so that no temperature, however small, makes an infinity of it
+    # subtract the maximum before dividing, so that no temperature, however small, makes it infinite
     with np.errstate(over="ignore"):
         weights = np.exp((scores - scores.max(axis=1, keepdims=True)) / params.temperature)
     if params.top_k is not None or params.top_p is not None:
@@ -131,7 +135,7 @@ def distribution(scores: Floats, params: SamplingParams, seen: Any = None) -> Fl
         count = np.full((len(weights), 1), ordered.shape[1])
         if params.top_p is not None:
             shares = ordered / ordered.sum(axis=1, keepdims=True)
-            before = shares.cumsum(axis=1) - shares  # mass of the more probable ones
+            before = shares.cumsum(axis=1) - shares  # probability of all more probable tokens
             count = (before < params.top_p).sum(axis=1, keepdims=True)
         weights = _largest(weights, count, np.take_along_axis(ordered, count - 1, axis=1))
     if params.min_p:
@@ -141,7 +145,7 @@ def distribution(scores: Floats, params: SamplingParams, seen: Any = None) -> Fl
 
 
 def uniform(generator: Sequence[torch.Generator]) -> list[float]:
-    """The next number in [0, 1) of each."""
+    """The next number in [0, 1) of each generator."""
     return [torch.rand(1, generator=g, dtype=torch.float64, device=g.device).item() for g in generator]
 
 
@@ -152,20 +156,20 @@ def draw(probabilities: Floats, numbers: Sequence[float]) -> list[int]:
     ids: list[int] = (cumulative <= at * cumulative[:, -1:]).sum(axis=1).tolist()
     for row, i in enumerate(ids):
         if i == probabilities.shape[1]:
-            # rounding put the number at the very end; the last token that has a probability is meant
+            # rounding put the number at the very end: take the last token that has a probability
             ids[row] = int(np.flatnonzero(probabilities[row])[-1])
     return ids
 
 
 def _largest(weights: Floats, count: Any, smallest: Floats) -> Floats:
-    """Only the `count` largest of each row, of equals the first ones; `smallest` is the least of them."""
+    """Zero all but the `count` largest of each row (of ties the first); `smallest` is the least of these."""
     above, equal = weights > smallest, weights == smallest
     room = count - above.sum(axis=1, keepdims=True)
     return np.where(above | (equal & (equal.cumsum(axis=1) <= room)), weights, 0.0)
 
 
 def check_ids(name: str, ids: Any, vocabulary: int) -> list[int]:
-    """Token ids, also of a tensor or an array, as a list."""
+    """Token ids (an iterable, tensor or array) as a list; TypeError or ValueError if they are not valid."""
     found = ids.tolist() if hasattr(ids, "tolist") else ids
     if not isinstance(found, Iterable):
         raise TypeError(f"{name}: got {type(ids).__name__}, takes integers")
@@ -189,16 +193,16 @@ def sample(
 
     Args:
         logits: [B, V].
-        params: what to choose by.
-        generator: one per sequence, each advanced by one uniform number per token (by none if greedy);
-            None: those of ``params.seed``, which fits a single call only.
+        params: how to choose.
+        generator: one per sequence; each is advanced by one uniform number per token (none at temperature 0).
+            None: new ones from ``params.seed``, which makes sense for a single call only.
         suppress: ids that are never chosen.
-        seen: booleans [B, V], the tokens that the repetition penalty is for.
+        seen: booleans [B, V], the tokens to which the repetition penalty applies; None: none.
 
     Returns:
         ids [B] int64 and the probabilities [B, V] float64 they were drawn from, both on the logits' device.
 
-    Raises TypeError, ValueError: naming the argument.
+    Raises TypeError or ValueError naming the argument.
     """
     of_type("params", params, SamplingParams)
     scores = _scores_without(logits, suppress)
@@ -222,14 +226,14 @@ def sample(
 
 
 def log_normalizers(scores: Floats) -> Floats:
-    """[B]: what log-softmax takes from the scores [B, V]."""
+    """[B]: what log-softmax subtracts from the scores [B, V]."""
     top = scores.max(axis=1)
     total: Floats = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
     return total
 
 
 def predictions(scores: Floats, normalizers: Floats, k: int) -> list[list[Prediction]]:
-    """`top_predictions` of `to_scores` [B, V] and of the `log_normalizers` [B] of all tokens' scores."""
+    """`top_predictions` from scores [B, V] and the `log_normalizers` [B] of all tokens' scores."""
     probabilities = np.exp(scores - normalizers[:, None])
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     return [
@@ -241,10 +245,11 @@ def predictions(scores: Floats, normalizers: Floats, k: int) -> list[list[Predic
 def top_predictions(
     logits: Tensor, k: int, suppress: Tensor | Sequence[int] | None = None
 ) -> list[list[Prediction]]:
-    """The k most probable tokens of each row of logits [B, V], best first (of equals the lowest id first).
+    """The k most probable tokens of each row of logits [B, V], best first (of ties the lowest id first).
 
-    The probabilities are the model's own: at temperature 1, before any penalty or filter, of all tokens.
-    Those of `suppress` are left out of the list, not of the sum.
+    The probabilities are the model's own: at temperature 1, before any penalty or filter, over all tokens.
+    Tokens in `suppress` are left out of the list but count in the normalisation. Tokens of probability 0 are
+    not listed.
     """
     if not is_integer(k) or k < 0:
         raise ValueError(f"k: got {k!r}, takes an integer >= 0")
@@ -252,13 +257,13 @@ def top_predictions(
 
 
 def _scores_without(logits: Tensor, suppress: Tensor | Sequence[int] | None) -> Floats:
-    """`to_scores` of what a caller wants to have suppressed."""
+    """`to_scores` with the ids that the caller wants suppressed, checked."""
     _check_logits(logits)
     return to_scores(logits, () if suppress is None else check_ids("suppress", suppress, logits.shape[1]))
 
 
 def _is_number(value: object) -> bool:
-    """Of those that a float holds."""
+    """Whether it is an int or a float (not a bool) within the range of floats."""
     if isinstance(value, int) and abs(value) > sys.float_info.max:
         return False
     return isinstance(value, (int, float)) and not isinstance(value, bool)

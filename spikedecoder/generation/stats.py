@@ -1,4 +1,4 @@
-"""What a text cost: spikes, operations and energy per token, from reading it once more."""
+"""What generating a text cost: spikes, operations and energy per token, found by reading it once more."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from spikedecoder.spike_stats import SpikeCounter
 
 @dataclass(frozen=True)
 class TextCost:
-    """Of texts, prompts included.
+    """The cost of texts, prompts included.
 
     spike_rates: by layer, spikes per neuron and timestep, 0 to 1. ledger: all operations, token by token.
-    `tokens` were read, of which `again` had been read before, when a text outgrew the context.
+    again: how many of the `tokens` read had been read before, because a text outgrew the context.
     """
 
     spike_rates: dict[str, float]
@@ -34,18 +34,18 @@ class TextCost:
 
     @property
     def spike_rate(self) -> float | None:
-        """The mean over the layers; None where none spikes."""
+        """The mean over the layers; None if no layer spikes."""
         rates = list(self.spike_rates.values())
         return sum(rates) / len(rates) if rates else None
 
     @property
     def accumulates(self) -> float:
-        """Additions per token read that a spike caused: in Linears on spikes and in spiking attention."""
+        """Additions caused by spikes, per token read: in Linears on spikes and in spiking attention."""
         return float(self.ledger.totals()["ac"] / self.tokens)
 
     @property
     def multiply_accumulates(self) -> float:
-        """Per token read, where real numbers meet weights or each other: what does not spike."""
+        """Multiply-accumulates per token read: products of real numbers with weights or each other."""
         return float(self.ledger.totals()["mac"] / self.tokens)
 
 
@@ -57,11 +57,11 @@ def text_cost(
     keep: int | None = None,
     past: str = "slide",
 ) -> TextCost:
-    """The cost of texts generated with these arguments; prompts not empty.
+    """The cost of texts generated with these arguments; no prompt may be empty.
 
     The recurrent and the parallel form spike alike, so this counts what the generation did, however it was
-    computed, without slowing it down; also reading the last `keep` tokens anew, where the text outgrew the
-    context. The last token was never read.
+    computed, without slowing it down. That includes reading the last `keep` tokens again where a text outgrew
+    the context. The last token of a text was never read.
     """
     context = Context.of(model, keep, past)
     spikes, recorder, again = SpikeCounter(model), Recorder(model, "token"), 0
@@ -78,8 +78,11 @@ def text_cost(
 def windows(
     prompt: Sequence[int], tokens: Sequence[int], context: Context
 ) -> Iterator[tuple[list[int], int]]:
-    """What was read in one piece while `tokens` were written behind a prompt, and how many tokens of its
-    beginning were read before. The last of `tokens` was not."""
+    """The windows that were read while `tokens` were written after a prompt.
+
+    Each comes with the number of tokens at its beginning that had been read before. The last of `tokens` was
+    never read.
+    """
     prompt, new = list(prompt), list(tokens)[:-1]
     if context.past == "continue":
         text = prompt + new

@@ -41,12 +41,12 @@ def encode_prompt(
     name: str = "prompt",
     way_out: str = _WAY_OUT,
 ) -> list[int]:
-    """The ids of a prompt, which errors call by `name`.
+    """The ids of a prompt.
 
-    errors: what to do with characters (or words) that are outside the vocabulary: "strict" raises a
-        ValueError that names them, "replace" puts the unknown token (tokenizers without one drop them),
-        "drop" leaves them out.
-    way_out: what whoever gave the prompt can do about them, as the message ends.
+    errors: what to do with characters or words outside the vocabulary: "strict" raises a ValueError that
+        names them, "replace" puts the unknown token (tokenizers without one drop them), "drop" leaves them
+        out.
+    name: what messages call the prompt. way_out: the end of the message: what the user can do about it.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"{name}: got {type(prompt).__name__}, takes a str")
@@ -77,12 +77,15 @@ def generate_text(
     errors: str = "strict",
     **options: Any,
 ) -> list[str]:
-    """Each prompt, as the tokenizer reads it, and its continuation.
+    """Continue each prompt; returns each, as the tokenizer reads it, followed by its continuation.
 
-    tokenizer: None is the model's own. errors: see `encode_prompt`. stop: strings, or token ids, that end a
-    text; a stop string is looked for in the continuation, across the borders of tokens, and is no part of the
-    result (see `TextStream`). The rest: see `SamplingParams` and `spikedecoder.generation.generate`
-    (suppress, keep, past). An empty prompt starts from nothing.
+    tokenizer: None: the model's own. max_new_tokens: for each prompt. errors: see `encode_prompt`.
+    stop: strings or token ids that end a text. Stop strings are looked for in the continuation only, across
+    the borders of tokens, and are not part of the result (see `TextStream`). The other arguments: see
+    `SamplingParams` and `spikedecoder.generation.generate` (suppress, keep, past). An empty prompt starts
+    from nothing.
+
+    Raises TypeError or ValueError naming the argument.
     """
     sampling = SamplingParams(temperature, top_k, top_p, seed, min_p, repetition_penalty)
     tokenizer = own_tokenizer(model, tokenizer)
@@ -105,7 +108,7 @@ def generate_result(
     errors: str = "strict",
     **options: Any,
 ) -> GenerationResult:
-    """`generate_text` with everything that was found out: ids, predictions, the seed."""
+    """Like `generate_text`, but returns everything: ids, predictions, texts and the seed."""
     if isinstance(prompts, str):
         raise TypeError("prompts: got a str, takes a list of str")
     if not isinstance(prompts, Iterable):
@@ -130,10 +133,10 @@ def stream_text(
     errors: str = "strict",
     **options: Any,
 ) -> Iterator[str]:
-    """The continuation of one prompt in pieces, as they come; the arguments are `generate_text`'s.
+    """Yield the continuation of one prompt in pieces, as they are drawn; arguments as in `generate_text`.
 
-    One piece per token, empty where it may be the beginning of a stop string. The decoded prompt and the
-    pieces joined equal `generate_text`'s result.
+    One piece per token, empty while the text may be the beginning of a stop string. The decoded prompt and
+    the pieces, joined, are the result of `generate_text`.
     """
     sampling = SamplingParams(temperature, top_k, top_p, seed, min_p, repetition_penalty)
     tokenizer = own_tokenizer(model, tokenizer)
@@ -150,7 +153,7 @@ def stream_tokens(
     sampling: SamplingParams,
     **options: Any,
 ) -> Iterator[GeneratedToken]:
-    """`stream` of one prompt, whose tokens bring their text."""
+    """`stream` for one prompt of ids; each token comes with its text."""
     return run(prepare_text(model, tokenizer, [prompt], max_new_tokens, sampling, **options))
 
 
@@ -164,7 +167,7 @@ def prepare_text(
     stop: str | int | Iterable[str | int] | None = None,
     **options: Any,
 ) -> Request:
-    """A request whose tokens become text; `stop`: strings or token ids."""
+    """A checked request whose tokens become text; `stop`: strings or token ids."""
     check_options("generate_text", options)
     stop = getattr(stop, "tolist", lambda: stop)()  # of a tensor or an array of ids
     stop = [] if stop is None else [stop] if isinstance(stop, (str, int)) else stop

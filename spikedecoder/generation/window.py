@@ -1,4 +1,4 @@
-"""Logits for the next token from the whole context, read anew for each token."""
+"""Logits for the next token from the whole context, read again for each token."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ PAST = ("slide", "continue")
 
 
 class LogitSource(Protocol):
-    """What generation asks of a model: logits for the next token of each of B sequences, at first none."""
+    """What generation needs of a model: next-token logits for each of B sequences; B is 0 at first."""
 
     def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read more sequences (none empty), which come after those there are; their logits [n, V]."""
+        """Read n more sequences (none empty) and put them after the others; returns their logits [n, V]."""
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each sequence; logits [B, V]."""
+        """Append one token to each sequence; returns logits [B, V]."""
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences only, perhaps none."""
+        """Keep only these sequences, in this order; there may be none."""
 
 
 def endless(config: SpikeDecoderConfig) -> bool:
-    """Whether positions beyond max_len exist and cost no more memory: static ones, spiking attention."""
+    """Whether the model can read beyond max_len tokens in constant memory.
+
+    It can with spiking attention and static positions, unless its tokens are one-hot with the position.
+    """
     one_hot = config.token_encoding == "one-hot" and not config.ann_embedding
     return config.spiking_attention and config.position_encoding == "static" and not one_hot
 
 
 @dataclass(frozen=True)
 class Context:
-    """What becomes of a sequence of more than `longest` tokens; see `generate`'s `past` and `keep`."""
+    """What to do with a sequence of more than `longest` tokens; see `generate`'s `past` and `keep`."""
 
     longest: int
     keep: int
@@ -64,7 +67,7 @@ class Context:
         return cls(longest, keep, past)
 
     def cut(self, window: list[int]) -> list[int]:
-        """The last `keep` tokens of a window that is too long, else all of it."""
+        """The last `keep` tokens of a window that is too long, otherwise all of it."""
         slides = self.past == "slide" and len(window) > self.longest
         return window[-self.keep :] if slides else window
 
@@ -72,10 +75,10 @@ class Context:
 class Window:
     """A `LogitSource` that runs the model's parallel forward over each sequence's window.
 
-    The definition that `Recurrent` is tested against. Sequences of unequal length are padded on the right:
-    the model is causal, so what stands behind a sequence's last token cannot reach it, and each sequence gets
-    the logits it would get alone (to the rounding of matrix products of another size). A sequence that has
-    outgrown the context is cut as `Context` says; positions start again from 0 there.
+    The reference for `Recurrent`. Sequences of unequal length are padded on the right: the model is causal,
+    so padding after a sequence's last token cannot affect it, and each sequence gets the logits it would get
+    alone (up to the rounding of matrix products, which varies with their size). A sequence that has outgrown
+    the context is cut as `Context` says; its positions then start from 0 again.
     """
 
     def __init__(self, model: SpikeDecoder, keep: int | None = None, past: str = "slide") -> None:

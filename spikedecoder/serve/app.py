@@ -33,12 +33,12 @@ from spikedecoder.serve.protocol import (
     usage,
 )
 
-BODY = 4 * 2**20  # bytes of a request
-BODIES = 64 * 2**20  # of all that are on their way
-UPLOAD = 30.0  # seconds that one may take
+BODY = 4 * 2**20  # most bytes of a request's body
+BODIES = 64 * 2**20  # most bytes of all bodies that are being received
+UPLOAD = 30.0  # most seconds to receive a body
 DEFAULT_TOKENS = 16  # OpenAI's
-# Seconds between two events of a stream, at least: where tokens come faster than anybody reads, an event each
-# would cost more than the token. All streams have theirs at the same moments: the loop wakes once for all.
+# At least so many seconds between two events of a stream. If tokens come faster than anybody reads, one event
+# per token would cost more than the token. All streams send at the same moments: the loop wakes once for all.
 PAUSE = 0.05
 _WAY_OUT = "a server that was started with --errors drop leaves them out"
 
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for, in tokens per text; `errors` is `encode_prompt`'s."""
+    """The most that a request may ask for, in tokens per text. errors: see `encode_prompt`."""
 
     max_tokens: int = 4096
     prompt_tokens: int = 4096
@@ -55,14 +55,14 @@ class Limits:
 
 
 class Completion:
-    """One request on its way: its sequences, and the tokens that the engine hands over."""
+    """One request in progress: its sequences, and the tokens that the engine delivers."""
 
     def __init__(self, engine: Engine, limits: Limits, name: str, request: CompletionRequest) -> None:
         self.engine, self.name, self.request = engine, name, request
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self.tokenizer = own_tokenizer(engine.model, None)
         n, asked = request.n or 1, len(request.prompts)
-        if n * asked > engine.max_batch:  # before they are read, which would hold up everybody's streams
+        if n * asked > engine.max_batch:  # before encoding the prompts, which would hold up all streams
             raise bad_request(
                 f"n: got {n} for {asked} prompts, takes at most {engine.max_batch} texts together"
             )
@@ -119,10 +119,10 @@ class Completion:
         def hear(heard: list[GeneratedToken] | EngineError) -> None:
             self._heard.append(heard)
             ends = isinstance(heard, EngineError) or any(token.finish is not None for token in heard)
-            if self._told and not ends:  # it will look by itself
+            if self._told and not ends:  # `news` will look without being woken again
                 return
             self._told = True
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+            with contextlib.suppress(RuntimeError):  # the loop has ended, so nobody listens
                 self._loop.call_soon_threadsafe(self._wake, ends)
 
         try:
@@ -140,16 +140,16 @@ class Completion:
             self._end.set()
 
     def release(self) -> None:
-        """Whoever waited has gone, or has everything: free the places."""
+        """Free the places in the engine: the client has gone, or has got everything."""
         if self.open:
             self.engine.cancel(self.open)
             self.open = set()
 
     async def news(self) -> AsyncIterator[list[tuple[int, str, str | None, dict[str, Any] | None]]]:
-        """(index, text, finish, logprobs) of the choices that have something new: all that has come."""
+        """Yield (index, text, finish, logprobs) for each choice with new tokens since the last time."""
         while self.open:
             if not self._heard:
-                self._told = False  # what comes from here on says so
+                self._told = False  # tokens that come from here on wake this loop
                 if not self._heard:
                     await self._something.wait()
             self._something.clear()
@@ -192,7 +192,7 @@ class Completion:
         }
 
     def echoes(self) -> list[str]:
-        """What each choice's text begins with."""
+        """What each choice's text begins with: the prompt if `echo` is set."""
         n = len(self.sequences) // len(self.prompts)
         texts = [self.tokenizer.decode(p) if p and self.request.echo else "" for p in self.prompts]
         return [text for text in texts for _ in range(n)]
@@ -213,12 +213,12 @@ class Completion:
         return {**self.body(choices), "usage": self.usage()}
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Server-sent events, the last one [DONE]."""
+        """Server-sent events; the last one is [DONE], or an error."""
         options = self.request.stream_options
         tells_usage = options is not None and options.include_usage
 
         def events(choices: list[dict[str, Any]]) -> bytes:
-            """One each: clients look at the first choice of an event only."""
+            """One event per choice: clients look at the first choice of an event only."""
             rest = {"usage": None} if tells_usage else {}
             return b"".join(_event({**self.body([each]), **rest}) for each in choices)
 
@@ -257,7 +257,7 @@ class EventStream(Response):
 
         try:
             await unless_disconnected(receive, pump())
-        except OSError:  # it went while something was being sent
+        except OSError:  # the client went while something was being sent
             pass
         finally:
             self.completion.release()
@@ -281,7 +281,7 @@ async def unless_disconnected(receive: Any, work: Coroutine[Any, Any, T]) -> T |
 
 
 def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastAPI:
-    """The application over an engine that has been started; `name` is what clients call the model."""
+    """The web application for an engine. name: what clients call the model. limits: None: the defaults."""
     limits = Limits() if limits is None else limits
     created, bodies = int(time.time()), Bodies()
     app = FastAPI(title="spikedecoder", docs_url=None, redoc_url=None)
@@ -357,13 +357,13 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
 
 
 class Bodies:
-    """Reads requests' bodies, which together are bounded while they come."""
+    """Reads the bodies of requests, bounding the bytes of all that are being received."""
 
     def __init__(self) -> None:
         self.held = 0
 
     async def read(self, request: Request) -> bytes:
-        # a web page in the user's browser cannot send this type to another origin without asking first
+        # a web page in the user's browser cannot send this type to another origin without a preflight request
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"content-type: got {kind or 'none'!r}, takes 'application/json'")
@@ -372,7 +372,7 @@ class Bodies:
             await asyncio.wait_for(self._take(request, body), UPLOAD)
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body has taken longer than {UPLOAD:g} s") from None
-        except ClientDisconnect:  # nobody is left to read this
+        except ClientDisconnect:  # nobody is left to read the answer
             raise ApiError(400, "the client has gone") from None
         finally:
             self.held -= len(body)

@@ -1,4 +1,4 @@
-"""Continuous batching: one thread that draws tokens for everybody; sequences join and leave between two."""
+"""Continuous batching: one thread draws tokens for all sequences, which join and leave between two tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spikedecoder.generation.native import open_source
 if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
 
-# Prompt tokens read between two tokens of the sequences that are running; one prompt is always read.
+# Most prompt tokens to read between two tokens of the running sequences; one prompt is read in any case.
 PREFILL = 512
 
 
@@ -27,22 +27,23 @@ class EngineError(Exception):
 
 
 class QueueFull(EngineError):
-    """More sequences than the engine may hold."""
+    """The engine has no room for these sequences."""
 
 
 class Stopping(EngineError):
     """The engine takes no more work."""
 
 
-# Called on the engine's thread with a listener's tokens of one step, or with why there will be no more.
+# Called on the engine's thread with a listener's tokens of one step, or with the error that ends them.
 Listener = Callable[["list[GeneratedToken] | EngineError"], None]
 
 
 class Engine:
     """Runs at most `max_batch` sequences at once, keeps at most `max_queue` waiting; first come first served.
 
-    `start` it, `submit` sequences with a listener, `cancel` those that nobody waits for any more, `close` it.
-    All methods may be called from any thread. A sequence's tokens are those of `generate` with its seed.
+    `start` it, `submit` sequences with a listener, `cancel` those that are no longer wanted, `close` it. All
+    methods may be called from any thread. A sequence's tokens are those that `generate` gives with its seed.
+    past: see `generate`.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Engine:
         self.numbers = itertools.count()  # for `Continuation.number`
         self._batch = self._fresh_batch()
         self._changed = threading.Condition()
-        # all below is read and written under the lock
+        # guards all below, which `alive` alone reads without it
         self._waiting: deque[Continuation] = deque()
         self._listeners: dict[int, Listener] = {}  # of every sequence that is waiting or running
         self._cancelled: set[int] = set()
@@ -74,7 +75,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes work."""
+        """Whether the engine is running and takes work."""
         thread = self._thread
         return thread is not None and thread.is_alive() and self._deadline is None
 
@@ -84,7 +85,7 @@ class Engine:
         return self
 
     def submit(self, sequences: Sequence[Continuation], listener: Listener) -> None:
-        """All of them or none: raises QueueFull or Stopping."""
+        """Take all of the sequences, or none and raise QueueFull or Stopping."""
         with self._changed:
             if self._deadline is not None:
                 raise Stopping("the server is stopping")
@@ -98,7 +99,7 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, numbers: Iterable[int]) -> None:
-        """Free the places of these sequences; their listeners hear no more. Unknown numbers are no error."""
+        """Free the places of these sequences; their listeners hear no more. Unknown numbers are ignored."""
         with self._changed:
             known = {n for n in numbers if self._listeners.pop(n, None) is not None}
             waiting = {c.number for c in self._waiting}
@@ -107,7 +108,7 @@ class Engine:
             self._changed.notify()
 
     def close(self, grace: float = 0.0) -> None:
-        """Take no more work; what is not finished after `grace` seconds is given up."""
+        """Take no more work; listeners of sequences unfinished after `grace` seconds get `Stopping`."""
         with self._changed:
             deadline = time.monotonic() + grace
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
@@ -124,7 +125,7 @@ class Engine:
         while self._take_turns():
             try:
                 drawn = self._batch.step()
-            except Exception as error:  # what it may be, nobody shall wait for ever
+            except Exception as error:  # whatever it is, no client may wait for ever
                 traceback.print_exc(file=sys.stderr)
                 self._give_up(EngineError(f"generation failed: {error}"), waiting_too=False)
                 self._batch = self._fresh_batch()
@@ -133,7 +134,7 @@ class Engine:
         self._give_up(Stopping("the server has stopped"), waiting_too=True)
 
     def _take_turns(self) -> bool:
-        """Let sequences leave and join; wait while there is nothing to do. False: the engine is to end."""
+        """Let sequences leave and join; wait while there is nothing to do. False if the engine is to end."""
         with self._changed:
             while not (self._listeners or self._cancelled):
                 if self._deadline is not None:

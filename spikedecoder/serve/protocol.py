@@ -1,4 +1,4 @@
-"""OpenAI's completions: what a request may say, and the shapes of answers and errors."""
+"""OpenAI's completions: the fields of a request, and the form of answers and errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spikedecoder.generation.sampling import SamplingParams
 
 STOPS = 16  # stop strings in one request
 STOP_LENGTH = 256  # characters of one
-LOGPROBS = 5  # OpenAI's most
+LOGPROBS = 5  # OpenAI's maximum
 
 Token = Annotated[int, Field(ge=0)]
 Prompt = str | list[str] | list[Token] | list[list[Token]]
@@ -28,11 +28,11 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """POST /v1/completions. top_k, min_p and repetition_penalty are additions to OpenAI's."""
+    """POST /v1/completions. top_k, min_p and repetition_penalty are additions to OpenAI's API."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    # a Prompt, as `parse` sees to: pydantic would try each entry of a long list as all of the four
+    # a Prompt, as `parse` checks: pydantic would try every entry of a long list as each of the four types
     prompt: Annotated[Any, WithJsonSchema(TypeAdapter(Prompt).json_schema())]
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -48,8 +48,8 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=LOGPROBS)
-    user: str | None = None  # taken, and of no effect
-    # of OpenAI's, not done here: only the values that ask for nothing
+    user: str | None = None  # accepted, without effect
+    # OpenAI's fields that are not supported: only values that ask for nothing are accepted
     best_of: int | None = None
     suffix: str | None = None
     logit_bias: dict[str, float] | None = None
@@ -79,7 +79,7 @@ class CompletionRequest(BaseModel):
 
 
 class ApiError(Exception):
-    """What a client is told: an HTTP status and OpenAI's error object."""
+    """An error for the client: an HTTP status and OpenAI's error object."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, type: str = ""
@@ -91,7 +91,7 @@ class ApiError(Exception):
 
 
 def bad_request(error: Exception | str, param: str | None = None) -> ApiError:
-    """400; our own messages begin with the name of what they are about."""
+    """An error with status 400. `param` is by default the field that the message begins with, as ours do."""
     message = str(error)
     name = message.partition(":")[0]
     if param is None and name in CompletionRequest.model_fields:
@@ -100,7 +100,7 @@ def bad_request(error: Exception | str, param: str | None = None) -> ApiError:
 
 
 def parse(body: bytes) -> CompletionRequest:
-    """The request, or an ApiError that says what is wrong with it."""
+    """The request in a body; raises an ApiError that says what is wrong with it."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -128,10 +128,10 @@ def parse(body: bytes) -> CompletionRequest:
 
 
 def _check_entries(values: dict[str, Any]) -> None:
-    """At the first wrong one, what pydantic would make an error of for each of them."""
+    """Raise at the first wrong entry; pydantic would make an error for each of them."""
     for name, value in values.items():
         if name not in CompletionRequest.model_fields:
-            known = name[:64].encode(errors="replace").decode()  # JSON can name what no text can hold
+            known = name[:64].encode(errors="replace").decode()  # JSON may hold lone surrogates
             raise bad_request(f"{_short(name)}: no such field", known)
         if name == "prompt":
             if not _is_prompt(value):
@@ -171,19 +171,20 @@ def choice(
 class LogProbs:
     """OpenAI's "logprobs" of one choice: each token, and the `top` most probable ones in its place.
 
-    Natural logarithms of the model's own probabilities, at temperature 1, before any penalty or filter. A
-    token's text is what it adds behind those before; its offset is where that begins behind the prompt.
+    They are natural logarithms of the model's own probabilities, at temperature 1, before any penalty or
+    filter. A token's text is what it adds to the text before it; its offset is where that begins, in
+    characters from the end of the prompt.
     """
 
     def __init__(self, text: TextStream, top: int) -> None:
         self.text, self.top, self.offset = text, top, 0
 
     def of(self, tokens: list[GeneratedToken]) -> dict[str, list[Any]]:
-        """What is to be told of the next tokens."""
+        """The "logprobs" object for the next tokens."""
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         told: dict[str, list[Any]] = {name: [] for name in names}
         for new in tokens:
-            # the drawn one comes last: of tokens with equal texts it is the one to be told of
+            # the drawn token comes last, so that it replaces one with an equal text
             known = {self.text.piece(p.token): math.log(p.probability) for p in new.predictions}
             piece = self.text.take(new.token)
             told["tokens"].append(piece)

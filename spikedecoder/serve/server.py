@@ -1,4 +1,4 @@
-"""The application behind a socket, until a signal stops it."""
+"""Serves the application on a socket until a signal stops it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
-    """Stops in order: no new connections, `grace` seconds to finish what is running, then the rest ends."""
+    """Stops in order: no new connections, `grace` seconds to finish running texts, then the rest is ended."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
         super().__init__(config)
@@ -33,14 +33,14 @@ def build(engine: Engine, name: str, limits: Limits, grace: float = 10.0) -> Ser
         log_level="warning",
         access_log=False,
         lifespan="off",
-        # the engine gives up first, and tells its clients
+        # longer than `grace`, so that the engine gives up first and tells its clients
         timeout_graceful_shutdown=int(grace) + 5,
     )
     return Server(config, engine, grace)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket there, or an OSError that says where."""
+    """A listening socket at `host` and `port`; an OSError names them, ValueError for a port out of range."""
     if not 0 <= port <= 65535:
         raise ValueError(f"--port: got {port}, takes 0 to 65535, 0 being any free one")
     try:
@@ -51,8 +51,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(server: Server, where: socket.socket, ready: Callable[[], Any] = lambda: None) -> None:
-    """Serve until SIGINT or SIGTERM; both end it in order, a second SIGINT at once."""
-    # the server sends itself the signal once more when it is done, to whom it finds here
+    """Serve until SIGINT or SIGTERM; both stop it in order, a second SIGINT at once."""
+    # uvicorn raises the signal again when it is done: these handlers ignore it
     before = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS}
     server.engine.start()
     try:

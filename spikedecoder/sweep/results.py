@@ -1,4 +1,4 @@
-"""What trials came to: a table, and the best settings as a file."""
+"""The results of trials: a table, and the best settings as a file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ RESULTS, BEST = "results.csv", "best.toml"
 
 
 def read_trials(study: Any) -> list[dict[str, Any]]:
-    """By trial: number, state (complete, pruned, fail, running, waiting), bits (lowest held-out bits per
-    token, None where it has none), step (of its last evaluation), params, seconds, folder, error, spike_rate,
-    parameters. In the order in which they began.
+    """A dict per trial, in the order in which they began.
+
+    number. state: complete, pruned, fail, running or waiting. bits: the lowest held-out bits per token, of a
+    pruned trial the last; None before the first evaluation. step: of the last evaluation. params, seconds,
+    folder, error, spike_rate, parameters: None if not known.
     """
     rows = []
     for trial in counted(study):

@@ -1,4 +1,4 @@
-"""A whole sweep: its processes, and what is made of their trials."""
+"""A whole sweep: its processes, and the results of their trials."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from spikedecoder.training import TrainingError
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to.
+    """The result of a sweep.
 
-    trials: a row per trial, see `spikedecoder.sweep.results.read_trials`; best: the one with the lowest
-    held-out bits per token, None where none finished. best_file: its settings, for `train --config`.
-    interrupted: whether it was stopped before its last trial.
+    trials: a row per trial, see `spikedecoder.sweep.results.read_trials`.
+    best: the complete one with the lowest held-out bits per token; None if none is complete.
+    best_file: OUT/best.toml with its settings, for `train --config`; None like `best`.
+    interrupted: whether the sweep was stopped before its last trial.
     """
 
     trials: list[dict[str, Any]]
@@ -46,18 +47,19 @@ def sweep(
 ) -> SweepResult:
     """Run the trials of a search that are not done yet, in `jobs` processes that share OUT/study.db.
 
-    Called again with the same `out` it goes on: trials that a kill cut off are taken up at their last
-    checkpoint. Writes OUT/results.csv and, once a trial is complete, OUT/best.toml. Ctrl-C lets running
-    trials save, and returns.
+    Called again with the same `out`, the sweep goes on: trials that were cut off resume from their last
+    checkpoint. Writes OUT/results.csv and, if a trial is complete, OUT/best.toml. Ctrl-C lets running trials
+    save, and returns. texts, corpus: see `prepare_corpus`. say: takes lines of progress; with several jobs
+    the processes print theirs to standard output.
 
-    Raises ValueError (a bad search, a study of another search, text or schema), and what `prepare_corpus`
-    raises; TrainingError where a process died.
+    Raises ValueError (a bad search, or a study of another search, text or schema; Optuna is not installed),
+    TrainingError (a process died), and what `prepare_corpus` raises.
     """
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
         raise ValueError(f"jobs: got {jobs!r}, takes an integer >= 1")
     out = Path(out)
     data = read_corpus(search, texts, corpus)
-    search.config({}, data.tokenizer)  # what holds for every trial
+    search.config({}, data.tokenizer)  # checks the settings that all trials share
     study = open_study(out, search, data.fingerprint)
     with claiming(out):
         stale = requeue_stale(study, out)
@@ -75,7 +77,7 @@ def sweep(
 def _in_processes(
     search: Search, out: Path, texts: Sequence[str] | None, corpus: str | None, jobs: int
 ) -> bool:
-    """Whether any of them was stopped."""
+    """Run the trials in `jobs` processes; returns whether any of them was stopped."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     workers = [
@@ -94,7 +96,7 @@ def _in_processes(
                 asked = True
                 for worker in workers:
                     if worker.is_alive():
-                        worker.terminate()  # a first time: it saves and ends; a second time: at once
+                        worker.terminate()  # the first time it saves and ends, the second time at once
     codes = [worker.exitcode for worker in workers]
     killed = [code for code in codes if code not in (0, _STOPPED, *([-signal.SIGTERM] if asked else []))]
     if killed:
@@ -111,7 +113,7 @@ def _entry(search: Search, out: Path, texts: Sequence[str] | None, corpus: str |
     import torch
 
     if hasattr(os, "setsid"):
-        os.setsid()  # a terminal's Ctrl-C goes to the parent alone, which tells each worker once
+        os.setsid()  # a terminal's Ctrl-C then reaches the parent alone, which tells each worker once
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     alive = (lambda: True) if parent is None else parent.is_alive

@@ -1,4 +1,4 @@
-"""What is searched: dimensions over fields of the model and the training, and how they are walked."""
+"""The space to search: dimensions over fields of the model and the training, and how to walk it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ _TABLES: dict[str, dict[str, Any]] = {
     "model": typing.get_type_hints(SpikeDecoderConfig),
     "train": typing.get_type_hints(TrainConfig),
 }
-# with another value of these, held-out bits are of another text or other tokens
+# these change the held-out text or its tokens, so bits of different values could not be compared
 _MEASURE = ("vocab_size", "pad_id", "tokenizer", "min_count", "val_fraction", "eval_tokens")
 SAMPLERS = ("tpe", "grid", "random")
 _STUDY = ("sampler", "trials", "seed", "prune", "startup")
-_MOST = 10_000  # points of a grid
+_MOST = 10_000  # most points of a grid
 
 
 @dataclass(frozen=True)
 class Dimension:
     """One field and the values that it may take: `choices`, or `low` to `high`.
 
-    log: even in the logarithm. step: only low, low + step, ... points: into how many values a grid cuts the
-    range. integer: the field takes whole numbers.
+    table: "model" or "train". log: values are spread evenly in the logarithm. step: only the values low,
+    low + step, ... points: how many values a grid takes from the range. integer: the field takes whole
+    numbers.
     """
 
     name: str
@@ -47,7 +48,10 @@ class Dimension:
 
     @classmethod
     def parse(cls, name: str, spec: Any) -> Dimension:
-        """From a TOML value such as { low = 1e-3, high = 1e-2, log = true } or { choices = [2, 4] }."""
+        """From a TOML value such as { low = 1e-3, high = 1e-2, log = true } or { choices = [2, 4] }.
+
+        Raises ValueError naming the field and what is wrong.
+        """
         what = f"space: {name}"
         check_field(name, [n for fields in _TABLES.values() for n in fields], "space")
         if name in _MEASURE:
@@ -94,7 +98,7 @@ class Dimension:
         return cls(name, table, (), low, high, log, step, points, integer)
 
     def suggest(self, trial: Any) -> Any:
-        """A value for this trial, by the study's sampler."""
+        """A value for this trial, drawn by the study's sampler."""
         if self.choices:
             return trial.suggest_categorical(self.name, self.choices)
         if self.integer:
@@ -103,7 +107,7 @@ class Dimension:
         return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
 
     def values(self) -> tuple[Any, ...]:
-        """The values of a grid."""
+        """The values that a grid takes; ValueError for a range without step or points, or too many values."""
         if self.choices:
             return self.choices
         if self.step is not None:
@@ -112,7 +116,7 @@ class Dimension:
             n = self.points
         else:
             raise ValueError(f"space: {self.name}: a grid needs choices, step, or points = N for this range")
-        if n >= _MOST + 1:  # before they are made
+        if n >= _MOST + 1:  # before the values are made
             raise ValueError(f"space: {self.name}: a grid of more than {_MOST:,} values, takes up to as many")
         if self.step is not None:
             found = [self.low + i * self.step for i in range(math.floor(n))]
@@ -127,7 +131,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Search:
-    """What a study is. `model` and `train` hold the fields that are the same in every trial."""
+    """What to search and how; see `from_dict`. model, train: the fields that are the same in every trial."""
 
     space: tuple[Dimension, ...]
     preset: str = "default"
@@ -143,9 +147,9 @@ class Search:
     def from_dict(cls, values: Mapping[str, Any], where: str = "search") -> Search:
         """From a TOML file's tables [space], [model], [train], [study] and its key preset.
 
-        [study]: sampler (tpe, grid, random), trials (a grid runs all its points), seed, prune (stop a trial
-        that is worse than the median of the others at the same step), startup (trials that are never pruned,
-        and random ones before TPE). Raises ValueError naming the key.
+        [study]: sampler (tpe, grid or random), trials (a grid runs all its points), seed, prune (stop a trial
+        that is worse than the median of the others at the same step), startup (so many trials end before any
+        is pruned, and are random before TPE begins). Raises ValueError naming the key.
         """
         try:
             return cls._parse(values)
@@ -190,7 +194,7 @@ class Search:
         return search
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every combination."""
+        """Every combination of the dimensions' values; ValueError if there are too many."""
         values = [dimension.values() for dimension in self.space]
         if math.prod(map(len, values)) > _MOST:
             raise ValueError(
@@ -200,7 +204,7 @@ class Search:
         return [dict(zip(names, point, strict=True)) for point in product(*values)]
 
     def suggest(self, trial: Any) -> dict[str, Any]:
-        if self.sampler == "grid":  # its trials were put in the queue with all their values
+        if self.sampler == "grid":  # its trials were queued with all their values
             return {d.name: trial.suggest_categorical(d.name, d.values()) for d in self.space}
         return {d.name: d.suggest(trial) for d in self.space}
 
@@ -210,7 +214,7 @@ class Search:
         for dimension in self.space:
             if dimension.name in params:
                 found[dimension.table][dimension.name] = params[dimension.name]
-        # five looks at a trial, unless asked for otherwise: pruning needs some before the end
+        # five evaluations of a trial unless set otherwise: pruning needs some before the end
         steps = TrainConfig.preset(self.preset, **found["train"]).steps
         found["train"].setdefault("eval_every", max(1, steps // 5))
         return found
@@ -223,7 +227,7 @@ class Search:
         return SpikeDecoderConfig.preset(self.preset, **{**self.overrides(params)["model"], **vocabulary})
 
     def identity(self) -> dict[str, Any]:
-        """What must not change while a study goes on: everything but how many trials, and pruning."""
+        """What must stay the same for a study to go on: all but the number of trials, prune and startup."""
         space = {d.name: dataclasses.asdict(d) for d in self.space}
         for values in space.values():
             values["choices"] = list(values["choices"])
@@ -242,7 +246,7 @@ def _choices(what: str, values: Any, name: str, kind: Any) -> tuple[Any, ...]:
         raise ValueError(f"{what}: choices: got {values!r}, takes a list of values")
     found = tuple(coerce(f"{what}: {name}", None if v == "none" else v, kind) for v in values)
     for value in found:
-        if isinstance(value, float) and not math.isfinite(value):  # and a study knows no NaN again
+        if isinstance(value, float) and not math.isfinite(value):  # NaN would not equal the study's NaN
             raise ValueError(f"{what}: choices: got {value}, takes finite numbers")
     if len(set(found)) != len(found):
         raise ValueError(f"{what}: choices: a value stands there twice")
@@ -250,7 +254,7 @@ def _choices(what: str, values: Any, name: str, kind: Any) -> tuple[Any, ...]:
 
 
 def _number(kind: Any) -> type | None:
-    """int or float where a field takes such numbers (perhaps beside None)."""
+    """int or float if a field takes such numbers (perhaps None too), else None."""
     options = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if get_origin(kind) is typing.Literal:
         return None

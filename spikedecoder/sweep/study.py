@@ -1,11 +1,11 @@
-"""The study file: one SQLite database that several processes share, and who works on which trial.
+"""The study file: one SQLite database that several processes share, and which of them runs which trial.
 
     OUT/study.db             every trial: its values, its evaluations, its end
-    OUT/trials/0007/         the training run of trial 7 (once it is over: checkpoints of the best one only)
+    OUT/trials/0007/         the training run of trial 7 (once over, only the best trial keeps checkpoints)
     OUT/trials/0007.lock     held by the process that trains it; the system drops it with the process
 
-A trial that is "running" while nobody holds its lock was killed. It is closed and put in the queue again,
-with its folder, so that its training goes on from its last checkpoint.
+A trial that is "running" while nobody holds its lock was killed. It is closed and queued again with its
+folder, so that its training resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spikedecoder.training.run_folder import RUN
 
 STUDY, TRIALS = "study.db", "trials"
 _NAME, _VERSION = "spikedecoder-sweep", 1
-_ATTEMPTS = 3  # of a trial whose process dies
+_ATTEMPTS = 3  # at a trial whose process dies
 
 
 def optuna() -> Any:
@@ -36,7 +36,7 @@ def optuna() -> Any:
 
 
 def open_study(out: Path, search: Search, fingerprint: str) -> Any:
-    """The study in `out`, made if there is none; ValueError where it is not this search's.
+    """The study in `out`, created if there is none; ValueError if it is not this search's.
 
     fingerprint: of the text and its tokens.
     """
@@ -76,9 +76,9 @@ def _storage(o: Any, path: Path) -> Any:
         return sqlite3.connect(path.resolve(), timeout=100, check_same_thread=False)
 
     try:
-        # in the address ?, % and { of a folder's name would mean something
+        # `connect` knows the path: in the address, ?, % and { of a folder's name would mean something
         return o.storages.RDBStorage(f"sqlite:///{STUDY}", engine_kwargs={"creator": connect})
-    except Exception as error:  # optuna's own, SQLAlchemy's and sqlite's, by version
+    except Exception as error:  # of optuna, SQLAlchemy or sqlite, depending on versions
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{path}: a study file of another schema, or broken ({reason}); takes one that this version of "
@@ -87,7 +87,7 @@ def _storage(o: Any, path: Path) -> Any:
 
 
 def _check_file(path: Path) -> None:
-    """ValueError where the file is no SQLite database of Optuna's."""
+    """ValueError if the file is not an SQLite database of Optuna."""
     try:
         with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as database:
             tables = {name for (name,) in database.execute("select name from sqlite_master")}
@@ -132,7 +132,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of that file; False where another process does and `wait` is not set."""
+    """Hold the lock of a file. Yields False if another process holds it and `wait` is not set."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         yield _lock(file, wait)  # closing the file drops the lock
@@ -160,19 +160,22 @@ def trial_lock(out: Path, folder: str) -> Path:
 
 
 def folder_of(trial: Any) -> str:
-    """The name of a trial's run in OUT/trials: its own number's, or the one that it goes on with."""
+    """The name of a trial's run in OUT/trials: its own number, or that of the trial it continues."""
     name = trial.user_attrs.get("folder") or f"{trial.number:04d}"
     assert isinstance(name, str)
     return name
 
 
 def counted(study: Any) -> list[Any]:
-    """The trials, without those that another one goes on with."""
+    """The trials, without those that another one continues and those cut off before they had any value."""
     return [t for t in study.get_trials(deepcopy=False) if not t.user_attrs.get("went_on")]
 
 
 def requeue_stale(study: Any, out: Path) -> list[int]:
-    """Close trials whose process is gone and put them in the queue again; their numbers. Under `claiming`."""
+    """Close trials whose process is gone and queue them again, up to 3 attempts; returns their numbers.
+
+    Call under `claiming`.
+    """
     o = optuna()
     found = []
     for trial in study.get_trials(deepcopy=False, states=(o.trial.TrialState.RUNNING,)):
@@ -183,7 +186,7 @@ def requeue_stale(study: Any, out: Path) -> list[int]:
             attempt = int(trial.user_attrs.get("attempt", 1)) + (not trial.user_attrs.get("stopped"))
             own = o.trial.Trial(study, trial._trial_id)
             own.set_user_attr("error", "its process ended before it did")
-            # a process that died before it had chosen any value left nothing to go on with
+            # a process that died before it had chosen any value left nothing to continue
             if trial.params and attempt <= _ATTEMPTS:
                 own.set_user_attr("went_on", True)
                 study.enqueue_trial(trial.params, user_attrs={"folder": folder, "attempt": attempt})
@@ -195,9 +198,9 @@ def requeue_stale(study: Any, out: Path) -> list[int]:
 
 
 def fill_grid(study: Any, search: Search) -> None:
-    """Put every point of the grid in the queue, once. Under `claiming`."""
+    """Queue every point of the grid, once. Call under `claiming`."""
     names = [dimension.name for dimension in search.space]
-    trials = study.get_trials(deepcopy=False)  # once, not for each point
+    trials = study.get_trials(deepcopy=False)  # fetched once, not for each point
     queued = [trial.system_attrs.get("fixed_params", trial.params) for trial in trials]
     known = {tuple(params.get(name) for name in names) for params in queued}
     for point in search.grid():
@@ -206,13 +209,13 @@ def fill_grid(study: Any, search: Search) -> None:
 
 
 def claim(study: Any, search: Search) -> Any:
-    """The next trial, or None where all are handed out. Under `claiming`."""
+    """The next trial, or None if all have been handed out. Call under `claiming`."""
     o = optuna()
     trials = counted(study)
     waiting = any(t.state == o.trial.TrialState.WAITING for t in trials)
     if not waiting and (search.sampler == "grid" or len(trials) >= search.trials):
         return None
-    # seeded anew for each trial: a study that was stopped goes on as one that was not
+    # seeded for each trial: a study that was stopped goes on like one that was not
     seed = (search.seed * 1_000_003 + len(trials)) % 2**32
     if search.sampler == "tpe":
         study.sampler = o.samplers.TPESampler(seed=seed, n_startup_trials=search.startup)

@@ -1,4 +1,4 @@
-"""One process of a sweep: takes trials until there are none."""
+"""One process of a sweep: runs trials until none is left."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def work(
     say: Say = print,
     alive: Callable[[], bool] = lambda: True,
 ) -> str | None:
-    """Run trials of the study in `out` until none is left, or, between two of them, `alive` says no.
+    """Run trials of the study in `out` until none is left, or `alive`, asked between two of them, is False.
 
-    Returns the name of the signal that ended it early, if one did.
+    Returns the name of the signal that ended it early, else None.
     """
     data = read_corpus(search, texts, corpus)
     study = open_study(out, search, data.fingerprint)
@@ -63,11 +63,11 @@ def work(
                     if trial is None:
                         return None
                     trial.set_user_attr("folder", folder_of(trial))
-                    # taken before anyone else can look for trials without a process
+                    # taken before another process can look for trials without a process
                     held.enter_context(locked(trial_lock(out, folder_of(trial))))
                 interrupted = _run(study, trial, search, data, out, texts, corpus, threads, say)
                 if interrupted:
-                    return interrupted  # the trial stays "running" without a lock, and is taken up again
+                    return interrupted  # the trial stays "running" without a lock, so that it is resumed
                 with claiming(out):
                     drop_checkpoints(study, out)
         return stop.requested
@@ -84,7 +84,7 @@ def _run(
     threads: int | None,
     say: Say,
 ) -> str | None:
-    """What interrupted the trial, if it is not over."""
+    """Run one trial; returns the name of the signal that interrupted it, or None if the trial is over."""
     o = optuna()
     state = o.trial.TrialState
     params = search.suggest(trial)
@@ -109,7 +109,7 @@ def _run(
         say(f"{name}: failed: {error}")
         return None
     if result.interrupted:
-        trial.set_user_attr("stopped", True)  # in order, so that it is no failed attempt
+        trial.set_user_attr("stopped", True)  # in order, so this does not count as an attempt
         return result.interrupted
     bits = result.best["val_bits_per_token"]
     rates = list(result.evaluation.spike_rates.values()) if result.evaluation else []
@@ -122,7 +122,7 @@ def _run(
 
 
 def _can_resume(folder: Path) -> bool:
-    """Whether a run is there to go on with; what a process left before its run was described is removed."""
+    """Whether there is a run to resume; a folder without a readable run.json is removed."""
     try:
         RunInfo.read(folder)
     except CheckpointError:
@@ -132,7 +132,7 @@ def _can_resume(folder: Path) -> bool:
 
 
 class _Watcher(Reporter):
-    """Hands evaluations to the study, and ends the run where it says that the trial is a bad one."""
+    """Reports evaluations to the study, and ends the run if the study prunes the trial."""
 
     def __init__(self, trial: Any, resumed: Path | None) -> None:
         self.trial, self.resumed = trial, resumed
@@ -146,7 +146,7 @@ class _Watcher(Reporter):
         try:
             lines = read_metrics(self.resumed)
         except (ValueError, FileNotFoundError):
-            return  # it ended before its first line
+            return  # the run ended before its first line
         for line in lines:
             if "val_bits_per_token" in line and line["step"] <= step:
                 self.trial.report(line["val_bits_per_token"], line["step"])
@@ -157,7 +157,7 @@ class _Watcher(Reporter):
         self._prune = step < self.steps and self.trial.should_prune()
 
     def tick(self, step: int, loss: float | None, tokens_per_second: float) -> None:
-        if self._prune:  # not in `evaluated`: there the run's own files would miss the evaluation
+        if self._prune:  # not raised in `evaluated`: the run's own files would miss the evaluation
             raise optuna().TrialPruned
 
 
@@ -166,7 +166,7 @@ def describe(params: dict[str, Any]) -> str:
 
 
 def drop_checkpoints(study: Any, out: Path) -> None:
-    """Of the trials that are over keep the best one's checkpoints. Under `claiming`."""
+    """Delete the checkpoints of trials that are over, but for the best one's. Call under `claiming`."""
     o = optuna()
     finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
     complete = [t for t in finished if t.state == o.trial.TrialState.COMPLETE]

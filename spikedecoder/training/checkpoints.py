@@ -1,14 +1,14 @@
-"""Checkpoints of a run: whole or absent, whatever happens between two system calls.
+"""Checkpoints of a run. Each one is whole or absent, at whatever point the process ends.
 
     OUT/run.json                    what the run is: model, settings, text
     OUT/metrics.jsonl               a line per `log_every` steps and per evaluation
     OUT/checkpoints/step-00000400/  config.json, model.safetensors, tokenizer.json,
                                     optimizer.safetensors, trainer.json
-    OUT/last, OUT/best              links to the folders that stand for them
+    OUT/last, OUT/best              links to folders in checkpoints/
 
-A checkpoint is written into a hidden folder, forced to disk and renamed; then its link is replaced, which is
-one atomic step; only then are the folders that no link names deleted. Where the file system has no links,
-`last` and `best` are copies, and the folder in checkpoints/ stands until they are whole.
+A checkpoint is written into a hidden folder, forced to disk and renamed. Then its link is replaced, in one
+atomic step; only after that are the folders deleted that no link points to. On file systems without links,
+`last` and `best` are copies, and the folder in checkpoints/ is kept until they are whole.
 Nothing in a checkpoint depends on the time, so equal runs write equal bytes.
 """
 
@@ -48,7 +48,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 def save_checkpoint(
     out: Path, step: int, model: SpikeDecoder, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
-    """Write a checkpoint of `step`; returns its folder, which no link names yet."""
+    """Write a checkpoint of `step` and return its folder; no link points to it yet."""
     parent = out / CHECKPOINTS
     parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
@@ -68,7 +68,7 @@ def save_checkpoint(
 
 
 def publish(out: Path, folder: Path, names: tuple[str, ...]) -> None:
-    """Make `names` (of "last", "best") stand for the checkpoint `folder`, then delete those unnamed."""
+    """Point `names` (of "last", "best") to the checkpoint `folder`, then `collect`."""
     for name in names:
         _link(out / name, folder)
     _sync(out)
@@ -76,7 +76,7 @@ def publish(out: Path, folder: Path, names: tuple[str, ...]) -> None:
 
 
 def collect(out: Path) -> None:
-    """Delete checkpoints that neither link names, and what a killed process left half-written."""
+    """Delete checkpoints that neither link points to, and those that a killed process left unfinished."""
     kept = {(out / name).resolve() for name in (LAST, BEST)}
     if not (out / LAST).exists():
         return
@@ -86,7 +86,7 @@ def collect(out: Path) -> None:
 
 
 def latest(out: Path) -> Path | None:
-    """The folder of the last checkpoint; None where the run has none yet. CheckpointError: it is gone."""
+    """The folder of the last checkpoint; None if the run has none yet. CheckpointError if it is gone."""
     last = out / LAST
     if last.exists():
         return last.resolve()
@@ -155,7 +155,7 @@ _STATE: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def load_checkpoint(folder: Path, model: SpikeDecoder, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load weights and optimiser in place; returns what trainer.json holds."""
+    """Load weights and optimiser state in place; returns the content of trainer.json."""
     state = _read_state(folder)
     load_state(model, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     restore_optimizer(model, optimizer, read_tensors(folder / OPTIMIZER), folder / OPTIMIZER)
@@ -175,7 +175,7 @@ def optimizer_tensors(model: SpikeDecoder, optimizer: torch.optim.Optimizer) -> 
 def restore_optimizer(
     model: SpikeDecoder, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: Path
 ) -> None:
-    """The inverse of `optimizer_tensors`; CheckpointError where a tensor is missing or does not fit."""
+    """The inverse of `optimizer_tensors`; CheckpointError if a tensor is missing or does not fit."""
     parameters = dict(model.named_parameters())
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -217,7 +217,7 @@ def _link(link: Path, folder: Path) -> None:
 
 
 def _copy(target: Path, folder: Path) -> None:
-    """For file systems without links. `folder` stays whole meanwhile, and `latest` finds it."""
+    """For file systems without links. Meanwhile `folder` stays whole, so that `latest` finds it."""
     new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
     for stale in (new, old):
         shutil.rmtree(stale, ignore_errors=True)
@@ -229,7 +229,7 @@ def _copy(target: Path, folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Force a folder's entries to disk, where the system can."""
+    """Force a folder's entries to disk, if the system can."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The settings of a training run: validated, serialisable, with presets beside the model's."""
+"""The settings of a training run: validated, serialisable, with one preset for each model preset."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ from spikedecoder.presets import TRAIN_PRESETS
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that defines a training run besides the model and the text.
+    """All settings of a training run except the model and the text.
 
-    steps: optimiser steps. Each sees batch_size * grad_accum windows of max_len tokens per process.
-    lr, min_lr, warmup: the learning rate rises linearly over `warmup` steps (at most a tenth of `steps`)
-        to `lr` and falls along a cosine to `min_lr` at the last step; None: lr / 10.
-    weight_decay, beta1, beta2: AdamW; decay on Linear weights and learned thresholds only.
-    clip: largest norm of the gradient; 0 is off.
-    eval_every, eval_tokens: steps between held-out evaluations (0: only at the end), and how many tokens
-        from the start of the held-out part each one predicts (None: all).
-    save_every, log_every: steps between checkpoints (0: only at the end), and between lines of
-        metrics.jsonl.
+    steps: optimiser steps; each one sees batch_size * grad_accum windows of max_len tokens per process.
+    lr, min_lr, warmup: the learning rate rises linearly to `lr` over `warmup` steps (at most a tenth of
+        `steps`), then falls along a cosine to `min_lr` at the last step. min_lr None: lr / 10.
+    weight_decay, beta1, beta2: of AdamW; only Linear weights and learned thresholds decay.
+    clip: the gradient norm is clipped to this value; 0 turns clipping off.
+    eval_every: steps between held-out evaluations; 0: only at the end.
+    eval_tokens: how many tokens each evaluation predicts, from the start of the held-out part; None: all.
+    save_every: steps between checkpoints; 0: only at the end.
+    log_every: steps between lines of metrics.jsonl.
     seed: of the initial weights, the batches and the dropout.
-    mixed_precision: "no", "bf16" or "fp16" for the matrix products.
-    device: "auto", "cpu", "cuda", "cuda:N" or "mps". threads: CPU threads of torch; None leaves them.
-    compile: whether the training step passes torch.compile.
-    cuda_graph: whether loss and gradients of a step are replayed as one CUDA graph, so that the host launches
-        no kernels one by one (`spikedecoder.training.graph`); same results. On one CUDA device, without
-        `compile`, with grad_accum = 1 and mixed_precision "no" or "bf16"; elsewhere it changes nothing.
-    recompute: whether Linears are computed again in backward, so that only bits of their input are kept: less
-        memory, same results (`SpikeDecoder.recompute_activations`).
+    mixed_precision: "no", "bf16" or "fp16" for the matrix products; "fp16" not on a CPU.
+    device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+    threads: CPU threads of torch; None leaves torch's setting.
+    compile: whether to run the training step through torch.compile.
+    cuda_graph: whether to replay the forward and backward pass of a step as one CUDA graph, so that the host
+        does not launch kernels one by one (`spikedecoder.training.graph`). Same results. Takes effect on a
+        single CUDA device, without `compile`, with grad_accum = 1 and mixed_precision "no" or "bf16";
+        otherwise it is ignored.
+    recompute: whether to keep only bits of the Linears' inputs and recompute the Linears in the backward
+        pass: less memory, same results (`SpikeDecoder.recompute_activations`). Not for neuron "ilif".
     sync_norm: with several processes, whether BatchNorm and PowerNorm take their statistics over all of them
-        (`spikedecoder.nn.norm.sync_norms`); False, as in torch: each process over its own batch.
-    tensorboard: whether to write OUT/tensorboard too.
+        (`spikedecoder.nn.norm.sync_norms`). False: each process uses its own batch, as in torch.
+    tensorboard: whether to write OUT/tensorboard as well; needs the extra "tensorboard".
     tokenizer, min_count, val_fraction: how the text is encoded and split, see
         `spikedecoder.data.prepare_corpus`.
+
+    Raises ValueError naming the field that has an invalid value.
     """
 
     steps: int = 1000
@@ -103,7 +107,7 @@ class TrainConfig:
         return self.from_dict({**self.to_dict(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, booleans and None: fit for JSON."""
+        """The fields as plain numbers, strings, booleans and None, ready for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -115,13 +119,16 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TrainConfig:
-        """The values that belong to the model preset of that name, with some fields changed."""
+        """The training settings for the model preset `name`, with some fields changed.
+
+        Raises ValueError for an unknown preset or field.
+        """
         if name not in tuple(TRAIN_PRESETS):
             raise ValueError(f"preset: got {name!r}, takes one of {', '.join(TRAIN_PRESETS)}")
         return cls.from_dict({**TRAIN_PRESETS[name], **changes})
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..., steps - 1: linear warm-up, then half a cosine."""
+        """The learning rate of step 0, 1, ..., steps - 1: linear warm-up, then half a cosine."""
         floor = self.lr / 10 if self.min_lr is None else self.min_lr
         warmup = min(self.warmup, self.steps // 10)
         if step < warmup:

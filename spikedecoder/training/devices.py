@@ -15,7 +15,7 @@ from spikedecoder.training.config import TrainConfig
 
 
 def check_device(name: str) -> None:
-    """ValueError where this machine lacks the device (of a name that `TrainConfig` takes)."""
+    """Raise ValueError if this machine lacks the device; `name` is one that `TrainConfig` takes."""
     kind, _, index = name.partition(":")
     if kind == "cuda":
         count = torch.cuda.device_count()
@@ -29,8 +29,10 @@ def check_device(name: str) -> None:
 
 @contextmanager
 def own_accelerate_state() -> Iterator[None]:
-    """Accelerate keeps device, precision and accumulation for the life of the process: inside they are those
-    of one run, and behind it those of the caller's own Accelerator again."""
+    """Give a run its own Accelerate state; the caller's is restored at the end.
+
+    Accelerate otherwise keeps device, precision and gradient accumulation for the life of the process.
+    """
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     kinds: tuple[Any, ...] = (AcceleratorState, GradientState, PartialState)
@@ -49,24 +51,24 @@ def own_accelerate_state() -> Iterator[None]:
 
 @contextmanager
 def own_modes(device: torch.device) -> Iterator[None]:
-    """Gradients, in the precision that the run's settings name, whatever the caller has switched on."""
+    """Enable gradients and leave the precision to the run's settings, whatever modes the caller has set."""
     off: AbstractContextManager[Any] = nullcontext()
     if torch.is_autocast_enabled(device.type):
-        # without a cache: the run's own autocast, inside of another, would keep what it once made of weights
+        # cache_enabled=False: nested in another autocast, the run's own would keep stale casts of the weights
         off = torch.autocast(device.type, enabled=False, cache_enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), off:
         yield
 
 
 def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False) -> Any:
-    """Accelerate's Accelerator for these settings, inside of `own_accelerate_state`."""
+    """The Accelerator for these settings; call it inside `own_accelerate_state`."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     check_device(settings.device)
     accelerator: Any = None
     chosen = settings.device if settings.device not in ("auto", "cpu") else None
-    # where it is not told, Accelerate lets several processes on CPUs train apart, each as if alone
+    # without cpu=True, Accelerate would let several processes on CPUs train separately, each as if alone
     cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
     previous = os.environ.get("ACCELERATE_TORCH_DEVICE")
     try:
@@ -75,7 +77,7 @@ def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=settings.mixed_precision,
-            # as a plugin: an environment variable of Accelerate's would override the plain argument
+            # as a plugin, because an environment variable of Accelerate would override the plain argument
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.grad_accum),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
         )
@@ -85,7 +87,7 @@ def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False
         else:
             os.environ["ACCELERATE_TORCH_DEVICE"] = previous
     if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate would leave it out without a word
+        # Accelerate would silently ignore it
         raise ValueError("mixed_precision: got 'fp16' on the CPU, takes 'no' or 'bf16' there")
     return accelerator
 
@@ -93,7 +95,7 @@ def make_accelerator(settings: TrainConfig, find_unused_parameters: bool = False
 def peak_rss_mib() -> float:
     """Largest resident memory of this process so far, in MiB."""
     status = Path("/proc/self/status")
-    if status.is_file():  # unlike getrusage, not that of the process which started this one
+    if status.is_file():  # unlike getrusage, this leaves out the memory of the parent process
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024

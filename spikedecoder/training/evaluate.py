@@ -1,4 +1,4 @@
-"""What a model is worth on held-out text, and how much it fires while it reads it."""
+"""Loss, accuracy and spike rates of a model on held-out text."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from spikedecoder.spike_stats import SpikeCounter, spiking_layers
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over `tokens` predicted tokens, out of `of_tokens` in the held-out part.
+    """Means over `tokens` predicted tokens, of `of_tokens` in the held-out part.
 
-    loss in nats per token, bits = loss / ln 2, accuracy of the most probable token. By layer: spike_rates in
-    spikes per neuron and timestep; full, the share of the largest among what the neurons gave, 1 or an I-LIF
-    neuron's levels.
+    loss: nats per token. bits: loss / ln 2, per token. accuracy: share of targets that were the most probable
+    token. spike_rates: by layer, spikes per neuron and timestep. full: by layer, the share of neuron outputs
+    that were the largest possible, 1 or an I-LIF neuron's levels.
     """
 
     loss: float
@@ -41,7 +41,7 @@ class Evaluation:
 
     @property
     def covers(self) -> str:
-        """Which part of the held-out text was read, in words."""
+        """In words, which part of the held-out text was predicted."""
         if self.tokens == self.of_tokens:
             return f"all {self.tokens:,} held-out tokens"
         return f"the first {self.tokens:,} of {self.of_tokens:,} held-out tokens"
@@ -59,11 +59,15 @@ def evaluate(
 ) -> Evaluation | None:
     """Loss, accuracy and spike rates of `model` on held-out tokens, window by window.
 
-    Each window of the model's max_len starts without context. Only targets that the loss counts are
-    counted. With an `accelerator`, its processes share the batches and all return the same. `stop` is asked
-    between batches; None is returned where it says so (processes must then agree).
+    tokens: 1-D array of integers, read in windows of max_len tokens; each window starts without context.
+    batch_size: windows per batch.
+    max_tokens: how many tokens to predict; None: all. Padding does not count as a target.
+    accelerator: its processes share the batches, and all of them return the same result.
+    stop: called before each batch; if it returns True, the result is None. Processes must agree on it.
 
-    Raises TypeError, ValueError: naming the argument.
+    The model runs in evaluation mode and is left in the mode it was in.
+
+    Raises TypeError or ValueError naming the argument.
     """
     check_model(model)
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
@@ -120,7 +124,7 @@ def _sum_over_processes(
     count: int,
     counts: dict[str, tuple[int, int, int]],
 ) -> tuple[float, int, int, dict[str, tuple[int, int, int]]]:
-    names = [name for name, _ in spiking_layers(model)]  # a process without a batch counted none
+    names = [name for name, _ in spiking_layers(model)]  # not from `counts`: empty without a batch
     flat = [n for name in names for n in counts.get(name, (0, 0, 0))]
     sums = accelerator.reduce(torch.tensor([correct, count, *flat], device=model.device), "sum").tolist()
     total = float(accelerator.reduce(torch.tensor(loss, device=model.device, dtype=torch.float32), "sum"))
@@ -129,7 +133,7 @@ def _sum_over_processes(
 
 
 def health(evaluation: Evaluation, config: SpikeDecoderConfig) -> list[str]:
-    """Layers that carry nothing, in words, with what to try: silent ones, and those always at their most."""
+    """Warnings, with what to try, about layers that never fire or are always at their largest output."""
     silent = [name for name, rate in evaluation.spike_rates.items() if rate == 0]
     full = [name for name, share in evaluation.full.items() if share == 1]
     return [dead_layers(silent, config)] * bool(silent) + [saturated_layers(full, config)] * bool(full)

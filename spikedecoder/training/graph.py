@@ -1,4 +1,4 @@
-"""A training step without its host: the loss of a batch and the gradients, replayed as one CUDA graph."""
+"""The loss and gradients of a training step, replayed as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from spikedecoder.training.config import TrainConfig
 
-# Steps taken as they are before one is captured: kernels are compiled, tuned and loaded by them. They are
-# steps of the training like any other, so that nothing has to be put back: a capture itself computes nothing.
+# Steps that run as usual before the capture, so that kernels are compiled, tuned and loaded. They are
+# ordinary training steps, and the capture itself computes nothing, so there is nothing to undo.
 BEFORE = 3
 
 
 def why_not(settings: TrainConfig, accelerator: Any) -> str | None:
-    """Why the steps of a run are not replayed as a graph; None if they are."""
+    """The reason why the steps of a run are not replayed as a graph; None if they are."""
     if not settings.cuda_graph:
         return "cuda_graph is off"
     if accelerator.device.type != "cuda":
@@ -35,7 +35,10 @@ def why_not(settings: TrainConfig, accelerator: Any) -> str | None:
 def backward_of(
     loss_of: nn.Module, settings: TrainConfig, accelerator: Any
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(inputs, targets) -> loss, detached, its gradients left at the parameters; replayed where it can be."""
+    """A function (inputs, targets) -> detached loss that leaves the gradients in the parameters' ``.grad``.
+
+    It is a `GraphedStep` unless `why_not` has a reason.
+    """
 
     def backward(inputs: Tensor, targets: Tensor) -> Tensor:
         loss = loss_of(inputs, targets)
@@ -46,23 +49,24 @@ def backward_of(
 
 
 class GraphedStep:
-    """Forward and backward as they are for `BEFORE` calls, then captured and replayed.
+    """Forward and backward pass, run as usual for `BEFORE` calls, then captured and replayed.
 
-    ``step(inputs, targets) -> loss``, a tensor of its own; gradients of the call, and of no call before, are
-    in ``.grad`` of the parameters. Captured, they lie in the same memory at every call: what is to outlive
-    the next call must be copied. Weights, running statistics and the CUDA generator are read and moved where
-    they lie, so that updates in place, checkpoints loaded and `torch.manual_seed` count as ever.
+    ``step(inputs, targets) -> loss`` returns a new tensor and leaves the gradients of this call alone in the
+    parameters' ``.grad``. After the capture, gradients use the same memory at every call, so copy what must
+    outlive the next one. Weights, running statistics and the CUDA generator are used in place, so in-place
+    updates, loaded checkpoints and `torch.manual_seed` take effect as usual.
 
-    One graph, of backward too: `torch.cuda.make_graphed_callables` makes two, passes every parameter through
-    an autograd function at each call, and warms up with passes that move running statistics.
+    A single graph covers both passes. `torch.cuda.make_graphed_callables` would make two, pass every
+    parameter through an autograd function at each call, and warm up with passes that change the running
+    statistics.
 
     Args:
-        backward: (inputs, targets) -> loss, detached, with `loss.backward()` done. Nothing in it may wait for
-            the GPU, and Python in it runs once more at the capture and then never again.
-        parameters: those whose gradients it makes, all on one device. On a CPU every call runs `backward`.
+        backward: (inputs, targets) -> detached loss, after `loss.backward()`. It must not wait for the GPU,
+            and its Python code runs once more at the capture and then never again.
+        parameters: those whose gradients it computes, all on one device. On a CPU every call runs `backward`.
 
     Raises:
-        ValueError: tensors of another shape than those that were captured.
+        ValueError: the shape of a batch differs from the captured one.
         RuntimeError: `backward` cannot be captured.
     """
 
@@ -71,7 +75,7 @@ class GraphedStep:
     ) -> None:
         self.backward, self.parameters = backward, list(parameters)
         self.device = self.parameters[0].device
-        # The steps before run where the capture will: autograd's nodes remember the stream they were made on.
+        # The steps before run on the capture's stream: autograd nodes remember the stream they were made on.
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -103,7 +107,7 @@ class GraphedStep:
             parameter.grad = None
 
     def _beside(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """On the stream of the capture, in turn with the current one."""
+        """Run on the capture's stream, after the current stream's work; the current stream then waits."""
         if self.stream is None:
             return self.backward(inputs, targets)
         current = torch.cuda.current_stream(self.device)
@@ -114,7 +118,7 @@ class GraphedStep:
         return loss
 
     def _record(self) -> None:
-        self._clear()  # gradients would be added to otherwise, at every replay
+        self._clear()  # otherwise every replay would add to the gradients
         self._loss = self.backward(self._inputs, self._targets)
         self._gradients = [p.grad for p in self.parameters]
 

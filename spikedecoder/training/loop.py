@@ -43,9 +43,9 @@ from spikedecoder.training.result import SavingError, TrainingError, TrainResult
 from spikedecoder.training.run_folder import RunInfo, check_same, check_unused, locked, made
 from spikedecoder.training.signals import Stop, stop_on_signals
 
-_RECENT = 20  # steps whose mean is the reported training loss
-_WATCHED = 2  # windows on which each neuron is watched at an evaluation
-_ONE = threading.RLock()  # held by the run that has the process's generator, threads, limits and Accelerate
+_RECENT = 20  # the reported training loss is the mean of this many steps
+_WATCHED = 2  # held-out windows on which neurons are recorded at an evaluation
+_ONE = threading.RLock()  # one run at a time: it sets the process's generator, threads, limits and Accelerate
 
 
 def train(
@@ -61,23 +61,28 @@ def train(
 ) -> TrainResult:
     """Train a model on a corpus, writing checkpoints and metrics into `out`.
 
-    config: its vocab_size and pad_id are those of corpus.tokenizer. corpus: with several processes the same
-    in each; they share its batches. out: a folder that is new or empty; with `resume`, one that holds a run
-    of this config and corpus, which goes on from its last checkpoint and on a CPU with the same number of
-    threads and processes ends bit for bit as if it had never stopped. init: a model with whose weights a new
-    run begins, in place of random ones, as for fine-tuning: they fit the config, and its tokenizer is that of
-    the corpus (`prepare_corpus(..., tokenizer=init.tokenizer)`). reporter: told of what happens; None:
-    nobody. source: kept in run.json.
+    config: vocab_size and pad_id must be those of corpus.tokenizer.
+    corpus: what `prepare_corpus` returns. With several processes, the same in each; they share its batches.
+    train_config: None takes the defaults of `TrainConfig`.
+    out: a new or empty folder; with `resume`, the folder of an earlier run of this config and corpus.
+    resume: continue from the last checkpoint in `out`. On a CPU, with the same number of threads and
+        processes, the result is bit for bit that of a run that never stopped.
+    init: a model whose weights a new run starts from, instead of random ones, as for fine-tuning. The weights
+        must fit `config`, and its tokenizer, if it has one, must be that of the corpus
+        (`prepare_corpus(..., tokenizer=init.tokenizer)`). Not together with `resume`.
+    reporter: receives progress, metrics and messages; None: nothing is reported.
+    source: kept in run.json, for example to say where the text came from.
 
-    SIGINT and SIGTERM, or a reporter that asks for it, finish the step, save, and return with `interrupted`
-    set; a second signal ends at once.
+    On SIGINT or SIGTERM, or if the reporter's `asks_to_stop` returns True, the current step is finished, a
+    checkpoint is saved, and the result is returned with `interrupted` set. A second signal acts at once.
     Everything random is a function of (seed, step), so a checkpoint needs no generator state. The generator
-    is the process's: where another thread trains, the call waits for its run to end.
+    belongs to the process: if another thread is training, the call waits until that run ends.
 
-    Raises ValueError (settings that contradict each other or the text), FileExistsError (`out` is in use),
-    CheckpointError (nothing to resume, or broken), SavingError (disk full: the last checkpoint stays whole),
-    MemoryError (a step takes more memory than there is, which on Linux it is told before the system ends it),
-    TrainingError (the loss became NaN or infinite; nothing is saved over the last checkpoint).
+    Raises TypeError (an argument of the wrong type), ValueError (settings that contradict each other or the
+    text), FileExistsError (`out` is in use), CheckpointError (nothing to resume, or a broken checkpoint),
+    SavingError (such as a full disk; the last checkpoint stays whole), MemoryError (a step needs more memory
+    than there is; on Linux raised before the system would kill the process), TrainingError (the loss, a
+    gradient or a weight became NaN or infinite; the last checkpoint is not overwritten).
     """
     if not isinstance(corpus, Corpus):
         raise TypeError(f"corpus: got {type(corpus).__name__}, takes a Corpus, as prepare_corpus makes it")
@@ -236,14 +241,14 @@ class _Run:
         self.on_cpu = accelerator.device.type == "cpu"
 
         self.step = 0
-        self.saved = -1  # step of the last checkpoint that holds everything known now
+        self.saved = -1  # step of the last checkpoint, or -1 if an evaluation has been made since
         self.recent: deque[float] = deque(maxlen=max(_RECENT, settings.log_every))
         self.norm = math.nan  # of the last gradient
         self.evaluation: Evaluation | None = None
         self.evaluated = -1  # step of `evaluation`
         self.best: dict[str, float] = {}
         self.warnings: list[str] = []
-        self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm: not yet read
+        self.pending: list[tuple[int, Tensor, Tensor]] = []  # step, loss and gradient norm, still unread
         self.seconds, self.steps_here = 0.0, 0
 
     def train(self) -> TrainResult:
@@ -256,7 +261,7 @@ class _Run:
             if self.report.asks_to_stop():
                 self.stop.requested = self.stop.requested or "reporter"
             interrupted = self._agree(self.stop.requested)
-            if self._due(c.log_every):  # before an evaluation, whose checkpoint a killed run goes on from
+            if self._due(c.log_every):  # before the evaluation: a run resumed from its checkpoint needs it
                 self._log()
             interrupted = interrupted or self._evaluate_if_due()
             if self._due(c.save_every):
@@ -307,14 +312,14 @@ class _Run:
         self.report.tick(self.step, float(total) if self.on_cpu else None, self._speed())
 
     def _on_device(self, tokens: Tensor) -> Tensor:
-        """From pinned memory, so that the host need not wait for the step before."""
+        """Copies from pinned memory, so that the host does not wait for the previous step."""
         device = self.accelerator.device
         if device.type == "cuda":
             return tokens.pin_memory().to(device, non_blocking=True)
         return tokens.to(device)
 
     def _read_losses(self) -> None:
-        """Fetch and check the losses since the last time: waits for the device."""
+        """Fetch and check the losses since the last call; waits for the device."""
         if not self.pending:
             return
         start = time.perf_counter()
@@ -340,7 +345,7 @@ class _Run:
         )
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
-        # fp16's loss scaling makes infinite gradients now and then, and skips those steps
+        # with fp16, loss scaling occasionally makes gradients infinite and then skips the step
         if math.isfinite(loss) and (math.isfinite(norm) or self.c.mixed_precision == "fp16"):
             return
         what = f"the gradient's norm became {norm}" if math.isfinite(loss) else f"the loss became {loss}"
@@ -361,12 +366,12 @@ class _Run:
         )
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluate if it is time and not done; True if a signal came instead of a result."""
+        """Evaluate if it is due and not yet done at this step; True if a signal interrupted it."""
         if not self._due(self.c.eval_every) or self.evaluated == self.step:
             return False
         self._read_losses()
         alone = self.accelerator.num_processes == 1
-        if not alone:  # each has moved its running statistics on; a checkpoint holds the first one's
+        if not alone:  # running statistics differ by process; a checkpoint holds those of the first
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         evaluation = evaluate(
@@ -403,7 +408,7 @@ class _Run:
             raise self._failed(f"weights ({names[0]}) became infinite or NaN in step {self.step}")
 
     def _watch(self) -> None:
-        """Show what the neurons do on the first held-out windows to a reporter that wants to know."""
+        """Record the neurons on the first held-out windows, if a reporter wants their activity."""
         if not self.report.wants_activity or not any(spiking_layers(self.model)):
             return
         c, pad = self.model.config, self.model.config.pad_id or 0
@@ -411,7 +416,7 @@ class _Run:
         self.report.activity(self.step, record(self.model, tokens, potentials=True))
 
     def _save(self, *names: str) -> None:
-        """Write a checkpoint of this step, unless there is one, and let "last" and `names` stand for it."""
+        """Write a checkpoint of this step, unless there is one, and point "last" and `names` to it."""
         if self.saved == self.step:
             return
         self._read_losses()
@@ -438,14 +443,14 @@ class _Run:
         self.saved = self.step
 
     def begin_with(self, model: SpikeDecoder) -> None:
-        """Take over the model's weights, and keep them as a first checkpoint: resuming needs no more."""
+        """Copy the model's weights and save them as the first checkpoint; resuming then needs no `model`."""
         dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
         weights = {name: t.detach().to("cpu", dtypes.get(name)) for name, t in model.state_dict().items()}
         load_state(self.model, weights, "init")
         self._save()
 
     def restore(self) -> None:
-        """Take up the last checkpoint, if there is one yet."""
+        """Load the last checkpoint, if there is one yet."""
         folder = latest(self.out)
         if folder is None:
             self.report.message(f"{self.out}: the run has no checkpoint yet; it starts again")
@@ -475,7 +480,7 @@ class _Run:
         return f"{self.out / LAST} holds step {read_step(folder)}"
 
     def _held_out(self) -> np.ndarray:
-        """The tokens that an evaluation reads: it predicts all but the first."""
+        """The tokens that an evaluation reads; it predicts all but the first."""
         return self.corpus.val if self.c.eval_tokens is None else self.corpus.val[: self.c.eval_tokens + 1]
 
     def _baselines(self) -> dict[str, float]:
@@ -499,7 +504,7 @@ class _Run:
 
 
 class _Loss(nn.Module):
-    """Makes the loss the forward pass, which is what data parallelism and autocast wrap."""
+    """The loss as a forward pass, because that is what data parallelism and autocast wrap."""
 
     def __init__(self, model: SpikeDecoder) -> None:
         super().__init__()

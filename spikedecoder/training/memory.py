@@ -1,4 +1,4 @@
-"""Memory that runs out becomes a message, where Linux would end the process without a word."""
+"""Running out of memory raises an error, where Linux would kill the process without a message."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PHRASES = ("not enough memory", "can't allocate memory", "out of memory", "std::bad_alloc")
-_SHARE = 0.95  # of what is available; page tables and the kernel's own take the rest
+_SHARE = 0.95  # of the available memory; the rest is for page tables and the kernel
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Of Python, NumPy or the extension (MemoryError), or of torch, on any device (RuntimeError)."""
+    """Whether an error means that memory ran out.
+
+    It is a MemoryError from Python, NumPy or the extension, a RuntimeError from torch, on any device.
+    """
     words = str(error)
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(phrase in words for phrase in _PHRASES)
@@ -19,7 +22,7 @@ def is_lack_of_memory(error: BaseException) -> bool:
 
 
 def available() -> int | None:
-    """Bytes that this process may still take: the machine's, or less in a container; None if not known."""
+    """Bytes this process may still allocate: what the machine or its container has left; None if unknown."""
     try:
         free: float = 1024 * _fields(Path("/proc/meminfo"))["MemAvailable"]
         groups = Path("/proc/self/cgroup").read_text().splitlines()
@@ -41,24 +44,27 @@ def available() -> int | None:
 
 
 def _left(folder: Path, limit: str, usage: str, cache: str) -> float:
-    """Bytes below the limit of a control group, file caches that can be dropped counted as free."""
+    """Bytes left below a control group's limit; file caches that can be dropped count as free."""
     try:
         used = int((folder / usage).read_text()) - _fields(folder / "memory.stat").get(cache, 0)
         return int((folder / limit).read_text()) - used
-    except (OSError, ValueError):  # no such group to be seen, or no limit ("max")
+    except (OSError, ValueError):  # the group is not visible, or has no limit ("max")
         return float("inf")
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Of lines such as "MemAvailable: 12 kB"."""
+    """The numbers by name, of lines such as "MemAvailable: 12 kB"."""
     rows = (line.replace(":", " ").split() for line in path.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 @contextmanager
 def no_more_than_available() -> Iterator[None]:
-    """Requests beyond the memory that is free now fail, as they do elsewhere, in place of being granted until
-    the system ends the process. On Linux; a limit of the process, put back at the end."""
+    """Let allocations beyond the memory that is free now fail, as they do on other systems.
+
+    Linux would grant them and later kill the process. Sets a limit of the process (RLIMIT_DATA) and restores
+    it at the end; does nothing on other systems.
+    """
     free = available()
     if free is None:
         yield

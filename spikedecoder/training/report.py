@@ -21,43 +21,46 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class Reporter:
-    """Receives what happens in a run. This one ignores it: override what is of interest.
+    """Receives the events of a training run. This class ignores them; override the methods you need.
 
-    wants_activity: whether to be told what the neurons do at each evaluation, which costs a forward pass of a
-    few windows.
+    wants_activity: whether to call `activity` at each evaluation, which costs a forward pass over a few
+    windows.
     """
 
     wants_activity = False
 
     def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
-        """Before the first step; `step` is where a resumed run goes on."""
+        """Before the first step. `step` of `steps` are done already if the run was resumed.
+
+        baselines: bits per token of n-gram models on the held-out tokens, by name.
+        """
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Every `log_every` steps: loss, the mean of these steps; lr and grad_norm of the last one;
-        tokens_per_second since this process began to train."""
+        """Every `log_every` steps. metrics: loss, the mean over these steps, in nats per token; lr and
+        grad_norm of the last step; tokens_per_second since this process began to train."""
 
     def tick(self, step: int, loss: float | None, tokens_per_second: float) -> None:
-        """After every step; loss where it is known without waiting for the device."""
+        """After every step; loss is None where reading it would mean waiting for the device."""
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         """After a held-out evaluation."""
 
     def activity(self, step: int, activity: Activity) -> None:
-        """After it, where `wants_activity`: spikes and membrane potentials on a little held-out text."""
+        """After an evaluation, if `wants_activity`: spikes and membrane potentials on some held-out text."""
 
     def message(self, text: str) -> None:
-        """Something that a person should read."""
+        """A message for the user."""
 
     def asks_to_stop(self) -> bool:
-        """Asked after every step: True ends the run as a signal does, with a checkpoint."""
+        """Called after every step; True ends the run as a signal does, with a checkpoint."""
         return False
 
     def close(self) -> None:
-        """When the run ends, in whatever way."""
+        """When the run ends, for whatever reason."""
 
 
 class Several(Reporter):
-    """Hands everything on to several reporters."""
+    """Passes everything on to several reporters."""
 
     def __init__(self, *reporters: Reporter) -> None:
         self.reporters = reporters
@@ -97,9 +100,9 @@ class Several(Reporter):
 
 
 class ScreenReporter(Reporter):
-    """A progress bar on stderr; where that is no terminal, or without `bar`, a line per evaluation.
+    """Prints messages and a line per evaluation to stderr, with a progress bar if it is a terminal.
 
-    heading: lines to begin with, once it is clear that the run can begin.
+    bar: False leaves out the progress bar. heading: lines to print when the first step is about to begin.
     """
 
     def __init__(self, bar: bool = True, heading: Sequence[str] = ()) -> None:
@@ -157,13 +160,13 @@ class ScreenReporter(Reporter):
 
 
 class MetricsFile(Reporter):
-    """OUT/metrics.jsonl: a line of JSON per `log_every` steps and per evaluation; null where not finite."""
+    """OUT/metrics.jsonl: a line of JSON per `log_every` steps and per evaluation; null if not finite."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / METRICS
 
     def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
-        """Drop the lines of steps that a killed run had done after its last checkpoint."""
+        """Drop the lines of steps that a killed run took after its last checkpoint."""
         kept = []
         if self.path.is_file():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -198,9 +201,10 @@ class MetricsFile(Reporter):
 class TensorBoard(Reporter):
     """OUT/tensorboard, for ``tensorboard --logdir``.
 
-    At each evaluation, by layer: the mean spike rate, that of each timestep, the shares of neurons that never
-    fired (dead) and that fired at every timestep of every token (saturated), and a histogram of membrane
-    potentials before the reset. All but the mean are of the first windows of the held-out text.
+    Besides the metrics, at each evaluation and by layer: the mean spike rate, the spike rate of each
+    timestep, the shares of neurons that never fired (dead) and that fired at every timestep of every token
+    (saturated), and a histogram of membrane potentials before the reset. All of these but the mean rate are
+    of the first windows of the held-out text. Raises ValueError if tensorboard is not installed.
     """
 
     wants_activity = True

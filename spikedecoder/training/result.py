@@ -1,4 +1,4 @@
-"""What a run came to."""
+"""The result of a training run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ from spikedecoder.training.evaluate import Evaluation
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on: its loss or gradient is no finite number any more."""
+    """The run cannot go on: its loss, a gradient or a weight became NaN or infinite."""
 
 
 class SavingError(OSError):
-    """A run that cannot go on: what it has learned cannot be written."""
+    """The run cannot go on: a checkpoint or its metrics cannot be written."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to after `step` of `steps` steps.
+    """The result of a run after `step` of `steps` steps.
 
-    train_loss: mean of the last 20 steps, nats per token. evaluation: the last held-out one, made after
-    `evaluated_step` steps (= step, unless the run was interrupted; None if it had none). best: step and
-    held-out loss of OUT/best. baselines: bits per token of n-gram models on the same held-out tokens.
-    unknown: the share of unknown words among all held-out tokens, where figures compare only with others of
-    the same vocabulary. tokens_per_second: of the training steps alone, in this process. checkpoint:
-    OUT/last. interrupted: name of the signal that ended the run early, or "reporter". model: after the last
-    step, in evaluation mode.
+    train_loss: mean of the last 20 steps, nats per token.
+    tokens_per_second: of the training steps alone, all processes together, since this run was (re)started.
+    evaluation: the last held-out evaluation, made after `evaluated_step` steps (= step unless the run was
+        interrupted); both None if there was none.
+    best: step, val_loss and val_bits_per_token of OUT/best; empty if there was no evaluation.
+    baselines: bits per token of n-gram models on the same held-out tokens.
+    warnings: those of `health` at the last evaluation.
+    peak_rss_mib: largest resident memory of this process, in MiB.
+    checkpoint: OUT/last.
+    model: after the last step, in evaluation mode.
+    interrupted: name of the signal that ended the run early, or "reporter"; None if it ran to its end.
+    unknown: share of the held-out tokens that are the unknown token. If it is not 0, figures compare only
+        with those of models with the same vocabulary.
     """
 
     steps: int
@@ -48,14 +54,14 @@ class TrainResult:
     unknown: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Fit for JSON."""
+        """The figures as plain values, ready for JSON: "steps" were done, of "max_steps"."""
         e = self.evaluation
         return {
             "steps": self.step,
             "max_steps": self.steps,
             "interrupted": self.interrupted,
             "tokens_per_second": self.tokens_per_second,
-            "train_loss": self.train_loss if self.train_loss == self.train_loss else None,  # NaN is no JSON
+            "train_loss": self.train_loss if self.train_loss == self.train_loss else None,  # JSON has no NaN
             "val_loss": e.loss if e else None,
             "val_bits_per_token": e.bits if e else None,
             "val_accuracy": e.accuracy if e else None,

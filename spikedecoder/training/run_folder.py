@@ -23,7 +23,11 @@ _FORMAT = "spikedecoder-run"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a run is. `source` is the caller's: where the text came from, so that it can be found again."""
+    """The description of a run, kept in run.json.
+
+    fingerprint: of the corpus. threads: CPU threads of torch. source: set by the caller, so that the text can
+    be found again.
+    """
 
     config: SpikeDecoderConfig
     train: TrainConfig
@@ -49,7 +53,7 @@ class RunInfo:
 
     @classmethod
     def read(cls, out: Path) -> RunInfo:
-        """CheckpointError where `out` holds no run, or one that cannot be read."""
+        """The run in the folder `out`; CheckpointError if there is none or it cannot be read."""
         if not out.is_dir():
             raise CheckpointError(f"{out}: no such folder; takes the output folder of a run")
         path = out / RUN
@@ -74,7 +78,7 @@ class RunInfo:
 
 
 def check_unused(out: Path) -> None:
-    """FileExistsError where something is in `out` already: a run is never overwritten."""
+    """FileExistsError if `out` is a file or holds any but hidden files: a run is never overwritten."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out}: is a file; takes a folder that is new or empty")
     if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
@@ -86,7 +90,7 @@ def check_unused(out: Path) -> None:
 
 
 def free_folder(preset: str, text: str, parent: Path = Path("runs")) -> Path:
-    """The first of runs/<preset>-<text>-1, -2, ... that does not exist."""
+    """The first of <parent>/<preset>-<text>-1, -2, ... that does not exist."""
     text = re.sub(r"[^A-Za-z0-9]+", "-", text.removesuffix(".txt")).strip("-")[:40] or "text"
     n = 1
     while (parent / f"{preset}-{text}-{n}").exists():
@@ -96,7 +100,10 @@ def free_folder(preset: str, text: str, parent: Path = Path("runs")) -> Path:
 
 @contextmanager
 def made(out: Path) -> Iterator[None]:
-    """`out` for a new run, locked; where that fails before it has anything to show, its folder goes again."""
+    """Make and lock the folder `out` for a new run.
+
+    If the run fails before it has written a checkpoint or metrics, its files are removed again.
+    """
     existed = out.is_dir()
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -118,7 +125,7 @@ def made(out: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep a second process from training into `out`; the system drops the lock with the process."""
+    """Keep a second process from training into `out` (FileExistsError); the lock ends with the process."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -139,7 +146,7 @@ def locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-# what a resumed run may change: how long, how often, where
+# the settings that a resumed run may change: how long, how often, where
 CHANGEABLE = (
     "steps",
     "eval_every",
@@ -156,7 +163,7 @@ CHANGEABLE = (
 def check_same(
     out: Path, info: RunInfo, config: SpikeDecoderConfig, train: TrainConfig, fingerprint: str
 ) -> None:
-    """ValueError where a run to be resumed is not the one in `out`."""
+    """ValueError if the run to be resumed is not the one in `out`."""
     for ours, theirs, free in (
         (info.config.to_dict(), config.to_dict(), ()),
         (info.train.to_dict(), train.to_dict(), CHANGEABLE),

@@ -1,4 +1,4 @@
-"""Ctrl-C that lets a step finish."""
+"""Ctrl-C lets the current step finish."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from types import FrameType
 
 
 class Stop:
-    """Whether someone asked the run to end: the signal's name, else None."""
+    """A request to end the run. requested: the signal's name, or "reporter"; None if there is no request."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
 
 
-_outer: Stop | None = None  # of the main thread
+_outer: Stop | None = None  # the outermost one that is active, on the main thread
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into a request; a second signal acts as if this were not here.
+    """Turn SIGINT and SIGTERM into a request to stop; a second signal acts as it would without this.
 
-    Inside of another one it is that one's request, so that who runs several runs learns of it, too. Off the
-    main thread, where Python delivers no signals, nothing is installed.
+    A nested call yields the outer request, so that code that starts several runs learns of it too. No handler
+    is installed off the main thread, where Python delivers no signals.
     """
     global _outer
     if threading.current_thread() is not threading.main_thread():
