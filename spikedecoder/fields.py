@@ -29,7 +29,7 @@ def at_least(name: str, value: float, low: int) -> None:
 
 def number(name: str, value: object, takes: str, low: float = -math.inf, high: float = math.inf) -> None:
     """TypeError if `value` is not a number, ValueError if it is not finite or outside [low, high]."""
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes {takes}")
     if not (abs(value) <= sys.float_info.max and low <= value <= high):
         raise ValueError(f"{name}: got {value!r}, takes {takes}")

@@ -250,4 +250,9 @@ def test_traffic_is_counted():
     traffic.shared("k", "same", lanes, 0 * lanes, 4)
     traffic.shared("k", "one bank", lanes, 128 * lanes, 4)
     counts = {kind: tuple(count.tolist()) for (_, kind), count in traffic.counts.items()}
-    assert counts == {"near": (2, 4 + 4, 4 + 4), "far": (1, 32, 16), "same": (1, 1, 1), "one bank": (1, 32, 1)}
+    assert counts == {
+        "near": (2, 4 + 4, 4 + 4),
+        "far": (1, 32, 16),
+        "same": (1, 1, 1),
+        "one bank": (1, 32, 1),
+    }

@@ -96,6 +96,19 @@ def test_use_backend_as_function_and_context(monkeypatch):
     assert _dispatch.requested_backend() == "reference"
 
 
+def test_use_backend_as_a_decorator_holds_while_the_function_runs():
+    @use_backend("reference")
+    def backend(first, *, second):
+        assert (first, second) == (1, 2)
+        return _dispatch.requested_backend()
+
+    for _ in range(2):
+        before = _dispatch.requested_backend()
+        assert before != "reference" and backend(1, second=2) == "reference"
+        assert _dispatch.requested_backend() == before
+    assert backend.__name__ == "backend"
+
+
 def test_use_backend_holds_in_other_threads():
     seen = []
     with use_backend("reference"):
@@ -440,6 +453,7 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         (lambda: ops.lif(torch.ones(())), ValueError, r"x: got shape \(\)"),
         (lambda: ops.lif(torch.ones(0, 3)), ValueError, "x: got T = 0 timesteps"),
         (lambda: ops.lif(X, tau=0.5), ValueError, "tau: got 0.5"),
+        (lambda: ops.lif(X, tau=True), TypeError, r"tau: got True \(bool\), takes a finite number >= 1"),
         (lambda: ops.lif(X, tau=float("nan")), ValueError, "tau: got nan"),
         (lambda: ops.lif(X, alpha=0), ValueError, "alpha: got 0"),
         *(

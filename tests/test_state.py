@@ -120,11 +120,13 @@ def test_states_that_have_read_nothing_join_others(variant):
         assert state.longest == max(s.longest for s in states) + 1
 
 
-def test_truth_values_are_no_rows():
+def test_truth_values_and_negative_numbers_are_no_rows():
     _, state = _model({}).eval().prefill(TOKENS)
     for rows in (torch.tensor([True, False, True]), [True, False, True]):
         with pytest.raises(TypeError, match="rows: got truth values, takes the numbers of rows"):
             state.select(rows)
+    with pytest.raises(ValueError, match="rows: got -1, takes 0 to 2"):
+        state.select([0, -1])
     assert state.select(torch.tensor([2, 0])).batch_size == 2
 
 

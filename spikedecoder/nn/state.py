@@ -95,7 +95,7 @@ class DecoderState:
         for row in rows:
             if isinstance(row, bool):
                 raise TypeError("rows: got truth values, takes the numbers of rows")
-            if not -self.batch_size <= row < self.batch_size:
+            if not 0 <= row < self.batch_size:
                 raise ValueError(f"rows: got {row}, takes 0 to {self.batch_size - 1}")
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.position.device)
         chosen = self._map(lambda t: t.index_select(0 if t is self.position else self._batch_dim, index))

@@ -9,15 +9,15 @@ call. A backend requested by name runs or raises.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -43,6 +43,8 @@ OPERATORS = (
 )
 _PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _ENV = "SPIKEDECODER_BACKEND"
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Process-wide on purpose: autograd runs CUDA backward passes on threads of its own.
 _forced: str | None = None
@@ -94,19 +96,30 @@ def _read_environment() -> str:
     return _check_name(os.environ.get(_ENV) or "auto", f"environment variable {_ENV}")
 
 
-class use_backend(contextlib.ContextDecorator):
-    """Force a backend for every operator: ``use_backend("reference")``, or as a context manager.
+class use_backend:
+    """Force a backend for every operator: ``use_backend("reference")``, a ``with`` block or a decorator.
 
     Takes "auto", "reference", "triton", "cpu" or "cuda", else raises ValueError. Applies to the whole
-    process, all threads, from the call on or, in a ``with`` block, until its end. An operator that the
-    forced backend cannot run raises `BackendError` with the reason. Exceptions are `norm` and `dense_linear`,
-    which use torch's own operations where the backend has none.
+    process, all threads: from the call on, until the end of the ``with`` block, or while the decorated
+    function runs. An operator that the forced backend cannot run raises `BackendError` with the reason.
+    Exceptions are `norm` and `dense_linear`, which use torch's own operations where the backend has none.
     """
 
     def __init__(self, name: str) -> None:
         global _forced
         self._previous = _forced
-        _forced = _check_name(name, "use_backend")
+        self._name = _forced = _check_name(name, "use_backend")
+
+    def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
+        self.__exit__()
+        name = self._name
+
+        @functools.wraps(function)
+        def forced(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            with use_backend(name):
+                return function(*args, **kwargs)
+
+        return forced
 
     def __enter__(self) -> use_backend:
         return self
