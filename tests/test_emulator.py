@@ -241,7 +241,7 @@ def test_the_cuda_extensions_ptx_is_the_reference():
 
 
 def test_traffic_is_counted():
-    """Neighbours take the fewest sectors and wavefronts; lanes a sector apart, or a row of banks apart, do not."""
+    """Neighbours take the fewest sectors and wavefronts; lanes a sector or all banks apart do not."""
     lanes = np.arange(32)
     traffic = Traffic()
     traffic.tensors("k", "near", lanes, 4 * lanes, 4)
