@@ -1,15 +1,15 @@
 """What pyproject.toml cannot say: where `kernels/` goes, and how the compiled extension is built.
 
-The extension is `spikedecoder._C` (C++, any CPU) and, where nvcc is found, `spikedecoder._C_cuda`; both are
+The extension is `spikedecoder._C` (C++, any CPU) and, if nvcc is found, `spikedecoder._C_cuda`. Both are
 built from `csrc/` by CMake and ninja, without torch. Environment variables:
 
     SPIKEDECODER_BUILD       auto (default): what can be built here; cpu: without CUDA; cuda: with CUDA, or
-                             fail; off: pure Python, which runs everything on the reference backend.
+                             fail; off: pure Python, which leaves the reference and Triton backends.
     SPIKEDECODER_CUDA_ARCHS  architectures of the CUDA module, such as "80;90", or "all".
     CXX, CUDACXX, MAX_JOBS   compiler, nvcc, parallel compile jobs.
 
-With auto and no C++ compiler the install succeeds without the extension, and says so. A compile error is an
-error.
+With auto and no C++ compiler, the install succeeds without the extension and says so. A compile error always
+fails the install.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ALL_CUDA_ARCHS = "80;86;89;90;100;120"
 
 
 def from_package(file: str, function: str, *arguments: Path) -> str | None:
-    """What a function of the package says, without importing the package and torch."""
+    """Call a function in a file of spikedecoder/ext without importing the package, and so torch."""
     try:
         return runpy.run_path(str(ROOT / "spikedecoder" / "ext" / file))[function](*arguments)
     except ValueError as error:
@@ -72,7 +72,7 @@ def chosen_modules() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Builds all modules in one CMake project, each into the place that setuptools wants it in."""
+    """Builds all modules in one CMake project, and puts each where setuptools expects it."""
 
     def run(self) -> None:
         if not self.extensions:
@@ -111,7 +111,7 @@ class CMakeBuild(build_ext):
             partial = target.with_name(target.name + ".part")
             shutil.copy2(built, partial)
             os.replace(partial, target)
-        # beside them: what was asked for, so that what is missing can be told from what was not wanted
+        # recorded beside them: what was asked for, to tell a missing module from one that was not wanted
         record = Path(self.get_ext_fullpath("spikedecoder._C")).resolve().with_name("_build.json")
         noted = {"build": build_mode(), "cuda_archs": archs, "nvcc": find_nvcc() or ""}
         partial = record.with_name(record.name + ".part")

@@ -1,11 +1,11 @@
-"""Bytes that a training step keeps for its backward pass: counted, so any machine gives the same figures.
+"""Count the bytes that a training step keeps for its backward pass; any machine gives the same figures.
 
     python bench/activations.py                                        # the README character model
     TRITON_INTERPRET=1 python bench/activations.py --dtype bfloat16 --backend triton
 
-Counted are the distinct storages that autograd saves in one forward pass, parameters and buffers left out:
-what stands in memory when backward begins, weights and optimiser aside. The tensors are fake, with shapes and
-dtypes but no values, so that any size is counted at once.
+What counts are the distinct storages that autograd saves in one forward pass, without parameters and buffers:
+the memory in use when the backward pass begins, apart from weights and optimiser. The tensors are fake, with
+shapes and dtypes but no values, so any size is counted at once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
 
 
 def saved_bytes(model: SpikeDecoder, tokens: Tensor, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes kept by `model.loss`, matrix products in `dtype` by autocast."""
+    """Bytes kept by `model.loss`, with matrix products in `dtype` by autocast."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), tokens)}
     storages: dict[int, int] = {}
-    held: list[Any] = []  # else a storage freed during forward could come twice
+    held: list[Any] = []  # keeps storages alive: the address of a freed one could come twice
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -53,7 +53,7 @@ def measure(
     dtype: torch.dtype = torch.float32,
     chosen: str = "auto",
 ) -> dict[str, int]:
-    """Bytes of each row: the reference backend, the chosen one, and that with recomputed Linears."""
+    """Bytes of each row: the reference backend, the chosen one, and that one with Linears recomputed."""
     found = {}
     with FakeTensorMode():
         model = SpikeDecoder(config)

@@ -1,9 +1,9 @@
-"""How long the compiled extension takes to build from nothing: its C++ part, and with the CUDA part.
+"""How long the compiled extension takes to build from scratch: its C++ part alone, and with the CUDA part.
 
     python -m pytest bench/bench_build.py --benchmark-json=result.json
 
-It is what `pip install .` does, but for pip's own work. ``busy_s`` are the seconds that the cores were busy
-in the fastest round, all of them together.
+This is what `pip install .` does, without pip's own work. ``busy_s`` is the CPU time of all cores together,
+the least of the rounds.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
-"""The compiled CPU operators beside what else computes the same: the eager reference, torch's own dense
-operators, and the reference under torch.compile.
+"""The compiled CPU operators, compared with the eager reference, torch's own dense operators, and the
+reference under torch.compile.
 
     python -m pytest bench/bench_cpu_ops.py --benchmark-json=result.json
 
-Each group is one operator and shape, each row one way to compute it, and the row "cpu" says in
-``speedup_*`` how many times slower the others were when called in turns with it (ratio of the fastest rounds:
-compare these on a busy machine). What was called before has then swept the caches, which costs the faster
-ones more; ``warm_*`` is the same ratio of calls that come right after another of their own kind. All allocate
-their outputs, under the memory allocator as this package sets
-it. A result is checked before it is timed. The group "ceilings" says what the machine can do;
-``share_of_copy_bandwidth``, ``times_dense_ceiling`` and ``share_of_ceiling`` (the time that its bytes or its
-operations need at least, whichever is longer as ``bound_by`` says, over its own) are each operator's part of
-it, timed in turns too.
+Each group is one operator and shape, each row one way to compute it. All rows allocate their outputs, with
+the memory allocator as this package sets it, and every result is checked before it is timed. The rows that
+are ours, such as "cpu", also give
+
+- ``speedup_*``: how many times slower the others were, called in turns with it (ratio of the fastest rounds;
+  compare these on a busy machine). The call before has then swept the caches, which costs the faster ones
+  more. ``warm_*`` is the same ratio for calls that come right after another of their own kind;
+- ``share_of_copy_bandwidth``, ``times_dense_ceiling`` and ``share_of_ceiling``: how close it comes to what
+  the machine can do, timed in turns, too. The last is the least time that its bytes or its operations need
+  (``bound_by`` says which of them needs longer) over its own time.
+
+The group "ceilings" shows what the machine can do.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ P = LIFParams()
 
 
 def interleaved(calls: Calls, seconds: float = 1.5) -> tuple[dict[str, float], dict[str, float]]:
-    """The fastest of many rounds of each, called in turns, twice in each: of first calls, and of second."""
+    """Seconds of the fastest call of each, in many rounds in turns, each with two calls in a row: (of the
+    first calls, of the second)."""
     best = dict.fromkeys(calls, float("inf")), dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         call()
@@ -67,7 +71,7 @@ def interleaved(calls: Calls, seconds: float = 1.5) -> tuple[dict[str, float], d
 
 
 def rows(make: Callable[..., Calls], *cases: Any) -> Iterator[Any]:
-    """One parameter (make, case, row) per row, and the group's name."""
+    """A pytest parameter (make, case, row) for each row, marked with the name of its group."""
     for case in cases:
         for row in make.rows:  # type: ignore[attr-defined]
             name = f"{make.__name__} {' x '.join(map(str, case))}"
@@ -95,7 +99,7 @@ def lif_train(*shape: int) -> Calls:
     x, grad = torch.randn(shape), torch.randn(shape)
 
     def both(module: Any) -> tuple[torch.Tensor, ...]:
-        # as the operator calls it, which asks for no potentials
+        # as the operator calls it, without asking for potentials
         options = {"want_v": False} if getattr(module, "STATES_ON_REQUEST", False) else {}
         spikes, _ = module.forward(x, 1.0, None, P, **options)
         return spikes, module.backward(grad, None, x, 1.0, None, P)[0]
@@ -131,7 +135,7 @@ def norm_lif_train(*shape: int) -> Calls:
 
 @named("cpu", "parts", "reference", "compiled")
 def norm_ilif_train(*shape: int) -> Calls:
-    """BatchNorm in training and I-LIF as one operator calls them, beside torch's norm and the I-LIF alone."""
+    """BatchNorm in training and I-LIF as one operator computes them; "parts" are torch's norm, then I-LIF."""
     p = ILIFParams(15, 0.2)
     x, grad, channels = torch.randn(shape), torch.randn(shape), shape[-1]
     weight, bias = torch.ones(channels), torch.zeros(channels)
@@ -189,7 +193,7 @@ LEVELS = 15
 
 @named("cpu", "reference")
 def integer_attention_train(*shape: int) -> Calls:
-    """Attention of I-LIF neurons, with a decay a head."""
+    """Attention on the integers of I-LIF neurons, with a decay for each head."""
     t, b, h, s, d = shape
     q, k, v = (torch.randint(0, LEVELS + 1, (t, b, s, h, d)).float().transpose(2, 3) for _ in range(3))
     grad = torch.randn(t, b, s, h, d).transpose(2, 3)
@@ -200,7 +204,7 @@ def integer_attention_train(*shape: int) -> Calls:
         return out, *module.backward(grad, q, k, v, 0.125, decay, None, LEVELS)
 
     calls: Calls = {"cpu": lambda: both(spike_attention), "reference": lambda: both(attention_reference)}
-    # gradients are sums of either sign
+    # gradients are sums of terms of either sign, hence the larger tolerance
     assert_same({name: lambda call=call: call()[:1] for name, call in calls.items()}, 1e-5)
     assert_same(calls, 1e-2)
     return calls
@@ -214,7 +218,8 @@ def _linear(m: int, k: int, n: int, rate: float) -> tuple[torch.Tensor, ...]:
 
 @named("cpu", "words", "torch")
 def spike_linear_forward(m: int, k: int, n: int, rate: float) -> Calls:
-    """The row cpu takes spikes as floats, which it packs, words as the bits that `lif(packed=True)` makes."""
+    """Row "cpu" takes spikes as floats and packs them; row "words" takes the bits that `lif(packed=True)`
+    makes."""
     s, weight, bias = _linear(m, k, n, rate)
     words = ops.pack_spikes(s)
     calls: Calls = {
@@ -228,8 +233,8 @@ def spike_linear_forward(m: int, k: int, n: int, rate: float) -> Calls:
 
 @named("cpu", "public", "compiled function", "torch")
 def spike_linear_token(m: int, k: int, n: int, rate: float) -> Calls:
-    """A few rows, as when generating: the weight was laid out by columns beforehand. "cpu" is the backend's
-    function, "public" the operator, without a gradient, "compiled function" what both end in."""
+    """A few rows, as when generating, with a weight laid out by columns beforehand. "cpu" is the backend's
+    function, "public" the operator without a gradient, "compiled function" the C++ function behind both."""
     s, weight, bias = _linear(m, k, n, rate)
     by_columns = weight.t().contiguous().t()
     arguments = (s, by_columns, bias, False, False, True, torch.get_num_threads())
@@ -269,8 +274,8 @@ def spike_linear_dense_grads(m: int, k: int, n: int) -> Calls:
 
 @named("cpu", "torch")
 def dense_linear_train(m: int, k: int, n: int) -> Calls:
-    """A linear layer on counts of I-LIF neurons, forward and all gradients. On most CPUs the operator is
-    torch's product all the same (`_cost.outpaces_torch`)."""
+    """A linear layer on counts of I-LIF neurons, forward and all gradients. On most CPUs the operator uses
+    torch's product instead (`_cost.outpaces_torch`)."""
     s, (_, weight, bias) = torch.randint(0, LEVELS + 1, (m, k)).float(), _linear(m, k, n, 0)
     grad = torch.randn(m, n)
 
@@ -287,7 +292,7 @@ def dense_linear_train(m: int, k: int, n: int) -> Calls:
 
 @named("cpu", "parts")
 def linear_norm_lif_forward(m: int, k: int, n: int, rate: float) -> Calls:
-    """Linear, LayerNorm and LIF over 4 timesteps, beside the operators one after the other."""
+    """Linear, LayerNorm and LIF over 4 timesteps in one; "parts" are the operators one after the other."""
     s, weight, bias = _linear(m, k, n, rate)
     s, ones, zeros = s.view(4, -1, k), torch.ones(n), torch.zeros(n)
 
@@ -356,14 +361,14 @@ def test_operator(benchmark: Any, make: Callable[..., Calls], case: tuple[Any, .
 BYTES = {lif_train: 20, norm_lif_train: 20, norm_ilif_train: 32}
 
 
-# Rows of a state [d, d] that are read or added to for each channel of a token, forward and backward: eight
-# passes, of which those by spikes touch a share; dq reads and dk adds by dL/dy.
+# Rows of a state [d, d] that are read or added to for each channel of a token, forward and backward, in eight
+# passes. Six of them go by spikes and touch only that share of the rows; dq reads, and dk adds, by dL/dy.
 ATTENTIONS = {attention_lif_train: 6 * ATTENTION_RATE + 2, integer_attention_train: 8.0}
 PRODUCT = 512  # rows, columns and depth of the product that attention is measured against
 
 
 def _ceiling(make: Callable[..., Calls], case: tuple[Any, ...]) -> Calls:
-    """What bounds an operator: a copy of its input, or a product of its size with nothing allocated."""
+    """What bounds an operator: a copy of its input, or a product of its size, with nothing allocated."""
     if make in BYTES or make in ATTENTIONS:
         x = torch.randn(case)
         y = torch.empty_like(x)
@@ -380,7 +385,7 @@ def _ceiling(make: Callable[..., Calls], case: tuple[Any, ...]) -> Calls:
 def _share_of_ceiling(
     best: dict[str, float], rows: float, t: int, b: int, h: int, s: int, d: int
 ) -> dict[str, Any]:
-    """Attention, forward and backward: 16 + 28 bytes an element, and `rows` of the state for each."""
+    """For attention, forward and backward: 16 + 28 bytes per element, and `rows` of the state for each."""
     seconds = {
         "bytes": 44 / 8 * best["copy"],
         "operations": t * b * h * s * d * d * rows / PRODUCT**3 * best["product"],

@@ -1,6 +1,6 @@
-"""How fast text becomes token ids, in characters per second, beside plain Python.
+"""How fast text becomes token ids, in characters per second, compared with plain Python.
 
-Plain Python is what one writes first: the cleaning one ``str.replace`` and ``re.sub`` after the other, then a
+Plain Python is the obvious code: cleaning by one ``str.replace`` and ``re.sub`` after the other, then a
 dictionary look-up per character or word. (The original is slower still: it encodes every window anew, and
 looks words up in a list.)
 
@@ -8,7 +8,7 @@ looks words up in a list.)
 
 The text is the file named by SPIKEDECODER_BOOK, or the built-in text seven times over (about 3.2 million
 characters). ``extra_info`` of each row has the characters per second of its median round. Each benchmark
-first checks that fast and slow path agree.
+first checks that the fast and the slow path agree.
 """
 
 from __future__ import annotations

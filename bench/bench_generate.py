@@ -1,16 +1,17 @@
 """Generation with the original's README character model: a token, a prompt, a long walk, served streams.
 
-And a token of the default preset, whose neurons are I-LIF.
+Also a token of the default preset, whose neurons are I-LIF.
 
     python -m pytest bench/bench_generate.py --benchmark-json=result.json
     python -m pytest bench/bench_generate.py --original CHECKOUT --original-python PYTHON -k original
     python bench/bench_generate.py --device cuda       # a token on a GPU: by modules, and as one CUDA graph
 
-Rows of a run share the machine's mood: compare rows, not runs. "window" recomputes the context for each
+The rows of a run share the machine's load: compare rows, not runs. "window" recomputes the context for each
 token, as the original does; "step" is the model's step, "native" one call of the extension. "window" and
-"step" run on the backend that is chosen by itself, "window-eager" and "eager" on the reference, plain
+"step" run on the backend that `auto` chooses, "window-eager" and "eager" on the reference, which is plain
 PyTorch. Logits are compared before anything is timed. --original names a checkout of the original
-SpikeDecoder, whose own `generate` is then timed with the same weights, in a Python that has what it needs.
+SpikeDecoder, whose own `generate` is then timed with the same weights; --original-python names a Python that
+has what it needs.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ SOURCES: dict[str, Any] = {
 
 
 def same_logits(model: SpikeDecoder, how: str) -> None:
-    """The source that is timed against the definition, within what matrix products of another shape round."""
+    """Compare the timed source with the definition, up to the rounding of matrix products of other shapes."""
     timed, window = SOURCES[how](model), Window(model)
     torch.testing.assert_close(timed.add(prompts(2, 40)), window.add(prompts(2, 40)), rtol=1e-3, atol=1e-3)
     for i in range(3):
@@ -106,7 +107,7 @@ def default() -> SpikeDecoder:
 @pytest.mark.parametrize("batch", [1, 32])
 @pytest.mark.parametrize("how", ["eager", "step", "native"])
 def test_default_token(benchmark: Any, default: SpikeDecoder, how: str, batch: int) -> None:
-    """Within the context of 128 tokens: no window is read anew."""
+    """Stays within the context of 128 tokens, so that no window is recomputed."""
     if how == "native" and (reason := why_not(default)):
         pytest.skip(reason)
     text = prompts(batch, default.config.max_len)
@@ -127,7 +128,7 @@ def test_default_token(benchmark: Any, default: SpikeDecoder, how: str, batch: i
 @pytest.mark.benchmark(group="original-char: a token, beside the original's own code")
 @pytest.mark.parametrize("how", ["original", "native"])
 def test_original(benchmark: Any, pytestconfig: Any, model: SpikeDecoder, how: str) -> None:
-    """The original recomputes its window of 256 for each character; ours goes on from the same text."""
+    """The original recomputes its window of 256 for each character; ours takes a step after the same text."""
     checkout = pytestconfig.getoption("--original")
     if checkout is None:
         pytest.skip("needs --original CHECKOUT")
@@ -152,8 +153,8 @@ def test_prompt(benchmark: Any, model: SpikeDecoder, how: str, length: int) -> N
         from spikedecoder.ext.cpu.decode import Decoder
 
         read = Decoder(model).prefill
-        # Of millions of potentials some are within rounding of their threshold, and spike in one of the two
-        # only: of 2048 positions any float32 backend differs from float64 at up to 2 %.
+        # Of millions of potentials some are within rounding of their threshold and spike in only one of the
+        # two: at up to 2 % of 2048 positions, any float32 backend differs from float64.
         differ = ((read(tokens)[0] - model.prefill(tokens)[0]).abs() > 1e-3).any(-1)
         assert differ.float().mean() < 0.05
     else:
@@ -168,7 +169,7 @@ def test_prompt(benchmark: Any, model: SpikeDecoder, how: str, length: int) -> N
 @pytest.mark.parametrize("batch", [1, 32])
 @pytest.mark.parametrize("sampling", [SamplingParams(0), SamplingParams(0.8), SamplingParams(0.8, top_p=0.9)])
 def test_sampling(benchmark: Any, batch: int, sampling: SamplingParams) -> None:
-    """All that a token costs besides the model: `Batch.step` over a source that computes nothing."""
+    """Everything that a token costs besides the model: `Batch.step` over a source that computes nothing."""
 
     class Still:
         logits = torch.randn(batch, 30, generator=torch.Generator().manual_seed(0))
@@ -184,7 +185,7 @@ def test_sampling(benchmark: Any, batch: int, sampling: SamplingParams) -> None:
 
 
 class Walk:
-    """A model that never stops."""
+    """Generation of a text without end."""
 
     def __init__(self, model: SpikeDecoder) -> None:
         self.source, self.count = open_source(model, past="continue"), 0
@@ -200,7 +201,8 @@ class Walk:
         self.count += 1
 
     def time(self, benchmark: Any, token: int) -> None:
-        """Time of a token, drawn, after so many; with the state's bytes and the resident memory there."""
+        """Time the 500 tokens up to number `token`, sampling included; notes the bytes of the state and the
+        resident memory there."""
         self.to(token - 500)
         benchmark.pedantic(self.step, rounds=500)
         state = getattr(self.source, "state", None)
@@ -232,9 +234,9 @@ def test_small_walk(benchmark: Any, small_walk: Walk, token: int) -> None:
 
 @pytest.mark.benchmark(group="original-char: 16 streams of 400 tokens")
 def test_served(benchmark: Any, model: SpikeDecoder) -> None:
-    """Over HTTP, from a process of clients; in turn with a `Batch` in the same process that serves nobody.
+    """Streams served over HTTP to a process of clients, in turns with a `Batch` in this process alone.
 
-    extra_info: tokens/s of both, and the median of the shares of neighbouring runs.
+    extra_info: tokens/s of both, and the former as a share of the latter (median over neighbouring runs).
     """
     streams, tokens = 16, 400
     alone: list[float] = []
@@ -260,7 +262,7 @@ def test_served(benchmark: Any, model: SpikeDecoder) -> None:
 
 
 def on_a_gpu(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """Milliseconds of a token: the model's step, and the same captured as one CUDA graph."""
+    """Milliseconds per token: of the model's step, and of the same captured as one CUDA graph."""
     from spikedecoder.generation.graph import Graph
 
     changes: dict[str, Any] = {"blocks": 1, "mlp_ratio": 2, "timesteps": 2} if tiny else {}

@@ -1,13 +1,13 @@
-"""A training step of the original's README character model on the GPU: one row a process.
+"""A training step of the original's README character model on the GPU: one row per process.
 
     python bench/bench_gpu_model.py --row triton                       # prints JSON
     python bench/bench_gpu_model.py --row triton --graph               # replayed, as training does
     python bench/bench_gpu_model.py --row reference --compile default
     python bench/bench_gpu_model.py --row triton --profile trace.json.gz   # torch.profiler, two steps
 
-B = 32, S = 256, T = 4, matrix products in bfloat16 by autocast, AdamW. Peak memory is the allocator's over a
-step, activations that over what weights, gradients and optimiser hold before it; with --graph that step is
-the one that is captured.
+B = 32, S = 256, T = 4, matrix products in bfloat16 by autocast, AdamW. Peak memory is the allocator's during
+a step; activations are that peak minus what weights, gradients and optimiser hold before the step. With
+--graph, the step is the one that is captured.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 def training_step(
     compile_mode: str | None, dry: bool, recompute: bool = False, graph: bool = False
 ) -> tuple[Callable[[], torch.Tensor], int]:
-    """(step, tokens in it) on fixed random tokens."""
+    """(step, tokens per step) on fixed random tokens."""
     torch.manual_seed(0)
     batch, length = (1, 4) if dry else (32, 256)
     changes: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def training_step(
     model.recompute_activations(recompute)
     loss_of: Callable[..., torch.Tensor] = model.loss
     if compile_mode is not None:
-        # a dry run traces the same graph, and compiles nothing
+        # a dry run traces the same graph but compiles nothing
         loss_of = torch.compile(model.loss, **({"backend": "aot_eager"} if dry else {"mode": compile_mode}))
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=1e-3, betas=(0.9, 0.95), fused=CUDA)
     tokens = torch.randint(0, 28, (batch, length), device=DEVICE)
@@ -108,7 +108,7 @@ def profile(step: Callable[[], torch.Tensor], path: Path) -> str:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if CUDA:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    for _ in range(BEFORE + 1):  # the last one captures, with --graph
+    for _ in range(BEFORE + 1):  # with --graph the last one captures
         step()
     with torch.profiler.profile(activities=activities) as found:
         step()

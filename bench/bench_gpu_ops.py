@@ -1,19 +1,19 @@
-"""Every operator on the GPU, beside what else computes the same.
+"""Every operator on the GPU, compared with other implementations.
 
     python bench/bench_gpu_ops.py --out results.json            # all groups, within --limit seconds
-    python bench/bench_gpu_ops.py --out results.json --only lif --rows others   # but the compiled reference
+    python bench/bench_gpu_ops.py --out results.json --only lif --rows others   # not the compiled reference
     TRITON_INTERPRET=1 python bench/bench_gpu_ops.py --out results.json --dry-run    # no GPU, tiny shapes
 
-Rows of a group, each left out with the reason where it can't run: these kernels, the eager reference,
-torch.compile of the reference, and peers where they are installed: SpikingJelly's neurons
-(`peer_spikingjelly.py`), causal FlashAttention by way of scaled_dot_product_attention (which computes another
-function of the same inputs), flash-linear-attention's chunked linear attention. Spikes that come in, and
-those of `lif` and `norm_lif`, have the rate of a trained model, about one in six; the groups of
-`gpu_rates.py` go over rates. A result is compared with the reference before anything is timed; a row that is
-wrong says so and has no time. Groups that were not reached are listed in "left_out".
+The rows of a group are these kernels, the eager reference, torch.compile of the reference, and, if they are
+installed, peers: SpikingJelly's neurons (`peer_spikingjelly.py`), causal FlashAttention through
+scaled_dot_product_attention (which computes another function of the same inputs) and flash-linear-attention's
+chunked linear attention. A row that cannot run gives the reason instead. Input spikes, and the output spikes
+of `lif` and `norm_lif`, have the rate of a trained model, about one in six; the groups of `gpu_rates.py` vary
+the rate. Results are compared with the reference before anything is timed; a wrong row says so and has no
+time. Groups for which there was no time are listed in "left_out".
 
-Times are medians of device events with the cache flushed between runs, the host being ahead. GB/s counts the
-bytes that must move at the least; its share is of a large copy's, measured in the same run.
+Times are medians of device events, with the cache flushed between runs and kernels queued in advance. GB/s
+counts the least bytes that must move; its share is of the rate of a large copy, measured in the same run.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from gpu_rates import rate_groups
 from torch import Tensor
 
 GROUPS = {**OPERATOR_GROUPS, "rates": rate_groups}
-LATER = (FLASH_LINEAR, COMPILED)  # rows that tune or compile for long: after all others, in this order
+LATER = (FLASH_LINEAR, COMPILED)  # rows that take long to tune or compile: after all others, in this order
 PASSES: dict[str, tuple[str | None, ...]] = {
     "all": (None, *LATER),
     "others": (None, FLASH_LINEAR),
     "compiled": (COMPILED,),
 }
 CHECKED = ("ours", "ours, two kernels", COMPILED, EXTENSION, *RATE_ROWS)
-CLOCK = 2e9  # cycles a second, about: of the wait before a measured call
-PEERS = 60.0  # at most so many seconds, and half the limit, are kept for SpikingJelly
-IMPORT = 9.0  # of them that a process which can't run takes to say so
+CLOCK = 2e9  # cycles per second, roughly, to express the wait before a measured call
+PEERS = 60.0  # seconds reserved for SpikingJelly, though at most half the limit
+IMPORT = 9.0  # seconds of these that a process needs to report that it cannot run
 
 
 def median_ms(call: Callable[[], Any], quick: bool) -> float:
-    """Time on the device, by events; the cache is flushed before each run.
+    """Median time on the device, by events; the cache is flushed before each run.
 
-    The device first waits, long enough for the host to have queued the whole call: what is measured is not
-    how fast Python asks for kernels. (Whole steps are measured by the wall clock: bench_gpu_model.py.)
+    The device first waits long enough for the host to queue the whole call, so that the time Python takes to
+    launch kernels is not measured. (Whole steps are measured by the wall clock: bench_gpu_model.py.)
     """
     start = time.perf_counter()
     call()
@@ -93,7 +93,7 @@ def ceilings(dry: bool) -> dict[str, float]:
 
 
 def run_peer(command: list[str], seconds: float) -> tuple[dict[str, Any], str]:
-    """(the last line of JSON that it printed, also if its time ran out, and why it ended)."""
+    """(the last line of JSON that the command printed, even if its time ran out; why it ended)."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, timeout=seconds)
         printed, reason = done.stdout, f"exit {done.returncode}"
@@ -108,7 +108,8 @@ def run_peer(command: list[str], seconds: float) -> tuple[dict[str, Any], str]:
 def spikingjelly_rows(dry: bool, ceiling: dict[str, float], seconds: float) -> list[dict[str, Any]]:
     """Rows for the groups of `lif_groups`, each implementation measured by a process of its own.
 
-    Each gets what is left of `seconds` but what the others need to say that they can't run.
+    Each process gets what is left of `seconds`, except for the time that those after it need to report that
+    they cannot run.
     """
     elements, steps = (1 << 12, (4,)) if dry else (1 << 26, (4, 8, 16))
     rows, end = [], time.monotonic() + seconds
@@ -138,9 +139,9 @@ def spikingjelly_rows(dry: bool, ceiling: dict[str, float], seconds: float) -> l
 
 
 def _agrees(row: str, got: Tensor | list[Tensor], want: Tensor | list[Tensor], group: Group) -> str | None:
-    """What is wrong with a row's result, a tensor or several of one shape; None if nothing is."""
+    """What is wrong with a row's result (a tensor, or several of one shape); None if nothing is."""
     if row not in CHECKED:
-        return None  # another function, or another layout
+        return None  # it computes another function, or has another layout
     got, want = (torch.stack(x) if isinstance(x, list) else x for x in (got, want))
     if row in group.exact or row == "ours, two kernels":
         differ = (got != want).double().mean().item()
@@ -155,7 +156,7 @@ def _said(error: Exception) -> str:
 
 
 def bench(group: Group, dry: bool, ceiling: dict[str, float], later: str | None) -> list[dict[str, Any]]:
-    """One of the rows that come later, or the others."""
+    """The row named `later`, one of LATER; or, with None, all rows that are not among these."""
     torch.manual_seed(0)
     rows = []
     try:
@@ -167,7 +168,7 @@ def bench(group: Group, dry: bool, ceiling: dict[str, float], later: str | None)
             return [{**rest, "row": name, "skipped": call} for name, call in calls.items()]
         assert not isinstance(reference, str)
         want = reference()
-    except Exception as error:  # nor must a group take the other groups with it
+    except Exception as error:  # a group that can't run must not take the others with it
         return [{"group": group.name, **group.about, "row": later or "all", "failed": _said(error)}]
     for name, call in calls.items():
         row: dict[str, Any] = {"group": group.name, **group.about, "row": name}
@@ -186,7 +187,7 @@ def bench(group: Group, dry: bool, ceiling: dict[str, float], later: str | None)
                     call()
                     torch.cuda.synchronize()
                     row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-                ms = median_ms(call, dry or bool(group.about))  # points of a sweep are many
+                ms = median_ms(call, dry or bool(group.about))  # a sweep has many points
                 row["ms"] = round(ms, 4)
                 row["gb_per_s"] = round(group.bytes / ms / 1e6, 1)
                 row["of_copy"] = round(group.bytes / ms / 1e6 / ceiling["copy_gb_per_s"], 3)
@@ -200,7 +201,7 @@ def bench(group: Group, dry: bool, ceiling: dict[str, float], later: str | None)
 
 
 def of(later: str | None, groups: list[Group]) -> list[Group]:
-    """Those that may have rows of a pass; the compiler's longest come last."""
+    """The groups that may have rows in a pass; those that take the compiler longest come last."""
     if later == FLASH_LINEAR:
         return [group for group in groups if "attention" in group.name]
     if later == COMPILED:
@@ -235,7 +236,7 @@ def main() -> None:
     }
     result: dict[str, Any] = {"ceilings": ceilings(options.dry_run), "rows": [], "left_out": list(work)}
 
-    def save() -> None:  # what is done survives a time limit, also one that ends this while it writes
+    def save() -> None:  # results survive a time limit, even one that ends this while it writes
         partial = options.out.with_suffix(".part")
         partial.write_text(json.dumps(result, indent=1))
         partial.replace(options.out)

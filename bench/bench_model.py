@@ -2,15 +2,15 @@
 
     python -m pytest bench/bench_model.py --benchmark-json=result.json
 
-B = 8, S = 256, T = 4; and a training step of the default model, B = 8, S = 128. One row per backend that can
-run here; the rows of a run share the machine's mood, so compare rows, not runs. Peak memory is the most of
-three processes, whose only work is two such steps each; that of the compiled operators also under the
-system's memory allocator as it is.
+B = 8, S = 256, T = 4; also a training step of the default model, B = 8, S = 128. There is one row per backend
+that can run here. The rows of a run share the machine's load, so compare rows, not runs. Peak memory is the
+largest of three processes that only run two such steps each; for the compiled operators it is also measured
+with the system's memory allocator as it is.
 
-The group "in turns" steps each way to train in a process of its own, round by round: the reference under the
-system's memory allocator as it is, and as this package sets it; the compiled operators; and those in
-bfloat16. ``speedup_*`` are ratios of the fastest rounds. "waiting threads spin" steps the default model with
-so many turns before OpenMP's threads sleep (`-k waiting`).
+The group "in turns" runs each way of training in a process of its own, one step each in turns: the reference
+with the system's memory allocator as it is, and as this package sets it; the compiled operators; and these in
+bfloat16. ``speedup_*`` are ratios of the fastest rounds. The group "waiting threads spin" trains the default
+model with several numbers of turns before OpenMP's threads sleep (`-k waiting`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _backends() -> list[str]:
 def training_step(
     backend: str, dtype: torch.dtype = torch.float32, default: bool = False
 ) -> tuple[SpikeDecoder, Callable[[], None], Callable[[], None]]:
-    """(model, forward, step) on fixed random tokens; of the default model, as it is for the built-in text."""
+    """(model, forward, step) on fixed random tokens. default: the default model for the built-in text."""
     torch.manual_seed(0)
     preset: dict[str, Any] = {"name": "default", "vocab_size": 105} if default else {"name": "original-char"}
     model = SpikeDecoder(SpikeDecoderConfig.preset(**preset)).to(DEVICE)
@@ -70,7 +70,7 @@ def training_step(
 
 
 def _backend(name: str) -> use_backend:
-    # the fastest of each operator, or the reference everywhere
+    # the fastest for each operator, or the reference everywhere
     return use_backend("reference" if name == "reference" else "auto")
 
 
@@ -80,7 +80,7 @@ def _wait() -> None:
 
 
 def _peak_memory(backend: str, recompute: bool = False, tune_malloc: bool = True) -> float:
-    """MiB: of the GPU's allocator, or resident in a fresh process, the most of three."""
+    """MiB: of the GPU's allocator, or the resident memory of a fresh process, the largest of three."""
     if DEVICE.type == "cuda":
         model, _, step = training_step(backend)
         model.recompute_activations(recompute)
@@ -150,7 +150,7 @@ WORKERS = {
     "cpu": (("cpu", "float32"), {}),
     "cpu bfloat16": (("cpu", "bfloat16"), {}),
 }
-# of the default model: how long OpenMP's threads spin before they sleep, see spikedecoder/_waiting.py
+# for the default model: how long OpenMP's threads spin before they sleep, see spikedecoder/_waiting.py
 WAITING = {
     f"{turns} turns": (("cpu", "float32", "default"), {"GOMP_SPINCOUNT": turns})
     for turns in ("1000", "10000", "300000")
@@ -200,13 +200,13 @@ def test_waiting(benchmark: Any, waiting: dict[str, list[float]], name: str) -> 
 
 
 def _replay(benchmark: Any, seconds: list[float]) -> None:
-    # the clock of the benchmark is that of the worker
+    # the benchmark reports the times of the worker
     benchmark._timer = _Replay(iter(seconds))
     benchmark.pedantic(lambda: None, rounds=len(seconds))
 
 
 class _Replay:
-    """A timer that reports durations which were measured elsewhere."""
+    """A timer that reports durations measured elsewhere."""
 
     def __init__(self, durations: Iterator[float]) -> None:
         self.durations, self.now, self.started = durations, 0.0, False
@@ -218,7 +218,7 @@ class _Replay:
         return self.now
 
 
-STEPS = 5  # of the default model at a time, which is small
+STEPS = 5  # of the default model per turn, because it is small
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine and the versions, written into the results."""
+"""Shared by all benchmarks: writes the machine and the versions into the results."""
 
 from __future__ import annotations
 

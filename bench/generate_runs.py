@@ -1,4 +1,4 @@
-"""What bench_generate.py measures with: a model that has learned a little, a server, the original."""
+"""Helpers of bench_generate.py: a model that has learned a little, a server, the original program."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def text_ids() -> list[int]:
 def make_model(
     device: torch.device, steps: int = 60, preset: str = "original-char", lr: float = 1e-3, **changes: Any
 ) -> SpikeDecoder:
-    """A preset, changed, after a short training: fresh weights do not spike like learned ones."""
+    """A preset with `changes` after a short training: fresh weights do not spike like learned ones."""
     torch.manual_seed(0)
     model = SpikeDecoder(SpikeDecoderConfig.preset(preset, **changes))
     optimizer = torch.optim.AdamW(model.parameter_groups(0.1), lr=lr)
@@ -56,7 +56,7 @@ def resident_mib() -> float:
 
 @contextmanager
 def server(model: SpikeDecoder, streams: int) -> Iterator[int]:
-    """A server of the model on a free port, which it gives."""
+    """Serves the model on a free port, which it yields."""
     from spikedecoder.serve.app import Limits
     from spikedecoder.serve.engine import Engine
     from spikedecoder.serve.server import build, listen
@@ -95,7 +95,7 @@ for line in sys.stdin:
 
 @contextmanager
 def clients(port: int, streams: int, tokens: int) -> Iterator[Any]:
-    """A function that runs that many streams at once, in a process of their own, and gives the seconds."""
+    """Yields a function that runs that many streams at once in another process and returns the seconds."""
     command = [sys.executable, "-c", _CLIENT, str(port), str(streams), str(tokens)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
@@ -137,7 +137,7 @@ print(json.dumps(times))
 
 
 def original_times(checkout: Path, python: str, model: SpikeDecoder, threads: int) -> list[float]:
-    """Seconds a character of the original's own `generate` with this model's weights; compares logits."""
+    """Seconds per character of the original's own `generate` with this model's weights; compares logits."""
     text = "".join(model.tokenizer.decode(text_ids()[:248]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pt"

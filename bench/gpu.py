@@ -3,26 +3,28 @@
     python bench/gpu.py --out results/gpu                # on a machine with a GPU
     python bench/gpu.py --out /tmp/gpu --dry-run         # on any machine: the same stages, tiny, interpreted
 
-Each stage is a process with a time limit of its own; one that fails or runs out is noted and the next
-begins. At its limit it is interrupted, as by Ctrl-C, and so can still write what it has. Everything is
-written under --out: results.json, results.md, each stage's log, traces, and, where matplotlib is installed, a
-roofline. The exit status is 0 if every stage came to its end.
+Each stage runs one or more processes side by side under a time limit of its own. If one fails or runs out of
+time, that is noted and the next stage begins. At the limit it is interrupted, as by Ctrl-C, so that it can
+still write what it has. Everything is written under --out: results.json, results.md, a log of each process,
+traces, and, if matplotlib is installed, a roofline. The exit status is 0 if every process succeeded.
 
-The package has to be installed; where nothing can be fetched, on top of an image's own torch and triton. The
-stage `build` makes the CUDA extension in place where there is nvcc, unless it is there ready-made
-(`gpu_build.py`). To bring it ready-made, build it for the Python and the architecture of the GPU's machine,
-here 3.12 and 90 (that Python needs setuptools and pybind11, the PATH cmake, ninja and nvcc):
+The package has to be installed; where nothing can be downloaded, on top of an image's own torch and triton.
+The stage `build` builds the CUDA extension in place if there is nvcc, unless a ready-made one is there
+(`gpu_build.py`). To bring one ready-made, build it for the Python and the GPU architecture of the machine
+that will run it, here 3.12 and 90 (that Python needs setuptools and pybind11; cmake, ninja and nvcc must be
+on the PATH):
 
     SPIKEDECODER_BUILD=cuda SPIKEDECODER_CUDA_ARCHS=90 python3.12 setup.py build_ext --inplace
 
-and carry what git ignores along with the checkout: spikedecoder/_C.cpython-312-x86_64-linux-gnu.so and
-spikedecoder/_C_cuda.cpython-312-x86_64-linux-gnu.so. Then there, in its root, within ten minutes for both:
+and copy the files that git ignores along with the checkout: spikedecoder/_C.cpython-312-x86_64-linux-gnu.so
+and spikedecoder/_C_cuda.cpython-312-x86_64-linux-gnu.so. Then run there, in the root of the checkout (both
+commands together take at most ten minutes):
 
     SPIKEDECODER_BUILD=off python3 -m pip install -q --no-deps --no-build-isolation -e . \\
         && python3 bench/gpu.py --out /tmp/gpu --limit 555
 
-A second call with --only operators-compiled has the rows for which there was no time. From what is then in
-/tmp/gpu, `python bench/gpu_crossover.py /tmp/gpu/results.json` writes the table that `auto` asks.
+A second call with --only operators-compiled measures the rows for which there was no time. From what is then
+in /tmp/gpu, `python bench/gpu_crossover.py /tmp/gpu/results.json` writes the table that `auto` reads.
 
 Peers are measured where they can be imported: spikingjelly (needs loguru), fla-core (needs einops).
 """
@@ -47,8 +49,8 @@ import gpu_crossover
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TOTAL = 580.0  # seconds of the whole run
-GRACE = 5.0  # seconds of them that a process has after it was interrupted
-# seconds of each; what holds no results yet comes first. "compiled" are the compiled references of all others
+GRACE = 5.0  # seconds of these that a process has to end after it was interrupted
+# seconds of each; those without results so far come first. "compiled": the compiled references of all others
 OPERATORS = {
     "rates": 75, "elements": 30, "spike_attention": 60, "lif": 85, "norm_lif": 70, "spike_linear": 25,
     "linear_norm_lif": 20, "compiled": 200,
@@ -75,7 +77,7 @@ print(json.dumps({"date": today, "python": platform.python_version(), "system": 
 
 @dataclass
 class Stage:
-    """Processes that run side by side, as [name, arguments], and the seconds they get together."""
+    """Processes, as (name, command), that run side by side, and the seconds until all are ended."""
 
     name: str
     limit: float
@@ -94,8 +96,8 @@ class Outcome:
 
 
 def stages(out: Path, dry: bool) -> list[Stage]:
-    """In this order: after the tests what no results in bench/results hold yet, then all that they hold; the
-    compiled references last, which take the compiler long and what time there is left."""
+    """The stages in order: the tests, then what has no results in bench/results yet, then what has; last the
+    compiled references, which take long to compile and get the time that is left."""
     python = [sys.executable]
     tiny = ["--dry-run"] if dry else []
     model = [*python, str(HERE / "bench_gpu_model.py"), *tiny]
@@ -109,7 +111,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
     others = ("others", [*pytest, "-m", "gpu", *(str(ROOT / f"tests/test_{name}.py") for name in marked)])
     extension = ("extension", [*pytest, str(ROOT / "tests/test_ext_cuda.py")])
     runs = [str(ROOT / f"tests/test_{name}.py") for name in ("training_graph", "training_runs")]
-    if dry:  # all of the second are skipped, but imported
+    if dry:  # `others` are all skipped, but imported
         parity = [("parity", [*pytest, kernels[0], "-k", "is_the_reference and lif-one"]), others, extension]
     else:  # compiling takes most of the time: spread over processes
         dtypes = {"float32": "float32", "float16": "float16 and not bfloat16", "bfloat16": "bfloat16"}
@@ -124,11 +126,11 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         groups |= {"norm-rest": f"norm and {no_dtype}", "rest": f"not norm and {no_dtype}"}
         parity = [(name, [*pytest, *kernels, "-k", expression]) for name, expression in groups.items()]
         parity += [extension, others, ("runs", [*pytest, "-m", "gpu", *runs])]
-        # offsets are walked under the interpreter, which needs no GPU
+        # not test_kernels_offsets.py, which runs under the interpreter and needs no GPU
         parity += [
             (name, [*pytest, str(ROOT / f"tests/test_kernels_{name}.py")]) for name in ("model", "opcheck")
         ]
-        # what the steps compile is then in the caches of Triton and inductor
+        # so that what the model's steps compile is already in the caches of Triton and inductor
         warm = {"reference": ["--compile", "default"], "triton": ["--recompute"]}
         parity += [
             (f"compile-{row}", [*model, "--row", row, "--seconds", "0", *flags])
@@ -140,7 +142,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         "triton": ["--row", "triton"],
         "reference": ["--row", "reference"],
         "reference-compiled": ["--row", "reference", "--compile", "default"],
-        "reference-graph": ["--row", "reference", "--graph"],  # how much of the rest is the host's
+        "reference-graph": ["--row", "reference", "--graph"],  # shows how much of "reference" is the host's
         "triton-reduce-overhead": ["--row", "triton", "--compile", "reduce-overhead"],
     }
     steps = {
@@ -155,7 +157,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         )
         for row in ("triton",)
     ]
-    operators = {  # each in a process of its own: after a fault on the GPU nothing else runs in one
+    operators = {  # each in a process of its own: after a fault on the GPU, a process can run nothing else
         name: Stage(
             f"operators-{name}",
             limit,
@@ -189,7 +191,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
 
 
 def _which(operators: str) -> list[str]:
-    """Arguments of `bench_gpu_ops.py`."""
+    """Arguments for `bench_gpu_ops.py`."""
     return ["--rows", "compiled"] if operators == "compiled" else ["--rows", "others", "--only", operators]
 
 
@@ -201,12 +203,12 @@ def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, st
     """Run the processes side by side; each writes STAGE-NAME.log. All are ended at the limit."""
     outcome, start = Outcome(stage.name), time.monotonic()
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        # as in what a shell runs in the background; all that is started here would ignore it too
+        # as for a background job of a shell; processes started here would ignore it, too
         signal.signal(signal.SIGINT, signal.default_int_handler)
     running = []
     for name, command in stage.processes:
         with (out / f"{stage.name}-{name}.log").open("w") as log:
-            try:  # not in the checkout, whose packages would stand before those that are installed
+            try:  # not in the checkout, whose packages would be found before those that are installed
                 process = subprocess.Popen(
                     command, stdout=log, stderr=subprocess.STDOUT, cwd=out, env=environment,
                     start_new_session=True,
@@ -221,7 +223,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, st
         _signal(process, signal.SIGINT)
     _wait([process for _, process in late], time.monotonic() + GRACE)
     for name, process in running:
-        _signal(process, signal.SIGKILL)  # what it started too, which would disturb the stages behind
+        _signal(process, signal.SIGKILL)  # with all that it started, which would disturb later stages
         code = process.wait()
         outcome.status[name] = "ok" if code == 0 else f"exit {code}"
     outcome.status |= {name: f"time limit of {seconds:.0f} s" for name, _ in late}
@@ -236,13 +238,13 @@ def _wait(processes: list[subprocess.Popen[bytes]], until: float) -> None:
 
 
 def _signal(process: subprocess.Popen[bytes], which: int) -> None:
-    """To a process and all that it started."""
+    """Send a signal to a process and all that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, which)
 
 
 def _last_json(path: Path) -> Any:
-    """The last line of a log that is JSON."""
+    """The value of the last line of a log that is a JSON object; None without one."""
     if not path.exists():
         return None
     for line in reversed(path.read_text(errors="replace").splitlines()):
@@ -260,7 +262,7 @@ def _last_line(path: Path) -> str:
 
 
 def _operators(out: Path) -> dict[str, Any] | None:
-    """The rows of all operators; the ceilings are those of the first."""
+    """The rows of all operators, with the ceilings that the first measured."""
     parts = []
     for name in OPERATORS:
         path = Path(_rows_of(out, name))
@@ -357,14 +359,14 @@ def render(result: dict[str, Any]) -> str:
 
 
 def points(result: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """(group, operations per byte, TFLOP/s) of our rows that have operations counted."""
+    """(group, operations per byte, TFLOP/s) of those of our rows whose operations are counted."""
     rows = (result["operators"] or {"rows": []})["rows"]
     ours = [r for r in rows if r["row"] == "ours" and r.get("tflop_per_s") and r.get("gb_per_s")]
     return [(r["group"], r["tflop_per_s"] / (r["gb_per_s"] / 1e3), r["tflop_per_s"]) for r in ours]
 
 
 def roofline(result: dict[str, Any], path: Path) -> None:
-    """Arithmetic intensity against TFLOP/s, under the measured ceilings; nothing where there is nothing."""
+    """Draw TFLOP/s over arithmetic intensity, under the measured ceilings; nothing if there are no points."""
     found = points(result)
     try:
         import matplotlib
@@ -427,12 +429,12 @@ def main() -> int:
         else:
             outcomes.append(run_stage(stage, out, seconds, environment))
         print(f"{stage.name}: {outcomes[-1].status} in {outcomes[-1].seconds} s", flush=True)
-        result = gather(out, outcomes, options.dry_run)  # after every stage: a cut run leaves its results
+        result = gather(out, outcomes, options.dry_run)  # after every stage: a run cut short leaves results
         (out / "results.json").write_text(json.dumps(result, indent=1))
         try:
             (out / "results.md").write_text(render(result))
             roofline(result, out / "roofline.png")
-        except Exception:  # --redraw makes them again: no reason to leave the other stages out
+        except Exception:  # --redraw can make them later: go on with the other stages
             traceback.print_exc()
     if (out / "results.md").exists():
         print((out / "results.md").read_text())

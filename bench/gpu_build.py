@@ -1,9 +1,9 @@
-"""The CUDA extension on the machine that this runs on: ready-made if it is there, else built in place.
+"""Provide the CUDA extension on this machine: a ready-made one if it is there, else one built in place.
 
-    python bench/gpu_build.py              # says what is there in a line of JSON; status 1: nothing usable
-    python bench/gpu_build.py --no-build   # builds nothing, and ends with 0
+    python bench/gpu_build.py              # prints what is there as a line of JSON; status 1: nothing usable
+    python bench/gpu_build.py --no-build   # builds nothing; status 0
 
-A module is of one version of Python, which its name says; those of others are named and passed by.
+A module is for one version of Python, given in its name; those for other versions are reported and not used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ print(json.dumps({"folder": folder, "architecture": architecture, "loaded": Fals
 
 
 def state() -> dict[str, Any]:
-    """What a fresh process finds, outside of the checkout as all that is measured."""
+    """What a fresh process finds, started outside the checkout like all that is measured."""
     done = subprocess.run([sys.executable, "-c", _STATE], capture_output=True, text=True, cwd="/")
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("{"):
@@ -52,13 +52,13 @@ def is_usable(found: dict[str, Any]) -> bool:
 
 
 def of_other_pythons(folder: Path) -> list[str]:
-    """Names of CUDA modules in `folder` that this Python does not take."""
+    """Names of CUDA modules in `folder` that are for another Python."""
     own = {MODULE + suffix for suffix in importlib.machinery.EXTENSION_SUFFIXES}
     return sorted(path.name for path in folder.glob(f"{MODULE}.*so") if path.name not in own)
 
 
 def build(architecture: str | None) -> str | None:
-    """Both modules, into the checkout; why it failed, or None."""
+    """Build both modules into the checkout; returns why that failed, or None."""
     environment = {**os.environ, "SPIKEDECODER_BUILD": "cuda"}
     environment.setdefault("SPIKEDECODER_CUDA_ARCHS", architecture or "90")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -67,7 +67,7 @@ def build(architecture: str | None) -> str | None:
 
 
 def provide(may_build: bool) -> dict[str, Any]:
-    """What is there in the end. "how": ready-made, built in N s, or missing, then with "why"."""
+    """What is there in the end. "how" is "ready-made", "built in N s", or "missing", then with "why"."""
     found = state()
     said: dict[str, Any] = {"python": sys.implementation.cache_tag}
     if is_usable(found):

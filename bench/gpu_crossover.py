@@ -1,10 +1,10 @@
-"""From the rates of spikes of a GPU run to the table that `auto` asks, and to a page.
+"""Turn a GPU run's times over spike rates into the table that `auto` reads, and into a page.
 
     python bench/gpu_crossover.py DIR/results.json       # of `gpu.py`: writes spikedecoder/ops/crossover.json
 
-Of each operator, dtype and shape: up to which rate, of those measured and from the lowest on, the CUDA
-extension took less time than Triton, which `auto` would choose otherwise, and than cuBLAS on dense spikes. 0:
-at none.
+For each operator, dtype and shape, the table has the measured rate up to which, from the lowest on, the CUDA
+extension took less time than Triton, which `auto` would choose otherwise, and than cuBLAS on dense spikes. 0
+means at none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Times = dict[float, dict[str, float]]  # ms by rate and row
 
 
 def is_point(row: dict[str, Any]) -> bool:
-    """Whether a row is one of a sweep over rates."""
+    """Whether a row belongs to a sweep over rates."""
     return "rate" in row
 
 
@@ -40,7 +40,7 @@ def shapes(rows: list[dict[str, Any]]) -> dict[Shape, Times]:
 
 
 def faster_up_to(times: Times, than: str) -> float | None:
-    """The rate up to which the extension took less time; None where the two were nowhere measured both."""
+    """The rate up to which the extension took less time; None if no rate has times of both."""
     rates = sorted(rate for rate, ms in times.items() if CUDA in ms and than in ms)
     if not rates:
         return None
@@ -53,7 +53,7 @@ def faster_up_to(times: Times, than: str) -> float | None:
 
 
 def table(result: dict[str, Any]) -> dict[str, Any]:
-    """What is committed. ValueError where the result is not of a GPU, or holds no rates."""
+    """The table to commit. Raises ValueError if the result is not that of a GPU, or holds no rates."""
     environment = result["environment"] or {}
     gpu = environment.get("gpu")
     if result["dry_run"] or not gpu:
@@ -73,14 +73,14 @@ def table(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(found: dict[str, Any], path: Path) -> None:
-    """An entry a line."""
+    """Write the table, one entry per line."""
     entries = ",\n".join(f"  {json.dumps(entry)}" for entry in found["entries"])
     measured = json.dumps(found["measured"])
     path.write_text(f'{{\n "measured": {measured},\n "entries": [\n{entries}\n ]\n}}\n')
 
 
 def page(rows: list[dict[str, Any]]) -> list[str]:
-    """As Markdown: of each shape a table of ms, rates across."""
+    """Markdown with a table of ms for each shape, one column per rate."""
     lines = []
     for shape, times in shapes(rows).items():
         of_shape = [row for row in rows if is_point(row) and tuple(row[name] for name in SHAPE) == shape]

@@ -23,7 +23,7 @@ from spikedecoder.reference import pack_spikes as pack_reference
 from spikedecoder.reference import spike_attention as attention_reference
 from spikedecoder.reference import spike_attention_lif as attention_lif_reference
 
-# how to call each row; a string instead says why it is left out
+# how to call each row, or a string that says why it is left out
 Calls = dict[str, "Callable[[], Any] | str"]
 COMPILED = "compiled reference"
 FLASH_LINEAR = "flash-linear-attention"
@@ -31,14 +31,14 @@ EXTENSION = "CUDA extension"
 P = LIFParams()
 INTEGERS = ILIFParams(15, 0.36)
 RATE = 0.16
-SPREAD, MEAN = 1.8, 0.3  # of potentials that make one neuron in six fire, at any number of timesteps
+SPREAD, MEAN = 1.8, 0.3  # of currents that make one neuron in six fire, at any number of timesteps
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
 @dataclass
 class Group:
-    """One operator and shape: how to call each row, the bytes and operations at the least."""
+    """One operator and shape: how to call each row, and the least bytes and operations that it needs."""
 
     name: str
     make: Callable[[], Calls]
@@ -47,11 +47,11 @@ class Group:
     exact: tuple[str, ...] = field(default=("ours",))  # rows that must equal `reference`
     reference: str = "eager reference"  # the row that the others are compared with
     slow: bool = False  # takes the compiler long: measured after all others
-    about: dict[str, Any] = field(default_factory=dict)  # what it is, in its rows: one point of a sweep
+    about: dict[str, Any] = field(default_factory=dict)  # identifies a point of a sweep, in its rows
 
 
 def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Without a GPU traced only: a dry run walks the same calls."""
+    """torch.compile; without a GPU it only traces, so that a dry run makes the same calls."""
     return torch.compile(fn, dynamic=False, backend="inductor" if CUDA else "eager")
 
 
@@ -72,12 +72,12 @@ def currents(*shape: int) -> Tensor:
 
 
 def affine(C: int) -> tuple[Tensor, Tensor]:
-    """A norm's weight and bias, for the same potentials behind it."""
+    """Weight and bias of a norm, such that its outputs are like `currents`."""
     return torch.full((C,), SPREAD, device=DEVICE), torch.full((C,), MEAN, device=DEVICE)
 
 
 def both_ways(fn: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], Tensor]:
-    """Forward and backward; what is called gives dL/dx."""
+    """A call that runs forward and backward, and returns dL/dx."""
 
     def call() -> Tensor:
         leaf = x.detach().requires_grad_()
@@ -89,7 +89,7 @@ def both_ways(fn: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callab
 
 
 def extension(operator: str) -> ModuleType | str:
-    """The CUDA extension's module of an operator, or why it is not there."""
+    """The CUDA extension's module for an operator, or why it is missing."""
     from spikedecoder.ext import cuda
 
     return cuda.missing() or importlib.import_module(f"{cuda.__name__}.{operator}")
@@ -127,7 +127,7 @@ def lif_groups(dry: bool) -> Iterator[Group]:
                 COMPILED: both_ways(_compiled(reference), x, grad),
             }
 
-        # forward 2 b, backward 3 b
+        # elements of 2 bytes: two in the forward pass, three in the backward pass
         name = f"lif forward + backward bf16 T={T} n={elements}"
         yield Group(name, make_both, 10.0 * elements, exact=(), slow=T > 4)
 
@@ -189,7 +189,7 @@ def norm_lif_groups(dry: bool) -> Iterator[Group]:
         yield Group(name, make, 4.0 * elements, slow=T > 4)
         for kind in ("layer", "batch"):
             yield _norm_lif_both(kind, T, C, elements)
-    for C in (48,) if dry else (80, 384, 1280):  # rows of slices
+    for C in (48,) if dry else (80, 384, 1280):  # rows that are split into slices
         yield _norm_lif_both("layer", 4, C, elements)
 
     for C in (64, 48) if dry else (512, 384):
@@ -212,14 +212,14 @@ def attention_groups(dry: bool) -> Iterator[Group]:
     from spikedecoder.kernels import spike_attention_lif as fused
 
     sizes = [(2, 1, 2, 40, 16)]
-    if not dry:  # that the cost is linear in S shows in equal shares of the copy
+    if not dry:  # a cost that is linear in S shows in equal shares of the copy
         sizes = [(4, 16, 8, 2048, 64), (4, 2, 8, 16384, 64), (4, 1, 8, 65536, 64), (4, 32, 5, 256, 16)]
     for T, B, H, S, d in sizes:
         shape = (T, B, S, H, d)
         elements = math.prod(shape)
         flops = elements * 2.0 * (2 * 64 + 2 * d)
         name = f"T={T} BH={B * H} S={S} d={d}"
-        long = S > 4096  # the quadratic peers and the reference would take the whole time
+        long = S > 4096  # the quadratic peers and the reference would use up the time
 
         def make(shape: tuple[int, ...] = shape, long: bool = long) -> Calls:
             q, key, v = (_spikes(*shape).transpose(2, 3) for _ in range(3))
@@ -239,7 +239,7 @@ def attention_groups(dry: bool) -> Iterator[Group]:
             calls[FLASH_LINEAR] = fla if isinstance(fla, str) else lambda: fla(q, key, v)
             return calls
 
-        slow = S > 256  # a loop over chunks, unrolled
+        slow = S > 256  # the reference is a loop over chunks, which the compiler unrolls
         yield Group(f"spike_attention forward bf16 {name}", make, 8.0 * elements, flops, slow=slow)
         if long:
             continue
@@ -291,7 +291,7 @@ def attention_groups(dry: bool) -> Iterator[Group]:
 
 
 def _flash_linear_attention() -> Callable[..., Tensor] | str:
-    """Of q, k, v [T, B, H, S, d]; its kernels take [B, S, H, d]."""
+    """A function of q, k, v [T, B, H, S, d] (its kernels take [B, S, H, d]), or why there is none."""
     if not CUDA:
         return "needs a CUDA device"
     try:
@@ -344,7 +344,7 @@ def linear_groups(dry: bool) -> Iterator[Group]:
 
 
 def linear_norm_lif_groups(dry: bool) -> Iterator[Group]:
-    """Inference: one kernel where it pays, its parts beside it."""
+    """Inference: one kernel where that pays, and its parts beside it."""
     from spikedecoder.kernels import linear_norm_lif as k
     from spikedecoder.kernels import norm_lif, spike_linear
 
@@ -354,7 +354,7 @@ def linear_norm_lif_groups(dry: bool) -> Iterator[Group]:
 
             def make(T: int = T, R: int = R, K: int = K, N: int = N, kind: str = kind) -> Calls:
                 s = _spikes(T, R, K)
-                # whole numbers: their sums are exact in bfloat16, and no order of adding moves a spike
+                # integers: their sums are exact in bfloat16, so that the order of adding moves no spike
                 weight = torch.randint(-3, 4, (N, K), device=DEVICE).to(torch.bfloat16)
                 mean, rstd = torch.zeros(N, device=DEVICE), torch.full((N,), 0.5, device=DEVICE)
                 given = (mean, rstd / (RATE * K) ** 0.5) if kind == "channel" else (None, None)
@@ -381,7 +381,7 @@ def linear_norm_lif_groups(dry: bool) -> Iterator[Group]:
 
 
 def element_groups(dry: bool) -> Iterator[Group]:
-    """What passes over memory once: neurons without time, and bits."""
+    """Operators that pass over memory once: neurons without timesteps, and packing."""
     from spikedecoder.kernels import binarize, ilif, pack_spikes
 
     elements, C = (1 << 12, 64) if dry else (1 << 26, 512)
@@ -424,7 +424,7 @@ def element_groups(dry: bool) -> Iterator[Group]:
     )
     yield Group(f"ilif forward {size}", make, 4.0 * elements)
     make = through(lambda x: ops.ilif_params(x, INTEGERS), lambda x: ilif_reference.ilif(x, INTEGERS))
-    # each way 2 b, and a byte for where the gradient passes
+    # in each direction two elements of 2 bytes, and a byte for where the gradient passes
     yield Group(f"ilif forward + backward {size}", make, 10.0 * elements, exact=())
 
     def make_pack() -> Calls:

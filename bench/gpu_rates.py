@@ -1,10 +1,10 @@
-"""Spike products and packing over rates of spikes: the CUDA extension, Triton and cuBLAS, side by side.
+"""Spike products and packing at several spike rates: the CUDA extension, Triton and cuBLAS, side by side.
 
-One group is one operator, dtype, shape and rate; `gpu_crossover.py` reads from their rows where the extension
-is the fastest. Each row does what `auto` would call: it packs the spikes, and the extension transposes a
-weight that does not lie by columns (what it takes without is a row of its own). "dense" has its spikes as
-floats already, and keeps no bits. float32 is multiplied without TF32, as torch does unless told otherwise.
-Packing takes as long at any rate, and is measured at one.
+One group is one operator, dtype, shape and rate; from their rows `gpu_crossover.py` finds where the extension
+is the fastest. Each row does all that `auto` would call: it packs the spikes, and the extension transposes a
+weight that is not stored by columns (a row of its own has the time without that). "dense" has its spikes as
+floats already, and keeps no bits. float32 is multiplied without TF32, which is torch's default. Packing takes
+the same time at any rate, and is measured at one.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _group(
 
 
 def rate_groups(dry: bool) -> Iterator[Group]:
-    """The dtype and the operators that models use most come first: what is last may be left out."""
+    """The dtype and the operators that models use most come first, because the last may be left out."""
     shapes, many, rates = (((64, 32),), 40, RATES[-2:]) if dry else (SHAPES, MANY, RATES)
     for dtype in DTYPES:
         for make, rows in ((product_group, many), (product_group, FEW), (gradient_group, many)):

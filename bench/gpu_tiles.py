@@ -1,11 +1,12 @@
-"""Other tiles than the tables in kernels/ choose, timed beside them: where those tables come from.
+"""Time other tiles beside those that the tables in kernels/ choose: these tables come from such runs.
 
     python bench/gpu_tiles.py --out tiles.json --jobs 14                # on a machine with a GPU
     TRITON_INTERPRET=1 python bench/gpu_tiles.py --out tiles.json --dry-run     # any machine, tiny, no times
 
-A table is a function that says the block sizes of a launch. Each candidate replaces what it returns; None is
-what it returns itself. A result that differs from the table's is noted. Compiling takes most of the time:
---jobs processes do it ahead, side by side. bfloat16, medians on the device as in bench_gpu_ops.py.
+A table is a function that returns the block sizes of a launch. Each candidate replaces what it returns; None
+stands for the table's own choice. A result that differs from that of the table's choice is noted. Compiling
+takes most of the time: --jobs processes do it in advance, side by side. All is in bfloat16; times are medians
+on the device, as in bench_gpu_ops.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Table:
-    """A table, the sizes it is asked for, what it may say, and a call that asks it."""
+    """A table, the sizes it is called for, candidates for what it returns, and a call that uses it."""
 
     name: str
     size: dict[str, int]
@@ -52,7 +53,7 @@ def _flat(warps: int, a_thread: int) -> dict[str, int]:
 
 
 def _rows(C: int, a_thread: int, slices: int) -> dict[str, int]:
-    """Rows in `slices` tiles, a_thread elements of each a thread."""
+    """Rows of C channels in `slices` tiles, with `a_thread` elements of each tile per thread."""
     width = max(16, power_of_2(cdiv(C, slices)))
     warps = max(1, width // (32 * a_thread))
     rows = max(1, 32 * warps * a_thread // width)
@@ -80,7 +81,7 @@ def norm_lif_tables(elements: int) -> Iterator[Table]:
     for T, C in ((4, 80), (8, 80), (4, 384), (4, 512), (8, 512), (16, 512), (4, 1280)):
         shape = (T, max(1, elements // T // C), C)
         many = norm_lif.slices(C)[0]
-        apart = [(many, n) for n in (2, 4, 8)] if many > 1 else []  # (slices, elements of each a thread)
+        apart = [(many, n) for n in (2, 4, 8)] if many > 1 else []  # (slices, elements per thread)
         forward = [
             {**_rows(C, n, slices), "CHUNK": min(T, c), "STAGES": s}
             for slices, n in ((1, 8), (1, 16), *apart)
@@ -172,14 +173,14 @@ def run(table: Table, candidate: Any, inputs: Inputs) -> Tensor:
 
 
 def compile_ahead(job: tuple[int, bool, int, int]) -> None:
-    """Every `of`-th candidate of a table, from `part` on, once."""
+    """Run every `of`-th candidate of a table once, from number `part` on, so that it is compiled."""
     number, dry, part, of = job
     table = tables(dry)[number]
     inputs = table.make()
     for candidate in (None, *table.candidates)[part::of]:
         try:
             run(table, candidate, inputs)
-        except Exception:  # said when it is measured
+        except Exception:  # reported when it is measured
             continue
 
 

@@ -1,4 +1,4 @@
-"""The picture of the README: held-out bits per token of a run, beside n-gram models of the same text.
+"""Draw the README's picture: held-out bits per token of a run, beside n-gram models of the same text.
 
 spikedecoder train --out runs/picture
 python bench/learning.py runs/picture docs/learning.png

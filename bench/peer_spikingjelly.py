@@ -1,11 +1,12 @@
 """SpikingJelly's multi-step LIF, forward and backward, by one of its implementations; prints JSON.
 
-After each T a line with all so far: a process that is ended early leaves what it has.
+After each T it prints a line with all results so far, so that a process ended early leaves what it has.
 
     python bench/peer_spikingjelly.py --implementation triton --T 4 --T 8
 
-Version 2 reads the implementation for CUDA (torch, cuda or triton) from a variable when it is imported, so
-each is a process of its own; earlier ones take a `backend` (torch, cupy or triton). What can't run says why.
+Version 2 reads the implementation for CUDA (torch, cuda or triton) from an environment variable on import, so
+each needs a process of its own; earlier versions take a `backend` (torch, cupy or triton). What cannot run
+says why.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ IMPLEMENTATIONS = ("torch", "cuda", "cupy", "triton")
 
 
 def node_of(implementation: str) -> Any:
-    """A LIFNode with the neuron of these benchmarks. ValueError with the reason where there is none."""
+    """A LIFNode with the neuron of these benchmarks. Raises ValueError with the reason if there is none."""
     os.environ["SJ_LIF_CUDA_IMPLEMENTATION"] = implementation
     try:
         from spikingjelly.activation_based import neuron, surrogate
@@ -57,7 +58,7 @@ def measure(implementation: str, T: int, elements: int, dry: bool) -> dict[str, 
     state = torch.zeros(x.shape[1:], device=DEVICE)
 
     def spikes(leaf: Tensor) -> Tensor:
-        # version 2's kernels take potentials in float32 alone, and its module makes them of x's dtype
+        # version 2's kernels take potentials only in float32, but its module makes them in x's dtype
         if hasattr(functional, "lif_multi_step"):
             sigmoid = node.surrogate_function
             return functional.lif_multi_step(leaf, state, 2.0, True, 1.0, 0.0, sigmoid, True, False)[0]

@@ -1,4 +1,4 @@
-"""The name of this machine's processor, as results say it."""
+"""The name of this machine's processor, as written into results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Its name and, as virtual machines often say no more than the maker, its family and model."""
+    """The processor's name, family and model: in virtual machines the name is often only the maker's."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

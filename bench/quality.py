@@ -5,10 +5,10 @@
     python bench/quality.py --size medium --device cuda --length 512 --steps 8000 --out bench/results/medium
 
 Every row of `quality_rows.py` is trained with every seed by the same loop: windows, optimiser and schedule
-of `TrainConfig`. Kept of each run: held-out bits per token, over training and at the end; bits where the
-context is 4 and 16 times the training length; spike rate; estimated energy; tokens per second. A run is one
-file under OUT/, so that an interrupted study goes on, and several processes may work on it at once. The table
-and the pictures are drawn from those files, and OUT.json keeps them: a study goes on from it alone, too.
+of `TrainConfig`. Each run records held-out bits per token, during training and at the end; bits with contexts
+of 4 and 16 times the training length; spike rate; estimated energy; tokens per second. A run is one file
+under OUT/, so that an interrupted study can go on and several processes can work on it at once. The table and
+the pictures are drawn from those files. OUT.json keeps them all, and is enough to go on with a study.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def held_out_bits(model: SpikeDecoder | GPT, corpus: Corpus, length: int, limit:
 
 
 def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int, device: str) -> dict[str, Any]:
-    """Train one row with one seed, and judge it."""
+    """Train one row with one seed, and evaluate it."""
     settings = TrainConfig(steps=steps, seed=seed, **row.train)
     torch.manual_seed(seed)
     model = build(row, corpus, length)
@@ -113,7 +113,7 @@ def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int, device: st
 
 @torch.no_grad()
 def spikes_and_energy(model: SpikeDecoder, corpus: Corpus, length: int) -> dict[str, Any]:
-    """Mean spike rate; joules a token, of each kind: its own, and of the same shapes without spikes."""
+    """Mean spike rate, and joules per token of each kind: the model's own, and its non-spiking twins'."""
     tokens, _ = next(held_out_batches(corpus.val, length, 16))
     tokens = tokens.to(model.device)
     with SpikeCounter(model) as counter:
@@ -199,7 +199,7 @@ def describe(corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
 def prepare(out: Path, study: dict[str, Any], parser: argparse.ArgumentParser) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "study.json"
-    if not path.exists() and out.with_suffix(".json").exists():  # goes on from what was kept of its runs
+    if not path.exists() and out.with_suffix(".json").exists():  # restore its runs, to go on from them
         kept = json.loads(out.with_suffix(".json").read_text())
         for result in kept.pop("runs"):
             write_json(out / f"run-{slug(result['row'])}-{result['seed']}.json", result)
@@ -215,7 +215,7 @@ def prepare(out: Path, study: dict[str, Any], parser: argparse.ArgumentParser) -
 
 
 def work(out: Path, row: Row, seed: int, corpus: Corpus, options: argparse.Namespace) -> None:
-    """Run one row with one seed, unless it is there or another process is at it."""
+    """Run one row with one seed, unless its result is there or another process works on it."""
     path = out / f"run-{slug(row.name)}-{seed}.json"
     claim = path.with_suffix(".claim")
     try:

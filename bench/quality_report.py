@@ -26,14 +26,14 @@ def mean(runs: list[dict[str, Any]], key: str = "bits") -> float:
 
 
 def half_width(runs: list[dict[str, Any]]) -> float | None:
-    """Of the 95 % confidence interval of the mean; None for one seed."""
+    """Half the width of the 95 % confidence interval of the mean bits; None for one seed."""
     n = len(runs)
     if n < 2:
         return None
     return _T95.get(n - 1, 1.96) * statistics.stdev(r["bits"] for r in runs) / math.sqrt(n)
 
 
-# of an energy estimate: what its mode is called in the package, and whether memory is counted
+# for each kind of energy estimate: its mode in the package, and whether memory is counted
 KINDS_OF_ENERGY: dict[str, tuple[Literal["prompt", "token"], bool]] = {
     "arithmetic": ("prompt", False),
     "with memory": ("prompt", True),
@@ -96,13 +96,13 @@ def render(study: dict[str, Any], runs: list[dict[str, Any]], rows: list[Row]) -
 
 
 def own_energy(runs: list[dict[str, Any]], number_format: str) -> float | None:
-    """Joules a token of the model's own arithmetic."""
+    """Joules per token of the model's own arithmetic."""
     values = [r["energy"][f"this model, {number_format}"]["arithmetic"] for r in runs if r["energy"]]
     return statistics.mean(values) if values else None
 
 
 def twins_energy(by_row: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What the same shapes cost without spikes, per token, beside the default's own."""
+    """Table of the energy per token of the default, and of its shapes without spikes."""
     runs = by_row.get("default") or next((r for r in by_row.values() if r[0]["energy"]), None)
     if not runs or not runs[0]["energy"]:
         return []
@@ -182,7 +182,7 @@ def _curves(ax: Any, by_row: dict[str, list[dict[str, Any]]], anns: set[str]) ->
 def _against_energy(
     ax: Any, by_row: dict[str, list[dict[str, Any]]], rows: list[Row], twin: str | None
 ) -> None:
-    """All rows; those of the ladder and of timesteps by name."""
+    """All rows; those of the ladder and of the timesteps are labelled."""
     named = {row.name for row in rows if row.name[0] == "+" or row.steps is not None or row.name == "default"}
     points = [
         (name, 1e9 * joules, mean(found), "o")

@@ -1,4 +1,4 @@
-"""The rows of the study: what each changes, and in which order they are told."""
+"""The rows of the study: what each changes, in the order in which they are listed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ BEST_LIF: dict[str, Any] = {**SPREAD, "residual_init": 0.3}
 
 
 def integers(levels: int, unit: float, **changes: Any) -> dict[str, Any]:
-    """The last step of the ladder: neurons of integers 0 to `levels`, each worth `unit`, in one timestep."""
+    """The last step of the ladder: I-LIF neurons with integers 0 to `levels`, in units of `unit`, and T = 1.
+
+    changes: other fields of the config.
+    """
     # the scale that LIF's attention has, for spikes worth `unit`
     own = {
         "neuron": "ilif",
@@ -38,7 +41,7 @@ FAST: dict[str, Any] = {"lr": 8e-3}
 
 
 def slug(name: str) -> str:
-    """A row's name in that of a file."""
+    """A row's name as part of a file's name."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
@@ -46,9 +49,9 @@ def slug(name: str) -> str:
 class Row:
     """One model of the study.
 
-    kind: what `model` holds: "spike" fields of a `SpikeDecoderConfig`, "preset" its name and changes to it,
-    "gpt" arguments of `GPT`. train: fields of a `TrainConfig`. tried: a change of
-    `quality_tried.TRIED`.
+    kind: says what `model` holds: for "spike", fields of a `SpikeDecoderConfig`; for "preset", its name and
+    changes to it; for "gpt", arguments of `GPT`. train: fields of a `TrainConfig`. tried: the name of a
+    change in `quality_tried.TRIED`.
     """
 
     name: str
@@ -56,19 +59,19 @@ class Row:
     model: dict[str, Any]
     train: dict[str, Any] = field(default_factory=lambda: dict(SLOW))
     tried: str | None = None
-    steps: int | None = None  # binary timesteps, of the rows that differ by these alone
+    steps: int | None = None  # binary timesteps, of the rows that differ only in these
 
     @property
     def ann(self) -> bool:
         return self.kind == "gpt" or self.model.get("spike_degree") == 0
 
     def reads_past(self, length: int, times: int) -> bool:
-        """Whether a context of `times` the training length has positions."""
+        """Whether the model has positions for contexts of `times` the training length."""
         return times == 1 or self.model.get("position") != "learned"
 
 
 SMALL: list[Row] = [
-    # the ladder: each adds to the one before
+    # the ladder: each row adds to the one before
     Row("original recipe", "spike", ORIGINAL),
     Row("+ embedding gain 2", "spike", GAIN),
     Row("+ token shift 4", "spike", SHIFT),

@@ -1,4 +1,4 @@
-"""Neurons that were tried and did not earn a place in the package: prototypes, so that their figures stay.
+"""Neurons that were tried but are not in the package, as prototypes with which their figures can be repeated.
 
 Each function changes a built `SpikeDecoder` in place, for training only, in plain PyTorch.
 """
@@ -86,7 +86,7 @@ class _Wide(ILIFParams):
 
 
 def wide_window(model: SpikeDecoder) -> None:
-    """The gradient of I-LIF neurons passes up to one level farther outside of their range."""
+    """The gradient of I-LIF neurons passes up to one level farther outside their range."""
     for module in model.modules():
         if isinstance(module, ILIF):
             p = module.params
@@ -100,7 +100,7 @@ def wide_window(model: SpikeDecoder) -> None:
 
 
 def _replace(model: SpikeDecoder, neuron: Neuron) -> None:
-    """Every layer of neurons computes `neuron` of its current."""
+    """Make every layer of neurons compute `neuron` of its current."""
     for module in model.modules():
         if isinstance(module, AttentionLIF):
             module.forward = _attention(module, neuron)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The non-spiking twin of the study: an ordinary pre-norm GPT, given the helps that the spiking model has."""
+"""The non-spiking twin of the study: an ordinary pre-norm GPT, optionally with the spiking model's shifts."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over targets [B, S], those of -100 left out."""
+        """Mean cross-entropy in nats over targets [B, S]; those of -100 are not counted."""
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A benchmark's JSON as a committed result: small, with machine, versions, date and command.
+"""Turn a benchmark's JSON into a committed result: small, with machine, versions, date and command.
 
 python bench/report.py result.json NAME COMMAND...    writes bench/results/NAME.json and NAME.md
 """
@@ -36,7 +36,7 @@ def condense(raw: dict[str, Any], command: str) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The result as Markdown: one table a group, each row beside the group's slowest."""
+    """The result as Markdown: one table per group, each row compared with the group's slowest."""
     machine = result["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     lines = [

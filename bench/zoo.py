@@ -1,13 +1,13 @@
-"""The four kinds of decoder, characters and words, on the same text: what each is worth and what it costs.
+"""Four kinds of decoder, on characters and on words of the same text: how well they learn, what they cost.
 
     python bench/zoo.py               trains what is missing, writes docs/zoo.md and docs/zoo.png
     python bench/zoo.py --speeds      only times the trained models again
     python bench/zoo.py --out runs/small --char-steps 20 --word-steps 20 --doc runs/small/zoo.md
 
 All eight models read one text: the built-in one (or --text), lower-cased and cleaned to letters, apostrophes
-and full stops, so that a text of words is the same string as one of characters. Its last tenth is held out.
-Runs lie in OUT/runs/KIND-TOKENS and figures in OUT/zoo.json: an interrupted zoo goes on where it stopped.
-About 12 minutes of one core.
+and full stops, so that words and characters are the same string. Its last tenth is held out. Runs are kept in
+OUT/runs/KIND-TOKENS and figures in OUT/zoo.json: an interrupted zoo goes on where it stopped. Takes about 12
+minutes on one core.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from spikedecoder.training import TrainConfig, train
 from spikedecoder.training.run_folder import RUN
 
 TOKENS = ("char", "word")
-# the recipe of all four kinds, said here so that the page stays reproducible when the presets learn more
+# the recipe of all four kinds, kept here so that the page stays reproducible when the presets change
 RECIPE: dict[str, Any] = {"embedding_gain": 2.0, "token_shift": 4, "mlp_token_shift": 2}
 MIN_COUNT = 3  # a word seen less often is unknown
 LENGTH = {"char": 128, "word": 64}  # context
-_SPELLING = math.log2(28)  # bits a character of an unknown word: letters, apostrophe, its end
+_SPELLING = math.log2(28)  # bits per character of an unknown word: letters, apostrophe, its end
 _ENERGY_TOKENS = 4096
 
 
 def clean(paths: list[str] | None, out: Path) -> Path:
-    """OUT/text.txt: the words of the text joined again, which cleaning leaves as it is."""
+    """Write OUT/text.txt: the words of the text, joined again, such that cleaning leaves it as it is."""
     text, before = "".join(read_text_files(paths)) if paths else builtin_text(), ""
-    while text != before:  # once more where cleaning makes two apostrophes of three
+    while text != before:  # again if cleaning makes two apostrophes of three
         text, before = " ".join(clean_words(text)).replace(" .", "."), text
     path = out / "text.txt"
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -70,7 +70,7 @@ def held_out_text(path: Path, corpus: Corpus) -> str:
 
 
 def characters_predicted(path: Path, corpus: Corpus, tokens: str) -> tuple[int, float]:
-    """Characters of the held-out text behind its first token, and bits that spell its unknown words."""
+    """(characters of the held-out text after its first token, bits that spell its unknown words)."""
     text = held_out_text(path, corpus)
     if tokens == "char":
         return len(text) - 1, 0.0
@@ -98,7 +98,7 @@ def config_of(kind: str, tokens: str, tokenizer: Tokenizer) -> SpikeDecoderConfi
 
 
 def run(kind: str, tokens: str, path: Path, out: Path, steps: int) -> dict[str, Any]:
-    """Train one model, or go on with it, and say what it came to."""
+    """Train one model, or go on with it, and return its row of the table."""
     corpus = load(path, tokens)
     folder = out / "runs" / f"{kind.replace(' ', '-')}-{tokens}"
     result = train(
@@ -131,7 +131,7 @@ def run(kind: str, tokens: str, path: Path, out: Path, steps: int) -> dict[str, 
 
 
 def costs(model: SpikeDecoder, tokens: np.ndarray, tokens_per_character: float) -> dict[str, Any]:
-    """Estimated joules per character: of generation, token by token, on held-out text."""
+    """Estimated joules per character of generating held-out text, token by token."""
     length = model.config.max_len
     whole = min(_ENERGY_TOKENS, len(tokens)) // length * length
     batch = torch.from_numpy(np.asarray(tokens[:whole], dtype=np.int64)).reshape(-1, length)
@@ -152,7 +152,7 @@ def costs(model: SpikeDecoder, tokens: np.ndarray, tokens_per_character: float) 
 
 
 def speed(model: SpikeDecoder, rounds: int = 3, count: int = 200) -> float:
-    """Tokens/s of one text generated alone; the best of some rounds."""
+    """Tokens/s of one text generated alone; the best of `rounds`."""
     prompt, sampling = [[2, 3, 4, 5]], SamplingParams(temperature=0.8, seed=0)
     generate(model, prompt, 16, sampling)
     best = math.inf
@@ -222,7 +222,7 @@ def main() -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Size of the text for each kind of token, and what n-gram models make of it, per character."""
+    """Size of the text for each kind of token, and bits per character of n-gram models on it."""
     found: dict[str, Any] = {}
     for tokens in TOKENS:
         corpus = load(path, tokens)

@@ -1,13 +1,14 @@
 """Bridges to other code: the original SpikeDecoder's checkpoints and names.
 
-`convert` reads the original's checkpoints. `model`, `utils` and `trainer` are the original's modules by name,
-as thin shims over this package: a script of the original's users runs after
+`convert` reads the original's checkpoints. `model`, `utils` and `trainer` have the original's module names
+and are thin shims over this package: a script written for the original runs with these imports instead:
 
     from spikedecoder.compat import model
     from spikedecoder.compat.utils import Reader, charDataset, wordDataset
     from spikedecoder.compat.trainer import Trainer
 
-They are imported when first asked for.
+`accelerate` runs this package's LIF operator inside other libraries' models. Each module is imported on first
+access.
 """
 
 from importlib import import_module

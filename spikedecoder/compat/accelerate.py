@@ -2,22 +2,26 @@
 
     report = accelerate(model)
 
-Replaced, in place: SpikingJelly's multi-step LIF neurons (`clock_driven`'s MultiStepLIFNode of 0.0.0.0.14,
-`activation_based`'s LIFNode in multi-step mode, of 2.0 and before). A replaced neuron stays an instance of
-its class and keeps its attributes, its memory ``v`` and its ``reset``; only its multi-step forward pass is
-ours. What is changed in it afterwards is followed: a call that our operator would answer otherwise (another
-surrogate, ``store_v_seq``, a memory of another shape) goes to the neuron's own method.
+Replaced in place: SpikingJelly's multi-step LIF neurons (MultiStepLIFNode of `clock_driven` in 0.0.0.0.14,
+LIFNode of `activation_based` in multi-step mode, in 2.0 and earlier). A replaced neuron stays an instance of
+its class and keeps its attributes, its membrane potential ``v`` and its ``reset``; only its multi-step
+forward pass is ours. Later changes to the neuron take effect: a call in which our operator would give another
+result (another surrogate, ``store_v_seq``, a ``v`` of another shape) is left to the neuron's own method.
 
-Not replaced: neurons whose semantics differ (see `Replacement.reason`), among them snnTorch's Leaky, which
-fires strictly above the threshold where SpikingJelly and this package fire at it, and which sees one timestep
-a call, so that there is no loop over time to fuse.
+Not replaced: neurons with other semantics (see `Replacement.reason`). An example is snnTorch's Leaky. It
+fires strictly above the threshold, where SpikingJelly and this package fire at it, and it sees one timestep
+per call, so there is no loop over time to fuse.
 
-What differs in a replaced neuron: with 16-bit input, potentials stay in float32 between timesteps, where
-theirs are rounded at each, so that a few spikes in ten thousand differ; with ``decay_input=False`` sums of
-potentials are in another order, so that one at the threshold may be rounded to its other side;
-MultiStepLIFNode's ``v_seq``, the potential of each timestep, is None; a gradient cannot be differentiated
-again; the input is kept for the backward pass, and may not be changed in place before it; an infinite input
-resets the neuron, where theirs is NaN from then on.
+A replaced neuron differs from the library's own in that
+
+- with 16-bit input, potentials stay in float32 between timesteps. SpikingJelly rounds them at each timestep,
+  so a few spikes in ten thousand differ;
+- with ``decay_input=False``, potentials are summed in another order, so that one at the threshold may be
+  rounded to its other side;
+- MultiStepLIFNode's ``v_seq``, the potential of each timestep, is None;
+- gradients cannot be differentiated again;
+- the input is kept for the backward pass and must not be changed in place before it;
+- an infinite input resets the neuron. SpikingJelly's is NaN from then on.
 """
 
 from __future__ import annotations
@@ -32,10 +36,10 @@ from torch import Tensor, nn
 from spikedecoder import ops
 from spikedecoder.params import LIFParams
 
-# surrogates of SpikingJelly with the same derivative and the same meaning of alpha
+# SpikingJelly's surrogates, and ours with the same derivative and the same meaning of alpha
 _SURROGATES = {"Sigmoid": "sigmoid", "ATan": "atan", "PiecewiseQuadratic": "triangle", "Rect": "rectangular"}
 _LIBRARIES = ("spikingjelly.", "snntorch.")
-# what their forward pass is made of, and may be put in a neuron's own place
+# the methods that make up their forward pass, which an instance may override
 _METHODS = ("neuronal_charge", "neuronal_fire", "neuronal_reset", "single_step_forward", "multi_step_forward")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MULTI_STEP = {
@@ -46,7 +50,7 @@ _MULTI_STEP = {
 
 @dataclass(frozen=True)
 class Replacement:
-    """What became of one neuron: `reason` is None if it is ours now, else why it is not."""
+    """The outcome for one neuron. reason: None if it was replaced, else why it was not."""
 
     name: str
     kind: str
@@ -57,9 +61,10 @@ class Replacement:
 
 
 def accelerate(model: nn.Module) -> list[Replacement]:
-    """Replace the multi-step LIF neurons of `model`, in place; one entry per neuron found.
+    """Replace the multi-step LIF neurons of `model`, in place; returns one `Replacement` per neuron found.
 
-    A model without any known neuron raises ValueError: there is nothing to do, and silence would hide it.
+    Raises ValueError if the model has no neuron of a known library, rather than silently do nothing;
+    TypeError if it is not a torch.nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, takes a torch.nn.Module")
@@ -86,7 +91,7 @@ def accelerate(model: nn.Module) -> list[Replacement]:
 
 
 def _entry(cls: type) -> str | None:
-    """The method of the exact class that walks the timesteps; None for a class that we do not know."""
+    """The method of exactly this class that loops over the timesteps; None for an unknown class."""
     for (package, name), method in _MULTI_STEP.items():
         if cls.__name__ == name and cls.__module__.startswith(package):
             return method
@@ -160,7 +165,7 @@ def _params(module: Any) -> LIFParams:
 
 
 def _takes(module: Any, x_seq: Tensor) -> bool:
-    """Whether our operator does with this call what the neuron's own method does."""
+    """Whether our operator gives the result of the neuron's own method for this call."""
     v = module.v
     if not x_seq.is_floating_point() or x_seq.dim() < 2 or not len(x_seq):
         return False
@@ -175,7 +180,7 @@ def _takes(module: Any, x_seq: Tensor) -> bool:
 
 
 class _Fused:
-    """Mixed in before the neuron's own class."""
+    """Mix-in, placed before the neuron's own class."""
 
     def _all_timesteps(self: Any, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not _takes(self, x_seq) or _why_not(self) is not None:  # changed since it was replaced
@@ -186,11 +191,11 @@ class _Fused:
         spikes, v = ops.lif_params(x_seq, _params(self), threshold=threshold, v_init=v, return_state=True)
         self.v = v.to(x_seq.dtype)
         if "v_seq" in self._memories:
-            self.v_seq = None  # not kept; an older pass's would be taken for this one's
+            self.v_seq = None  # not kept; that of an earlier pass would be mistaken for it
         return spikes
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # pickle finds a class by its name, and only the neuron's own has one
+        # pickle finds a class by its name, under which only the library's own class exists
         made: Any = super().__reduce_ex__(protocol)
         return _unpickled, (_theirs(self),), *made[2:]
 

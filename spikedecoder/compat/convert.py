@@ -1,4 +1,4 @@
-"""Checkpoints of the original SpikeDecoder as models of this package, number for number."""
+"""Load checkpoints of the original SpikeDecoder as models of this package, with the same weights."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def _spiking(
     float_embedding: bool = False,
     learning_MSLIF: bool = False,
 ) -> dict[str, Any]:
-    """The original's SDconfig as fields of ours."""
+    """Arguments of the original's SDconfig -> fields of our config."""
     learned = encodingType == "learned"
-    # only ever reached learned positions beside tokens that are not learned
+    # the original applied it only to learned positions beside tokens that are not learned
     floats = (
         float_embedding and encodingType in ("two-hot", "binary") and position_encoding_strategy == "learned"
     )
@@ -87,7 +87,7 @@ def _partial(
     attention_scale: float = 0.125,
     **spiking: Any,
 ) -> dict[str, Any]:
-    """The original's PSDconfig: the attention scale was never passed on."""
+    """The same for PSDconfig. `attention_scale` is ignored, because the original never passed it on."""
     fields = _spiking(vocab_size, max_len, spiking_head=spiking_head or spike_degree == 4, **spiking)
     fields.update(spike_degree=spike_degree, attention_only=SMHA_only)
     if spike_degree < 2 or SMHA_only:
@@ -114,7 +114,7 @@ def _nonspiking(
     normalization: str = "layer",
     learned_embedding: bool = False,
 ) -> dict[str, Any]:
-    """The original's NSDconfig."""
+    """The same for NSDconfig."""
     return {
         "vocab_size": vocab_size,
         "max_len": max_len,
@@ -142,8 +142,11 @@ def original_config(kind: str, options: Mapping[str, Any], dim_hid: int | None =
     """Our config for the original's keyword arguments.
 
     kind: "spiking" (SDconfig), "partial" (PSDconfig) or "nonspiking" (NSDconfig).
-    options: the original's keyword names; `dictionary` (a list of words) sets the vocabulary's size.
+    options: by the original's names. `dictionary` (a list of words) sets the vocabulary's size; `device` and
+        `track_frequency` are ignored.
     dim_hid: the MLP's hidden width in multiples of E, as passed to the original's model; None is 4.
+
+    Raises ValueError: an unknown kind or option, vocab_size or max_len missing, a value out of range.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {', '.join(KINDS)}")
@@ -205,15 +208,18 @@ _ATTENTION = {
     "proj_Norm": "proj.norm",
     "proj_N": "proj.norm",  # older checkpoints
 }  # fmt: skip
-# places in the original's nn.Sequential, counted from the one before its first Linear
+# by index in the original's nn.Sequential; with spiking residuals it lacks the first, and indices are 1 less
 _SPIKING_MLP = {0: "input_lif", 2: "fc1.linear", 3: "fc1.norm", 5: "fc1.lif", 7: "fc2.linear", 8: "fc2.norm"}
 _MLP = {0: "fc1", 2: "fc2"}
-# masks are constants; proj_LIF takes part in no pass
+# masks are constants; proj_LIF is never called
 _UNUSED = re.compile(r"(^|\.)(mask|proj_LIF\.v_threshold)$")
 
 
 def rename(name: str, config: SpikeDecoderConfig) -> str | None:
-    """Our name of the original's parameter or buffer `name`; None for one that no pass uses."""
+    """Our name of the original's parameter or buffer `name`; None if no forward pass uses it.
+
+    Raises CheckpointError if `name` is not one of the original's.
+    """
     if _UNUSED.search(name) or (
         name.startswith("embedder.pos_table.") and config.token_encoding == "one-hot"
     ):
@@ -244,9 +250,9 @@ def rename(name: str, config: SpikeDecoderConfig) -> str | None:
 
 
 def rename_tensors(tensors: Mapping[str, Tensor], config: SpikeDecoderConfig) -> dict[str, Tensor]:
-    """The original's tensors under our names and in our shapes; what no pass uses is left out.
+    """The original's tensors, weights or gradients, under our names and in our shapes.
 
-    Serves weights and gradients alike. PowerNorm's [1, C, 1, 1] becomes [C]; a position table that is
+    Tensors that no forward pass uses are left out. PowerNorm's [1, C, 1, 1] becomes [C]. A position table
     longer than the context (the original sized one by its vocabulary) loses the rows that are never read.
     """
     renamed = {}
@@ -256,7 +262,7 @@ def rename_tensors(tensors: Mapping[str, Tensor], config: SpikeDecoderConfig) ->
             continue
         leaf = ours.rpartition(".")[2]
         if tensor.layout != torch.strided:
-            pass  # refused by who loads it
+            pass  # left for `load_state` to refuse
         elif leaf in ("running_phi", "ema_gz"):
             tensor = tensor.reshape(-1)
         elif leaf == "iters" and tensor.numel() == 1:
@@ -274,18 +280,18 @@ def convert_original(
     kind: str | None = None,
     dim_hid: int | None = None,
 ) -> SpikeDecoder:
-    """The model in an original checkpoint: a ``.pt`` file, or its state dict.
+    """The model in a checkpoint of the original, in evaluation mode.
 
     Args:
-        source: read with ``weights_only=True``.
-        options: the original's keyword arguments (SDconfig, PSDconfig, NSDconfig). None: from the
-            ``*_log.txt`` that the original writes beside its checkpoint. The shapes of the tensors fill
-            in `dim_hid` and what can be told from them.
-        kind: "spiking", "partial" or "nonspiking"; None: from the log, or from the tensors' names.
+        source: a ``.pt`` file, which is read with ``weights_only=True``, or its state dict.
+        options: the original's keyword arguments (of SDconfig, PSDconfig or NSDconfig). None: from the
+            ``*_log.txt`` that the original writes beside its checkpoint.
+        kind: "spiking", "partial" or "nonspiking"; None: from the log, else guessed from the names of the
+            options and tensors.
         dim_hid: hidden width of the MLP in multiples of E; None: from the tensors' shapes.
 
-    Raises CheckpointError where the file is not an original checkpoint, ValueError where options are
-    missing, unknown or contradict the tensors.
+    Raises CheckpointError if the source is not a checkpoint of the original or the tensors contradict the
+    options, ValueError if options are missing or unknown.
     """
     where = "source" if isinstance(source, Mapping) else source
     tensors = dict(source) if isinstance(source, Mapping) else _read(Path(source))
@@ -312,8 +318,8 @@ def _read(path: Path) -> dict[Any, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except Exception as error:  # of a file that is something else, torch's reader stumbles anywhere
-        # an empty file has no message; torch goes on to how to run foreign code
+    except Exception as error:  # torch's reader may fail anywhere in a file of another kind
+        # an empty file gives no message; torch's second sentence tells how to run foreign code
         reason = (str(error) or "nothing in it").splitlines()[0].partition(". ")[0]
         raise CheckpointError(
             f"{path}: not a PyTorch checkpoint of tensors alone, or truncated ({reason})"
@@ -367,7 +373,7 @@ _LOG_KINDS = {"SD": "spiking", "PSD": "partial", "NSD": "nonspiking"}
 
 
 def _read_log(checkpoint: Path) -> tuple[str, dict[str, Any]]:
-    """Kind and options from the text that the original writes beside a checkpoint."""
+    """Kind and options from the log that the original writes beside a checkpoint."""
     path = checkpoint.with_name(re.sub(r"(_?state_dict)?\.pt$", "_log.txt", checkpoint.name))
     if path == checkpoint:
         raise CheckpointError(f"{path}: does not end in .pt, as a checkpoint of the original's does")

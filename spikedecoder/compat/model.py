@@ -1,9 +1,9 @@
-"""The original's configs and models by their old names, as thin shims around `SpikeDecoder`.
+"""The original's configs and models under their old names, as thin shims around `SpikeDecoder`.
 
 A shim takes strings (or lists of words) and returns (predictions, attention, loss) as the original did. Its
-weights lie in ``shim.decoder``, a plain `SpikeDecoder`: `state_dict` has this package's names. Checkpoints
-of the original are read by `spikedecoder.compat.utils.load_model_from_checkpoint`, or by
-`spikedecoder.compat.convert.convert_original`.
+weights are those of ``shim.decoder``, a plain `SpikeDecoder`, so `state_dict` has this package's names.
+`spikedecoder.compat.utils.load_model_from_checkpoint` and `spikedecoder.compat.convert.convert_original` read
+checkpoints of the original.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from spikedecoder.generation import SamplingParams, generate
 from spikedecoder.model import IGNORE, SpikeDecoder
 from spikedecoder.nn.watching import watching
 
-# what the original uses where the vocabulary is not the one of 30
+# the original's alphabet if the vocabulary's size is not 30
 LONG_ALPHABET = "abcdefghijklmnopqrstuvwxyz.'SEP "
 
 
 class _Config:
-    """Arguments by position or name, in the original's order, kept as attributes of the same names.
+    """Takes the original's arguments, by position or name, and keeps them as attributes of the same names.
 
-    Besides: `num_heads`, `num_blocks`, `embed_dim`. Values are checked at once; an unknown name is an error.
+    Further attributes: `num_heads`, `num_blocks`, `embed_dim`. Raises ValueError for an unknown name or a
+    value out of range, TypeError for too many arguments or one given twice.
     """
 
     kind: ClassVar[str]
@@ -59,7 +60,8 @@ class _Config:
         self.num_heads, self.num_blocks, self.embed_dim = ours.heads, ours.blocks, ours.embed_dim
 
     def decoder_config(self, dim_hid: int | None = None) -> SpikeDecoderConfig:
-        """The same in this package's terms; `dim_hid` is the MLP's width in multiples of `embed_dim`."""
+        """The same as a config of this package. dim_hid: the MLP's width in multiples of `embed_dim`; None is
+        4."""
         return original_config(self.kind, self.options, dim_hid)
 
     def __str__(self) -> str:
@@ -172,12 +174,15 @@ class Vocabulary:
                 "dictionary: got one without the padding token 'P'; takes Reader.createDictionary's"
             )
         self.pad = self.tok_to_int["P"]
-        self._table = np.full(129, -1, dtype=np.int64)  # the last entry is for all that is not ASCII
+        self._table = np.full(129, -1, dtype=np.int64)  # the last entry: anything not ASCII
         if not self.words:
             self._table[[ord(c) for c in self.alphabet]] = np.arange(len(self.alphabet))
 
     def encode(self, sequence: Any) -> np.ndarray:
-        """Ids [S] of a string, or of a list of words where there is a dictionary. Nothing is cleaned."""
+        """Ids [S] of a string or, with a dictionary, of a list of words. The text is not cleaned.
+
+        Raises ValueError naming characters or words outside the alphabet, TypeError for another type.
+        """
         if self.words:
             if isinstance(sequence, str) or not all(isinstance(w, str) for w in sequence):
                 raise TypeError(
@@ -199,7 +204,8 @@ class Vocabulary:
         return (" " if self.words else "").join(self.alphabet[i] for i in ids)
 
     def tokenizer(self) -> CharTokenizer | WordTokenizer | None:
-        """The same as a tokenizer of this package; None for the alphabet of 32."""
+        """The same as a tokenizer of this package; None if it is the alphabet of 32, or a dictionary that
+        lacks a full stop."""
         if self.words:
             return WordTokenizer.original(self.alphabet) if "." in self.tok_to_int else None
         return CharTokenizer.original() if self.alphabet == ORIGINAL_ALPHABET else None
@@ -218,9 +224,10 @@ class _Shim(nn.Module):
         mlp_dropout: float | None = None,
         **options: Any,
     ) -> None:
-        """Without a config, the config's own arguments by name (vocab_size and max_len are needed then).
+        """config: the original's config. None: it is made of `options`, its arguments by name, of which
+        vocab_size and max_len are required.
 
-        dim_hid: the MLP's width in multiples of embed_dim; None is 4. mlp_dropout: in place of the config's.
+        dim_hid: the MLP's width in multiples of embed_dim; None is 4. mlp_dropout: overrides the config's.
         """
         super().__init__()
         if config is None:
@@ -241,16 +248,18 @@ class _Shim(nn.Module):
         """Predictions, attention and loss.
 
         Args:
-            x: a string or a list of strings; with a dictionary a list of words or a list of such lists. At
-                most max_len tokens each; shorter ones are padded to max_len.
+            x: a string or a list of strings; with a dictionary, a list of words or a list of such lists.
+                Each has at most max_len tokens and is padded to max_len.
             targets: the same, one token ahead. None: no loss.
-            raw: False takes token ids [B, S] for x and targets instead (-100 in targets is not counted).
+            raw: if False, x and targets are token ids [B, S] instead (-100 in targets is not counted).
 
         Returns:
             preds: logits [B, max_len, V] ([B, S, V] for ids).
-            attention: the values v of the last block's attention, spikes [T, B, H, S, d]; where the attention
-                does not spike, real numbers [B, H, S, d].
+            attention: the values v of the last block's attention: spikes [T, B, H, S, d], or real numbers
+                [B, H, S, d] if the attention does not spike.
             loss: mean cross-entropy in nats over the targets (padding is not counted), or None.
+
+        Raises TypeError, ValueError naming the argument.
         """
         if raw:
             x = self._ids(x, self.embedder.pad)
@@ -273,11 +282,12 @@ class _Shim(nn.Module):
 
     @torch.no_grad()
     def generate(self, x: str, iterations: int = 1) -> str:
-        """The most probable continuation of a prompt.
+        """The greedy continuation of a prompt.
 
-        The first iteration fills the context: a prompt of n < max_len tokens comes back with max_len + 1 - n
-        more behind it. A longer one gives max_len tokens per iteration, which are returned without it; it
-        counts with its last max_len tokens. Further iterations add max_len tokens each.
+        A prompt of n < max_len tokens is returned with its continuation; the first iteration adds
+        max_len + 1 - n tokens, at most max_len. With n >= max_len only the prompt's last max_len tokens are
+        read, and the continuation is returned without it; the first iteration gives max_len tokens. Each
+        further iteration adds max_len tokens. With the alphabet of 32, an "E" ends the text.
         """
         if not isinstance(x, str):
             raise TypeError(f"x: got {type(x).__name__}, takes a string")
@@ -301,11 +311,11 @@ class _Shim(nn.Module):
     def configure_optimizer(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float]
     ) -> torch.optim.AdamW:
-        """AdamW; weights of Linear layers and thresholds decay, biases, norms and embeddings don't."""
+        """AdamW, with weight decay on Linear weights and thresholds, none on biases, norms and embeddings."""
         return torch.optim.AdamW(self.decoder.parameter_groups(weight_decay), lr=learning_rate, betas=betas)
 
     def _ids(self, x: Any, fill: int) -> Tensor:
-        """[B, max_len], filled up with `fill`."""
+        """Token ids [B, max_len], padded with `fill`."""
         one = isinstance(x, str) or (self.embedder.words and len(x) > 0 and isinstance(x[0], str))
         rows = [self.embedder.encode(row) for row in ([x] if one else x)]
         if not rows:
@@ -326,13 +336,14 @@ class SpikingDecoderModel(_Shim):
 
 
 class PartiallySpikingDecoderModel(_Shim):
-    """Spiking up to `config.spike_degree`."""
+    """The partly spiking decoder: what spikes is set by `config.spike_degree`."""
 
     config_class = PSDconfig
 
 
 class NonSpikingDecoderModel(_Shim):
-    """The non-spiking baseline. `dropout` acts on its MLPs; the config's own on the attention."""
+    """The non-spiking baseline. `dropout` acts on its MLPs, the config's own on the attention; without a
+    config, `dropout` is both."""
 
     config_class = NSDconfig
 

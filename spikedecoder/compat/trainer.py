@@ -1,4 +1,4 @@
-"""The original's `Trainer` by its old name: the same recipe over the shims of `spikedecoder.compat.model`.
+"""The original's `Trainer` under its old name: the same recipe for the shims of `spikedecoder.compat.model`.
 
 AdamW (betas 0.9 and 0.95, weight decay 0.1 on Linear weights and thresholds), a learning rate annealed once
 per epoch along a cosine (200 epochs, down to 5e-5), gradients clipped to norm 1, windows drawn without
@@ -35,20 +35,22 @@ class Trainer:
 
     Args:
         config, model: a config and its model.
-        train_dataset, test_dataset: items (x, y) of equally long strings, or of lists of words. What lies
-            beyond the model's max_len is cut off, with a warning (the original failed there).
+        train_dataset, test_dataset: items (x, y) of equally long strings, or of lists of words. Tokens beyond
+            the model's max_len are cut off, with a warning (the original failed there).
         epochs: passes over train_dataset.
         documentation: write losses and accuracy for TensorBoard, into runs/.
-        lr: learning rate. annealing: False keeps it as it is.
+        lr: learning rate. annealing: anneal it; False keeps it constant.
         batch_size: windows per step.
-        inputLength: not used; the windows have their length.
-        gradientClipping: to norm 1.
-        checkPointRate: save every so many epochs, into checkpoints/<name of the text>/.
-        save_dataset: write the windows, one a line, beside the checkpoints. save_model: save at the end.
-        num_workers: not used: the text is in memory and a batch is encoded in less than a millisecond, so
-            processes forked behind torch's thread pool would be a danger and no gain.
-        prevEpochs: epochs trained before, counted on in what is printed and saved.
-        profiling: print what two of the first steps spent their time on.
+        inputLength: not used; the windows already have their length.
+        gradientClipping: clip gradients to norm 1.
+        checkPointRate: save every so many epochs, into `folder`.
+        save_dataset: write the windows, one per line, beside the checkpoints. save_model: save at the end.
+        num_workers: not used. The text is in memory and a batch is encoded in less than a millisecond, so
+            worker processes would gain nothing, and forking them after torch started its threads is unsafe.
+        prevEpochs: epochs trained before; the numbers in what is printed and saved go on from there.
+        profiling: print where two of the first steps spend their time.
+
+    Raises TypeError, ValueError naming the argument.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class Trainer:
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints go."""
+        """Where checkpoints are saved: checkpoints/NAME, or checkpoints/spike_degree_D/NAME with a PSDconfig.
+        NAME is that of the text's file, or "model"."""
         source = getattr(self.train_dataset, "src", None)
         name = Path(str(source)).stem if source else "model"
         if isinstance(self.config, PSDconfig):
@@ -115,7 +118,7 @@ class Trainer:
         return Path("checkpoints") / name
 
     def train(self) -> None:
-        """Train, print a line of losses before and after each epoch, save."""
+        """Train and save; prints a line of losses before the first epoch and after each."""
         start = time.perf_counter()
         model = self.model.to(torch.device(self.config.options["device"]))
         model.train()
@@ -145,7 +148,7 @@ class Trainer:
         console.print(f"{time.perf_counter() - start:.1f} seconds", highlight=False)
 
     def _epoch(self, epoch: int, optimizer: torch.optim.Optimizer, console: Console, profiler: Any) -> float:
-        """One pass over the training windows; the share of tokens predicted rightly."""
+        """One pass over the training windows; returns the share of tokens predicted correctly."""
         right = seen = 0
         bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -184,7 +187,7 @@ class Trainer:
         return right / seen
 
     def _evaluate(self, epoch: int, console: Console, writer: Any, accuracy: float | None) -> None:
-        """The losses of one batch of training windows and one of test windows, drawn anew."""
+        """Print and log the losses of a newly drawn batch of training windows and one of test windows."""
         losses = []
         for dataset in (self.train_dataset, self.test_dataset):
             x, y = next(_batches(dataset, self.batch_size))
@@ -222,7 +225,7 @@ class Trainer:
 
 
 def _batches(dataset: Any, size: int) -> Iterator[tuple[list[Any], list[Any]]]:
-    """One pass in an order drawn from torch's global generator."""
+    """The batches of one pass, in an order drawn from torch's global generator."""
     order = torch.randperm(len(dataset))
     for start in range(0, len(order), size):
         items = [dataset[i] for i in order[start : start + size].tolist()]

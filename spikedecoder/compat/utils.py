@@ -1,11 +1,11 @@
-"""The original's text readers, datasets and checkpoint functions by their old names.
+"""The original's text readers, datasets and checkpoint functions under their old names.
 
-Differences to the original: any path is taken; a text is kept once and its windows are cut when asked for,
-where the original kept every window; checkpoints are folders that the rest of this package reads too.
+Differences from the original: any path is accepted; a text is kept once and its windows are cut on access,
+where the original kept every window; checkpoints are folders that the rest of this package reads, too.
 
 The split is the original's: the first 90 % of all windows train, the rest test. Neighbouring windows overlap
-in all but one token, so the last training windows and the first test windows share text, and a test loss
-near that border is flattered a little. `spikedecoder.data.prepare_corpus` splits the text first instead.
+in all but one token, so the last training windows and the first test windows share text, which makes the test
+loss near that border a little too low. `spikedecoder.data.prepare_corpus` splits the text itself instead.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Characters:
 
 
 class Words:
-    """Words as numbers: a few bytes each, and equal words are one object."""
+    """Words stored as numbers: a few bytes each, and equal words share one string."""
 
     def __init__(self, words: Iterator[list[str]], dictionary: Sequence[str] | None) -> None:
         self.words = [] if dictionary is None else list(dictionary)
@@ -95,27 +95,30 @@ class Windows(Sequence[Any]):
 
 
 class Reader:
-    """Reads texts; remembers the dictionary it made last as `dictionary`."""
+    """Reads texts. `dictionary`: the last one that it made, or None."""
 
     def __init__(self) -> None:
         self.dictionary: list[str] | None = None
 
     def read(self, path: str | Path = DEFAULT_PATH, sampleLength: int = 10) -> tuple[Windows, Windows]:
-        """Every window of `sampleLength` characters of the cleaned text, and the same one character on."""
+        """Every window of `sampleLength` characters of the cleaned text, and the same windows one character
+        later. Raises ValueError if the text has at most `sampleLength` characters."""
         text = Characters(b"".join(iter_clean_characters(read_text_files([path]))))
         return _windows(text, sampleLength, str(path), "characters")
 
     def readWords(self, path: str | Path = DEFAULT_PATH, sampleLength: int = 10) -> tuple[Windows, Windows]:
-        """Every window of `sampleLength` words, those outside `dictionary` left out, and the same one on."""
+        """Every window of `sampleLength` words of the cleaned text, and the same windows one word later.
+        Words that are not in `dictionary` are left out first; with None all are kept. Raises as `read`."""
         text = Words(iter_clean_words(read_text_files([path])), self.dictionary)
         return _windows(text, sampleLength, str(path), "words of the dictionary")
 
     def createDictionary(
         self, path: str | Path = DEFAULT_PATH, prune_level: int | None = None, srcLength: int = 0
     ) -> list[str]:
-        """The words seen at least `prune_level` times, "." and "P" (padding), sorted.
+        """Sorted list of the words seen at least `prune_level` times, "." and "P" (padding); kept in
+        `dictionary`.
 
-        srcLength: only the first so many words of the text are looked at; 0 is all.
+        prune_level: None keeps every word. srcLength: look at only the first so many words; 0 is all.
         """
         if not isinstance(srcLength, int) or srcLength < 0:
             raise ValueError(f"srcLength: got {srcLength!r}, takes an integer >= 0 (0 is all words)")
@@ -123,7 +126,7 @@ class Reader:
         return self.dictionary
 
     def clean(self, x: str) -> str:
-        """`x` in the original's alphabet of characters."""
+        """`x` cleaned to the original's alphabet of characters."""
         return clean_characters(x, collapse_spaces=False)
 
 
@@ -176,15 +179,15 @@ class charDataset(_WindowDataset):
     """Windows of characters of a text file.
 
     Args:
-        src: a path; or "alphabet" (the 26 windows of the alphabet, endless, in an order drawn from seed), or
-            "random" (`fullLength` random characters, the same at each call).
+        src: a path; or "alphabet" (the 26 windows of the endlessly repeated alphabet, in an order drawn from
+            seed), or "random" (`fullLength` random characters, the same at each call).
         split: "train" or "test".
         inputLength: characters per window.
         fullLength: use only the first so many windows; 0 is all.
-        seed: of randomTest; None or 0 takes numpy's global generator.
-        splitFactor: share of the windows that train.
-        randomTest: draw the split window by window instead of cutting it once.
-        fullwords: windows of words instead, of all words of the text.
+        seed: for randomTest and "alphabet"; None or 0 takes numpy's global generator.
+        splitFactor: share of the windows that train, between 0 and 1.
+        randomTest: draw the split window by window instead of cutting once.
+        fullwords: windows of words instead, with a dictionary of all words of the text.
     """
 
     def __init__(
@@ -218,9 +221,9 @@ class charDataset(_WindowDataset):
 
 
 class wordDataset(_WindowDataset):
-    """Windows of words of a text file; the arguments are `charDataset`'s.
+    """Windows of words of a text file; other arguments are as in `charDataset`.
 
-    reader: its dictionary is used. Without a reader, or where it has none yet, the dictionary is made of the
+    reader: provides the dictionary. Without a reader, or if it has none yet, the dictionary is made of the
     first `fullLength` words of `src` (0: of all).
     """
 
@@ -274,8 +277,8 @@ def save_model_to_checkpoint(
 ) -> Path:
     """Save into a new folder in `path_to_checkpoint`, named by epoch, batch size, data size and time.
 
-    The folder (config.json, model.safetensors, tokenizer.json) is what `SpikeDecoder.from_pretrained` and
-    ``spikedecoder generate --checkpoint`` take. Returns it.
+    Returns the folder. It holds config.json, model.safetensors and, if the model has a tokenizer,
+    tokenizer.json; `SpikeDecoder.from_pretrained` and ``spikedecoder generate --checkpoint`` load it.
     """
     time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     name = f"checkpoint_epoch-{epoch}B{batch_size}_DS{dataSize}_{time}"
@@ -293,10 +296,10 @@ def load_model_from_checkpoint(
 ) -> _Shim:
     """``model_class(**kwargs)`` with the weights of a checkpoint.
 
-    path_to_checkpoint: a folder of `save_model_to_checkpoint` (or of any model of this package), a ``.pt``
-    file of the original, or the original's path without its ``state_dict.pt``.
+    path_to_checkpoint: a folder that `save_model_to_checkpoint` wrote (or that of any model of this package),
+    a ``.pt`` file of the original, or the original's path without its ``state_dict.pt``.
 
-    Raises CheckpointError where it is none of these, or its weights are another model's.
+    Raises CheckpointError if it is none of these, or has the weights of another model.
     """
     shim = model_class(**kwargs)
     path = Path(path_to_checkpoint)

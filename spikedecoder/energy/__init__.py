@@ -1,8 +1,10 @@
-"""Energy, estimated from spikes that were measured: ledgers of operations, tables of joules, baselines.
+"""Energy estimates from measured spikes: operation ledgers, energy tables, non-spiking baselines.
 
-ledger = energy.measure(model, tokens)
-ledger.joules("horowitz-45nm", memory=True).per_token
-energy.compare([ledger])
+    ledger = energy.measure(model, tokens)
+    ledger.joules("horowitz-45nm", memory=True).per_token  # J
+    energy.compare([ledger])
+
+What is counted, and what the figures rest on: docs/energy.md.
 """
 
 from spikedecoder.energy.baseline import ann_ledger, equal_bits, twin_config

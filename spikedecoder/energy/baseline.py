@@ -1,4 +1,4 @@
-"""The same model without spikes: what an ordinary transformer of the same shapes does."""
+"""The non-spiking baseline: the operations of an ordinary transformer with the same shapes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spikedecoder.energy.rows import Row
 
 
 def twin_config(c: SpikeDecoderConfig) -> SpikeDecoderConfig:
-    """The non-spiking model with the same width, depth, heads, MLP, vocabulary and norm."""
+    """Config of the non-spiking model with the same width, depth, heads, MLP, vocabulary and norm."""
     return c.replace(
         spike_degree=0,
         attention_only=False,
@@ -29,9 +29,10 @@ def twin_config(c: SpikeDecoderConfig) -> SpikeDecoderConfig:
 
 
 def ann_ledger(ledger: Ledger) -> Ledger:
-    """The ledger of `twin_config` on the same tokens: one pass in place of T, dense, softmax attention.
+    """The ledger of `twin_config` on the same tokens: one dense pass instead of T, with softmax attention.
 
-    Its operations do not depend on the values of the tokens, so nothing is run.
+    Its operation counts do not depend on the values of the tokens, so no model is run. Raises ValueError if
+    `ledger` has no config, because it is not of a SpikeDecoder.
     """
     if ledger.config is None:
         raise ValueError("ledger: got one of a model without a config, which has no non-spiking twin")
@@ -85,5 +86,5 @@ def ann_ledger(ledger: Ledger) -> Ledger:
 
 
 def equal_bits(timesteps: int) -> int:
-    """Bits of a number as fine as the spike count of T timesteps: log2(T + 1), rounded up."""
+    """Bits of an activation as precise as a spike count over T timesteps: log2(T + 1), rounded up."""
     return math.ceil(math.log2(timesteps + 1))

@@ -1,4 +1,4 @@
-"""Models side by side, each with what the same shapes cost without spikes; and where spikes stop paying."""
+"""Compare models with each other and with non-spiking twins; find the spike rates where these break even."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from spikedecoder.energy.table import DEFAULT_TABLE, EnergyTable
 
 @dataclass(frozen=True)
 class Entry:
-    """One bar: a model as it is, or its twin without spikes, in one number format."""
+    """One entry of a comparison: a model, or its non-spiking twin, in one number format.
+
+    model: its name. variant: which of the two, and the format: "ANN, int8". baseline: True for the twin.
+    """
 
     model: str
     variant: str
@@ -29,13 +32,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Input spike rates (per input, timestep and token) at which arithmetic costs what the twin's costs.
+    """Input spike rates (per input, timestep and token) at which arithmetic costs as much as the twin's.
 
-    layers: by layer, its measured rate and its break-even rate, of the Linear, its shifts and its bias alone
-        (above 1: it costs less at any rate; None: additions are free).
-    overall: the mean rate at which the whole model would break even, were all its spike-driven operations in
-        proportion; None where it cannot at any rate (what does not depend on spikes costs more already),
-        where no spike reached a Linear, or where both cost nothing. rate: the measured mean.
+    rate: the measured mean over all Linears on spikes.
+    overall: the mean rate at which the whole model would break even if all its spike-driven operations scaled
+        in proportion. None if it breaks even at no rate (its other operations alone cost as much as the
+        twin), if no spike reached a Linear, or if spike-driven operations cost nothing.
+    layers: (measured rate, break-even rate) of each layer, for its Linear, shifts and bias alone. If the
+        latter is above 1, the layer is cheaper at any rate; None means that additions are free.
     """
 
     number_format: str
@@ -55,7 +59,11 @@ class BreakEven:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` returns. Every figure is an estimate that rests on `assumptions`."""
+    """The result of `compare`. Every figure is an estimate that rests on `assumptions`.
+
+    entries: `of(model)` selects those of one model. break_even: by name of each spiking model, for fp32 and
+    int8.
+    """
 
     entries: tuple[Entry, ...]
     break_even: dict[str, tuple[BreakEven, ...]]
@@ -80,12 +88,16 @@ def compare(
     table: str | Path | EnergyTable = DEFAULT_TABLE,
     memory: bool | Mapping[str, str] = False,
 ) -> Comparison:
-    """Each model in fp32 and in int8 (of a spiking one: its weights), and the same shapes without spikes.
+    """Estimate each model in fp32 and int8, and beside each spiking model the same shapes without spikes.
 
-    Those are an ordinary transformer in fp32, in int8, and with int8 weights and activations of log2(T + 1)
-    bits (rounded up), as many as T timesteps of spikes carry.
+    The non-spiking twin is an ordinary transformer in fp32, in int8, and with int8 weights and activations of
+    log2(T + 1) bits (rounded up, at most 8), which carry as much as T timesteps of spikes. With I-LIF neurons
+    of D levels T is T * D; where attention does not spike it is 1.
 
-    Names are the mapping's, or the ledgers' own (numbered where they lack one or share it).
+    ledgers: named by the keys of the mapping, else by their own names (numbered if missing or repeated).
+    table, memory: as in `Ledger.joules`.
+
+    Raises TypeError, ValueError: a single Ledger, none, one that is not of a SpikeDecoder, or something else.
     """
     if isinstance(ledgers, Ledger):
         raise TypeError("ledgers: got a Ledger, takes several: a list, or a mapping of names to them")
@@ -95,7 +107,7 @@ def compare(
     table = EnergyTable.load(table)
     entries: list[Entry] = []
     break_even: dict[str, tuple[BreakEven, ...]] = {}
-    said: dict[str, None] = {}  # in order, once each
+    said: dict[str, None] = {}  # a dict keeps the order and drops duplicates
     for name, ledger in named.items():
         if not isinstance(ledger, Ledger):
             raise TypeError(f"ledgers: got {type(ledger).__name__} for {name!r}, takes a Ledger")
@@ -109,7 +121,7 @@ def compare(
             kinds += [("ANN, fp32", twin, {}), ("ANN, int8", twin, {"number_format": "int8"})]
             assert ledger.config is not None
             c = ledger.config
-            steps = c.timesteps * c.spike_levels if c.spiking_attention else 1  # else it runs in one pass
+            steps = c.timesteps * c.spike_levels if c.spiking_attention else 1  # one pass
             bits = min(8, equal_bits(steps))
             narrow = {"number_format": "int8", "activation_bits": bits}
             kinds.append((f"ANN, int8 x {bits} bit", twin, narrow))
@@ -138,13 +150,13 @@ def _named(ledgers: Sequence[Ledger]) -> dict[str, Ledger]:
 def break_even_rate(
     ledger: Ledger, table: str | Path | EnergyTable, number_format: str = "fp32"
 ) -> BreakEven:
-    """Where arithmetic in `number_format` costs what it costs the twin in the same format."""
+    """The spike rates at which arithmetic in `number_format` costs as much as the twin's in that format."""
     table = EnergyTable.load(table)
     twin = ann_ledger(ledger)
     own, other = (x.joules(table, number_format=number_format) for x in (ledger, twin))
     add = table.multiply_add(number_format)[1] * 1e-12
     layers: dict[str, tuple[float, float | None]] = {}
-    driven = 0.0  # joules that grow with the spikes
+    driven = 0.0  # joules that scale with the number of spikes
     for row in ledger.rows:
         if row.kind != "ac":
             continue
@@ -152,7 +164,7 @@ def break_even_rate(
         if row.operation == "linear" and row.rate is not None:
             dense = sum(other.rows.get((row.layer, part), (0.0, 0.0))[0] for part in ("linear", "bias"))
             fixed = sum(own.rows.get((row.layer, part), (0.0, 0.0))[0] for part in ("bias", "shift"))
-            full = row.slots * row.fan_out * add  # were every input a spike
+            full = row.slots * row.fan_out * add  # if every input were a spike
             layers[row.layer] = (row.rate, max(0.0, dense - fixed) / full if full else None)
     rate, overall = ledger.rate, None
     left = other.arithmetic - (own.arithmetic - driven)

@@ -1,4 +1,4 @@
-"""The ledger of a measurement, and the joules that a table makes of it."""
+"""The operation ledger of a measurement, and its conversion to joules."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate in joules, of all that the ledger holds; `per_token` of one token.
+    """Estimated energy in joules of everything in a ledger; `per_token` is the mean per token.
 
-    arithmetic and memory (0 where it is left out) by "layer operation" and in total; placement: which memory
-    holds weights, activations and state. mode: the ledger's. It is an estimate: `assumptions` says what it
-    rests on.
+    joules: arithmetic + memory (0 if memory is left out); `by_layer` gives this sum for each layer.
+    rows: (arithmetic, memory) of each (layer, operation).
+    by_kind: arithmetic by kind of operation. by_memory: memory by what is moved: weights, activations, state.
+    placement: the memory that holds each of these three; empty if memory is left out.
+    mode: the ledger's. assumptions: what the estimate rests on, in words.
     """
 
     joules: float
@@ -80,10 +82,11 @@ class Estimate:
 
 @dataclass
 class Ledger:
-    """Every operation of a model on some tokens, by layer.
+    """All operations of a model on some tokens, by layer.
 
-    sequences, tokens: what was read. pairs: of a token and one it sees, itself included. mode: "prompt" or
-    "token", see `Recorder`.
+    mode: "prompt" or "token", see `Recorder`. sequences, tokens: how many were read. pairs: of a token and a
+    token that it sees, itself included. parameters: their number. config: None for a model other than a
+    SpikeDecoder. Raises ValueError if there are no rows or no tokens.
     """
 
     rows: list[Row]
@@ -100,14 +103,14 @@ class Ledger:
             raise ValueError("energy: the model has seen no input, so there are no operations")
 
     def row(self, layer: str, operation: str) -> Row:
-        """One row by its names; KeyError where there is none."""
+        """The row of a layer and operation. Raises KeyError if there is none."""
         for row in self.rows:
             if (row.layer, row.operation) == (layer, operation):
                 return row
         raise KeyError(f"{layer}: {operation}")
 
     def totals(self) -> dict[str, Any]:
-        """Counts by kind, elementary operations, mean rate of the spikes that reach a Linear."""
+        """Operation counts by kind, those of elementary operations under "elementary", and `rate`."""
         kinds: dict[str, int] = {kind: sum(r.count for r in self.rows if r.kind == kind) for kind in KINDS}
         names = ("add", "mul", "compare", "logic", "special")
         elementary = {name: sum(getattr(r, name) for r in self.rows) for name in names}
@@ -115,7 +118,7 @@ class Ledger:
 
     @property
     def rate(self) -> float | None:
-        """Spikes per input, timestep and token over all Linears on spikes; None where there are none."""
+        """Spikes per input, timestep and token over all Linears on spikes; None if there are none."""
         fed = [r for r in self.rows if r.operation == "linear" and r.kind == "ac"]
         slots = sum(r.slots for r in fed)
         return sum(r.events for r in fed) / slots if slots else None
@@ -129,14 +132,17 @@ class Ledger:
         activation_bits: int | None = None,
         compat: bool = False,
     ) -> Estimate:
-        """What the operations cost by `table`.
+        """The energy of the operations, priced by `table`.
 
-        memory: False leaves memory out; True puts weights, activations and state each in the smallest memory
-            that holds them; a mapping such as {"weights": "dram"} places some by hand.
-        number_format: of weights and activations: fp32, fp16, int8. Neurons, norms, softmax, GELU and the
-            residual sums stay fp32, sums of spikes int32, or fp32 where attention decays.
-        activation_bits: with int8 weights, the bits of an activation.
-        compat: the original program's formulas instead; see `original_estimate`.
+        table: a name, a TOML file or an EnergyTable; see `EnergyTable.load`.
+        memory: False leaves memory out. True puts weights, activations and state each in the smallest memory
+            that holds them; a mapping such as {"weights": "dram"} places some of them by hand.
+        number_format: "fp32", "fp16" or "int8", of weights and activations. Neurons, norms, softmax, GELU and
+            residual sums stay fp32; sums of spikes are int32, or fp32 where attention has a decay.
+        activation_bits: with int8 weights, the bits of an activation, 1 to 8; None is 8.
+        compat: the original program's formulas instead, which ignore the rest; see `original_estimate`.
+
+        Raises TypeError, ValueError: naming the argument, or the table's entry.
         """
         table = EnergyTable.load(table)
         if compat:
@@ -218,8 +224,8 @@ class Ledger:
         return {**head, "config": config, "totals": self.totals(), "rows": rows}
 
     def to_csv(self, estimate: Estimate | None = None) -> str:
-        """A line per row: see COLUMNS. Joules are those of `estimate`, by default `self.joules()`; memory's
-        are empty where it is left out."""
+        """CSV with one line per row and the columns COLUMNS. The joules are those of `estimate`, by default
+        `self.joules()`; those of memory are empty if it is left out."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(COLUMNS)

@@ -1,4 +1,4 @@
-"""From a model and tokens to its ledger."""
+"""Run a model on tokens and return the ledger of its operations."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ _TOKENS_AT_ONCE = 4096
 def measure(
     model: SpikeDecoder, tokens: Tensor | Sequence[Tensor], *, mode: Mode = "prompt", name: str = ""
 ) -> Ledger:
-    """The ledger of reading `tokens` [B, S] (or several such tensors, of any lengths), from measured spikes.
+    """Run `model` on `tokens` and return the ledger of its operations, counted from the spikes it fires.
 
-    mode "prompt": each sequence at once. "token": each token by itself, as in generation, averaged over all
-    its places in the sequences. See `Recorder`. In evaluation mode; the model is left in the mode it was in.
+    tokens: int64 [B, S], or several such tensors of any lengths.
+    mode: "prompt" bills each sequence as a whole, "token" one token at a time, as in generation (the energy
+        per token is then a mean over all positions). See `Recorder`.
+    name: the ledger's, shown in comparisons.
 
-    Raises TypeError, ValueError: naming the argument, or the layer whose numbers cannot be counted.
+    The model runs in evaluation mode and is left in the mode it was in.
+
+    Raises TypeError, ValueError: naming the argument, or the layer whose values cannot be counted.
     """
     if not isinstance(model, SpikeDecoder):
         raise TypeError(f"model: got {type(model).__name__}, takes a SpikeDecoder (others: see Recorder)")

@@ -1,4 +1,4 @@
-"""The machine's own counters of joules, where it lets one read them: RAPL (Intel, AMD) and NVML (NVIDIA)."""
+"""The machine's own energy counters, where they can be read: RAPL (Intel, AMD) and NVML (NVIDIA)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RAPL = Path("/sys/class/powercap")
 
 @dataclass(frozen=True)
 class Measured:
-    """Joules of the whole package or device, idle power and other programs included, over `runs` runs."""
+    """Joules of the whole CPU packages or GPU over `runs` runs, idle power and other programs included."""
 
     joules: float
     seconds: float
@@ -26,7 +26,7 @@ class Measured:
 
 
 class _Rapl:
-    """Packages of the CPU; their counters start again at max_energy_range_uj."""
+    """The CPU's packages. Their counters wrap around at max_energy_range_uj."""
 
     def __init__(self, root: Path) -> None:
         domains = sorted(root.glob("intel-rapl:[0-9]*"))
@@ -53,7 +53,7 @@ class _Rapl:
 
 
 def _is_platform(domain: Path) -> bool:
-    """Whether it is "psys", the whole machine, in which the packages are counted once more."""
+    """Whether this is "psys", the whole machine, which includes the packages."""
     name = domain / "name"
     return name.is_file() and name.read_text().strip() == "psys"
 
@@ -85,10 +85,14 @@ class _Nvml:
 def measured_joules(
     run: Callable[[], object], *, seconds: float = 1.0, device: str = "cpu", rapl: Path = _RAPL
 ) -> Measured:
-    """Joules that the machine counts while `run` is called over and over for at least `seconds`.
+    """Joules that the machine counts while `run` is called repeatedly for at least `seconds`.
 
-    `run` must wait for its device. ValueError where the counters cannot be read, with the reason (RAPL is
-    often for root only, and absent in virtual machines).
+    run: must return only when its device has finished; it is called once beforehand.
+    device: "cuda" or "cuda:N" reads NVML's GPU 0 or N, anything else the CPU's RAPL counters.
+    rapl: the folder of the latter.
+
+    Raises ValueError with the reason if the counters cannot be read (those of RAPL are often readable by root
+    only, and absent in virtual machines).
     """
     kind, _, index = device.partition(":")
     meter = _Nvml(int(index or 0)) if kind == "cuda" else _Rapl(rapl)

@@ -1,7 +1,7 @@
-"""The energy formulas of the original program, as they stand there, errors included; for comparison only.
+"""The original program's energy formulas, reproduced with their errors; for comparison only.
 
-Source: the graphical app of SpikeDecoder (Beger, Walter and Knoll, arXiv 2606.12287). What is wrong with them
-is listed in docs/energy.md.
+Source: the graphical app of SpikeDecoder (Beger, Walter and Knoll, arXiv 2606.12287). The errors are listed
+in docs/energy.md.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _LABEL = (
 
 
 def original_estimate(ledger: Ledger) -> Estimate:
-    """What the original's app would show for this model and these spikes.
+    """The energy that the original's app would show for this model and its measured spikes.
 
-    It knows three kinds: fully spiking (spike_degree 4), spiking attention only with the rest an ANN (2), and
-    the non-spiking one (0). ValueError for others, and for a ledger of mode "token".
+    The app knows three kinds of model: fully spiking (spike_degree 4), spiking in embedding and attention
+    (2), and non-spiking (0). Raises ValueError for any other, and for a ledger of mode "token".
     """
     c = ledger.config
     if c is None or c.attention_only or c.spike_degree not in (0, 2, 4):
@@ -55,14 +55,14 @@ Counts = Callable[[str, str], float]
 
 
 def _nonzeros(ledger: Ledger, c: SpikeDecoderConfig) -> Counts:
-    """(part of a block, operation) -> what is not zero there, per sequence and timestep, mean over blocks."""
+    """Maps (part of a block, operation) to the nonzero values per sequence and timestep, mean over blocks."""
 
     def mean(part: str, operation: str) -> float:
         events = [ledger.row(f"blocks.{i}.{part}", operation).events for i in range(c.blocks)]
         return sum(events) / c.blocks / ledger.sequences / c.binary_timesteps
 
     def count(part: str, operation: str) -> float:
-        if part == "head":  # of one pass, not per timestep
+        if part == "head":  # once per pass, not per timestep
             return ledger.row("head", "linear").events / ledger.sequences
         return mean(part, operation)
 
@@ -70,7 +70,7 @@ def _nonzeros(ledger: Ledger, c: SpikeDecoderConfig) -> Counts:
 
 
 def _attention(c: SpikeDecoderConfig, n: Counts) -> tuple[float, float, float]:
-    """One of q, k, v; the two products; the output projection."""
+    """Operations of one of the projections q, k, v; of the two products; of the output projection."""
     e, s = c.embed_dim, c.max_len
     products = 2 * n("attention.q", "LIF") * s + 2 * n("attention.attention_lif", "(q k^T) v") * e
     into = 2 * n("attention.q", "linear") * e + s * e

@@ -1,4 +1,4 @@
-"""Counting what a model does from the spikes that pass: forward hooks on every kind of layer."""
+"""Count a model's operations from the spikes that pass through it: a forward hook for every kind of layer."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from spikedecoder.nn.watching import watching
 from spikedecoder.params import binary_timesteps
 
 Mode = Literal["prompt", "token"]
-_PARTS = ("linear", "norm", "lif")  # sub-modules whose rows stand under their parent's name
+_PARTS = ("linear", "norm", "lif")  # sub-modules whose rows are listed under their parent's name
 
 
 class Recorder:
-    """Counts the operations of every layer of `model` while it is open.
+    """Context manager that counts the operations of every layer of `model`.
 
         with Recorder(model, "token") as recorder:
             model.generate(prompt, 100)
         ledger = recorder.ledger()
 
-    mode "prompt": whole sequences at once, attention in its causal quadratic form, weights fetched once per
-    sequence. "token": one token after another, attention in its recurrent form (softmax: with a cache of keys
-    and values), weights fetched once per token. The spikes are the same in both, so either mode may watch
-    a parallel forward; only "token" may watch `prefill`, `step` and generation.
+    mode "prompt" bills whole sequences at once: attention in its causal quadratic form, weights fetched once
+    per sequence. "token" bills one token after another: attention in its recurrent form (softmax attention
+    with a cache of keys and values), weights fetched once per token. The spikes are the same in both, so
+    either mode can count a parallel forward pass; only "token" can count `prefill`, `step` and generation.
 
-    Raises ValueError where a parameter or a layer's numbers are NaN or infinite, where an input that must be
-    spikes is not, and for a model with a layer whose operations are not known here. Costs about one more
-    pass.
+    Raises ValueError if a parameter or a layer's values are NaN or infinite, if an input that must be spikes
+    is not, or if the model has a layer whose operations are not known here. Counting takes about as long as
+    one more pass.
     """
 
     def __init__(self, model: nn.Module, mode: Mode = "prompt") -> None:
@@ -74,7 +74,7 @@ class Recorder:
         self._open.close()
 
     def ledger(self, name: str = "") -> Ledger:
-        """What was counted so far. ValueError where the model has seen no input."""
+        """The ledger of what was counted so far. Raises ValueError if the model has seen no input."""
         if not self._rows:
             raise ValueError("energy: the model has seen no input, so there are no spikes to count")
         config = self.model.config if isinstance(self.model, SpikeDecoder) else None
@@ -119,9 +119,9 @@ class Recorder:
         ]
         method = next((m for kind, m in parts if isinstance(module, kind)), None)
         if method is None:
-            known = isinstance(module, nn.Embedding)  # its look-ups are the Embedding's
+            known = isinstance(module, nn.Embedding)  # counted by the Embedding around it
             computes = next(module.parameters(recurse=False), None) is not None
-            if isinstance(self.model, SpikeDecoder):  # all of whose operations are known
+            if isinstance(self.model, SpikeDecoder):  # all modules of its own are known
                 leaf = next(module.children(), None) is None and not isinstance(module, nn.Identity)
                 computes = computes or (leaf and foreign(module))
             if not known and computes:
@@ -134,7 +134,7 @@ class Recorder:
         if method in (self._lif, self._norm):
             above = self.model.get_submodule(parent) if name else None
             if isinstance(above, (LinearNormLIF, AttentionLIF)):
-                return None  # fused there
+                return None  # counted there
         if method == self._lif:
             layer = name or "LIF"
 
@@ -231,7 +231,7 @@ class Recorder:
         heads, t = module.heads, q.shape[0]
         d = q.shape[-1] // heads
         levels = module.lif.levels
-        # how many spikes each of them takes, [T, B, S, H, d]
+        # the number of spikes in each value, [T, B, S, H, d]
         q, k, v = (ops.spike_counts(x, levels).unflatten(-1, (heads, d)) for x in (q, k, v))
         common: dict[str, Any] = {"values": s.numel(), "spikes": _total(q), "levels": levels}
         if self.mode == "token":
@@ -240,7 +240,7 @@ class Recorder:
             decayed = q.shape[1] * q.shape[2] * common["state"]
         else:
             common |= _quadratic(q, k, v)
-            common["tests"] *= binary_timesteps(levels)  # a spike of q meets each timestep of a key
+            common["tests"] *= binary_timesteps(levels)  # a q spike is tested with each timestep of a key
             decayed = common["scored"]
         common["decayed"] = 0 if module.decay is None else decayed
         self._add(build.spiking_attention(layer, recurrent=self.mode == "token", **common))
@@ -254,7 +254,7 @@ class Recorder:
     ) -> None:
         b, s, width = y.shape
         pairs, longest = b * (s * (s + 1) // 2), s
-        if len(inputs) > 2 and inputs[2] is not None:  # [B] tokens came before
+        if len(inputs) > 2 and inputs[2] is not None:  # [B], how many tokens came before
             if self.mode == "prompt":
                 raise ValueError("mode: got 'prompt' for a pass that goes on from a state, takes 'token'")
             pairs += int(inputs[2].sum()) * s
@@ -302,7 +302,8 @@ class Recorder:
 
 
 def embedding_work(c: SpikeDecoderConfig) -> dict[str, Any]:
-    """Per token: numbers fetched from tables, additions, comparisons, products; whether spikes result."""
+    """Per token: numbers ("words") fetched from tables, additions, comparisons, products; and whether the
+    result is spikes."""
     gain = c.embedding_gain != 1
     if c.ann_embedding:
         e = c.embed_dim
@@ -317,7 +318,7 @@ def embedding_work(c: SpikeDecoderConfig) -> dict[str, Any]:
         "words": learned + placed,
         "add": summed,
         "compare": 0 if c.float_embedding else (summed or learned + placed),
-        "mul": c.embed_dim if gain and real else 0,  # a spike times the gain is a constant
+        "mul": c.embed_dim if gain and real else 0,  # spikes times the gain are still binary
         "spikes": not real,
     }
 
@@ -328,7 +329,7 @@ def _sequences(x: Tensor) -> tuple[int, int]:
 
 
 def _linears(model: nn.Module) -> tuple[set[str], set[str]]:
-    """Names of the Linears that are fed spikes, and of those whose neurons follow at once."""
+    """Names of the Linears whose input is spikes, and of those whose output goes directly into neurons."""
     spikes, unkept = set(), set()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
@@ -346,7 +347,7 @@ def _linears(model: nn.Module) -> tuple[set[str], set[str]]:
 
 
 def _quadratic(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
-    """Counts of causal attention for spikes [T, B, S, H, d]; one timestep and sequence at a time."""
+    """Counts of causal attention for spikes [T, B, S, H, d], computed one timestep and sequence at a time."""
     s = q.shape[2]
     counts = torch.zeros(3, dtype=torch.float64, device=q.device)
     for t in range(q.shape[0]):
@@ -354,10 +355,10 @@ def _quadratic(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
             q_, k_, v_ = (x[t, b].transpose(0, 1).float() for x in (q, k, v))  # [H, S, d]
             scores = (q_ @ k_.transpose(-1, -2)).tril()
             found = scores != 0
-            fan_out = v_.sum(-1, dtype=torch.float64)  # [H, S]: a score adds itself where v spikes
+            fan_out = v_.sum(-1, dtype=torch.float64)  # [H, S]: a score is added once per v spike
             totals = (scores.sum(dtype=torch.float64), found.sum(), (found.sum(1) * fan_out).sum())
             counts += torch.stack([x.to(torch.float64) for x in totals])
-    keys = torch.arange(1, s + 1, device=q.device, dtype=torch.float64)  # that the token at each place sees
+    keys = torch.arange(1, s + 1, device=q.device, dtype=torch.float64)  # seen by token 1, 2, ...
     tests = (q.sum((0, 1, 3, 4), dtype=torch.float64) * keys).sum()
     pairs = q.shape[0] * q.shape[1] * q.shape[3] * (s * (s + 1) // 2)
     coincidences, scored, weighted = (int(n) for n in counts)
@@ -376,12 +377,12 @@ def _check_finite(layer: str, what: str, x: Tensor) -> None:
 
 
 def _total(s: Tensor, levels: int = 1) -> int:
-    """How many spikes: of integers up to `levels`, the ones among their binary digits."""
+    """The number of spikes; in integers up to `levels`, the number of ones among their binary digits."""
     return int(ops.spike_counts(s, levels).sum(dtype=torch.float64))
 
 
 def _check_spikes(layer: str, what: str, x: Tensor, levels: int = 1) -> None:
-    """0 and 1, or integers from 0 to `levels`."""
+    """Raises ValueError unless x holds only 0 and 1, or integers from 0 to `levels`."""
     _check_finite(layer, what, x)
     if not bool(((x >= 0) & (x <= levels) & (x == x.round())).all()):
         takes = "0 and 1" if levels == 1 else f"integers from 0 to {levels}"
@@ -389,7 +390,7 @@ def _check_spikes(layer: str, what: str, x: Tensor, levels: int = 1) -> None:
 
 
 def _check_constant(layer: str, what: str, x: Tensor) -> None:
-    """0 and some constant, which the weights can take up."""
+    """Raises ValueError unless x holds only 0 and one constant, which the weights can absorb."""
     _check_finite(layer, what, x)
     if not bool(((x == 0) | (x == x.max())).all()):
         raise ValueError(f"energy: {what} of {layer} is not spikes: it holds other values than 0 and 1")

@@ -1,8 +1,8 @@
-"""What one layer does, as ledger rows. One function per kind of operation: hooks and baselines share them.
+"""The operations of a layer as ledger rows: one function per kind of operation, for hooks and baselines.
 
-Nothing is folded that the model computes, but for constants: a norm with fixed statistics is one scale and
-one shift per channel, 1 / tau is a number. Every function takes `reads`, how often the layer's weights are
-fetched: once per sequence where a prompt is processed as a whole, once per token in generation.
+Operations are counted as the model computes them; only constants are folded: a norm with fixed statistics is
+one scale and one shift per channel, and 1 / tau is a number. `reads` is how often a layer's weights are
+fetched: once per sequence if a prompt is processed as a whole, once per token in generation.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from spikedecoder.params import ILIFParams, LIFParams, binary_timesteps
 
 Kind = Literal["mac", "ac", "lif", "norm", "lookup", "other"]
 KINDS: tuple[Kind, ...] = ("mac", "ac", "lif", "norm", "lookup", "other")
-# which numbers an operation works on, and so which format bills it:
-#   weights: a weight with an activation; activations: two activations; both in the chosen format
-#   counts: sums of spikes, integers, always int32; values: everything else, always fp32
+# What numbers an operation works on, which decides the format that it is billed in:
+#   weights: a weight and an activation; activations: two activations; both in the chosen format
+#   counts: sums of spikes, which are integers, always int32; values: everything else, always fp32
 Arithmetic = Literal["weights", "activations", "counts", "values"]
 
 
@@ -25,15 +25,15 @@ Arithmetic = Literal["weights", "activations", "counts", "values"]
 class Row:
     """One operation of one layer, summed over all that was measured.
 
-    count: operations of that kind (MACs, accumulates, LIF updates, values normalised, look-ups, ...).
-    add, mul, compare, logic, special: the elementary operations that they are made of; `compare` includes
-        choices between two values, `logic` is 1-bit ANDs, `special` exp, tanh, 1/x and 1/sqrt(x).
-    events of slots: what is not zero, of what could be: the input of a Linear, the spikes of a LIF. The
-        binary digits of an I-LIF neuron's integer are timesteps, the ones among them spikes.
-    fan_out: accumulates per input spike, of a Linear.
-    weight_words, activation_words, state_words: numbers moved; activation_bits: spikes moved.
-    held: numbers of state that must be kept at once.
-    cache_words, cache_held: the same of keys and values that are kept, in the format of activations.
+    count: operations of this kind (MACs, accumulates, LIF updates, normalised values, look-ups, ...).
+    add, mul, compare, logic, special: the elementary operations that they consist of. `compare` includes
+        choices between two values; `logic` is 1-bit ANDs; `special` is exp, tanh, 1/x and 1/sqrt(x).
+    events, slots: how many values are not zero, and of how many: inputs of a Linear, outputs of a LIF. The
+        binary digits of an I-LIF neuron's integer count as timesteps, the ones among them as spikes.
+    fan_out: of a Linear, accumulates per input spike.
+    weight_words, activation_words, state_words: numbers moved. activation_bits: spikes moved.
+    held: numbers of state that must be kept at the same time.
+    cache_words, cache_held: as state_words and held, for cached keys and values, in the activations' format.
     """
 
     layer: str
@@ -60,11 +60,11 @@ class Row:
 
     @property
     def rate(self) -> float | None:
-        """events / slots; None where nothing was counted."""
+        """events / slots; None if there are no slots."""
         return self.events / self.slots if self.slots else None
 
     def merge(self, other: Row) -> None:
-        """Add what another pass did."""
+        """Add the counts of another pass. What is held is the maximum of the two."""
         for field in dataclasses.fields(self):
             mine = getattr(self, field.name)
             if field.name in ("held", "cache_held"):
@@ -87,12 +87,12 @@ def linear(
     output_kept: bool,
     levels: int = 1,
 ) -> list[Row]:
-    """y = W x + b for `rows` inputs of which `events` values are not zero.
+    """y = W x + b for `rows` inputs, `events` of whose values are not zero.
 
-    Spikes, in as many binary timesteps for each of `rows` as `levels` has digits: each input spike adds a
-    column of W, n_out accumulates, and from one timestep to the next the sums are shifted. Anything else:
-    n_in n_out MACs a row, zeros included. `output_kept`: y never leaves the chip's registers, as its neurons
-    follow at once.
+    With spikes, each row takes as many binary timesteps as `levels` has digits; each input spike adds a
+    column of W (n_out accumulates), and the sums are shifted between timesteps. With anything else, a row
+    takes n_in * n_out MACs, zeros included. `output_kept`: y stays in the chip's registers, because its
+    neurons follow directly.
     """
     main = Row(layer, "linear", "ac" if spikes else "mac", "weights", events=events)
     timesteps = binary_timesteps(levels)
@@ -115,7 +115,8 @@ def linear(
 
 
 def shifts(layer: str, outputs: int, levels: int) -> list[Row]:
-    """Between the binary timesteps of I-LIF neurons, whose spikes count half as much at each next one."""
+    """The shifts between the binary timesteps of I-LIF neurons: a spike is worth half as much at each next
+    one."""
     count = (binary_timesteps(levels) - 1) * outputs
     if not count:
         return []
@@ -125,7 +126,7 @@ def shifts(layer: str, outputs: int, levels: int) -> list[Row]:
 
 
 def lif(layer: str, p: LIFParams, *, updates: int, spikes: int, channels: int, input_words: int) -> list[Row]:
-    """`updates` = neurons times timesteps: leak and input, comparison with the threshold, reset.
+    """LIF neurons, `updates` = neurons * timesteps: leak and input, comparison with the threshold, reset.
 
     h = v + (x - (v - r)) / tau: a multiplication by 1 / tau and two additions (three where r is not 0);
     one comparison; hard reset: one choice between h and r; soft reset: one subtraction per spike.
@@ -150,9 +151,9 @@ def lif(layer: str, p: LIFParams, *, updates: int, spikes: int, channels: int, i
 def ilif(
     layer: str, p: ILIFParams, *, updates: int, spikes: int, channels: int, input_words: int
 ) -> list[Row]:
-    """`updates` = neurons; each runs the binary timesteps of an integrate-and-fire neuron without leak.
+    """I-LIF neurons, `updates` = neurons, each an integrate-and-fire neuron without leak in binary timesteps.
 
-    The current is added once, each timestep compares with its threshold, each spike subtracts that.
+    The current is added once; each timestep compares with its own threshold; each spike subtracts it.
     """
     steps = binary_timesteps(p.levels)
     timesteps = updates * steps
@@ -168,7 +169,7 @@ def ilif(
 
 
 def norm(layer: str, kind: str, *, rows: int, channels: int, reads: int) -> list[Row]:
-    """LayerNorm: mean, centring, variance, 1 / sqrt, scale, then weight and bias. Others: a x + b."""
+    """LayerNorm: mean, centring, variance, 1 / sqrt, scale, then weight and bias. Other norms: a x + b."""
     values = rows * channels
     row = Row(layer, "norm", "norm", "values", count=values)
     if kind == "layer":
@@ -198,17 +199,17 @@ def spiking_attention(
     recurrent: bool,
     levels: int = 1,
 ) -> list[Row]:
-    """(q k^T, causal) v times the scale. values: numel of the output [T, B, S, E]; spikes: q's.
+    """scale * causal(q k^T) v. values: elements of the output [T, B, S, E]. spikes: those of q.
 
-    levels: of I-LIF neurons; their integers' binary digits are the timesteps, counted as spikes.
+    levels: of I-LIF neurons; the binary digits of their integers are timesteps, the ones among them spikes.
 
-    Quadratic: `tests` ANDs (each q spike with its channel of each earlier key), `coincidences` of which
-    accumulate; `scored` of `pairs` scores are not zero, and add themselves where v spikes: `weighted`.
-    Recurrent: k^T v gains one accumulate per pair of a k spike and a v spike (`written`); each q spike reads
-    and accumulates one row of d of it (`read`). `state`: its numbers, T H d d.
+    Quadratic: `tests` ANDs, of each q spike with the same channel of each key that it sees; `coincidences` of
+    them accumulate. `scored` of `pairs` scores are not zero; each is added once per v spike (`weighted`).
+    Recurrent: k^T v takes one accumulate per pair of a k spike and a v spike (`written`); each q spike reads
+    and accumulates one row of it, d numbers (`read`). `state`: the numbers in k^T v, T H d d.
 
-    With a decay, `decayed` products: per score that is not 0, or per number of the state and token, which is
-    read and written for it. What they give are real numbers, and so are the sums of these.
+    A decay takes `decayed` products: one per score that is not 0, or one per token and number of the state,
+    which is read and written for it. The products are real numbers, and so are sums of them.
     """
     sums: Arithmetic = "values" if decayed else "counts"
     bits = values * binary_timesteps(levels)
@@ -242,8 +243,8 @@ def spiking_attention(
 def softmax_attention(
     layer: str, *, tokens: int, width: int, heads: int, pairs: int, longest: int, recurrent: bool
 ) -> list[Row]:
-    """softmax(q k^T / sqrt(d), causal) v; `pairs` of a query and a key it may see, all sequences, of which
-    the longest has `longest` tokens."""
+    """softmax(causal(q k^T / sqrt(d))) v. pairs: of a query and a key that it sees, over all sequences, the
+    longest of which has `longest` tokens."""
     scores = pairs * heads
     first = Row(layer, "q k^T", "mac", "activations", count=pairs * width, add=pairs * width)
     first.mul, first.note = first.count, "causal"
@@ -256,7 +257,7 @@ def softmax_attention(
     scale = Row(layer, "scale", "other", "values", count=tokens * width, mul=tokens * width)
     scale.note = "q / sqrt(d)"
     for row in (first, second):
-        if recurrent:  # the cache is read for each token, and one key, one value written
+        if recurrent:  # each token reads the cached keys (or values) and adds its own
             row.activation_words, row.cache_words = tokens * width, (pairs + tokens) * width
             row.cache_held = longest * width
         else:
@@ -296,7 +297,7 @@ def join(layer: str, *, how: str, timesteps: int, outputs: int, spikes: bool) ->
 def embedding(
     layer: str, *, tokens: int, words: int, add: int, compare: int, mul: int, channels: int, spikes: bool
 ) -> list[Row]:
-    """Rows fetched from tables (`words` numbers a token), then per token so many operations."""
+    """Table look-ups of `words` numbers per token, then `add`, `compare` and `mul` operations per token."""
     row = Row(layer, "look-up", "lookup", "values", count=tokens, add=tokens * add, mul=tokens * mul)
     row.compare, row.weight_words = tokens * compare, tokens * words
     if spikes:

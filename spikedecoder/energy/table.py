@@ -1,4 +1,4 @@
-"""What an operation or a memory access costs: named tables, and a user's own."""
+"""Energy tables, the cost of each operation and memory access: those of the package, and a user's own."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ DEFAULT_TABLE = "horowitz-45nm"
 _TABLES = resources.files("spikedecoder.energy")
 
 ARITHMETIC = ("fp32_mul", "fp32_add", "fp16_mul", "fp16_add", "int8_mul", "int8_add", "int32_add")
-# with the bytes that each holds, the smallest first
+# capacity in bytes, the smallest first
 MEMORIES: dict[str, float] = {"sram_8kB": 8e3, "sram_32kB": 32e3, "sram_1MB": 1e6, "dram": math.inf}
-_MOST = 1e12  # a joule: sums of any number of operations stay finite
-# an exponential, tanh, reciprocal or square root has no figure in the sources: billed as so many MACs
+_MOST = 1e12  # pJ, one joule: sums over any number of operations stay finite
+# The sources have no figure for an exponential, tanh, reciprocal or square root: billed as this many MACs.
 SPECIAL_IN_MACS = 4
 
 
 @dataclass(frozen=True)
 class EnergyTable:
-    """Energies in pJ: of one operation, and of one memory access of 64 bits.
+    """Energy in pJ of each operation and of each memory access of 64 bits.
 
     A comparison, or a choice between two values, is billed as an addition of the same format; a shift as an
     int32 addition; a 1-bit AND as an eighth of an int8 addition; exp, tanh, 1/x and 1/sqrt(x) as 4
@@ -57,14 +57,14 @@ class EnergyTable:
 
     @property
     def logic(self) -> float:
-        """A 1-bit AND."""
+        """pJ of a 1-bit AND."""
         return self.int8_add / 8
 
     def multiply_add(self, number_format: str, activation_bits: int | None = None) -> tuple[float, float]:
-        """(multiplication, addition) of weights and activations in `number_format`: fp32, fp16 or int8.
+        """pJ of (multiplication, addition) in `number_format`: "fp32", "fp16" or "int8", else ValueError.
 
-        int8 products are summed in int32. With `activation_bits`, an int8 weight meets an activation of so
-        many bits: the multiplication costs in proportion to them.
+        int8 products are summed in int32. With `activation_bits`, an int8 weight is multiplied by an
+        activation of that many bits, at a cost in proportion to them.
         """
         if number_format == "int8":
             share = 1.0 if activation_bits is None else activation_bits / 8
@@ -74,14 +74,14 @@ class EnergyTable:
         return getattr(self, f"{number_format}_mul"), getattr(self, f"{number_format}_add")
 
     def per_bit(self, memory: str) -> float:
-        """pJ to move one bit to or from `memory`."""
+        """pJ to move one bit to or from `memory`, a name in MEMORIES, else ValueError."""
         if memory not in MEMORIES:
             raise ValueError(f"memory: got {memory!r}, takes one of {', '.join(MEMORIES)}")
         return getattr(self, memory) / 64
 
     @staticmethod
     def smallest_memory(n_bytes: float) -> str:
-        """The smallest memory that holds so many bytes."""
+        """The smallest memory that holds `n_bytes`."""
         return next(name for name, capacity in MEMORIES.items() if n_bytes <= capacity)
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class EnergyTable:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """The tables that come with the package."""
+        """Names of the tables that come with the package."""
         return tuple(
             sorted(p.name.removesuffix(".toml") for p in _TABLES.iterdir() if p.name[-5:] == ".toml")
         )
@@ -98,7 +98,8 @@ class EnergyTable:
     def load(cls, table: str | Path | EnergyTable) -> EnergyTable:
         """A table by its name, or from a TOML file with [arithmetic] and [memory] in pJ (and name, source).
 
-        Raises ValueError naming what is missing, unknown, or no number from 0 to 1e12; FileNotFoundError.
+        Raises ValueError for an unknown name, or naming an entry that is missing, unknown or not a number
+        from 0 to 1e12; FileNotFoundError or IsADirectoryError for a path that is not a file; TypeError.
         """
         if isinstance(table, EnergyTable):
             return table

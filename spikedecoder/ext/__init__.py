@@ -1,6 +1,7 @@
 """The compiled extension: backends "cpu" (C++) and "cuda" (C++/CUDA), built from csrc/ when installing.
 
-Nothing here is needed: without it every operator runs on the reference backend. `info` says what is there.
+It is optional: without it every operator runs on the reference backend, or on Triton where there is a GPU.
+`info` says what is installed.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ STALE = (
 
 
 def is_built() -> bool:
-    """Whether `spikedecoder._C` was built; it is not loaded to find out."""
+    """Whether `spikedecoder._C` was built; does not load it."""
     return importlib.util.find_spec("spikedecoder._C") is not None
 
 
 def is_cuda_built() -> bool:
-    """Whether `spikedecoder._C_cuda` was built; it is not loaded to find out."""
+    """Whether `spikedecoder._C_cuda` was built; does not load it."""
     return importlib.util.find_spec("spikedecoder._C_cuda") is not None
 
 
 def is_stale(module: ModuleType) -> bool:
-    """Whether a compiled module was built from other sources than the checkout that it runs in holds."""
+    """Whether a compiled module was built from other sources than those of the checkout that it runs in."""
     sources = _sources.fingerprint()
     return sources is not None and getattr(module, "sources", None) != sources
 
 
 def asked_for() -> dict[str, str]:
-    """What setup.py was asked for: "build" (SPIKEDECODER_BUILD) and "cuda_archs"; and the "nvcc" that it
-    found, or "". Empty where it has compiled nothing, and so noted nothing, or the note cannot be read."""
+    """What setup.py recorded of its build: "build" (the SPIKEDECODER_BUILD asked for), "cuda_archs", and
+    "nvcc" (the path found, or ""). Empty if nothing was compiled or the record cannot be read."""
     try:
         return json.loads(Path(__file__).parent.with_name("_build.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -51,16 +52,18 @@ def asked_for() -> dict[str, str]:
 
 
 def info() -> dict[str, Any]:
-    """What the extension consists of here, for `spikedecoder doctor`.
+    """What is installed of the extension, for `spikedecoder doctor`.
 
-    Keys: "cpu" and "cuda", each a dict with "built" (bool) and, if something is missing, "mend" (a sentence
-    with the command). Built, "cpu" has "stale" (built from other sources, and so not used) and, if it is not,
-    "variants" (those that this CPU can run, best first), "variant" (the one in force), "vendor" (of this CPU:
-    "intel", "amd" or "other"), "family" (its number; 0 if it has none), "features" (of it, as far as kernels
-    ask for them), "compiler", "openmp" (version date or None), "bfloat16_products", "threads" and
-    "keeps_freed_memory"; "cuda" has "stale", "compiler", "architectures" (of machine code, and PTX as
-    "NN-virtual") and "loaded" (there is a GPU), and, built or not, "asked" (SPIKEDECODER_BUILD of the build,
-    where one was noted).
+    Returns {"cpu": dict, "cuda": dict}. Both have "built" (bool), "stale" if built (compiled from other
+    sources, and so not used) and, if something is missing, "mend" (a sentence with the command).
+
+    cpu, if built and not stale: "variants" (those that this CPU can run, best first), "variant" (the one in
+        use), "vendor" (of the CPU: "intel", "amd" or "other"), "family" (its number, 0 if it has none),
+        "features" (of the CPU, those that kernels ask for), "compiler", "openmp" (version date, or None),
+        "bfloat16_products", "threads" and "keeps_freed_memory".
+    cuda, if built: "compiler", "architectures" (of machine code, and of PTX as "NN-virtual") and "loaded"
+        (usable: not stale, and there is a GPU). Always, if setup.py recorded it: "asked", the
+        SPIKEDECODER_BUILD of the build.
     """
     cpu: dict[str, Any] = {"built": is_built()}
     if cpu["built"]:

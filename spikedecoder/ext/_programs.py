@@ -1,4 +1,4 @@
-"""Programs that the extension is built by. Imports nothing of the package: setup.py runs this file too."""
+"""Find the programs that build the extension. Imports nothing of the package: setup.py runs this file too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 
 
 def find_compiler() -> str | None:
-    """GCC or Clang: the kernels use attributes that only these know."""
+    """The C++ compiler, or None. It must be GCC or Clang: the kernels use attributes that only these know."""
     return None if os.name == "nt" else _find("CXX", "c++", "g++", "clang++")
 
 
@@ -17,7 +17,10 @@ def find_nvcc() -> str | None:
 
 
 def _find(variable: str, *names: str) -> str | None:
-    """What the environment variable names, which has to be there, else the first of these programs."""
+    """The program that the environment variable names, else the first of `names` that exists, or None.
+
+    Raises ValueError if the one that the variable names does not exist.
+    """
     asked = os.environ.get(variable, "").strip()
     if asked:
         found = shutil.which(asked.split()[0])

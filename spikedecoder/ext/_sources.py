@@ -1,4 +1,4 @@
-"""What the extension was built from. Imports nothing of the package: setup.py runs this file too."""
+"""Identify the extension's sources. Imports nothing of the package: setup.py runs this file too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"  # in a checkout; an install
 
 
 def fingerprint(folder: Path = CSRC) -> str | None:
-    """A number for the names and contents of the sources in `folder`; None where there are none."""
+    """A hash of the names and contents of the sources in `folder`; None if there are none."""
     files = sorted(f for f in folder.glob("*.*") if f.suffix in (".cpp", ".h", ".cu", ".cuh", ".txt"))
     if not files:
         return None

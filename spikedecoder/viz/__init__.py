@@ -1,9 +1,10 @@
-"""Pictures of what a model does. Each function returns a matplotlib Figure; `save` writes it.
+"""Figures of what a model does. Each plotting function returns a matplotlib Figure; `save` writes it.
 
     activity = viz.record(model, tokens, potentials=True, scores=True)
     viz.save(viz.raster(activity, labels=list("the cat")), "raster.png")
 
-matplotlib is imported at the first picture; without it that raises ValueError saying how to get it.
+matplotlib is imported for the first figure; if it is missing, that raises a ValueError that says how to
+install it.
 """
 
 from spikedecoder.activity import Activity, record

@@ -1,4 +1,4 @@
-"""Figures: matplotlib brought in where it is needed, one look, whole files."""
+"""What all figures share: matplotlib imported only when needed, one style, files written atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".pdf")
-# told apart also by people who do not see red and green apart (Okabe and Ito, 2008)
+# distinguishable with red-green colour blindness (Okabe and Ito, 2008)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 SPIKE = "#0B2545"
 _LOOK = {
@@ -32,7 +32,7 @@ _LOOK = {
     "savefig.dpi": 200,
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
-    # a text of a model may hold any character; $ is no formula there
+    # a model's text may hold any character; $ must not start a formula
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
 }
@@ -54,7 +54,7 @@ def look() -> Any:
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches; no window, no global state."""
+    """An empty figure, its size in inches, that needs no window and no global state."""
     matplotlib()
     from matplotlib.figure import Figure
 
@@ -63,7 +63,10 @@ def figure(width: float, height: float) -> Figure:
 
 
 def save(fig: Figure, path: str | Path) -> Path:
-    """Write the figure whole or not at all; the name's ending chooses png, svg or pdf."""
+    """Write the figure, whole or not at all; the suffix of `path` chooses png, svg or pdf. Returns the path.
+
+    Raises ValueError for another suffix, TypeError for an argument of another type.
+    """
     from spikedecoder._files import write_bytes
 
     path = check_picture(path)
@@ -77,13 +80,17 @@ def render(fig: Figure, kind: str = "png") -> bytes:
     """The figure as the bytes of a file: png, svg or pdf."""
     buffer = io.BytesIO()
     with look(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # it is drawn as a box
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # drawn as a box
         fig.savefig(buffer, format=kind)
     return buffer.getvalue()
 
 
 def check_picture(path: str | Path) -> Path:
-    """ValueError where `path` is no picture's, or matplotlib is absent; TypeError where it is no path."""
+    """`path` as a Path, if a figure can be written there.
+
+    Raises ValueError if its suffix is not one of FORMATS or matplotlib is missing, TypeError if it is not a
+    str or Path.
+    """
     if not isinstance(path, str | Path):
         raise TypeError(f"picture: got {type(path).__name__}, takes a str or Path")
     path = Path(path)
@@ -94,20 +101,20 @@ def check_picture(path: str | Path) -> Path:
 
 
 def check_index(name: str, value: object, size: int) -> int:
-    """`value`, where it is the number of one of so many."""
+    """`value`, if it is an integer from 0 to `size` - 1; else raises ValueError."""
     if not is_integer(value) or not 0 <= value < size:
         raise ValueError(f"{name}: got {value!r}, takes 0 to {size - 1}")
     return int(value)
 
 
 def shown(token: str) -> str:
-    """A token as a tick label: what cannot be seen gets a sign."""
+    """A token as a tick label of at most 12 characters, with signs for whitespace."""
     named = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     return named if len(named) <= 12 else named[:11] + "…"
 
 
 def token_ticks(ax: Axes, labels: Sequence[str] | None, n: int, axis: str = "x", size: float = 7) -> None:
-    """Label n tokens along an axis: each where there is room, else numbers."""
+    """Label n tokens along an axis: each with its text if there is room, else with numbers."""
     room = 80 if axis == "x" else 60
     target = ax.xaxis if axis == "x" else ax.yaxis
     if labels is None or n > room:

@@ -1,4 +1,4 @@
-"""Pictures of results: predictions while generating, energy, training runs."""
+"""Figures of results: predictions while generating, energy, training runs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,15 @@ def predictions(
     rows: int = 12,
     limit: int = 64,
 ) -> Figure:
-    """Heat map of the probabilities of the most probable tokens at each generated token.
+    """Heat map of the candidates' probabilities at each generated token; a frame marks the token chosen.
 
-    tokens: the generated ids. candidates: the predictions for each, as `spikedecoder.generation` returns them
-    with ``top``. names: the vocabulary. rows: how many different tokens to show, those with most probability.
-    limit: only the first so many generated tokens. A frame marks the token that was chosen,
-        where it has a row.
+    tokens: the generated ids.
+    candidates: the predictions for each of them, as `spikedecoder.generation` returns them with ``top``.
+    names: the vocabulary, by id.
+    rows: how many candidates to show, those with the largest sum of probabilities.
+    limit: how many generated tokens to show, from the first on.
+
+    Raises ValueError if there are no tokens or candidates, or not one list of candidates per token.
     """
     if len(tokens) != len(candidates):
         raise ValueError(f"candidates: got {len(candidates)}, takes {len(tokens)}, one list for each token")
@@ -84,7 +87,7 @@ def predictions(
 
 
 def energy_bars(comparison: Comparison) -> Figure:
-    """Estimated energy per token, stacked by kind of operation, the models and their twins as groups."""
+    """Bars of estimated energy per token, stacked by kind of operation; models and their twins in groups."""
     of_type("comparison", comparison, Comparison)
     models = list(dict.fromkeys(entry.model for entry in comparison.entries))
     entries = list(comparison.entries)
@@ -145,10 +148,12 @@ def energy_bars(comparison: Comparison) -> Figure:
 
 
 def loss_curves(runs: Mapping[str, str | Path] | Sequence[str | Path]) -> Figure:
-    """Training loss (thin) and held-out loss (dots) of several runs, from each one's metrics.jsonl.
+    """Training loss (thin) and held-out loss (dots) of several runs, from the metrics.jsonl of each.
 
-    runs: folders of training runs, or their metrics.jsonl; a mapping gives them names, else they are called
-        by their last part, or where several share that by the whole path.
+    runs: folders of training runs, or their metrics.jsonl files. A mapping names the runs; otherwise a run is
+        named by the last part of its path, or by the whole path if several share that part.
+
+    Raises ValueError, FileNotFoundError: no runs, or one without losses or without the file.
     """
     named = dict(runs) if isinstance(runs, Mapping) else _named(runs)
     if not named:
@@ -181,7 +186,10 @@ def _named(runs: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that a kill cut short, or a crash garbled, is left out."""
+    """The lines of a run's metrics.jsonl, without those that a kill cut short or a crash garbled.
+
+    path: the file or the run's folder. Raises FileNotFoundError, or ValueError if it holds no losses.
+    """
     file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
     try:
         text = file.read_text(encoding="utf-8", errors="replace")

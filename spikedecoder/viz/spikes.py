@@ -1,4 +1,4 @@
-"""Pictures of spikes: raster, rates, membrane potentials, attention."""
+"""Figures of spikes: raster, rates, membrane potentials, attention."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def raster(
 ) -> Figure:
     """Which neuron of a layer fired at which token: one panel for each timestep.
 
-    labels: the tokens as text, one each. layer: None is the first. sequence: which one of the batch.
-    columns: panels side by side; None: as many as are well read.
+    layer: its name; None is the first. labels: the text of each token, shown if there are at most 40.
+    sequence: its index in the batch. columns: panels side by side; None is 4 for at most 40 tokens, else 2.
     """
     of_type("activity", activity, Activity)
     name = activity.layer(layer)
@@ -62,9 +62,10 @@ def raster(
 
 
 def spike_rates(activity: Activity) -> Figure:
-    """Rate of each layer at each timestep, with the share of dead and of saturated neurons."""
+    """Spike rate of each layer at each timestep, and its shares of dead neurons (never fired) and saturated
+    ones (always fired)."""
     of_type("activity", activity, Activity)
-    activity.layer(None)  # there is one
+    activity.layer(None)  # raises if there is none
     rates = activity.rates()
     names = list(rates)
     longest = max(len(r) for r in rates.values())
@@ -101,7 +102,10 @@ def spike_rates(activity: Activity) -> Figure:
 
 
 def potentials(activity: Activity, layers: Sequence[str] | None = None, *, bins: int = 60) -> Figure:
-    """Histogram of membrane potentials before the reset, by layer; a line marks the threshold."""
+    """Histogram of membrane potentials before the reset, by layer; a line marks the threshold.
+
+    activity: recorded with ``potentials=True``, else ValueError. layers: their names; None is all.
+    """
     recorded = _recorded(activity, "potentials")
     if layers is not None and (isinstance(layers, str) or not isinstance(layers, Iterable)):
         raise TypeError(f"layers: got {type(layers).__name__}, takes names of layers")
@@ -116,7 +120,7 @@ def potentials(activity: Activity, layers: Sequence[str] | None = None, *, bins:
         for i, (ax, name) in enumerate(zip(axes, names, strict=False)):
             values = activity.potentials[name].flatten().float()
             threshold = activity.thresholds[name]
-            if len(values) > 1_000_000:  # evenly spaced ones tell the same
+            if len(values) > 1_000_000:  # an evenly spaced sample is enough
                 values = values[:: len(values) // 500_000]
             low, high = (float(torch.quantile(values[:1_000_000], q)) for q in (0.002, 0.998))
             low, high = min(low, threshold) - 0.1, max(high, threshold) + 0.1
@@ -141,7 +145,12 @@ def attention_map(
     heads: Sequence[int] | None = None,
 ) -> Figure:
     """Causal scores q k^T of one attention layer, summed over the timesteps, or the weights of a softmax
-    attention: one panel for each head."""
+    attention: one panel for each head.
+
+    activity: recorded with ``scores=True``, else ValueError. layer: its name; None is the first. labels: the
+    text of each token, shown if there are at most 40. sequence: its index in the batch. heads: their numbers,
+    from 0 on; None is all.
+    """
     recorded = _recorded(activity, "scores")
     name = choose("layer", layer, recorded)
     scores = recorded[name]
@@ -187,7 +196,7 @@ def _binary() -> object:
 
 
 def _recorded(activity: Activity, what: Literal["potentials", "scores"]) -> dict[str, torch.Tensor]:
-    """The activity's potentials or scores."""
+    """The activity's potentials or scores. Raises ValueError if they were not recorded."""
     of_type("activity", activity, Activity)
     found: dict[str, torch.Tensor] = getattr(activity, what)
     if not found:

@@ -1,4 +1,4 @@
-"""Pictures of a sweep's trials."""
+"""Figures of a sweep's trials."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 def sweep_history(trials: Sequence[Mapping[str, Any]]) -> Figure:
-    """Held-out bits per token of each trial in the order they began, and the best so far.
+    """Held-out bits per token of each trial, in the order in which they began, and the best so far.
 
-    trials: rows with number, state ("complete", "pruned", ...) and bits, as `spikedecoder.sweep` makes them.
+    trials: mappings with number, state ("complete", "pruned", ...) and bits, as `spikedecoder.sweep` makes
+        them. Raises ValueError if none has held-out bits.
     """
     complete, pruned = _kinds(trials)
     best, line = float("inf"), []
@@ -35,7 +36,10 @@ def sweep_history(trials: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def sweep_slices(trials: Sequence[Mapping[str, Any]]) -> Figure:
-    """Held-out bits per token over each setting that was searched, one panel each."""
+    """Held-out bits per token against each setting that was searched, one panel each.
+
+    trials: as for `sweep_history`, with params, a mapping of settings to values.
+    """
     complete, pruned = _kinds(trials)
     names = list(dict.fromkeys(name for t in (*complete, *pruned) for name in t["params"]))
     with look():
@@ -72,14 +76,14 @@ def _dots(ax: Any, x: list[Any], x_pruned: list[Any], complete: list[Any], prune
 
 
 def _places(ax: Any, values: list[Any]) -> list[Any]:
-    """Where values lie on the axis: numbers as they are (a wide range on a log axis), others numbered."""
+    """Positions on the axis: numbers as they are (a wide range on a log axis), other values by rank."""
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(numbers) == len(values):
         if min(numbers) > 0 and max(numbers) >= 5 * min(numbers):
             from matplotlib.ticker import LogLocator, NullFormatter
 
             ax.set_xscale("log")
-            # plain numbers: text is never read as a formula here
+            # plain numbers: the usual labels are formulas, which _LOOK turns off
             ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
             ax.xaxis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""What the modules of this backend share: what can run here, and tensors as the C++ functions take them."""
+"""Shared by this backend's modules: which calls can run here, and tensors as the C++ functions take them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spikedecoder.ops._dispatch import Call
 from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.surrogate import SURROGATES
 
-# How the kernels number what an array holds (Element in csrc/kernels.h).
+# The kernels' numbers for the types of an array's elements (Element in csrc/kernels.h).
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.bool: 2}
 BITS = 3
 
@@ -30,14 +30,14 @@ def floats_on_cpu(call: Call) -> str | None:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x as contiguous float32; x itself where it is that already."""
+    """x as contiguous float32; x itself if it already is."""
     if x.dtype == torch.float32 and x.is_contiguous():
         return x
     return x.detach().to(torch.float32).contiguous()
 
 
 def same(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x, contiguous, in its own dtype or the one given."""
+    """x as contiguous tensor of its own dtype, or of the one given."""
     dtype = dtype or x.dtype
     if x.dtype == dtype and x.is_contiguous():
         return x
@@ -45,7 +45,7 @@ def same(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def address(x: Tensor | None) -> int:
-    """0 for None. The caller holds x until the call has returned."""
+    """The address of x's data, 0 for None. The caller must keep x alive until the call has returned."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -59,11 +59,11 @@ def neuron(p: LIFParams | ILIFParams) -> Any:
 
 
 class Threshold(NamedTuple):
-    """A threshold as the kernels take it, and how they see one timestep: [rows, channels], where channels
-    have thresholds of their own, else one row, which fills vectors however few the channels are."""
+    """A threshold as the kernels take it, and the shape in which they see one timestep: [rows, channels] if
+    each channel has its own threshold, else a single row, which fills vectors even with few channels."""
 
     native: Any
-    values: Tensor | None  # what `native` points into
+    values: Tensor | None  # holds the memory that `native` points to
     rows: int
     channels: int
 
@@ -72,7 +72,7 @@ _SCALAR, _CHANNEL, _ELEMENT = 0, 1, 2
 
 
 def threshold_of(threshold: Tensor | float, x: Tensor) -> Threshold:
-    """One number, one per channel (the last dimension), or one per element of a timestep of x [T, ...]."""
+    """From one number, one per channel (last dimension), or one per element of a timestep of x [T, ...]."""
     n = x.numel() // max(1, x.shape[0])
     if not isinstance(threshold, Tensor):
         return Threshold(_scalar(float(threshold)), None, 1, n)
@@ -93,7 +93,8 @@ def _scalar(value: float) -> Any:
 
 
 def grad_threshold_like(threshold: Tensor | float, t: Threshold) -> Tensor | None:
-    """Where the kernel writes dL/dthreshold, of a shape that sums to the threshold's; None for a number."""
+    """Zeros for the kernel to write dL/dthreshold to, in a shape that can be summed to the threshold's; None
+    if the threshold is a number."""
     if not isinstance(threshold, Tensor):
         return None
     if t.values is None:

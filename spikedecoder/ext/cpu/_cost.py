@@ -1,6 +1,6 @@
-"""Which way of multiplying spikes by a matrix is the fastest, by a small model of what each costs.
+"""Choose the fastest way to multiply spikes by a matrix, by a small cost model.
 
-For M rows of K channels, of which `count` values in all are 1, and N output channels:
+For M rows of K channels, with `count` ones among all values, and N output channels, the ways cost
 
     gather       count * (N * (add, far) + entry) + M * K * word + M * N * row + K * N * fetch,
                  of a small weight M * walk + count * N * step
@@ -8,17 +8,22 @@ For M rows of K channels, of which `count` values in all are 1, and N output cha
     tiles        M * K * (N * (byte or tile) + spread) + K * N * split * (M / 1024, up) + M * N * written
     dense        M * K * N * multiply_add + M * N * row + K * N * panel
 
-in nanoseconds of one thread; the ways share threads alike, so that their number does not matter. A weight
-gradient has M and K exchanged in the roles of rows and sum, and pays `bits` per spike to transpose them, and
-`unpack` if it is dense and torch's, which takes no bits. Weights that do not lie by columns, and weight
-gradients, are transposed besides (TRANSPOSE_NEAR, TRANSPOSE_FAR), by all ways but torch's product, which is
-the dense one of a FEW rows and where the CPU has none as fast (`own_products`).
+in nanoseconds of one thread. All ways scale alike with threads, so that their number does not matter.
 
-The constants are those of the CPU and the variant in force, one set for the product and one for the
-weight gradient, whose sources lie in other caches. Tiles are of bytes from BYTES_FROM channels on, and `far`
-is added to `add` where the rows of a panel are more than NEAR_ROWS.
-``python -m spikedecoder.ext.cpu.calibrate`` measures them anew and says how far from the fastest choice the
-model is; SPIKEDECODER_SPIKE_LINEAR_COST names a JSON file that it wrote, to be used instead.
+`add, far`: `far` is added to `add` if the sum is over more than NEAR_ROWS values. `byte or tile`: `byte` if
+it is over at least BYTES_FROM values. `up`: rounded up.
+
+In a weight gradient M and K exchange their roles. It also pays M * K * bits to transpose the spikes and, if
+dense, M * K * unpack (torch's product takes no bits).
+
+A weight that is not stored by columns, or a weight gradient, must be transposed, too (TRANSPOSE_NEAR,
+TRANSPOSE_FAR), except by torch's product. That is the dense way where ours is not as fast on this CPU
+(`own_products`), and for float32 with at most FEW rows, if there is something to transpose.
+
+The constants depend on the CPU and on the variant in use. The product and the weight gradient have a set
+each, because their sources lie in different caches. ``python -m spikedecoder.ext.cpu.calibrate`` measures
+them anew and reports how far the model's choices are from the fastest; SPIKEDECODER_SPIKE_LINEAR_COST names a
+JSON file that it wrote, to be used instead.
 """
 
 from __future__ import annotations
@@ -36,16 +41,16 @@ from spikedecoder.ext.cpu import native
 
 KINDS = ("product", "weight gradient")
 METHODS = ("gather", "subset_sums", "tiles", "dense")
-TILE_ROWS = 1024  # for which the source is split once (csrc/tiles.cpp)
-SMALL_BYTES, SMALL_CHANNELS, SMALL_OUTPUTS = 48 << 10, 256, 128  # of a weight whose spikes' bits are walked
-NEAR_ROWS = 96  # of a panel of 8 vectors, up to which they stay in the first-level cache
-SMALL_ROWS = 4  # a channel, from which on they are (csrc/spike_linear.cpp)
-BYTES_FROM = 128  # what a sum is over, from which on floats are digits of a byte (csrc/tile_digits.h)
-TILES_MARGIN = 1.25  # gathering is kept up to this: the matrix unit slows down where others use it
-# Nanoseconds to transpose an element, of a weight that does not lie by columns or of a weight gradient: of
-# matrices that the second-level cache holds, and of larger ones
+TILE_ROWS = 1024  # rows per split of the source into tiles (csrc/tiles.cpp)
+SMALL_BYTES, SMALL_CHANNELS, SMALL_OUTPUTS = 48 << 10, 256, 128  # largest weight for which bits are walked
+NEAR_ROWS = 96  # rows of a panel of 8 vectors that the first-level cache holds
+SMALL_ROWS = 4  # rows per channel from which on bits are walked, with a small weight (csrc/spike_linear.cpp)
+BYTES_FROM = 128  # summed values from which on floats are split into digits of a byte (csrc/tile_digits.h)
+TILES_MARGIN = 1.25  # tiles must win by this: the matrix unit slows down when others use it
+# Nanoseconds per element to transpose a weight that is not stored by columns, or a weight gradient: for
+# matrices that the second-level cache holds, and for larger ones
 TRANSPOSE_NEAR, TRANSPOSE_FAR, NEAR_BYTES = 0.3, 1.4, 1 << 20
-FEW = 128  # rows up to which a product that transposes nothing, as torch's, is the fastest dense one
+FEW = 128  # rows up to which torch's product, which transposes nothing, is the fastest dense one
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
 
 
@@ -99,15 +104,15 @@ class Costs:
         return rows * summed * n * self.multiply_add + rows * n * self.row + summed * n * self.panel + extra
 
 
-# Walking the bits of a small weight's spikes, as Emerald Rapids does.
+# Walking the bits with a small weight, measured on Emerald Rapids.
 _AVX512 = {"walk": 9.0, "step": 0.016}
 _AVX2 = {"walk": 9.0, "step": 0.04}
 _BASELINE = {"walk": 9.0, "step": 0.105}
 
-# By CPU and variant, of the product and of the weight gradient: one thread, torch 2.13 with its own BLAS,
-# which used AVX-512 for all rows but those of Zen 3, which has AVX2.
+# By CPU and variant, for the product and for the weight gradient. Measured with one thread and torch 2.13
+# with its own BLAS, which used AVX-512 on all of these CPUs but Zen 3, which has AVX2.
 COSTS = {
-    # EPYC of family 26, whose vectors are of 512 bits in all units; for the others Zen 3's stand.
+    # EPYC of family 26, with vectors of 512 bits in all units. Its other variants take Zen 3's costs, below.
     "zen 5": {
         "avx512": (
             Costs(
@@ -118,7 +123,7 @@ COSTS = {
             Costs(0.023, 0.0, 0.0226, 0.275, 0.00325, 0.0823, 0.35, 0.00784, 0.00413, 0.0723, 0.155, 0.0287),
         ),
     },
-    # EPYC before it. AVX-512: Zen 4. The others: Zen 3.
+    # Earlier EPYC. AVX-512 was measured on Zen 4, the other variants on Zen 3.
     "amd": {
         "avx512": (
             Costs(
@@ -149,8 +154,9 @@ COSTS = {
             Costs(0.138, 0.0, 0.145, 0.285, 0.0223, 0.0, 0.765, 0.028, 0.0, 0.363, 0.0, 0.591),
         ),
     },
-    # Xeon. AVX-512: Ice Lake. The others: Emerald Rapids, where subset sums were those of registers still
-    # (AMX), or are reckoned: Zen 3's, by what adding takes.
+    # Xeon. AVX-512 was measured on Ice Lake, the other variants on Emerald Rapids. There the subset sums are
+    # not those of today's kernel: AMX has those of an earlier one, which kept them in registers; AVX2 and the
+    # baseline have Zen 3's, with `look_up` scaled like `add`.
     "intel": {
         "amx": (
             Costs(
@@ -189,24 +195,24 @@ COSTS = {
         ),
     },
 }
-OTHERS = ("amd", "intel")  # whose costs stand for those of a CPU that nobody has measured
-ZEN_5 = 26  # the family
+OTHERS = ("amd", "intel")  # their costs stand in for those of CPUs that were not measured
+ZEN_5 = 26  # CPU family
 
-# A dense product of bfloat16, of float32's time, where the CPU multiplies pairs of them ...
-BFLOAT16_PAIRS = {"zen 5": 0.54, "amd": 0.48, "intel": 0.48}  # the others: Zen 4's
-# ... and what it costs where the CPU multiplies tiles of them, so that torch's is used (Emerald Rapids);
-# gathering fetches bfloat16 as floats.
+# The time of a dense bfloat16 product over that of float32, if the CPU multiplies pairs of bfloat16 ...
+BFLOAT16_PAIRS = {"zen 5": 0.54, "amd": 0.48, "intel": 0.48}  # both others: measured on Zen 4
+# ... and its costs if the CPU multiplies tiles of bfloat16, so that torch's product is used (Emerald Rapids).
+# `fetch`: gathering reads bfloat16 as floats.
 BFLOAT16_TILES = {"multiply_add": 0.002, "fetch": 0.4, "panel": 0.27, "unpack": 0.4}
 
 
 @functools.cache
 def has_tiles() -> bool:
-    """Whether the CPU has a matrix unit (AMX), in which torch's products of bfloat16 run too."""
+    """Whether the CPU has a matrix unit (AMX), which torch's bfloat16 products use, too."""
     return "amx" in native.variants()
 
 
 def _cpus() -> tuple[str, ...]:
-    """Those in COSTS that this CPU is or is most like, the nearest first."""
+    """The keys of COSTS that apply to this CPU, the closest first."""
     build = native.build()
     newer = ("zen 5",) if build["vendor"] == "amd" and build["family"] >= ZEN_5 else ()
     return (*newer, *sorted(OTHERS, key=lambda maker: maker != build["vendor"]))
@@ -214,12 +220,12 @@ def _cpus() -> tuple[str, ...]:
 
 @functools.cache
 def costs_of(variant: str, dtype: torch.dtype, weight_grad: bool) -> Costs:
-    """The costs for a weight of this dtype."""
+    """`costs`, for a weight of this dtype."""
     table = costs(variant, weight_grad)
     if dtype != torch.bfloat16:
         return table
     if has_tiles():
-        # one part of three, half the bytes
+        # a bfloat16 is one part, where a float32 is three, and half the bytes
         one = table.tile / 3
         ours = {"tile": one, "byte": one, "split": table.split / 2, "written": table.written / 2}
         return replace(table, **BFLOAT16_TILES, **ours)
@@ -252,11 +258,11 @@ def _methods(variant: str) -> tuple[str, ...]:
 
 
 class Way(NamedTuple):
-    """Gathering up to `most` set bits, beyond that the method of this number in METHODS."""
+    """Gather up to `most` set bits; beyond that use METHODS[other]."""
 
     most: int
     other: int
-    torch_dense: bool  # whether that is dense, by torch's product
+    torch_dense: bool  # whether METHODS[other] is "dense", by torch's product
 
     def method(self, count: int) -> str:
         return METHODS[self.other] if count > self.most else "gather"
@@ -266,9 +272,12 @@ class Way(NamedTuple):
 
 
 def own_products(variant: str, dtype: torch.dtype) -> bool:
-    """Whether the dense kernel is as fast as torch's. With AVX-512 it is, but for the matrix unit that
-    multiplies bfloat16 in some CPUs. With AVX2 it is where torch's BLAS was not written for the CPU (Zen 3:
-    0.9 to 1.6 times as fast), and for bfloat16, which torch multiplies a hundred times more slowly there."""
+    """Whether our dense kernel is as fast as torch's product.
+
+    With AVX-512 it is, except for bfloat16 on a CPU with a matrix unit. With AVX2 it is on CPUs that torch's
+    BLAS was not written for (on Zen 3 it is 0.9 to 1.6 times as fast), and for bfloat16, which torch
+    multiplies a hundred times more slowly there.
+    """
     if dtype == torch.bfloat16 and has_tiles():
         return False
     if variant == "avx2":
@@ -277,13 +286,13 @@ def own_products(variant: str, dtype: torch.dtype) -> bool:
 
 
 def outpaces_torch(variant: str) -> bool:
-    """Whether the dense kernel takes far less time than torch's product of float32: on Zen 5, where torch's
-    BLAS uses half of the vectors' 512 bits. With AVX2 it takes 0.85 to 1.1 of the time there."""
+    """Whether our dense kernel takes far less time than torch's float32 product: with AVX-512 on Zen 5, where
+    torch's BLAS uses half of the vectors' 512 bits. With AVX2 it takes 0.85 to 1.1 of torch's time there."""
     return variant == "avx512" and _cpus()[0] == "zen 5"
 
 
 def only(method: str, dtype: torch.dtype) -> Way:
-    """One method for any number of set bits."""
+    """The way that uses one method for any number of set bits."""
     return Way(-1, METHODS.index(method), method == "dense" and not own_products(native.variant(), dtype))
 
 
@@ -291,8 +300,11 @@ def only(method: str, dtype: torch.dtype) -> Way:
 def crossover(
     variant: str, m: int, k: int, n: int, weight_grad: bool, transposed: bool, dtype: torch.dtype
 ) -> Way:
-    """The fastest way for s [m, k] and weight [n, k]; `transposed`: if the weight, or its gradient, has to
-    be, for all products but torch's. All but gathering take as long for any number of set bits."""
+    """The fastest way for s [m, k] and weight [n, k].
+
+    transposed: whether the weight or its gradient must be transposed, which torch's product need not do.
+    Every method but gathering takes the same time for any number of set bits.
+    """
     table = costs_of(variant, dtype, weight_grad)
     few = transposed and m <= FEW and dtype == torch.float32
     by_torch = few or not own_products(variant, dtype)

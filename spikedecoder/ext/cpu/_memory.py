@@ -1,11 +1,11 @@
-"""Where results lie.
+"""Memory for results.
 
 torch asks the C library for aligned memory. glibc before 2.38 cuts such a block out of a larger one, and
-small blocks then live in what it cut off: once freed, the block is 96 bytes too short for the next tensor
-of its size, which goes to the end of the heap. While large blocks come from the heap
-(`KEEPS_FREED_MEMORY`), the peak of a training step grew to twice what its tensors take. Here a result
-comes from plain malloc, which is asked for 64 bytes more; it is aligned inside, and a freed block fits the
-next result of its size.
+small blocks then settle in the offcuts: once freed, the block is 96 bytes too short for the next tensor of
+its size, which goes to the end of the heap. With large blocks on the heap (`KEEPS_FREED_MEMORY`), this made
+the peak of a training step twice what its tensors take. Results of this backend come from plain malloc
+instead, which is asked for 64 bytes more, and are aligned inside the block; so a freed block fits the next
+result of its size.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from spikedecoder.ext.cpu import native
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-# Whether the compiled functions can look at tensors and make some: a later torch may have another way.
+# Whether the compiled functions can read and create torch's tensors: a later torch may lack this interface.
 SEES_TENSORS = native is not None and _exchange is not None and native.use_torch(_exchange, Tensor, Parameter)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """An uninitialised tensor that cannot be resized in place, since its memory is not torch's."""
+    """An uninitialised tensor. It cannot be resized in place, because its memory is not torch's."""
     if cpu.KEEPS_FREED_MEMORY and SEES_TENSORS:
         return native.empty(shape, _TYPES[dtype])
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """The same for x's shape and dtype; contiguous."""
+    """`empty` with x's shape and dtype; contiguous."""
     return empty(x.shape, x.dtype)

@@ -39,7 +39,7 @@ NAMES = tuple(field.name for field in fields(_cost.Costs))
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: nanoseconds of all threads together."""
+    """One measurement, in nanoseconds summed over all threads."""
 
     method: str
     m: int
@@ -54,7 +54,7 @@ class Point:
         return (self.m, self.k, self.n, self.count, self.weight_grad)
 
     def units(self) -> list[float]:
-        """How often each constant is paid."""
+        """How many times each constant is paid here."""
         zero = dict.fromkeys(NAMES, 0.0)
         return [
             _cost.Costs(**{**zero, name: 1.0}).of(
@@ -75,7 +75,7 @@ def _seconds(call: Callable[[], Any], budget: float) -> float:
 
 
 def measure(budget: float = 0.05) -> list[Point]:
-    """All points; `budget` is seconds for each."""
+    """Measure all points, spending `budget` seconds on each."""
     from spikedecoder.ext.cpu import spike_linear
 
     points = []
@@ -89,7 +89,7 @@ def measure(budget: float = 0.05) -> list[Point]:
             words = spike_linear.forward(s, weight, None)[1]
             for method in _cost._methods(native.variant()):
                 way = _cost.only(method, weight.dtype)
-                # from words: to pack them takes as long whatever is done with them
+                # timed from words, because packing takes the same time for all methods
                 forward = functools.partial(spike_linear.multiply, words, count, weight, None, way)
                 backward = functools.partial(spike_linear.weight_grad, words, k, grad, method)
                 for call in (forward, backward):
@@ -113,7 +113,7 @@ def fit(points: list[Point]) -> _cost.Costs:
 
 
 def regrets(points: list[Point], table: _cost.Costs) -> dict[tuple[Any, ...], tuple[str, str, float]]:
-    """Case -> (chosen, best, time of the chosen over that of the best)."""
+    """By case: (method that the model chooses, fastest method, ratio of their times)."""
     cases: dict[tuple[Any, ...], dict[str, float]] = {}
     for p in points:
         cases.setdefault(p.case, {})[p.method] = p.nanoseconds

@@ -1,4 +1,4 @@
-"""The next tokens through a whole fully spiking model in one call (csrc/decode.cpp)."""
+"""Run tokens through a whole fully spiking model in one call (csrc/decode.cpp)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from spikedecoder.model import SpikeDecoder
 
 _REUNITE = ("average", "accumulate", "concatenate", "final")  # as numbered in csrc/decode.h
-_LANES = 16  # outputs are padded to a multiple
+_LANES = 16  # outputs are padded to a multiple of this
 _HUGE_PAGE = 2 << 20  # bytes
 _MOST_CHANNELS = 65536
-# Options that csrc/decode.cpp knows, or that change nothing in a step: others must be at their defaults.
+# Options that csrc/decode.cpp handles, or that do not affect a step. Others must have their defaults.
 _OPTIONS = {
     "vocab_size", "max_len", "spike_degree", "attention_only", "token_encoding", "position_encoding",
     "token_dim", "position_dim", "combine_position", "position_bias", "float_embedding", "learn_positions",
@@ -42,11 +42,11 @@ _OPTIONS = {
     "decay_input", "learn_threshold", "surrogate", "surrogate_alpha", "detach_reset", "pad_id",
 }  # fmt: skip
 _STATE = ("attention.state", "attention.shift", "mlp.shift")
-_POSITIONS = 1024  # rows held beyond max_len
+_POSITIONS = 1024  # rows of positions held beyond max_len
 
 
 def why_not(model: SpikeDecoder) -> str | None:
-    """Why `Decoder` cannot step this model, as its config makes it; None if it can."""
+    """Why `Decoder` cannot run this model as it is; None if it can."""
     c = model.config
     if native is None:
         return missing() or NOT_BUILT
@@ -79,8 +79,8 @@ def why_not(model: SpikeDecoder) -> str | None:
 class Decoder:
     """`step` and `prefill` of a fully spiking SpikeDecoder on the CPU, all blocks and the head in one call.
 
-    Takes a copy of the weights as they are at construction: make a new one after they have changed. Always
-    computes what the model does in evaluation mode. Calls from several threads wait for each other.
+    Copies the weights at construction; make a new Decoder after they have changed. Always computes what the
+    model does in evaluation mode. Calls from several threads wait for each other.
 
     Raises:
         ValueError: `why_not` has a reason.
@@ -99,7 +99,7 @@ class Decoder:
         assert isinstance(model.embedding, Embedding)
         self._embedding = _Embedding(model.embedding)
         self._native = native.DecodeModel(
-            # decoding has no gradient: whatever the surrogate, the default's code is the fast one
+            # decoding has no gradient, so the surrogate does not matter: the default's code is the fast one
             neuron(LIFParams(c.tau, c.v_threshold, c.v_reset, c.decay_input)),
             levels=c.levels or 0,
             per_unit=1 / c.v_threshold if c.levels else 1.0,
@@ -120,8 +120,8 @@ class Decoder:
             decay=address(self._decay),
         )
         self._scratch = _empty(0)
-        self._room = 0  # threads that it is for
-        # the state's tensors whose addresses these are, and where they were, for how many sequences
+        self._room = 0  # how many threads it suffices for
+        # the state's tensors of the last call, and their batch size and addresses: `_addresses` is theirs
         self._known: list[Tensor] = []
         self._known_at: list[int] = []
         self._addresses = _empty(0)
@@ -129,15 +129,15 @@ class Decoder:
         self._bounded = c.position_encoding != "static" or c.token_encoding == "one-hot"
 
     def takes(self, state: DecoderState, more: int = 1) -> bool:
-        """Whether `more` tokens can follow here: the sums of spikes still fit float32 exactly."""
+        """Whether `more` tokens can follow `state` here: sums of spikes are still exact in float32."""
         exact = state.longest + more <= self._exact_tokens
         sums = state.layers[0].get("attention.state")
         return exact and (sums is None or sums.dtype == torch.float32)
 
     def step(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One more token for each sequence: token [B] int64, logits [B, V] and the state behind it.
+        """One more token for each sequence: token [B] int64 -> (logits [B, V], the state after it).
 
-        As `SpikeDecoder.step`, to the rounding of sums. Consumes `state`, whose tensors it changes in place.
+        Equals `SpikeDecoder.step` up to the rounding of sums. Consumes `state`: its tensors change in place.
 
         Raises:
             TypeError, ValueError: token or state of another shape, dtype, device or model; ids or positions
@@ -163,9 +163,9 @@ class Decoder:
     def prefill(
         self, tokens: Tensor, state: DecoderState | None = None, last_only: bool = False
     ) -> tuple[Tensor, DecoderState]:
-        """Read tokens [B, S] int64, from the beginning or `state` on: logits [B, S, V] and the state behind.
+        """Read tokens [B, S] int64 from the beginning or after `state`: (logits [B, S, V], the state after).
 
-        last_only: only the logits [B, V] behind the last token. Otherwise, and in what it raises, as `step`.
+        last_only: return only the last token's logits [B, V]. Consumes `state` and raises as `step` does.
         """
         if state is None:
             batch = len(tokens) if isinstance(tokens, Tensor) and tokens.dim() else 0
@@ -218,7 +218,7 @@ class Decoder:
         )
 
     def _room_for_threads(self) -> int:
-        """The address of scratch memory."""
+        """The address of scratch memory for the current number of threads."""
         threads = torch.get_num_threads()
         if threads > self._room:
             self._scratch = _empty(self._native.scratch_bytes(threads) // 4)
@@ -226,7 +226,7 @@ class Decoder:
         return address(self._scratch)
 
     def _point_to(self, state: DecoderState) -> int:
-        """Where the addresses of a state's tensors are; known, where they are those of the step before."""
+        """The address of a table of the addresses of the state's tensors; kept while they stay the same."""
         tensors = [tensor for layer in state.layers for tensor in layer.values()]
         at = [state.batch_size, *map(Tensor.data_ptr, tensors)]
         if self._known and at == self._known_at and all(map(is_, tensors, self._known)):
@@ -250,7 +250,7 @@ class Decoder:
 
 
 class _Embedding:
-    """A copy of a model's embedding: as tables of rows where it is a token's part beside a position's."""
+    """A copy of a model's embedding; as tables of rows, if token and position are concatenated parts."""
 
     def __init__(self, embedding: Embedding) -> None:
         self._module = copy.deepcopy(embedding).requires_grad_(False)
@@ -258,7 +258,7 @@ class _Embedding:
         self.token_rows = _empty(0)
         self._near: Tensor | None = None
         self._far, self._first = _empty(0), 0
-        if c.position_width:  # else they are added, or one
+        if c.position_width:  # else the two are summed, or there is only one
             tokens = _numbers(c.vocab_size)[None]
             self.token_rows = self(tokens, torch.zeros_like(tokens))[0, :, : c.token_width].contiguous()
             self._near = self._rows(0, c.max_len)
@@ -273,9 +273,9 @@ class _Embedding:
         return self(torch.zeros_like(positions), positions)[0, :, self.config.token_width :].contiguous()
 
     def position_rows(self, state: DecoderState) -> tuple[Tensor, int] | None:
-        """Rows for all the positions of a state, and the position of the first; None where there is no table.
+        """(rows that hold all positions of a state, the first row's position); None if there is no table.
 
-        Beyond max_len one stretch of positions is kept: a batch that it cannot hold does without.
+        Beyond max_len one stretch of _POSITIONS positions is held; a batch that spans more gets None.
         """
         if self._near is None or state.longest < self.config.max_len:
             return None if self._near is None else (self._near, 0)
@@ -287,7 +287,7 @@ class _Embedding:
         return self._far, self._first
 
 
-# What the kernel reads and writes is float32 on the CPU whatever torch's defaults are.
+# The kernel reads and writes float32 on the CPU, whatever torch's default dtype and device are.
 
 
 def _empty(*shape: int) -> Tensor:
@@ -307,7 +307,7 @@ def _lifs(model: SpikeDecoder) -> list[LIF]:
 
 
 def _neurons(model: SpikeDecoder) -> tuple[Tensor, Tensor]:
-    """Thresholds [blocks * 12 + 1] of the neurons in the order of csrc/decode.h, and which there are."""
+    """Thresholds [blocks * 12 + 1] of the neurons in the order of csrc/decode.h, and which of them exist."""
     neurons: list[LIF | None] = []
     block: Any
     for block in model.blocks:
@@ -340,21 +340,21 @@ def _weights(model: SpikeDecoder) -> Iterator[Tensor]:
             weight, *parts = _linear(layer.linear, layer.norm)
             yield from _panels(weight)
             yield from parts
-    worth = getattr(model.head.linear, "unit", 1.0)  # of a spike, there
+    worth = getattr(model.head.linear, "unit", 1.0)  # of a spike in the head
     yield _padded(model.head.linear.weight.t()) * worth
     yield _padded(model.head.linear.bias)
 
 
 def _in_huge_pages(parts: list[Tensor]) -> Tensor:
-    """The parts side by side, in memory of huge pages where the system has them.
+    """The concatenated parts, in huge pages if the system has them.
 
-    A token reads all of the weights, and finding so many small pages takes long.
+    Each token reads all of the weights, and looking up so many small pages takes long.
     """
     count = sum(map(len, parts))
     if 4 * count < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.cat(parts)
     memory = mmap.mmap(-1, 4 * count + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
+    with suppress(OSError):  # the system's kernel has none
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.float32)
     return torch.cat(parts, out=whole[-whole.data_ptr() % _HUGE_PAGE // 4 :][:count])
@@ -365,13 +365,14 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def _panels(weight: Tensor) -> tuple[Tensor, ...]:
-    """A weight [inputs, outputs] as the panels that csrc/decode.h takes it in."""
+    """A weight [inputs, outputs] as the panels that csrc/decode.h expects."""
     assert native is not None
     return weight.split(native.decode_panel(len(weight)), dim=1)
 
 
 def _linear(linear: nn.Linear, norm: Norm) -> list[Tensor]:
-    """Weight [inputs, outputs], bias, norm; before a norm of rows without the means that it takes off."""
+    """Weight [inputs, outputs] and bias, then what `_norm` returns. A LayerNorm's subtraction of the mean is
+    folded into weight and bias."""
     weight, bias = linear.weight.detach().t().double(), linear.bias.detach().double()
     if norm.kind == "layer":
         weight, bias = weight - weight.mean(1, keepdim=True), bias - bias.mean()
@@ -379,7 +380,7 @@ def _linear(linear: nn.Linear, norm: Norm) -> list[Tensor]:
 
 
 def _norm(norm: Norm) -> list[Tensor]:
-    """Weight and bias, and of norms over channels the mean and 1 / sqrt(variance + eps) of evaluation."""
+    """Weight and bias; of channel norms also the mean and 1 / sqrt(variance + eps) of evaluation mode."""
     parts: list[Tensor] = [norm.weight, norm.bias]
     if norm.kind == "batch":
         variance = norm.get_buffer("running_var")

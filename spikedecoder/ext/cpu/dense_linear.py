@@ -1,4 +1,4 @@
-"""Linear layer on any numbers in C++ (csrc/matmul.cpp), for CPUs on which torch's takes much longer."""
+"""Dense linear layer in C++ (csrc/matmul.cpp), for CPUs on which torch's takes much longer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def why_not(call: Call) -> str | None:
 
 
 def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y [..., N] of at least one row, K and N."""
+    """y [..., N]; there must be at least one row, input channel and output channel."""
     n, k = weight.shape
     s, y = same(s), empty((*s.shape[:-1], n))
     sizes = (s.numel() // k, k, n, torch.get_num_threads())
@@ -36,8 +36,10 @@ def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def backward(
     grad: Tensor, s: Tensor | None, weight: Tensor | None, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (s, weight, bias) from that of y, None for those that nobody wants: without that of s no
-    weight is needed, and without that of the weight no s."""
+    """Gradients of (s, weight, bias) from that of y; None for those that are not wanted.
+
+    `weight` is needed only for the gradient of s, and `s` only for the gradient of the weight.
+    """
     grad = same(grad)
     grad_s = grad_weight = grad_bias = None
     if wanted[0] and weight is not None:

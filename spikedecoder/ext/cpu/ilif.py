@@ -14,7 +14,7 @@ why_not = floats_on_cpu
 
 
 def forward(x: Tensor, p: ILIFParams, want_mask: bool) -> tuple[Tensor, Tensor | None]:
-    """(s in x's dtype, where the gradient passes as bytes of 0 and 1 if wanted)."""
+    """(s in x's dtype, mask of where the gradient passes, in bytes of 0 and 1; None if it is not wanted)."""
     dtype = x.dtype
     x = dense(x)
     out = empty_like(x)

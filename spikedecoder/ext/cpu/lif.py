@@ -49,7 +49,7 @@ def backward(
     p: LIFParams,
     want_grad_v_init: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, of a threshold that is a tensor, and of v_init if there is one and it is asked for."""
+    """Gradients of x, of the threshold (None for a number), and of v_init (None without one, or unwanted)."""
     if grad_spikes.shape != x.shape:
         raise ValueError(f"grad_spikes: got shape {tuple(grad_spikes.shape)}, takes {tuple(x.shape)}")
     x = same(x)

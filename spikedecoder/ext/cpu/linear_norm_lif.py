@@ -1,5 +1,5 @@
-"""Linear on spikes, normalisation and LIF, rows at a time where the Linear's result is large: no more than
-NEAR bytes of it are ever there."""
+"""Linear on spikes, normalisation and LIF. A large result of the Linear is computed some rows at a time, so
+that no more than NEAR bytes of it exist at once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from spikedecoder.params import LIFParams
 
 why_not = floats_on_cpu
 
-# Bytes of the Linear's result at a time. Less would stay in nearer caches and is slower: sums are bound by
-# arithmetic, and each time the weight is made ready anew.
+# Bytes of the Linear's result at a time. Fewer would stay in nearer caches but are slower: sums are bound by
+# arithmetic, and the weight is prepared again each time.
 NEAR = 64 << 20
 
 

@@ -28,7 +28,7 @@ _WHOLE, _REDUCE, _APPLY, _KNOWN, _BATCH = 0, 1, 2, 3, 4
 
 
 def _sizes(x: Tensor, p: LIFParams | ILIFParams) -> tuple[int, int, int]:
-    """T, rows of a timestep, channels."""
+    """(T, rows of a timestep, channels)."""
     shape = x.shape
     steps, channels = 1 if isinstance(p, ILIFParams) else shape[0], shape[-1]
     return steps, x.numel() // (steps * channels) if steps and channels else 0, channels
@@ -47,9 +47,9 @@ def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
 
 
 def batch_statistics(x: Tensor, n: NormParams) -> tuple[Tensor, Tensor] | None:
-    """Mean and 1 / sqrt(variance + eps) [C] of x for BatchNorm in training; moves the running ones of n on.
+    """Mean and 1 / sqrt(variance + eps) [C] of x for BatchNorm in training; updates n's running statistics.
 
-    None where these are not what the kernel takes.
+    None if the running statistics are not contiguous float32, which the kernel needs.
     """
     if any(r.dtype != torch.float32 or not r.is_contiguous() for r in n.running):
         return None
@@ -60,7 +60,7 @@ def batch_statistics(x: Tensor, n: NormParams) -> tuple[Tensor, Tensor] | None:
         *(ELEMENTS[x.dtype], address(x), *map(address, n.running), n.momentum, n.eps),
         *(address(mean), address(rstd), x.numel() // channels, channels, torch.get_num_threads()),
     )
-    for running in n.running:  # changed, autograd is to know
+    for running in n.running:  # tell autograd that they changed
         torch.autograd.graph.increment_version(running)
     return mean, rstd
 
@@ -76,10 +76,10 @@ def forward(
     p: LIFParams | ILIFParams,
     spikes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(spikes, mean, rstd): row statistics [T, ...] where none are given, else the channels' own.
+    """(spikes, mean, rstd): the row statistics [T, ...] if none are given, else those of channels, as given.
 
-    threshold: read where p is a LIF. p says what x is: I-LIF has no timesteps, and takes any [..., C].
-    spikes: where they go, like x or some rows [T, begin:end, C] of a tensor; None makes one.
+    p: for LIF, x is [T, ..., C]; I-LIF has no timesteps and takes any [..., C]. threshold: used by LIF.
+    spikes: the tensor to write to, like x or some rows [T, begin:end, C] of a larger one; None makes one.
     """
     x, weight, bias = same(x), dense(weight), dense(bias)
     if mean is None or rstd is None:
@@ -137,7 +137,7 @@ def _backward(
     p: LIFParams | ILIFParams,
     *coefficients: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(grad_x, grad_weight, grad_bias, grad_threshold), of which `part` says what is written."""
+    """(grad_x, grad_weight, grad_bias, grad_threshold); `part` decides which of them are computed."""
     x, grad_spikes = same(x), same(grad_spikes, x.dtype)
     values = [dense(i) for i in (weight, bias, mean, rstd, *coefficients)]
     addresses = [address(i) for i in (grad_spikes, x, *values)] + [0] * (7 - len(values))

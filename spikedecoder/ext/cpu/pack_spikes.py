@@ -24,7 +24,7 @@ def pack(spikes: Tensor) -> Tensor:
 
 
 def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
-    """The words, and how many bits in them are set."""
+    """(words, number of set bits in them)."""
     spikes = packable(spikes)
     channels = spikes.shape[-1]
     words = spikes.new_empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
@@ -36,7 +36,7 @@ def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
 
 
 def packable(spikes: Tensor) -> Tensor:
-    """Spikes as the kernels read them."""
+    """Spikes, contiguous and in a dtype that the kernels read."""
     if spikes.dtype not in ELEMENTS:
         spikes = spikes != 0
     return spikes if spikes.is_contiguous() else spikes.detach().contiguous()

@@ -1,7 +1,7 @@
 """Causal spiking attention in C++ (csrc/spike_attention.cpp): a scan over tokens, cost linear in S.
 
-q, k and v must hold spikes: anything that is not 0 in q or k counts as 1, and so does v in the backward pass.
-Where `levels` > 1 they may hold any numbers.
+q, k and v must hold spikes: what is not 0 counts as 1 in q and k, and in the backward pass in v, too. With
+`levels` > 1 they may hold any numbers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ why_not = floats_on_cpu
 
 
 def heads_last(x: Tensor) -> Tensor:
-    """[T, B, H, S, d] as contiguous float32 [T, B, S, H, d]: no copy of what a float32 model makes."""
+    """[T, B, H, S, d] as contiguous float32 [T, B, S, H, d]; a float32 model's tensors are not copied."""
     return dense(x.transpose(2, 3))
 
 
 def sizes(x: Tensor) -> tuple[int, ...]:
-    """What every kernel ends with: the sizes of x [T, B, S, H, d], and the number of threads."""
+    """The last arguments of every kernel: the sizes of x [T, B, S, H, d], and the number of threads."""
     return (*x.shape, torch.get_num_threads())
 
 

@@ -1,7 +1,7 @@
 """Linear layer on spikes in C++: by gathering columns of the weight (csrc/spike_linear.cpp), by subset sums
 (subset_sums.cpp), in the CPU's matrix unit (tiles.cpp), or dense (matmul.cpp).
 
-Which of these runs is decided from the shape and the measured spike rate; see `_cost`.
+The shape and the measured spike rate decide which of these runs; see `_cost`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from spikedecoder.ext.cpu.pack_spikes import check_words, pack_and_count, packab
 
 why_not = floats_on_cpu
 
-UNKNOWN = -1  # how many bits are set, which the kernel's caller then counts
-_ROUNDED_ONCE = 2048  # channels up to which a kernel's bfloat16 output was summed in float32 throughout
+UNKNOWN = -1  # as a number of set bits: to be counted
+_ROUNDED_ONCE = 2048  # channels up to which kernels sum a bfloat16 output in float32 throughout
 
 
 def forward(
     s: Tensor, weight: Tensor, bias: Tensor | None, method: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(y [..., N] in the weight's dtype, s as words of bits). `method`: one of `_cost.METHODS`, or None.
+    """(y [..., N] in the weight's dtype, s as words of bits).
 
-    The kernels read the weight by columns: a weight [N, K] whose transpose is contiguous is used as it is
-    (``weight.t().contiguous().t()``, made once before generating), any other is transposed in each call,
+    method: one of `_cost.METHODS`; None is the fastest.
+
+    The kernels read the weight by columns. A weight [N, K] whose transpose is contiguous is used as it is
+    (``weight.t().contiguous().t()``, made once before generating); any other is transposed in each call,
     which for a handful of rows costs more than the product itself.
     """
     if method is None and (found := few_rows(s, weight, bias)) is not None:
@@ -42,17 +44,17 @@ def forward(
         return multiply(words, UNKNOWN, weight, bias, way, s), words
     words, count = pack_and_count(s)
     if way.by_torch(count) and s.dtype == weight.dtype:
-        return F.linear(s, weight, bias), words  # what `multiply` would unpack
+        return F.linear(s, weight, bias), words  # `multiply` would unpack s again
     return multiply(words, count, weight, bias, way), words
 
 
 def few_rows(
     s: Tensor, weight: Tensor, bias: Tensor | None, learns: bool = False, want_words: bool = True
 ) -> Any:
-    """(y, words) of a handful of rows, for a weight that lies by columns: `forward` where microseconds count.
+    """`forward` for a handful of rows and a weight stored by columns, where microseconds count: (y, words).
 
-    s: spikes, or words of them. None where the arguments, whatever they are, are not what this takes, or one
-    of them needs a gradient and `learns`. Without `want_words` those of spikes are None.
+    s: spikes, or their words. Returns None if this does not handle the arguments, whatever they are, or if
+    `learns` is set and one of them requires a gradient. Without `want_words`, the words of spikes are None.
     """
     if not SEES_TENSORS:
         return None
@@ -62,7 +64,7 @@ def few_rows(
 
 
 def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y [..., N] from the spikes' bits: that of `forward`, bit for bit."""
+    """y [..., N] from words of spikes, bit for bit that of `forward`."""
     if (found := few_rows(words, weight, bias)) is not None:
         return found[0]
     check_words(words, channels)
@@ -73,7 +75,7 @@ def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None
 
 
 def way_of(spikes: Tensor, weight: Tensor, method: str | None = None) -> _cost.Way:
-    """The fastest way to multiply all of these spikes, or words of spikes, or that of a method."""
+    """The fastest way to multiply all of these spikes (or words), or the way of `method`."""
     n, k = weight.shape
     if method is not None:
         return _cost.only(method, weight.dtype)
@@ -90,21 +92,25 @@ def multiply(
     way: _cost.Way,
     spikes: Tensor | None = None,
 ) -> Tensor:
-    """y [..., N] in the weight's dtype, from all words that `way` is for, whose set bits are `count`, or from
-    some rows of them: the same numbers, bit for bit. An UNKNOWN count is for all of them. `spikes`, from
-    `packable`, are packed into the words on the way, for a float32 weight that torch does not multiply."""
+    """y [..., N] in the weight's dtype, from all the words that `way` was chosen for, or from some of their
+    rows, which then have the same values, bit for bit.
+
+    count: the set bits of all these words; UNKNOWN only if all are given.
+    spikes: from `packable`; packed into `words` in passing. Only for a float32 weight that torch does not
+        multiply.
+    """
     n, k = weight.shape
     dtype = weight.dtype
-    if not k:  # words of no channels do not say how many rows there are
+    if not k:  # words without channels do not tell how many rows there are
         return F.linear(unpack(words, k, dtype), weight, bias)
-    if dtype != torch.float32 or way.torch_dense:  # for us to know
+    if dtype != torch.float32 or way.torch_dense:  # the count is needed here, not only in the kernel
         count = _count(words, k) if count == UNKNOWN else count
         if way.by_torch(count):
             return F.linear(unpack(words, k, dtype), weight, bias)
     method = None if dtype == torch.float32 else way.method(count)
     by_columns = _lies_by_columns(weight)
     source, bias = dense(weight.t() if by_columns else weight), None if bias is None else dense(bias)
-    shape = list(words.shape)  # to cut a torch.Size takes longer
+    shape = list(words.shape)  # slicing a torch.Size takes longer
     shape[-1] = n
     whole = method is None or k <= _ROUNDED_ONCE or method in ("tiles", "dense")
     y = empty(shape, dtype if whole else torch.float32)
@@ -121,7 +127,7 @@ def multiply(
 
 
 def _count(words: Tensor, channels: int) -> int:
-    """How many bits are set, none of them beyond the last channel (ValueError)."""
+    """The number of set bits. Raises ValueError if one is beyond the last channel."""
     return int(native.count(address(words), _rows(words), channels, torch.get_num_threads()))
 
 
@@ -138,8 +144,8 @@ def matmul(
     sizes: tuple[int, ...],
     by_columns: bool = False,
 ) -> None:
-    """c = a b + bias, all contiguous, a perhaps words of bits; sizes: M, K, N and threads. See Matmul in
-    csrc/kernels.h."""
+    """Writes c = a b + bias; all are contiguous, and a may be words of bits. sizes: M, K, N and threads. For
+    a_sums and by_columns see Matmul in csrc/kernels.h."""
     native.matmul(
         *(
             address(a),
@@ -159,7 +165,8 @@ def _lies_by_columns(weight: Tensor) -> bool:
 
 
 def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None = None) -> Tensor:
-    """grad_weight [N, K] in grad's dtype: the sum of grad [..., N] over rows where each channel spiked."""
+    """grad_weight [N, K] in grad's dtype: for each channel, the sum of grad [..., N] over the rows where it
+    spiked."""
     check_words(words, channels)
     if words.shape[:-1] != grad.shape[:-1]:
         raise ValueError(
@@ -184,7 +191,7 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
 
 
 def input_and_bias_grad(grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(grad [..., N] times weight [N, K], the sum of grad over its rows [N]) in grad's dtype, in one pass."""
+    """(grad [..., N] times weight [N, K], sum of grad over its rows [N]) in grad's dtype, in one pass."""
     n, k = weight.shape
     if not weight.numel() or not _cost.own_products(native.variant(), grad.dtype):
         return grad @ weight.to(grad.dtype), grad.unsqueeze(0).flatten(0, -2).sum(0)

@@ -1,6 +1,6 @@
 """Backend "cuda": packing and the spike matmul in CUDA, for float32, float16 and bfloat16 on a GPU.
 
-The compiled module is loaded only where torch sees a GPU. The operators that are not here run on Triton.
+The compiled module is loaded only if torch sees a GPU. All other operators run on Triton.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ NO_GPU = "it needs a CUDA device and driver"
 
 
 def _load() -> tuple[Any, str | None]:
-    """The compiled module, or None and the reason."""
+    """(the compiled module, None), or (None, why not)."""
     if not is_cuda_built():
         return None, CUDA_NOT_BUILT
     if not torch.cuda.is_available():
         return None, NO_GPU
     module = importlib.import_module("spikedecoder._C_cuda")
     if is_stale(module):
-        warnings.warn(STALE, stacklevel=2)  # as for the CPU's: "auto" would go on without a word
+        warnings.warn(STALE, stacklevel=2)  # as in ext/cpu: "auto" would silently do without
         return None, STALE
     return module, None
 
@@ -33,5 +33,5 @@ native, _missing = _load()
 
 
 def missing() -> str | None:
-    """Why the compiled module is not loaded; None where it is."""
+    """Why the compiled module is not loaded; None if it is."""
     return _missing

@@ -1,4 +1,4 @@
-"""What the modules of this backend share: what can run here, and tensors as the C++ functions take them."""
+"""Shared by this backend's modules: which calls can run here, and tensors as the C++ functions take them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def on_a_gpu(call: Call, *, bytes_too: bool = False) -> str | None:
 
 
 def address(x: Tensor | None) -> int:
-    """0 for None. The caller holds x until the work is queued; the allocator waits for the stream."""
+    """The address of x's data, 0 for None. The caller must keep x alive until the work is queued; after that,
+    the allocator reuses the memory in the stream's order."""
     return 0 if x is None else x.data_ptr()
 
 
 def launch(kernel: Callable[..., None], x: Tensor, *arguments: int) -> None:
-    """Queue a kernel on x's device, in the stream in force there. The caller's current device stays."""
+    """Queue a kernel on x's device, in the current stream there. The caller's current device is unchanged."""
     with torch.cuda.device(x.device):
         kernel(*arguments, x.get_device(), torch.cuda.current_stream(x.device).cuda_stream)
