@@ -16,6 +16,8 @@ from spikedecoder import SpikeDecoder, SpikeDecoderConfig, energy, viz
 from spikedecoder.energy.rows import KINDS
 from spikedecoder.nn.finite import not_finite
 from spikedecoder.nn.linear import SpikeLinear
+from spikedecoder.nn.neuron import LIF
+from spikedecoder.params import LIFParams
 
 SMALL = {
     "vocab_size": 7,
@@ -264,6 +266,35 @@ def test_a_model_that_recomputes_is_counted_in_full():
     assert recorder.ledger().rows == want.rows
 
 
+def test_tokens_of_a_model_without_an_embedding_are_counted_at_every_pass():
+    lif = LIF(LIFParams())  # used twice in a pass, which is still one pass
+    for model in (nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), lif, SpikeLinear(3, 3), lif)):
+        once, twice = energy.Recorder(model), energy.Recorder(model)
+        x = torch.ones(4, 2, 5, 3)
+        with once:
+            model(x)
+        with twice:
+            model(x)
+            model(x)
+        one, two = once.ledger(), twice.ledger()
+        assert (one.tokens, one.sequences, one.pairs) == (10, 2, 30)
+        assert (two.tokens, two.sequences, two.pairs) == (20, 4, 60)
+        assert [r.count for r in two.rows] == [2 * r.count for r in one.rows]
+        assert two.joules().per_token == pytest.approx(one.joules().per_token)
+
+
+def test_a_pass_that_failed_is_followed_by_a_pass_of_its_own():
+    model = nn.Sequential(nn.Linear(3, 3), SpikeLinear(3, 3))
+    with energy.Recorder(model) as recorder:
+        with pytest.raises(ValueError, match="input of 1 is not spikes"):
+            model(torch.full((2, 5, 3), 0.3))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.eye(3))
+            model[0].bias.zero_()
+        model(torch.ones(3, 5, 3))
+    assert recorder.ledger().tokens == 25
+
+
 def test_generation_fetches_weights_for_each_token_only_of_inputs_that_spiked():
     model, ids = small(), tokens(1)
     prompt, token = (energy.measure(model, ids, mode=mode) for mode in ("prompt", "token"))
@@ -284,7 +315,7 @@ def test_generation_fetches_weights_for_each_token_only_of_inputs_that_spiked():
 def test_a_model_that_saw_no_input():
     with energy.Recorder(small()) as recorder:
         pass
-    with pytest.raises(ValueError, match="has seen no input"):
+    with pytest.raises(ValueError, match="energy: the model has seen no input, so there are no operations"):
         recorder.ledger()
     with pytest.raises(ValueError, match="tokens: got none"):
         energy.measure(small(), [])

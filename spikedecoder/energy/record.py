@@ -46,6 +46,9 @@ class Recorder:
     Raises ValueError if a parameter or a layer's values are NaN or infinite, if an input that must be spikes
     is not, or if the model has a layer whose operations are not known here. Counting takes about as long as
     one more pass.
+
+    Tokens are counted by this package's embedding. In a model without one, they are those of the input of the
+    first layer that runs, [T, B, S, E], [B, S, E] or [S, E], in each call of the model itself.
     """
 
     def __init__(self, model: nn.Module, mode: Mode = "prompt") -> None:
@@ -57,6 +60,7 @@ class Recorder:
         self._rows: dict[tuple[str, str], Row] = {}
         self._tokens = self._sequences = self._pairs = 0
         self._has_embedding = False
+        self._begins = True  # no layer has run yet in this pass
         self._open = ExitStack()
         self._spike_fed, self._unkept = _linears(model)
         self._hooks = [(m, hook) for name, m in model.named_modules() if (hook := self._hook(name, m))]
@@ -65,6 +69,8 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         check_finite(self.model)
+        if not self._has_embedding:
+            self._open.callback(self.model.register_forward_pre_hook(self._begin).remove)
         self._open.enter_context(watching(self.model, self._hooks))
         return self
 
@@ -75,8 +81,6 @@ class Recorder:
 
     def ledger(self, name: str = "") -> Ledger:
         """The ledger of what was counted so far. Raises ValueError if the model has seen no input."""
-        if not self._rows:
-            raise ValueError("energy: the model has seen no input, so there are no spikes to count")
         config = self.model.config if isinstance(self.model, SpikeDecoder) else None
         return Ledger(
             rows=list(self._rows.values()),
@@ -88,6 +92,9 @@ class Recorder:
             config=config,
             name=name,
         )
+
+    def _begin(self, *_: Any) -> None:
+        self._begins = True
 
     def _add(self, rows: list[Row]) -> None:
         for row in rows:
@@ -140,10 +147,12 @@ class Recorder:
 
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             with torch.no_grad():
-                if not self._has_embedding and not self._rows:
-                    self._sequences, length = _sequences(inputs[0])
-                    self._tokens = self._sequences * length
-                    self._pairs = self._tokens * (length + 1) // 2
+                if self._begins and not self._has_embedding:
+                    sequences, length = _sequences(inputs[0])
+                    self._sequences += sequences
+                    self._tokens += sequences * length
+                    self._pairs += sequences * (length * (length + 1) // 2)
+                self._begins = False
                 method(layer, name, module, inputs, output)
 
         return hook
