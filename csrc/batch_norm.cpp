@@ -9,7 +9,7 @@
 namespace spikedecoder {
 namespace {
 
-// As torch's lerp, rounded where it is.
+// As torch's lerp, with the same roundings.
 float between(float from, float to, float weight) {
   return weight < 0.5f ? std::fma(weight, to - from, from) : std::fma(weight - 1, to - from, to);
 }

@@ -1,11 +1,12 @@
-// BatchNorm in training around the kernels: what is done for each channel, not for each element.
+// What BatchNorm in training does per channel, around the kernels, which work per element.
 #pragma once
 
 #include "kernels.h"
 
 namespace spikedecoder {
 
-// 1 / sqrt(variance + eps) takes the place of moments.var. The running mean and variance [C], that one unbiased, move on.
+// Mean and variance, and then 1 / sqrt(variance + eps) in place of moments.var. Updates the running mean and the
+// running variance [C]; the latter takes the unbiased variance.
 struct BatchStatistics {
   Moments moments;
   float *running_mean, *running_var;
@@ -14,8 +15,8 @@ struct BatchStatistics {
 
 void batch_statistics(const BatchStatistics& a);
 
-// Both passes of dL/dx, which follows from the sums of the first: dL/dx = a (g - its mean - z times the mean of g z),
-// a = weight rstd.
+// Both passes of backward. The first sums g and g z over rows; the second uses the sums to compute
+// dL/dx = a (g - mean(g) - z mean(g z)), a = weight rstd.
 void batch_norm_lif_backward(const NormLifBackward& reduce);
 
 }  // namespace spikedecoder

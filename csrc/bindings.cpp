@@ -93,7 +93,7 @@ void bind_lif(py::module_& m) {
   });
 }
 
-constexpr int BATCH = 4;  // a part of its own here: reduce, then apply
+constexpr int BATCH = 4;  // an additional part, only here: reduce, then apply
 
 void bind_norm_lif(py::module_& m) {
   m.def("moments", [](int type, uintptr_t x, bool center, uintptr_t mean, uintptr_t var, int64_t rows, int64_t C,
@@ -108,7 +108,7 @@ void bind_norm_lif(py::module_& m) {
                                double eps, uintptr_t mean, uintptr_t rstd, int64_t rows, int64_t C, int threads) {
     const Element of_x = make_element(type, 1);
     require(rows > 1, "rows: takes at least 2");
-    float* const var = array<float>(rstd, C, "rstd");  // takes its place
+    float* const var = array<float>(rstd, C, "rstd");  // which then replaces it
     BatchStatistics a{{of_x, typed_array(x, of_x, rows, C, "x"), true, array<float>(mean, C, "mean"), var, rows, C,
                        checked_threads(threads)},
                       array<float>(running_mean, C, "running_mean"), array<float>(running_var, C, "running_var"),
@@ -231,7 +231,7 @@ void bind_attention(py::module_& m) {
   });
 }
 
-// Who made this CPU: with its family, what its kernels' costs go by (spikedecoder/ext/cpu/_cost.py).
+// Who made this CPU. Together with its family, this selects the costs of kernels (spikedecoder/ext/cpu/_cost.py).
 const char* cpu_vendor() {
 #if defined(SPIKEDECODER_X86)
   __builtin_cpu_init();
@@ -241,7 +241,7 @@ const char* cpu_vendor() {
   return "other";
 }
 
-// By which generations of one maker differ: 25 is Zen 3 and 4, 26 is Zen 5. 0 where there is none.
+// The CPU's family, which distinguishes generations of one maker: 25 is Zen 3 and 4, 26 is Zen 5. 0 if there is none.
 int cpu_family() {
 #if defined(SPIKEDECODER_X86)
   unsigned a = 0, b, c, d;
@@ -253,7 +253,7 @@ int cpu_family() {
 #endif
 }
 
-// Of what kernels ask for, what this CPU has.
+// Which of the features that kernels use this CPU has.
 std::vector<std::string> cpu_features() {
   std::vector<std::string> found;
 #if defined(SPIKEDECODER_X86)

@@ -34,7 +34,7 @@ inline int64_t elements(std::initializer_list<int64_t> sizes) {
   return n;
 }
 
-// The array at an address: null only where nothing is read or written, aligned for its type.
+// The array at an address, which must be aligned for its type, and may be null only if nothing is read or written.
 template <class T>
 T* array(uintptr_t address, int64_t n, const char* name) {
   if (n > 0 && !address) throw std::invalid_argument(std::string(name) + ": got a null address");

@@ -3,7 +3,7 @@
 
 namespace {
 
-// A model as `decode` takes it; the arrays belong to the caller, who keeps them.
+// A model as `decode` takes it. The arrays belong to the caller, who keeps them alive.
 Decode make_decode_model(const Neuron& neuron, const py::kwargs& k) {
   const auto number = [&](const char* name) { return k[name].cast<int64_t>(); };
   const auto flag = [&](const char* name) { return k[name].cast<bool>(); };

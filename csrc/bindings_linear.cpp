@@ -8,17 +8,17 @@ namespace {
 // In the order of METHODS in spikedecoder/ext/cpu/_cost.py.
 enum class Method : int { gather = 0, subset_sums = 1, tiles = 2, dense = 3 };
 
-// Throws where bits are set beyond the last channel: kernels take a bit's number for that of a row of the weight.
+// Throws if bits are set beyond the last channel: kernels use the number of a bit as that of a row of the weight.
 void refuse(uint64_t stray) { require(!stray, "words: bits are set beyond the last channel"); }
 
-// How many bits of n rows from `begin` on are set, which are ready then.
+// Makes n rows from `begin` on ready and returns how many of their bits are set.
 int64_t ready(const Spikes& s, int64_t begin, int64_t n, int threads) {
   const Found found = make_ready(s, begin, n, threads, kernels().pack, kernels().count_bits);
   refuse(found.stray);
   return found.count;
 }
 
-// What is chosen by the number of set bits: gathering up to `most`, else another way.
+// The choice by the number of set bits: gathering up to `most` of them, else the `other` method.
 struct Choice {
   int64_t count;  // of all spikes; less than 0: not known yet
   int64_t most;
@@ -33,10 +33,11 @@ struct Choice {
     return count <= most ? Method::gather : other;
   }
 
-  // Gathers while bits are counted, where a few rows say that gathering is it; false if it was not, or they do not.
+  // Gathers and counts bits in one go if a sample of rows clearly favours gathering. False if the sample does not, or
+  // if the count then turns out too high, so that the product has to be redone.
   bool gathered(SumRows a, const Spikes& s) {
     constexpr int64_t VALUES = 16384, ROWS_AT_LEAST = 16, ROWS = 64;
-    constexpr double CLEAR = 0.9;  // of `most`, what they say is below
+    constexpr double CLEAR = 0.9;  // the sample must stay below this share of `most`
     if (count >= 0 || !a.rows || !a.bits || !a.columns) return false;
     const int64_t wanted = std::clamp(VALUES / a.bits, ROWS_AT_LEAST, ROWS), sample = std::min(wanted, a.rows);
     int64_t set = 0;
@@ -55,9 +56,9 @@ struct Choice {
   }
 };
 
-// y = s W^T + bias of words [rows, words_for(bits)], whose bits are counted unless `count` is given, and which are
-// packed from `values` [rows, bits] of `type` unless these are null; weight [columns, bits], or its transpose where it
-// lies by columns, float32.
+// y = s W^T + bias, with s as words [rows, words_for(bits)]. The words are packed from `values` [rows, bits] of `type`
+// unless that is null, and their bits are counted unless `count` is given (>= 0). The weight is float32 [columns,
+// bits], or its transpose if by_columns.
 void spike_linear(uintptr_t values, int type, uintptr_t words, int64_t count, int64_t most, int other,
                   uintptr_t weight, bool by_columns, uintptr_t bias, uintptr_t out, int out_type, int64_t rows,
                   int64_t bits, int64_t columns, int threads) {
@@ -101,16 +102,17 @@ void weight_grad(uintptr_t words, int64_t count, int64_t most, int other, uintpt
   }
 }
 
-constexpr int64_t FEW_ROWS = 32, FEW_CHANNELS = 65536;  // the latter for a list of 16-bit numbers to name
+constexpr int64_t FEW_ROWS = 32, FEW_CHANNELS = 65536;  // the latter, since lists have 16-bit numbers
 
 const float* floats(const DLTensor& x, const char* name) {
   return array<const float>(reinterpret_cast<uintptr_t>(x.data), 1, name);
 }
 
-// (y, words of s) for a handful of rows of float32 spikes, or (y, None) where nobody wants these or s is words; all are
-// torch's tensors, for finding out in Python what they are takes longer than the product. None where this is not the way:
-// more rows, another dtype, a weight that does not lie by columns, something that `learns`, or a shape to refuse. Bits
-// beyond the last channel are refused here, as everywhere.
+// (y, words of s) for a handful of rows of float32 spikes, or (y, None) if the words are not wanted or s is words
+// already. All arguments are torch's tensors, because inspecting them in Python takes longer than the product. Returns
+// None if this method does not apply: more rows, another dtype, a weight that is not stored by columns, something that
+// requires a gradient while the call `learns`, or a shape that is an error. Bits beyond the last channel are refused
+// here as everywhere.
 py::object few_rows(py::handle s, py::handle weight, py::handle bias, bool learns, bool want_words, bool own_memory,
                     int threads) {
   const bool has_bias = !bias.is_none();

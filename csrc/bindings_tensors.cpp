@@ -1,4 +1,4 @@
-// Tensors looked at, and made. Why not always of torch's memory: spikedecoder/ext/cpu/_memory.py.
+// Looks at tensors, and makes them. Why not always in torch's memory: spikedecoder/ext/cpu/_memory.py.
 #include "tensors.h"
 
 #include <pybind11/stl.h>
@@ -8,7 +8,7 @@
 
 namespace {
 
-// DLPack's structs of version 1, as far as tensors.h does not have them.
+// The structs of DLPack's version 1 that are not in tensors.h.
 struct DLVersion {
   uint32_t major, minor;
 };
@@ -50,7 +50,7 @@ bool use_torch(const py::object& interface, const py::type& tensor, const py::ty
   return true;
 }
 
-// The memory of a tensor that is our own, and what torch is told of it.
+// A tensor's memory that is our own, and its description for torch.
 struct Owned {
   Owned(const DLTensor& t, size_t bytes) : shape(t.shape, t.shape + t.ndim), memory(bytes) {
     managed.version = kVersion;
@@ -86,10 +86,10 @@ bool look_at(py::handle x, DLTensor& seen) {
   if (!torch.exchange || (type != torch.tensor && type != torch.parameter)) return false;
   if (is_true(PyObject_CallMethodNoArgs(x.ptr(), torch.is_neg))) return false;
   if (torch.exchange->look_at(x.ptr(), &seen)) {
-    PyErr_Clear();  // it has no memory that others could read
+    PyErr_Clear();  // it has no memory that can be read from here
     return false;
   }
-  if (!seen.data) return false;  // of zeros alone, or none
+  if (!seen.data) return false;  // zeros that are not stored, or empty
   seen.data = static_cast<char*>(seen.data) + seen.byte_offset;
   return seen.device.type == kCPU.type;
 }

@@ -1,4 +1,4 @@
-// Words of bits, inside kernels.
+// Operations on words of bits, for use inside kernels.
 #pragma once
 
 #include "simd.h"
@@ -6,7 +6,7 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 
-// Bit i is set where p[i] is not 0 (NaN is not), for the first n <= 64 values.
+// Bit i is set where p[i] is not 0 (NaN counts as not 0), for the first n <= 64 values.
 template <class E>
 SPIKEDECODER_INLINE uint64_t word_of_floats(const E* p, int n) {
   uint64_t word = 0;
@@ -20,7 +20,7 @@ SPIKEDECODER_INLINE uint64_t word_of_floats(const E* p, int n) {
   return word;
 }
 
-// The number of the lowest bit set, 64 where there is none.
+// The number of the lowest set bit, 64 if there is none.
 SPIKEDECODER_INLINE int64_t first_bit(uint64_t word) {
 #if defined(SPIKEDECODER_AVX512) || defined(SPIKEDECODER_AVX2)
   return static_cast<int64_t>(_tzcnt_u64(word));
@@ -46,7 +46,7 @@ SPIKEDECODER_INLINE int64_t indices_of(uint64_t word, uint16_t base, uint16_t* o
   }
   return n;
 #else
-  // four at a time, what is beyond the last one not being looked at: loops that differ in length cost more
+  // four at a time, since loops of varying length cost more; entries beyond the last are not read
   const int64_t n = __builtin_popcountll(word);
   for (int64_t i = 0; i < n; i += 4) {
 #pragma GCC unroll 4
@@ -56,8 +56,9 @@ SPIKEDECODER_INLINE int64_t indices_of(uint64_t word, uint16_t base, uint16_t* o
 #endif
 }
 
-// Bits of a 64 x 64 matrix are transposed in six steps: in each, of each two rows that are `apart` from each other, the
-// upper `bits` of every 2 `bits` of the first change places with the lower ones of the second.
+// A matrix of 64 x 64 bits is transposed in six steps. Each takes pairs of rows that are `apart` from each other,
+// divides them into groups of 2 `bits`, and exchanges the upper half of each group in the first row with the lower half
+// of the same group in the second.
 template <int bits>
 constexpr uint64_t LOWER = ~uint64_t{0} / ((uint64_t{1} << bits) + 1);
 
@@ -97,10 +98,10 @@ SPIKEDECODER_INLINE void transpose_8(__m512i* rows) {
   }
 }
 
-// a = the transpose of up to 64 rows of 64 bits, a word every `stride`: bit j of word i becomes bit i of a[j].
+// a = the transpose of up to 64 rows of one word each, `stride` words apart: bit j of row i becomes bit i of a[j].
 SPIKEDECODER_INLINE void transpose_64(const uint64_t* words, int64_t stride, int64_t rows, uint64_t* a) {
   const __m512i eighth = _mm512_mullo_epi64(_mm512_set_epi64(56, 48, 40, 32, 24, 16, 8, 0), _mm512_set1_epi64(stride));
-  __m512i at[8];  // rows 8 i + j in lane i of at[j]
+  __m512i at[8];  // lane i of at[j] is row 8 i + j
 #pragma GCC unroll 8
   for (int j = 0; j < 8; j++) {
     const int there = rows > j ? static_cast<int>(rows - j + 7) / 8 : 0;
@@ -119,7 +120,7 @@ SPIKEDECODER_INLINE void transpose_64(const uint64_t* words, int64_t stride, int
 
 #else
 
-// A row is 8 words, in each of which this is done.
+// Here a row is 8 words, each of which is treated in this way.
 template <int apart, int bits>
 SPIKEDECODER_INLINE void exchange_bits(uint64_t (*rows)[8]) {
 #pragma GCC unroll 8
@@ -133,9 +134,9 @@ SPIKEDECODER_INLINE void exchange_bits(uint64_t (*rows)[8]) {
   }
 }
 
-// a = the transpose of up to 64 rows of 64 bits, a word every `stride`: bit j of word i becomes bit i of a[j].
+// a = the transpose of up to 64 rows of one word each, `stride` words apart: bit j of row i becomes bit i of a[j].
 SPIKEDECODER_INLINE void transpose_64(const uint64_t* words, int64_t stride, int64_t rows, uint64_t* a) {
-  uint64_t by_eight[8][8], by_one[8][8];  // rows 8 i + j at [i][j], and at [j][i]
+  uint64_t by_eight[8][8], by_one[8][8];  // [i][j], and [j][i], are row 8 i + j
   for (int i = 0; i < 8; i++) {
     for (int j = 0; j < 8; j++) by_one[j][i] = 8 * i + j < rows ? words[(8 * i + j) * stride] : 0;
   }

@@ -44,7 +44,7 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float a) {
   return __float2bfloat16_rn(a);
 }
 
-// Calls body with a value of the element type.
+// Calls body with a value of the element type; throws for `byte`.
 template <class Body>
 void with_float_type(Type type, const Body& body) {
   switch (type) {

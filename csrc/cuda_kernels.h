@@ -1,5 +1,5 @@
-// The CUDA operators, as the Python module calls them. Pointers are to device memory, contiguous; each call
-// runs on `device` and is queued on `stream`. Throws std::runtime_error with CUDA's message.
+// The CUDA operators, as the Python module calls them. Pointers are to contiguous device memory; each call runs on
+// `device` and is queued on `stream`. They throw std::runtime_error with CUDA's message.
 #pragma once
 
 #include <stdint.h>

@@ -1,14 +1,15 @@
-// The next tokens of sequences through a whole fully spiking model, every block and the head: one token of each of many
-// sequences, or many of one.
+// Takes the next tokens of sequences through a whole, fully spiking model, every block and the head: one token of each
+// of many sequences, or many of one.
 //
-// A thread takes a chunk of tokens through one block after the other, and a group of them through one Linear after the
-// other. A Linear adds up the rows of its weight (stored by inputs) at which the input spikes, see decode_sums.h, panel
-// by panel, so that a panel's rows come from the first-level cache for all but the first tokens that need them (of
-// integers, see decode_levels.h). Norm and neurons follow. Attention adds v to the rows of the state at which k spikes, and adds up those at which q does.
+// A thread takes a chunk of tokens through one block after the other, and within a block a group of them through one
+// Linear after the other. A Linear adds up the rows of its weight (stored by inputs) at which the input spikes
+// (decode_sums.h; for integers decode_levels.h). It does so panel by panel, so that a panel's rows come from the
+// first-level cache for all but the first tokens that need them. Norm and neurons follow. Attention adds v to the rows
+// of the state at which k spikes, and sums the rows at which q spikes.
 //
-// Where there are fewer sequences than threads, the chunks of a sequence go to the threads in turn. Only attention and
-// token shift need the chunk before, at the same block: a thread waits for that, and the threads work side by side,
-// each some blocks behind the one before it.
+// If there are fewer sequences than threads, the threads take the chunks of a sequence in turn. Only attention and
+// token shift depend on the chunk before, in the same block; a thread waits for that. So the threads work side by side,
+// each some blocks behind the one with the chunk before.
 #include <sched.h>
 
 #include "bits.h"
@@ -25,7 +26,7 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-// What one thread does. Kind: Cell<...> of LIF neurons, whose spikes are listed from bits (words_), or Counts, whose
+// The work of one thread. Kind: Cell<...> for LIF neurons, whose spikes are listed from bits (words_), or Counts, whose
 // integers are listed from floats.
 template <class Kind>
 class Step {
@@ -50,12 +51,12 @@ class Step {
     q_ = channels(0);
     k_ = channels(1);
     for (int64_t c = 0; c < a.E; c++) first_of_[c] = static_cast<int32_t>(c - c % (a.E / a.H));
-    // the lanes behind the channels stay 0
+    // the lanes beyond the channels stay 0
     for (int64_t i = 0; i < a.T * E_; i++) z_[i] = spikes_[i] = 0;
   }
 
-  // The chunk's tokens, numbered through all sequences. before(n) and behind(n) are called around what needs block n
-  // of the tokens before.
+  // Runs the chunk's tokens, numbered across all sequences. before(n) and behind(n) are called around the part of block
+  // n that depends on earlier tokens.
   template <class Before, class Behind>
   void run(Range chunk, const Before& before, const Behind& behind) const {
     for (int64_t i = chunk.begin; i < chunk.end; i++) ends_.embed(i, stream(i - chunk.begin).start);
@@ -78,7 +79,7 @@ class Step {
   }
 
  private:
-  // body(tokens, place of the first one in the chunk) for the groups of a chunk.
+  // body(tokens, place of the first one in the chunk) for each group of a chunk.
   template <class Body>
   void by_groups(Range chunk, const Body& body) const {
     for (int64_t b = chunk.begin; b < chunk.end; b += group_) {
@@ -158,7 +159,7 @@ class Step {
     }
   }
 
-  // Lists the spikes of neurons with input norm(y), C a timestep; y is changed.
+  // Lists the spikes of neurons with input norm(y), C per timestep; y is changed.
   void list_fired(int64_t place, const Rows& y, int64_t C, float threshold, const Norm& norm,
                   const float* squares = nullptr) const {
     if constexpr (of_integers<Kind>) {
@@ -189,7 +190,8 @@ class Step {
     }
   }
 
-  // Channel group i of `shift` from the token i places back; moves `past` [shift - 1, E], oldest first, on.
+  // Takes channel group i, of `shift` groups, from the token i places back. Moves `past` [shift - 1, E], oldest first,
+  // on by one token.
   void shift_tokens(const float* now, float* past, int64_t shift, float* shifted) const {
     const int64_t E = a_.E;
     int64_t c = 0;
@@ -213,15 +215,15 @@ class Step {
     return {lists.entries, reinterpret_cast<float*>(lists.entries) + channels, lists.ends};
   }
 
-  // The spikes of words_ (C a timestep), as the lists of one token of the chunk.
+  // Lists the spikes of words_ (C per timestep) for one token of the chunk.
   void list(int64_t place, int64_t C) const { list_spikes(words_, a_.T, word_stride_, words_for(C), lists_of(place)); }
 
-  // The squares of the sums of a group's token g, where `sum` has added them up.
+  // Where `sum` adds up the squares of its results for a group's token g; null for integers.
   float* squares_of(int64_t g) const {
     return of_integers<Kind> ? nullptr : own_ + parts_.squares + g * a_.T * 16;
   }
 
-  // y [size, T, columns] = the Linear of what is listed for `size` tokens from place `first` on, C inputs.
+  // y [size, T, columns] = the Linear, with C inputs, of what is listed for `size` tokens from place `first` on.
   void sum(const Linear& l, int64_t C, int64_t first, int64_t size) const {
     if constexpr (of_integers<Kind>) {
       sum_integers(l, C, first, size);
@@ -279,7 +281,7 @@ class Step {
     return {reinterpret_cast<uint16_t*>(start), reinterpret_cast<int32_t*>(start + a_.T * stride / 2), stride};
   }
 
-  // The spikes of words_ [T, E]; asks for the rows of sequence b's `states` that attention will touch.
+  // Lists the spikes of words_ [T, E], and prefetches the rows of sequence b's `states` that attention will touch.
   SPIKEDECODER_OUTLINE_MEMBER void list_timesteps(const Channels& to, const float* states, int64_t b) const {
     const int64_t d = a_.E / a_.H;
     for (int64_t t = 0; t < a_.T; t++) {
@@ -293,7 +295,7 @@ class Step {
     }
   }
 
-  // z = scale * (q state), the states with this token's k^T v in them; y [T, 3, E] what the Linears before gave.
+  // z = scale * (q state), with this token's k^T v added to the states before; y [T, 3, E]: the Linears' results.
   void attention(const Norm& norm, const float* threshold, float* y, float* states, int64_t b) const {
     const int64_t d = a_.E / a_.H;
     const F scale = set1(a_.scale);
@@ -336,14 +338,14 @@ class Step {
   Channels q_, k_;
 };
 
-// Nanoseconds of one token on one thread, at a guess: a sixth of the neurons spikes, or half, of I-LIF.
+// Estimated nanoseconds of one token on one thread, if a sixth of the neurons spike, or half of I-LIF neurons.
 double work(const Decode& a) {
   const double E = static_cast<double>(a.E), hidden = static_cast<double>(a.hidden);
   const double sums = 4 * E * E + 2 * E * hidden, neurons = 8 * E + 2 * hidden;
   return 0.1 * static_cast<double>(a.blocks * a.T) * (sums / (a.levels > 0 ? 2 : 6) + 4 * neurons) / W;
 }
 
-// The n-th look at what another thread is to do: soon, unless it has no core of its own.
+// A pause after the n-th look at another thread's progress, which comes soon unless that thread has no core of its own.
 void pause(int64_t n) {
   if (n % 64 == 63) {
     sched_yield();
@@ -354,7 +356,7 @@ void pause(int64_t n) {
   }
 }
 
-// Chunks of each block that one sequence has behind it, seen by all threads.
+// How many chunks of one sequence have passed each block, seen by all threads.
 struct Progress {
   int64_t* done;  // [blocks]
 
@@ -369,7 +371,7 @@ struct Progress {
 void decode(const Decode& a) {
   const int64_t tokens = a.B * a.S, most = decode_chunk(a);
   int threads = threads_for(work(a) * static_cast<double>(tokens), a.threads);
-  // a sequence shared by threads: chunks so small that all have some, but not so small that nothing is shared in them
+  // if threads share a sequence: chunks so small that every thread has some, but large enough to share weights in them
   const bool shared = a.B < threads && a.S > 1;
   int64_t size = most;
   if (shared) {
@@ -395,7 +397,7 @@ void decode(const Decode& a) {
       const int64_t chunks = (a.S + size - 1) / size;
       for (int64_t b = 0; b < a.B; b++) {
         const Progress progress{reinterpret_cast<int64_t*>(scratch + threads * own + b * counts)};
-        // in turn through all sequences, so that none waits at the end of one
+        // in turn across all sequences, so that no thread is idle at the end of one
         for (int64_t c = (thread + all - b * chunks % all) % all; c < chunks; c += all) {
           const int64_t begin = b * a.S + c * size, end = b * a.S + (c + 1 < chunks ? (c + 1) * size : a.S);
           step.run({begin, end}, [&](int64_t n) { progress.wait_for(n, c); },

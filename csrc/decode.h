@@ -1,5 +1,5 @@
-// What one token through a whole model takes; see decode.cpp, and spikedecoder/ext/cpu/decode.py, which fills
-// it in. Included by kernels.h.
+// The arguments for running tokens through a whole model; see decode.cpp, and spikedecoder/ext/cpu/decode.py, which
+// fills them in. Included by kernels.h.
 #pragma once
 
 #include "integers.h"
@@ -26,19 +26,20 @@ enum BlockNeuron : int {
   neurons_per_block
 };
 
-// The arrays of one block that a token changes: the running sum of k^T v [T, B, H, d, d], and what the two
-// token shifts remember, [T, B, shift - 1, E] (null where there is no shift).
+// The arrays of one block that a token changes: the running sum of k^T v [T, B, H, d, d], and what the two token shifts
+// remember, [T, B, shift - 1, E] (null if there is no shift).
 struct DecodeState {
   float *attention, *attention_shift, *mlp_shift;
 };
 
 // A model, and the next S tokens of each of B sequences. Sizes as in spikedecoder/config.py.
 //
-// weights: per block  q, k and v side by side, [attention norm], projection, fc1, fc2; then the head. Each is a
-// matrix [inputs, outputs], its bias, and (but for the head) its norm: weight, bias and, of channels, mean and
-// rstd. Before a norm of rows, each row of the matrix and the bias have mean 0 over the outputs: what the norm would
-// take off. Outputs are padded with zeros to a multiple of 16, q, k and v each on its own. The blocks' matrices are cut
-// into panels of `decode_panel` columns, one behind the other. `decode_weights` counts.
+// weights: per block  q, k and v side by side, [attention norm], projection, fc1, fc2; then the head. Each is a matrix
+// [inputs, outputs], its bias, and (except for the head) its norm: weight, bias and, for channel statistics, mean and
+// rstd. Before a norm with row statistics, each row of the matrix and the bias have mean 0 over the outputs, since the
+// norm would subtract their means. Outputs are padded with zeros to a multiple of 16, those of q, k and v separately.
+// The matrices of the blocks are stored as panels of `decode_panel` columns, one after another. `decode_weights` is the
+// number of floats.
 struct Decode {
   // the model
   Neuron neuron;
@@ -48,17 +49,17 @@ struct Decode {
   bool attention_norm, float_reunite, head_neuron;
   float eps, scale;
   int64_t blocks, T, E, hidden, H, V, token_shift, mlp_token_shift;
-  const float *weights, *thresholds, *decay;  // thresholds [blocks, neurons_per_block] and the head's (of LIF); decay [H] or null
-  const uint8_t* present;                     // as thresholds, but for the head's
+  const float *weights, *thresholds, *decay;  // thresholds (of LIF): as `present`, then the head's; decay [H] or null
+  const uint8_t* present;                     // [blocks, neurons_per_block]
   int64_t token_width;
 
-  // the tokens: `embedded` [B, S, E], or null, and then (S = 1) the rows tokens[b] of `token_rows` [, token_width] and
-  // positions[b] - first_position of `position_rows` [, E - token_width]
+  // the tokens: `embedded` [B, S, E] or, if that is null (S = 1), row tokens[b] of `token_rows` [.., token_width]
+  // followed by row positions[b] - first_position of `position_rows` [.., E - token_width]
   const float *embedded, *token_rows, *position_rows;
   const int64_t *tokens, *positions;  // [B]
   int64_t first_position;
   const DecodeState* states;          // [blocks]
-  float* logits;                      // [B, S, V], or behind the last token only: [B, V]
+  float* logits;                      // [B, S, V], or after the last token only: [B, V]
   bool last_only;
   void* scratch;                      // decode_scratch bytes, 64-byte aligned
   int64_t B, S;
@@ -84,41 +85,41 @@ static inline int64_t decode_weights(const Decode& a) {
   return a.blocks * block + decode_padded(a.V) * (decode_head_inputs(a) + 1);
 }
 
-// Columns of a panel of a weight with this many inputs: those rows of it that are used at all stay in a first-level
-// cache, so that a panel is read from farther away once for all sequences; where no useful panel does, long rows do
-// better.
+// Columns of a panel of a weight with this many inputs. Those rows of a panel that are used at all stay in a
+// first-level cache, so that a panel is read from farther away only once for all sequences. Where only narrow panels
+// would fit, long rows are better.
 static inline int64_t decode_panel(int64_t inputs) {
   const int64_t columns = (40 << 10) / (inputs * 64) * 16;
   return columns < 64 || columns > 128 ? 128 : columns;
 }
 
-// Nodes of the trees of timesteps (decode_sums.h), at most.
+// Most nodes of the trees of timesteps (decode_sums.h).
 static constexpr int64_t decode_nodes(int64_t T) { return 2 * T; }
 
-// Tokens that a thread takes through the blocks together, so that the weights are read from memory once for all of
-// them: one of each of several sequences, or neighbours of one; bounded by their lists of spikes.
+// How many tokens a thread takes through the blocks together, so that the weights are read from memory once for all of
+// them: one each of several sequences, or neighbours of one. Limited by the size of their lists of spikes.
 static inline int64_t decode_chunk(const Decode& a) {
   const int64_t room = (1 << 21) / (a.T * larger(a.E, a.hidden));
   return room < 1 ? 1 : room > 32 ? 32 : room;
 }
 
-// Those of them that go through a Linear together: as many as have their results in a part of the second-level cache.
+// How many of these go through a Linear together: as many as have their results in a part of the second-level cache.
 static inline int64_t decode_group(const Decode& a) {
   const int64_t room = (96 << 10) / (a.T * larger(3 * decode_padded(a.E), decode_padded(a.hidden)));
   return room < 1 ? 1 : room > 16 ? 16 : room;
 }
 
-// 16-bit entries of a list of channels.
+// The number of 16-bit entries in a list of channels.
 static inline int64_t decode_channels(const Decode& a) { return decode_padded(a.E) + 64; }
 
-// Where the parts of one thread's scratch memory begin, in floats: the residual streams [chunk, T, E], the results of a
-// Linear [group, T, columns], of the attention [T, E], spikes [2, T, E], the first channel of each channel's head [E],
-// statistics [T], squares [group, T, 16], the head's input, words of bits [T, inputs / 64], the channels at which q and k spike [2, T, E]
-// (16 bits each) and how many [2, T], lists of spikes [chunk, T * inputs] (16 bits each, and of I-LIF the integers)
-// and where a node's ends [chunk, nodes]. All rows are padded.
+// Where the parts of one thread's scratch memory begin, in floats. In order: residual streams [chunk, T, E]; results of
+// a Linear [group, T, columns]; results of the attention [T, E]; spikes [2, T, E]; the first channel of each channel's
+// head [E]; statistics [T]; squares [group, T, 16]; the head's input; words of bits [T, inputs / 64]; the channels at
+// which q and k spike [2, T, E] (16 bits each) and their numbers [2, T]; lists of spikes [chunk, T * inputs] (16 bits
+// each, and for I-LIF the integers); where the list of each node ends [chunk, nodes]. All rows are padded.
 struct DecodeScratch {
   int64_t y, z, spikes, first_of, statistics, squares, joined, words, channels, lists, ends, size;
-  int64_t y_size, words_size, channels_size, list_size, ends_size;  // of one token; of one set of words; of one token's lists
+  int64_t y_size, words_size, channels_size, list_size, ends_size;  // of one token, or one set of words or channels
 };
 
 static inline DecodeScratch decode_scratch_parts(const Decode& a) {
@@ -145,7 +146,7 @@ static inline DecodeScratch decode_scratch_parts(const Decode& a) {
   return s;
 }
 
-// Bytes of scratch memory: each thread's own, and for each thread how far each block has come.
+// Bytes of scratch memory: each thread's own, and for up to `threads` sequences how far each block has got (Progress).
 static inline int64_t decode_scratch(const Decode& a, int threads) {
   const int64_t own = decode_scratch_parts(a).size + decode_padded(2 * a.blocks);
   return static_cast<int64_t>(sizeof(float)) * threads * own;

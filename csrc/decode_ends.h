@@ -1,4 +1,4 @@
-// Where a token comes in and where its logits come out, inside decode.cpp.
+// The two ends of the model in decode.cpp: a token's embedding, and the head with its logits.
 #pragma once
 
 #include "decode_levels.h"
@@ -18,11 +18,11 @@ SPIKEDECODER_INLINE void copy(const float* from, int64_t n, float* to) {
 template <class Kind>
 class Ends {
  public:
-  // joined, rows: room for the head's inputs, padded, and the numbers of those.
+  // joined, rows: memory for the head's inputs, padded, and for the numbers of those that are not 0.
   Ends(const Decode& a, const Kind& cell, const Neurons<Kind>& neurons, float* joined, int32_t* rows)
       : a_(a), cell_(cell), neurons_(neurons), E_(decode_padded(a.E)), joined_(joined), rows_(rows) {}
 
-  // The residual stream x of token i, the same at each timestep.
+  // Writes the residual stream x of token i, the same at each timestep.
   SPIKEDECODER_OUTLINE_MEMBER void embed(int64_t i, float* x) const {
     const int64_t width = a_.token_width, rest = a_.E - width;
     if (a_.embedded) {
@@ -35,7 +35,7 @@ class Ends {
     for (int64_t t = 1; t < a_.T; t++) copy(x, E_, x + t * E_);
   }
 
-  // The logits of the stream x, which is changed; r stands at the weights of the head.
+  // Writes the logits of the stream x, which is changed. r is at the weights of the head.
   SPIKEDECODER_OUTLINE_MEMBER void head(Reader r, const Rows& x, float* logits) const {
     const int64_t columns = decode_padded(a_.V), inputs = decode_head_inputs(a_);
     const float *weight = r.take(inputs * columns), *bias = r.take(columns);
@@ -52,7 +52,7 @@ class Ends {
         }
       }
     }
-    // the inputs that are not 0 come first, their values in place
+    // moves the inputs that are not 0 to the front
     int64_t n = 0;
     for (int64_t i = 0; i < inputs; i++) {
       const float value = joined_[i];
@@ -69,7 +69,7 @@ class Ends {
   }
 
  private:
-  // joined = the head's input; lanes behind it are 0.
+  // joined = the head's input, padded with 0.
   void join(const Rows& x) const {
     if (a_.reunite == Reunite::concatenate) {
       for (int64_t i = decode_head_inputs(a_) / W * W; i < decode_padded(decode_head_inputs(a_)); i++) joined_[i] = 0;

@@ -1,7 +1,7 @@
-// What I-LIF neurons, whose outputs are integers, make different inside decode.cpp: one token, one timestep.
+// The parts of decode.cpp for I-LIF neurons, whose outputs are integers: one token, one timestep.
 //
-// An integer stands for its binary digits (spikedecoder/params.py), and a Linear adds each weight row once, as often as
-// its integer says, in one multiply-add: the rows of the neurons that are silent are not touched.
+// An integer stands for its binary digits (spikedecoder/params.py). A Linear adds each weight row times the integer of
+// its input, in one multiply-add; the rows of silent neurons are not touched.
 #pragma once
 
 #include "kernels.h"
@@ -39,7 +39,7 @@ struct LevelList {
   int32_t* count;
 };
 
-// Lists those of C values. Writes up to W entries more.
+// Lists those of C values. May write up to W more entries than there are.
 inline void list_levels(const float* x, int64_t C, const LevelList& to) {
   int64_t n = 0;
 #if defined(SPIKEDECODER_AVX512)
@@ -90,8 +90,8 @@ SumLevels sum_levels_of(int64_t vectors) {
   }
 }
 
-// One token's attention, of integers q, k and v [E]: the state [E, d], the heads' tables one below the other, becomes
-// decay * state + k^T v; out [E] = scale * q state. The products and, without a decay, the sums are whole numbers.
+// One token's attention with integers q, k and v [E]: the state [E, d], the heads' states one below the other, becomes
+// decay * state + k^T v; out [E] = scale * q state. The products and, without a decay, the sums are integers.
 inline void attend_levels(const float* q, const float* k, const float* v, int64_t E, int64_t d, const float* decay, F scale,
                           float* state, float* out) {
   for (int64_t first = 0; first < E; first += d) {

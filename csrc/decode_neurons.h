@@ -22,11 +22,11 @@ struct Rows {
 template <class Kind>
 class Neurons {
  public:
-  // statistics: room for [T]. Bits are written in rows of `word_stride` words a timestep, spikes in rows of E.
+  // statistics: memory for [T]. Per timestep, bits are written as a row of `word_stride` words, spikes as a row of E.
   Neurons(const Decode& a, const Kind& cell, int64_t word_stride, float* statistics)
       : a_(a), cell_(cell), E_(decode_padded(a.E)), word_stride_(word_stride), statistics_(statistics) {}
 
-  // Takes each row's mean off it.
+  // Subtracts each row's mean.
   SPIKEDECODER_OUTLINE_MEMBER void centre(const Rows& y, int64_t C) const {
     for (int64_t t = 0; t < a_.T; t++) {
       F total = zero();
@@ -41,8 +41,8 @@ class Neurons {
     }
   }
 
-  // y = norm(y), in place. Where a norm is of rows, theirs have mean 0, and `squares` [T, W] add up to their squares'
-  // sums; null: they are not known yet.
+  // y = norm(y), in place. For row statistics the rows must have mean 0; each row of `squares` [T, W] adds up to the
+  // sum of their squares, or `squares` is null if these are not known yet.
   SPIKEDECODER_OUTLINE_MEMBER void normalise(const Rows& y, int64_t C, const Norm& norm, const float* squares) const {
     if (norm.mean) {
       normalise_by<Normed<false>>(y, C, norm);
@@ -52,8 +52,8 @@ class Neurons {
     }
   }
 
-  // The spikes of neurons with input norm(y), or y itself, as floats [T, E] and as bits; either may be null. I-LIF's
-  // integers always go to `spikes`, which may be y. Norm and squares as above.
+  // The spikes of neurons with input norm(y), or y itself without a norm, as floats [T, E] and as bits; either may be
+  // null. The integers of I-LIF always go to `spikes`, which may be y. Norm and squares are as above.
   SPIKEDECODER_OUTLINE_MEMBER void fire(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words,
                                         const Norm& norm = {}, const float* squares = nullptr) const {
     if (words) clear(words);
@@ -98,7 +98,7 @@ class Neurons {
     }
   }
 
-  // One vector of channels of a norm, of rows or of channels.
+  // One vector of channels of a norm, with statistics per row (OfRows) or per channel.
   template <bool OfRows>
   struct Normed {
     F weight, bias, mean, rstd;
@@ -136,7 +136,7 @@ class Neurons {
     }
   }
 
-  // Known: the number of timesteps, or 0.
+  // Known: the number of timesteps if it is known at compile time, else 0.
   template <class Input, int Known>
   void spike_with(const Rows& y, int64_t C, float threshold, float* spikes, uint64_t* words, const Norm& norm) const {
     const auto run = [&](auto vectors, int64_t c) SPIKEDECODER_INLINE_LAMBDA {

@@ -1,4 +1,4 @@
-// The parts of decode.cpp that know nothing of a model's course: its weights, one head's attention.
+// The parts of decode.cpp that do not depend on the order of a model's layers: weights, and the attention on spikes.
 #pragma once
 
 #include "bits.h"
@@ -10,7 +10,7 @@ namespace SPIKEDECODER_VARIANT {
 namespace {
 
 struct Norm {
-  const float *weight = nullptr, *bias = nullptr, *mean = nullptr, *rstd = nullptr;  // the last two of channels
+  const float *weight = nullptr, *bias = nullptr, *mean = nullptr, *rstd = nullptr;  // the last two: of channels
 
   Norm from(int64_t column) const {
     return {weight + column, bias + column, mean ? mean + column : nullptr, rstd ? rstd + column : nullptr};
@@ -18,12 +18,12 @@ struct Norm {
 };
 
 struct Linear {
-  const float *weight, *bias;  // in panels of decode_panel columns, each [inputs, its columns]; [columns]
+  const float *weight, *bias;  // panels of decode_panel columns, each [inputs, its columns]; [columns]
   Norm norm;
   int64_t columns;
 };
 
-// Walks `Decode::weights`.
+// Reads `Decode::weights` in order.
 struct Reader {
   const float* at;
   NormKind kind;
@@ -78,15 +78,15 @@ struct Attention {
   const float* decay;  // [E / d] or null
 };
 
-// Lists the bits that are set in E, ascending; returns how many. Writes up to 64 more.
+// Lists the set bits among E, ascending, and returns how many. May write up to 64 more entries.
 SPIKEDECODER_INLINE int64_t list_bits(const uint64_t* words, int64_t E, uint16_t* list) {
   int64_t n = 0;
   for (int64_t w = 0; w < words_for(E); w++) n += indices_of(words[w], static_cast<uint16_t>(64 * w), list + n);
   return n;
 }
 
-// The state [E, d], the heads' tables one below the other, gets v in the rows at which k spikes; out [E, padded] =
-// scale * each head's sum of the rows at which q spikes. Whole: d is a multiple of W.
+// Adds v to the rows of the state [E, d], the heads' states one below the other, at which k spikes; out [E, padded] =
+// scale * the sum, in each head, of the rows at which q spikes. Whole: d is a multiple of W.
 template <bool Whole>
 void attend(const Attention& a, F scale, float* state, float* out) {
   const int64_t E = a.E, d = a.d;

@@ -1,13 +1,14 @@
-// Sums of a Linear's weight rows for one token's spikes at T timesteps, each shared row added once.
+// Sums of a Linear's weight rows for one token's spikes at T timesteps. Rows that timesteps share are added only once.
 //
-// A neuron whose current hardly changes spikes at the same timesteps again and again: at all of them, or at every
-// second. So up to four timesteps form a tree: all of them; the even and the odd ones; each by itself. An input that
-// spikes at all timesteps of a node is listed there and nowhere below, and a node's sum goes on from its parent's:
+// A neuron whose current hardly changes spikes regularly: at all timesteps, or at every second one. So up to four
+// timesteps form a tree: the root is all of them, below it are the even and the odd ones, and the leaves are single
+// timesteps. An input that spikes at all timesteps of a node is listed at that node and nowhere below, and a node's sum
+// starts from that of its parent:
 //
 //     sum(root) = bias + rows(root);   sum(node) = sum(parent) + rows(node);   y[t] = sum(leaf of t)
 //
-// More than four timesteps are several trees. The order of a sum depends on nothing but the sequence's own spikes:
-// neither on its neighbours nor on threads.
+// More than four timesteps form several trees. The order of a sum depends only on the sequence's own spikes, not on
+// other sequences nor on threads.
 #pragma once
 
 #include "bits.h"
@@ -19,24 +20,25 @@ namespace SPIKEDECODER_VARIANT {
 namespace {
 
 #if defined(SPIKEDECODER_AVX512)
-constexpr int MOST_VECTORS = 8;  // three sums of as many are in registers together, of 32
+constexpr int MOST_VECTORS = 8;  // three sums of this size are in registers together, of 32
 #else
 constexpr int MOST_VECTORS = 4;  // of 16
 #endif
 constexpr int TREE = 4;  // timesteps of a tree
 
-// The nodes of T <= TREE timesteps are first, first + stride, ... < T, a node before its children (first, 2 stride) and
-// (first + stride, 2 stride); one of a single timestep has none.
+// A node of a tree of T <= TREE timesteps is the timesteps First, First + Stride, ... < T. It comes before its children
+// (First, 2 Stride) and (First + Stride, 2 Stride); a node of a single timestep has none.
 template <int T, int First = 0, int Stride = 1>
 constexpr bool is_leaf = First + Stride >= T;
 
-// Where the lists of inputs are: those of a tree's nodes one behind the other, ascending each, ending at `ends`.
+// The lists of inputs: those of the trees' nodes one after another, each ascending and ending where `ends` says.
 struct SpikeLists {
   uint16_t* entries;
   int32_t* ends;  // [nodes of all trees]
 };
 
-// Lists bits, set in n words at each of a node's timesteps, for the node and those below it; clears those it shares.
+// Lists the inputs of a node and those below it, from n words per timestep: first the bits that are set at all
+// timesteps of the node, which it then clears.
 template <int T, int First = 0, int Stride = 1>
 void list_node(uint64_t* words, int64_t row, int64_t n, const SpikeLists& lists, int64_t& node, int64_t& end) {
   for (int64_t w = 0; w < n; w++) {
@@ -54,7 +56,7 @@ void list_node(uint64_t* words, int64_t row, int64_t n, const SpikeLists& lists,
   }
 }
 
-// Lists the set bits of `words` [T, row], of which `n` words a timestep are read; changes them.
+// Lists the set bits of `words` [T, row], of which n words per timestep are read; clears bits that timesteps share.
 SPIKEDECODER_OUTLINE void list_spikes(uint64_t* words, int64_t T, int64_t row, int64_t n, const SpikeLists& lists) {
   int64_t node = 0, end = 0;
   for (int64_t t = 0; t < T; t += TREE, words += TREE * row) {
@@ -67,20 +69,20 @@ SPIKEDECODER_OUTLINE void list_spikes(uint64_t* words, int64_t T, int64_t row, i
   }
 }
 
-// V vectors of columns of a panel. The squares of its sums are added to `squares` [T, W].
+// V vectors of columns of a panel. The squares of their sums are added to `squares` [T, W].
 struct Strip {
   const float *panel, *bias;
   int64_t width;  // of the panel's rows
   float* squares;
 };
 
-// Where a walk through the lists is.
+// A position in the lists.
 struct Place {
   const uint16_t* entry;
   const int32_t* ends;
 };
 
-// V vectors, each a variable of its own: the compiler keeps them in registers, which it does not with an array.
+// V vectors, each a variable of its own: the compiler keeps them in registers, as it would not with an array.
 template <int V>
 struct Sums {
   F first;
@@ -108,7 +110,7 @@ struct Sums<0> {
   SPIKEDECODER_INLINE_MEMBER F add_squares(F total) const { return total; }
 };
 
-// Adds a node's rows to `sums`, goes on to the nodes below it, and stores a leaf's sums at y[t]. Returns where the next
+// Adds a node's rows to `sums`, then does the nodes below it, or stores a leaf's sums at y[t]. Returns where the next
 // node begins.
 template <int V, int T, int First = 0, int Stride = 1>
 SPIKEDECODER_INLINE Place sum_node(const Strip& strip, Sums<V> sums, Place at, const uint16_t* entries, float* y,

@@ -1,8 +1,9 @@
-// The scan of spike_attention.h where u and r are any numbers: all of the state is read, added to and weighed at each
-// token, two multiply-adds an element, and a multiplication where there is a decay.
+// The scan of spike_attention.h for u and r that may be any numbers: every token updates all of the state and
+// multiplies it by r, which takes two multiply-adds per element, and one multiplication if there is a decay.
 //
-// A part of the state lies in registers for a block of tokens. A decay is multiplied into it at each token: powers of
-// its inverse in x would save that, but round where all else is exact, and move what lies on a neuron's threshold.
+// A part of the state stays in registers for a block of tokens. The state is multiplied by the decay at each token.
+// Powers of the inverse decay in x would save that, but would round where everything else is exact, and so move values
+// that lie exactly on a neuron's threshold.
 #include "spike_attention.h"
 
 namespace spikedecoder {
@@ -62,7 +63,7 @@ SPIKEDECODER_INLINE void scan_part(const Scan& s, int64_t first, int64_t n, int6
   }
 }
 
-// Tokens begin..end of one head, the last first where s.reverse.
+// Tokens begin .. end - 1 of one head, the last one first if s.reverse.
 template <bool DECAYS>
 void scan_all(const Scan& s, int64_t begin, int64_t end) {
   for (int64_t done = 0; done < end - begin; done += BLOCK) {
@@ -73,7 +74,7 @@ void scan_all(const Scan& s, int64_t begin, int64_t end) {
       const int last = static_cast<int>(left < vectors * W ? left - (vectors - 1) * W : W);
       with_vectors<MOST_COLUMNS>(vectors, [&](auto part) {
         constexpr int V = decltype(part)::count, ROWS = STATE_VECTORS / V;
-        // parts of like size
+        // parts of similar size
         for (int64_t row = 0, parts = (s.d + ROWS - 1) / ROWS; row < s.d; parts--) {
           const int64_t rows = (s.d - row + parts - 1) / parts;
           with_vectors<ROWS>(rows, [&](auto of_rows) {

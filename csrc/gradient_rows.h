@@ -1,4 +1,4 @@
-// Rows of a gradient as floats and in slices, inside kernels that read them many times over.
+// Rows of a gradient as floats, and divided into slices, for kernels that read them many times.
 #pragma once
 
 #include "kernels.h"
@@ -10,7 +10,7 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-// dL/dy of a WeightGrad: where it lies, if it is float32, else converted, `most_rows` at a time.
+// dL/dy of a WeightGrad as float32: in place if it has that type, else converted, up to `most_rows` rows at a time.
 class GradientRows {
  public:
   GradientRows(const WeightGrad& a, int64_t most_rows)
@@ -36,12 +36,12 @@ class GradientRows {
   Scratch wide_;
 };
 
-// The rows of a gradient in slices: each is summed by itself and then added to the sum of those before it. How many are
-// worked on at once, so that all threads have some tasks, changes no result.
+// The rows of a gradient in slices. Each slice is summed by itself and then added to the sum of those before it. How
+// many of them are processed at once, so that all threads have tasks, does not change the result.
 struct Slices {
   int64_t rows, at_once;
 
-  // M rows, `most` of which can be in a slice (a multiple of 64), where each slice is `tasks` tasks and n sums
+  // M rows, of which a slice has at most `most` (a multiple of 64). Each slice makes `tasks` tasks and n sums.
   Slices(int64_t M, int64_t most, int64_t tasks, int64_t n, int threads) {
     constexpr int64_t TASKS = 8, ROWS_AT_LEAST = 1024, NEAR = (3 << 20) / sizeof(float);
     const int64_t few = (M + most - 1) / most, many = M / ROWS_AT_LEAST, wanted = (TASKS + tasks - 1) / tasks;
@@ -49,7 +49,7 @@ struct Slices {
     if (slices < few) slices = few;
     if (slices < 1) slices = 1;
     rows = M ? round_up((M + slices - 1) / slices, 64) : 64;
-    // several tasks for each thread where the sums of the slices stay near, else at least one
+    // several tasks per thread as far as the sums of the slices stay in a near cache, but at least one
     const int64_t least = (threads + tasks - 1) / tasks, enough = threads > 1 ? (4 * threads + tasks - 1) / tasks : 1;
     at_once = enough < 1 + NEAR / n ? enough : 1 + NEAR / n;
     if (at_once < least) at_once = least;

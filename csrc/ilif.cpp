@@ -1,4 +1,5 @@
-// Integer LIF: s = clip(floor(x / v_threshold + 1/2), 0, levels), and one byte where the gradient passes.
+// Integer LIF: s = clip(floor(x / v_threshold + 1/2), 0, levels), and a mask of one byte per element, 1 where the
+// gradient passes; backward reads the mask and not x. Threads share the elements.
 // Bytes moved per element: forward 4 read + 4 written (5 in training); backward 5 read + 4 written.
 #include "kernels.h"
 #include "neuron.h"
@@ -12,7 +13,7 @@ void ilif_forward(const IlifForward& a) {
     const Range mine = share(a.n, thread, threads, 16 * W);
     const F scale = set1(a.scale), levels = set1(a.levels), low = set1(a.low), high = set1(a.high), one = set1(1);
     constexpr int64_t BLOCK = 512;
-    float passes[BLOCK];  // as floats first: the compiler has vectors for what makes bytes of them
+    float passes[BLOCK];  // as floats first: the compiler vectorises their conversion to bytes
     for (int64_t first = mine.begin; first < mine.end; first += BLOCK) {
       const int64_t length = mine.end - first < BLOCK ? mine.end - first : BLOCK;
       for (int64_t i = 0; i < length; i += W) {
@@ -36,7 +37,7 @@ void ilif_backward(const IlifBackward& a) {
     const uint8_t* __restrict mask = a.mask;
     float* __restrict out = a.out;
     for (int64_t i = mine.begin; i < mine.end; i++) {
-      // its bits or none: a product of an infinite gradient with 0 is NaN, and a branch keeps this from being vectors
+      // keeps or clears the bits: an infinite gradient times 0 would be NaN, and a branch would prevent vectorisation
       const float through = grad[i] * scale;
       uint32_t bits;
       memcpy(&bits, &through, sizeof bits);

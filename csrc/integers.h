@@ -1,4 +1,4 @@
-// Sizes and counts.
+// Arithmetic on sizes and counts.
 #pragma once
 
 #include <stdint.h>

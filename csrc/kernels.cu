@@ -1,3 +1,4 @@
-// All CUDA kernels: nvcc reads its own headers for each file and architecture, which takes longer than all else.
+// All CUDA kernels in one file: nvcc reads its own headers for each file and architecture, which takes longer than
+// everything else.
 #include "pack_spikes.cu"
 #include "spike_linear.cu"

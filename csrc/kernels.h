@@ -1,7 +1,7 @@
-// What the compiled operators take, and the table of them that each variant fills.
+// The arguments of the compiled operators, and the table of operators that each variant fills.
 //
-// Arrays are contiguous float32 unless said, sizes are in elements. Arguments have been checked by the time
-// they arrive here (bindings*.cpp); kernels throw nothing.
+// Arrays are contiguous float32 unless noted otherwise; sizes are in elements. Arguments have been checked before they
+// arrive here (bindings*.cpp); kernels throw nothing but std::bad_alloc.
 #pragma once
 
 #include <stddef.h>
@@ -17,11 +17,11 @@ enum class ThresholdKind : int { scalar = 0, channel = 1, element = 2 };
 // Numbered as in spikedecoder/surrogate.py.
 enum class Surrogate : int { sigmoid = 0, atan = 1, rectangular = 2, triangle = 3, fast_sigmoid = 4 };
 
-// What an array that is not said to be float32 holds. Numbered as in spikedecoder/ext/cpu/_arguments.py.
+// The element type of an array that is not always float32. Numbered as in spikedecoder/ext/cpu/_arguments.py.
 enum class Element : int { float32 = 0, bfloat16 = 1, byte = 2, bits = 3 };
 
-// A LIF neuron, or, where levels > 0, an integer one, of which only the last line is read (norm_lif alone takes it);
-// equations in spikedecoder/params.py.
+// A LIF neuron or, if levels > 0, an integer one, for which only the last line is read (only norm_lif takes it).
+// Equations: spikedecoder/params.py.
 struct Neuron {
   float tau = 2, v_reset = 0, alpha = 4;
   float leak = 0.5f;  // 1 - 1 / tau, rounded once from double
@@ -36,8 +36,8 @@ struct Threshold {
   const float* values = nullptr;  // channel, element
 };
 
-// x, spikes [T, rows, C] of `type`, float32 or bfloat16; v (or null), v_init (or null: zeros) [rows, C]. One timestep is
-// [rows, C].
+// x, spikes [T, rows, C] of `type`, float32 or bfloat16; v (or null), v_init (or null: zeros) [rows, C]. One timestep
+// is [rows, C].
 struct LifForward {
   Neuron neuron;
   Threshold threshold;
@@ -66,7 +66,7 @@ struct LifBackward {
   int threads;
 };
 
-// s = clip(floor(x scale + 1/2), 0, levels); mask 1 where low <= x scale <= high, null: not wanted.
+// s = clip(floor(x scale + 1/2), 0, levels); mask is 1 where low <= x scale <= high, else 0; null if it is not wanted.
 struct IlifForward {
   const float* x;
   float* out;
@@ -111,8 +111,8 @@ struct CountBits {
   int threads;
 };
 
-// Spikes [rows, C], and the words [rows, words_for(C)] of their bits: packed from `values`, float32, bfloat16 or bytes,
-// or, where these are null, there already.
+// Spikes [rows, C] and the words [rows, words_for(C)] of their bits, which are packed from `values` (float32, bfloat16
+// or bytes) or, if `values` is null, are there already.
 struct Spikes {
   const void* values;
   Element type;
@@ -120,13 +120,13 @@ struct Spikes {
   int64_t C;
 };
 
-// Of some rows: how many bits are set, and those beyond channel C.
+// For some rows: how many bits are set, and which bits beyond channel C.
 struct Found {
   int64_t count;
   uint64_t stray;
 };
 
-// Packs n rows from `begin` on, or looks through their words, by these kernels.
+// Packs n rows from `begin` on or, if they are packed, counts and checks the bits of their words, by the given kernels.
 static inline Found make_ready(const Spikes& s, int64_t begin, int64_t n, int threads, void (*pack)(const Pack&),
                                void (*count_bits)(const CountBits&)) {
   Found found{0, 0};
@@ -162,9 +162,9 @@ struct Moments {
 enum class NormKind : int { row = 0, channel = 1 };
 
 // spikes = LIF(y) or I-LIF(y), y = z weight + bias, z = (x - mean) rstd. x, spikes [T, rows, C] of `type`; T = 1 with
-// I-LIF, to which all are rows.
-// Row statistics are computed and written here, channel statistics are read. The spikes may be some rows of more:
-// a timestep of them is `spikes_rows` rows apart from the next.
+// I-LIF, for which all are rows.
+// Row statistics are computed and written here, channel statistics are read. The spikes may be a part of a larger
+// tensor: their timesteps are `spikes_rows` rows apart.
 struct NormLifForward {
   Neuron neuron;
   Threshold threshold;
@@ -179,11 +179,11 @@ struct NormLifForward {
   int threads;
 };
 
-// With g = dL/dy, recomputed in each:
+// What a backward pass computes, from g = dL/dy, which each recomputes:
 //   whole   row statistics: grad_x, grad_weight, grad_bias, grad_threshold
 //   reduce  channel statistics: grad_weight = sum g z, grad_bias = sum g, grad_threshold
 //   apply   channel statistics: grad_x = a g + b z + c, with a, b, c per channel
-//   known   both, for coefficients that do not depend on the sums
+//   known   reduce and apply at once, for coefficients that do not depend on the sums
 enum class NormLifPart : int { whole = 0, reduce = 1, apply = 2, known = 3 };
 
 struct NormLifBackward {
@@ -200,8 +200,8 @@ struct NormLifBackward {
   int threads;
 };
 
-// q, k, v, out [T, B, S, H, d] in memory: spikes, or any numbers where `integers`; decay [H] or null (1); states
-// [T, B, H, d, d] or null.
+// q, k, v, out [T, B, S, H, d] in memory. q, k and v are spikes, or any numbers if `integers`; decay [H] or null (1);
+// states [T, B, H, d, d] or null.
 struct AttentionForward {
   const float *q, *k, *v, *decay, *state;
   float scale;
@@ -220,7 +220,7 @@ struct AttentionBackward {
   int threads;
 };
 
-// The threshold's channels are those of a head [d], its elements those of a timestep [B, S, H, d].
+// A threshold per channel is that of the channels of a head [d]; one per element is [B, S, H, d].
 struct AttentionLifForward {
   Neuron neuron;
   Threshold threshold;
@@ -241,19 +241,19 @@ struct AttentionLifBackward {
   int threads;
 };
 
-// Spikes that a kernel makes ready, some rows at a time, when it comes to them. `count` and `stray` get what is Found in
-// all; rows in which bits are set beyond the last channel are left out.
+// Spikes that a kernel itself makes ready, some rows at a time, when it gets to them. `count` and `stray` receive the
+// totals of what is Found. Rows in which bits are set beyond the last channel are left out.
 struct Unready {
   Spikes spikes;
   int64_t* count;
   uint64_t* stray;
-  int64_t sample;  // rows that are ready, evenly apart, ...
+  int64_t sample;  // how many rows, evenly spaced, are ready before, ...
   double rate;     // ... and the share of their bits that are set
 };
 
 // out[r, :] = bias + sum of source[q, :] over the bits q that are set in row r of words.
-// words [rows, words_for(bits)], source [bits, columns], out [rows, columns] float32 or bfloat16 (rounded once
-// every 32768 bits by gather, never before by the others); bias [columns] or null.
+// words [rows, words_for(bits)], source [bits, columns], out [rows, columns] float32 or bfloat16 (gather rounds once
+// every 32768 bits, the others only at the end); bias [columns] or null.
 struct SumRows {
   const uint64_t* words;
   const float *source, *bias;
@@ -261,11 +261,11 @@ struct SumRows {
   Element out_type;
   int64_t rows, bits, columns;
   int threads;
-  const Unready* unready = nullptr;  // for gathering: the words are not there yet, or have not been looked through
+  const Unready* unready = nullptr;  // for gather: the words are not there yet, or have not been checked
 };
 
-// Packing and gathering of a handful of rows in one: s [rows, bits] -> words (or null), or words where s is null; the rest
-// as in SumRows, all float32.
+// Packs and gathers a handful of rows in one go: from s [rows, bits], writing words (or null), or from words if s is
+// null. The rest is as in SumRows, all float32.
 struct GatherFew {
   const float* s;
   uint64_t* words;
@@ -287,8 +287,8 @@ struct WeightGrad {
 };
 
 // c = a b + bias. a [M, K]: float32, bfloat16 or bits; b [K, N], c [M, N]: float32 or bfloat16; bias [N] or null.
-// Sums are float32. a_sums [K], or null, gets the sums of a's columns: a bias's gradient, where a is dL/dy.
-// by_columns: a, of float32, lies as its transpose [K, M], and there are no a_sums.
+// Sums are float32. a_sums [K], or null, receives the sums of a's columns: the gradient of a bias, if a is dL/dy.
+// by_columns: a is float32 and stored as its transpose [K, M]; a_sums is null then.
 struct Matmul {
   const void *a, *b;
   const float* bias;

@@ -1,6 +1,14 @@
-// Multi-timestep LIF. One pass: a vector of neurons runs through all T timesteps in registers.
-// Bytes moved per neuron and timestep: forward 4 read + 4 written; backward 8 read + 4 written (and once per
-// neuron the final potential, and what is asked for of threshold and initial potential).
+// Multi-timestep LIF, forward and backward, each in one pass over memory. Equations: LIFParams in
+// spikedecoder/params.py.
+//
+// Threads share the neurons. A few vectors of neurons (AT_ONCE, backward BACK_AT_ONCE) run through all T timesteps
+// together with their membrane potentials in registers. Backward computes the potentials again from x, and with them
+// the slopes of the surrogate; it keeps both, in registers for the usual neuron at T = 4, else in the thread's scratch
+// memory, and then walks back through the timesteps.
+//
+// Bytes moved per neuron and timestep, the minimum: forward 4 read + 4 written; backward 8 read + 4 written; and per
+// neuron the final potential, and what is requested of threshold and initial potential. Limited by memory. Large
+// outputs are written past the caches, so that their lines are not read first.
 #include "kernels.h"
 #include "neuron.h"
 #include "parallel.h"
@@ -10,7 +18,7 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-// body(Vectors<U>, element of the row's start, channel, lanes) for this thread's part of a timestep.
+// body(Vectors<U>, first element of the row, channel, lanes) for this thread's part of a timestep.
 template <int AT_ONCE, class Body>
 SPIKEDECODER_INLINE void for_neurons(int64_t rows, int64_t C, int thread, int threads, const Body& body) {
   const int64_t blocks = (C + AT_ONCE * W - 1) / (AT_ONCE * W);
@@ -77,7 +85,7 @@ void backward(const LifBackward& a) {
   E* const out = static_cast<E*>(a.grad_x);
   const int most = threads_for(work(a.T, step, 0.6), a.threads);
   const bool past = past_cache(out, a.T * step, a.C);
-  // per thread: the membrane potentials h of a few vectors of neurons, their slopes, its share of dL/dthreshold
+  // per thread: membrane potentials h of a few vectors of neurons, their slopes, and its share of dL/dthreshold
   const int64_t for_each = round_up(a.T * BACK_AT_ONCE * W, 16), for_both = 2 * for_each;
   const int64_t own = per_thread(for_both + ThresholdSum::size(a.threshold, a.C));
   Scratch scratch(sizeof(float) * static_cast<size_t>(own * most));
@@ -86,7 +94,7 @@ void backward(const LifBackward& a) {
     constexpr int KNOWN = decltype(steps)::known;
     const int64_t T = KNOWN ? KNOWN : a.T;
     parallel(most, [&](int thread, int threads) {
-      const auto cell = shared_cell;  // this thread's own stays in registers
+      const auto cell = shared_cell;  // a copy of the thread's own stays in registers
       const FlushDenormals flush;
       float* const hs = scratch.floats() + own * thread;
       ThresholdSum sum(a.threshold, a.C, a.grad_threshold, hs + for_both);

@@ -1,10 +1,10 @@
-// Dense products with a small right-hand side or a narrow result, as the linear layers of a spiking model need
-// them: the gradient of their input, and products with spikes too many to gather.
+// Dense products c = a b + bias with a small b or a narrow c, as the linear layers of a spiking model need them: for
+// the gradient of their input, and for spikes too many to gather.
 //
-// b is laid out in panels of a few vectors of columns once; tiles of rows of a and a panel then stay in the
-// nearer caches, and ROWS x VECTORS sums in registers. Spikes as bits become numbers on the way to the tile.
-// Products of two bfloat16 use the CPU's own dot product of pairs where it has one.
-// Bytes moved: a and b read once, c written once per DEPTH rows of b (once, if c is bfloat16).
+// b is copied once into panels of a few vectors of columns. A task is a chunk of rows of a times some panels. Its rows
+// and a panel stay in the nearer caches, and ROWS x VECTORS sums in registers. Spikes stored as bits become numbers
+// when they are copied to a tile. Products of two bfloat16 use the CPU's dot product of pairs where it has one.
+// Bytes moved: a and b read once, c written once per DEPTH rows of b (once if c is bfloat16).
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
@@ -22,11 +22,11 @@ constexpr int ROWS = 6, VECTORS = 2;  // 12 sums of 16 registers
 #endif
 
 constexpr int64_t CHUNK = 16 * ROWS;  // rows of a whose tiles lie in the cache together, with a panel
-constexpr int64_t DEPTH = 1280;       // of a panel, at most
-// the same for an a that lies by columns: few rows, each a long sum, so that all threads have some
+constexpr int64_t DEPTH = 1280;       // most rows of b in a panel
+// the same for an a that is stored by columns: few rows, each a long sum, so that all threads have some
 constexpr int64_t COLUMNS_CHUNK = 48, COLUMNS_DEPTH = 512;
-constexpr int64_t RUN = 64;           // chunks whose sums are added up before they meet those before
-constexpr int64_t PACKED = 16;        // rows of b that become parts of all panels in one task
+constexpr int64_t RUN = 64;           // chunks whose sums are added up before they join those before
+constexpr int64_t PACKED = 16;        // rows of b that one task copies to all panels
 
 // One block of the product: `depth` rows of b from row `first` on, as panels.
 struct Block {
@@ -36,10 +36,10 @@ struct Block {
 
   int64_t columns() const { return vectors * W; }
   int64_t chunk() const { return p.by_columns ? COLUMNS_CHUNK : CHUNK; }
-  // of a tile's rows: not a power of two; or of its columns
+  // from one row of a tile to the next, not a power of two; or from one column to the next
   int64_t stride() const { return p.by_columns ? COLUMNS_CHUNK : round_up(depth, 64) + 16; }
   int64_t tile_values() const { return round_up(p.by_columns ? depth * stride() : CHUNK * stride(), 64); }
-  int64_t sums_stride() const { return round_up(p.K, 64); }  // of the sums of a chunk's columns
+  int64_t sums_stride() const { return round_up(p.K, 64); }  // from one chunk's sums of columns to the next
   int64_t panel_floats() const { return (dot ? (depth + 1) / 2 : depth) * columns(); }
 };
 
@@ -50,8 +50,8 @@ SPIKEDECODER_INLINE F row_of_b(const Block& s, int64_t k, int64_t column) {
   return load_up_to(static_cast<const E*>(s.p.b) + (s.first + k) * s.p.N + column, static_cast<int>(smaller(n, W)));
 }
 
-// Rows begin..end of the block, each of which is a row of all panels: floats [depth][vectors]. They are read from one
-// end to the other: parts of rows that lie far apart come slowly.
+// Copies rows begin .. end - 1 of the block to all panels, floats [depth][vectors]. Rows are read from one end to the
+// other, since reading parts that lie far apart is slow.
 template <class E>
 void pack_rows(const Block& s, int64_t begin, int64_t end, float* packed) {
   for (int64_t k = begin; k < end; k++) {
@@ -79,8 +79,7 @@ void pack_pairs(const Block& s, int64_t begin, int64_t end, float* packed) {
 }
 #endif
 
-// `depth` values of row r of a, from first on, as floats or as bfloat16; what lies between them and the next
-// multiple of 16 becomes 0.
+// Copies `depth` values of row r of a, from first on, as floats or bfloat16, and zeros up to the next multiple of 16.
 void copy_row(const Block& s, int64_t r, float* to) {
   if (s.p.a_type == Element::bits) {
     const F one = set1(1);
@@ -114,7 +113,7 @@ void copy_row(const Block& s, int64_t r, bfloat16* to) {
 }
 #endif
 
-// `rows` rows of an a that lies by columns, from row `begin` on; what lies between them and the stride becomes 0.
+// Copies `rows` rows of an a that is stored by columns, from row `begin` on, and zeros up to the stride.
 void copy_columns(const Block& s, int64_t begin, int64_t rows, float* to) {
   const float* from = static_cast<const float*>(s.p.a) + s.first * s.p.M + begin;
   for (int64_t k = 0; k < s.depth; k++, from += s.p.M, to += s.stride()) {
@@ -130,7 +129,7 @@ struct Target {
   E* c;
   int64_t stride;
   const float* bias;
-  int rows, last;  // rows there are, lanes of the last vector
+  int rows, last;  // how many rows, lanes of the last vector
   bool accumulate, past;
 
   template <int V>
@@ -151,7 +150,7 @@ struct Target {
   }
 };
 
-// Unrolled, like all loops over a tile's sums: one that is not would have them in memory.
+// Unrolled, like all loops over a tile's sums: a single one that is not would keep them in memory.
 template <int V>
 SPIKEDECODER_INLINE void clear(F (&sums)[ROWS][V]) {
 #pragma GCC unroll 8
@@ -203,7 +202,7 @@ SPIKEDECODER_DOT void tile(const bfloat16* a, int64_t stride, const float* panel
 }
 #endif
 
-// sums = those of the rows of a tile.
+// sums [depth] = the sum of the rows of a tile.
 template <class A>
 void add_rows(const A* tiles, int64_t stride, int64_t rows, int64_t depth, float* sums) {
   for (int64_t k = 0; k < depth; k += W) {
@@ -213,7 +212,7 @@ void add_rows(const A* tiles, int64_t stride, int64_t rows, int64_t depth, float
   }
 }
 
-// Rows of one chunk times panels begin..end. A: what tiles of a hold; E: what c holds.
+// Multiplies the rows of one chunk by some panels. A: the type of the tiles of a; E: the type of c.
 template <class A, bool BY_COLUMNS, class E>
 void multiply(const Block& s, int64_t chunk, Range panels, const float* packed, A* tiles, float* sums) {
   const int64_t begin = chunk * s.chunk(), rows = smaller(s.chunk(), s.p.M - begin), stride = s.stride();
@@ -275,9 +274,9 @@ void multiply_all(const Matmul& p, bool dot) {
   const double work = (dot ? 0.01 : 0.02) * (16 / W) * static_cast<double>(p.M * p.N) * static_cast<double>(p.K);
   const int threads = threads_for(work, p.threads);
   const int64_t rows = BY_COLUMNS ? COLUMNS_CHUNK : CHUNK, chunks = (p.M + rows - 1) / rows;
-  int64_t groups = 1;  // of panels, so that each thread has some tasks to choose from
+  int64_t groups = 1;  // of panels: more until each thread has some tasks to choose from
   while (chunks * groups < 4 * threads && groups < panels) groups++;
-  // sums that are rounded when they are stored are stored once
+  // sums that are rounded when they are stored must be stored only once
   const int64_t most = BY_COLUMNS ? COLUMNS_DEPTH : DEPTH, blocks = (p.K + most - 1) / most;
   const int64_t depth = p.c_type == Element::float32 ? smaller(p.K, round_up((p.K + blocks - 1) / blocks, 64)) : p.K;
   Block s{p, 0, depth, vectors, panels, dot, false};
@@ -287,7 +286,7 @@ void multiply_all(const Matmul& p, bool dot) {
   const int64_t own = s.tile_values();
   Scratch packed(sizeof(float) * static_cast<size_t>(s.panel_floats() * panels));
   Scratch tiles(sizeof(A) * static_cast<size_t>(own * threads));
-  // of each chunk, so that they do not depend on which thread took it
+  // one per chunk, so that they do not depend on which thread took it
   Scratch chunk_sums(sizeof(float) * static_cast<size_t>(p.a_sums ? chunks * s.sums_stride() : 0));
   float* const sums = p.a_sums ? chunk_sums.floats() : nullptr;
   for (; s.first < p.K; s.first += depth) {
@@ -304,7 +303,7 @@ void multiply_all(const Matmul& p, bool dot) {
   }
   for (int64_t k = 0; sums && k < p.K; k += W) {
     F sum = zero();
-    for (int64_t first = 0; first < chunks; first += RUN) {  // there may be a hundred thousand
+    for (int64_t first = 0; first < chunks; first += RUN) {  // there may be 100 000 chunks
       F run = zero();
       const int64_t end = smaller(first + RUN, chunks);
       for (int64_t chunk = first; chunk < end; chunk++) run = add(run, load(sums + chunk * s.sums_stride() + k));

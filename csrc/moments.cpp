@@ -1,6 +1,6 @@
-// Mean and variance of each channel over all rows, read once: blocks of rows that stay in the cache have
-// their own mean and squared deviation, which are then combined (Chan, Golub & LeVeque, 1983).
-// Bytes moved per element: 4 read.
+// Mean and variance of each channel over all rows, which are read from memory once. Threads share the rows and take
+// them in blocks that stay in the cache. Each block has its own mean and sum of squared deviations, which are then
+// combined (Chan, Golub & LeVeque, 1983). Bytes moved per element, the minimum: 4 read.
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
@@ -10,11 +10,11 @@ namespace SPIKEDECODER_VARIANT {
 namespace {
 
 constexpr int64_t BLOCK = 64;  // rows
-constexpr int64_t RUN = 64;    // blocks that are combined before they meet those before, which may be many
+constexpr int64_t RUN = 64;    // blocks combined with each other before they join those before, which may be many
 
-// Adds a block of n_b values with this mean and squared deviation to one of n_a values.
+// Adds a block of n_b values with mean_b and sum of squared deviations squares_b to one of n_a values.
 SPIKEDECODER_INLINE void combine(double n_a, F& mean, F& squares, double n_b, F mean_b, F squares_b) {
-  if (n_a == 0) {  // also where the square of the mean overflows
+  if (n_a == 0) {  // correct even where the square of the mean overflows
     mean = mean_b;
     squares = squares_b;
     return;
@@ -31,7 +31,7 @@ SPIKEDECODER_INLINE void block_moments(const E* x, int64_t rows, int64_t stride,
                                        F (&squares)[U]) {
   for (int u = 0; u < U; u++) mean[u] = squares[u] = zero();
   if (center) {
-    // of what lies above the first row: so that a channel that never changes has its value as mean, and variance 0
+    // relative to the first row, so that a constant channel has exactly its value as mean, and variance 0
     F first[U];
     for (int u = 0; u < U; u++) first[u] = load_up_to(x + u * W, n);
     for (int64_t r = 1; r < rows; r++) {
@@ -57,7 +57,7 @@ void moments_of(const Moments& a, const E* x) {
     float* const squares = means + padded;
     for (int64_t c = 0; c < 4 * padded; c++) all_means[c] = 0;
     const Range rows = share(a.rows, thread, all, BLOCK);
-    int64_t first = rows.begin;  // of the run at hand
+    int64_t first = rows.begin;  // of the current run
     for (int64_t r = rows.begin; r < rows.end; r += BLOCK) {
       const int64_t length = rows.end - r < BLOCK ? rows.end - r : BLOCK;
       for_channels_evenly(a.C, [&](auto vectors, int64_t c, int n) SPIKEDECODER_INLINE_LAMBDA {

@@ -1,6 +1,6 @@
-// One step of a LIF neuron and its gradient, W neurons at a time; shared by lif, norm_lif and
-// spike_attention_lif; and of an integer one. Equations: spikedecoder/params.py and spikedecoder/reference/lif.py, whose
-// order of operations is kept, so that the same input gives the same spikes to the bit.
+// One timestep of LIF and I-LIF neurons and its gradient, W neurons at a time; shared by lif, ilif, norm_lif,
+// spike_attention_lif and decode. Equations: spikedecoder/params.py and spikedecoder/reference/lif.py, whose order of
+// operations is kept, so that the same input gives the same spikes, bit for bit.
 #pragma once
 
 #include <type_traits>
@@ -11,8 +11,8 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 
-// An I-LIF neuron with input u, in units: clip(floor(u + 1/2), 0, levels). A NaN stays one: max gives its second
-// argument there, and no comparison holds.
+// The integer of an I-LIF neuron with input u, in units of v_threshold: clip(floor(u + 1/2), 0, levels). Keeps a NaN:
+// max then returns its second argument, and no comparison holds.
 SPIKEDECODER_INLINE F count(F u, F levels) {
   const F above = max(zero(), add(u, set1(0.5f)));
   const F inside = select(ge(above, levels), levels, above);
@@ -47,8 +47,8 @@ SPIKEDECODER_INLINE F surrogate_derivative(Surrogate surrogate, F u, F alpha) {
   return div(one, mul(d, d));
 }
 
-// The neuron's constants in registers. Plain: hard reset to 0, decayed input, detached reset, tau 2 and the
-// sigmoid, the common case, in which the branches below are decided at compile time.
+// The neuron's constants in registers. Plain is the common case (hard reset to 0, decayed input, detached reset, tau =
+// 2, sigmoid), for which the branches below are decided at compile time.
 template <bool Plain>
 struct Cell {
   F tau, inverse_tau, reset, leak, alpha, alpha_exp2, scale;
@@ -86,7 +86,7 @@ struct Cell {
 
   // The membrane potential before firing.
   SPIKEDECODER_INLINE_MEMBER F charge(F x, F v) const {
-    if (Plain) return fma(sub(x, v), inverse_tau, v);  // times 1/2 is exact: rounded once either way
+    if (Plain) return fma(sub(x, v), inverse_tau, v);  // times 1/2 is exact, so it rounds once either way
     const F over_rest = shifted ? sub(v, reset) : v;
     return decay_input ? add(v, over_tau(sub(x, over_rest))) : sub(add(v, x), over_tau(over_rest));
   }
@@ -97,15 +97,15 @@ struct Cell {
     return hard_reset ? select(fired, reset, h) : sub(h, keep(fired, threshold));
   }
 
-  // Stores what this step put out, in the first n lanes.
+  // Stores the output of this timestep, the first n lanes.
   template <class E>
   SPIKEDECODER_INLINE_MEMBER void put(E* to, F, Mask fired, int n, bool past) const {
     store_spikes(to, fired, n, past);
   }
 
-  // The surrogate's derivatives at U vectors of h, for `back`. Plain: over tau, in as few multiplications as there can
-  // be, e / d^2 with e = exp(-alpha |h - threshold|) and d = (1 + e) sqrt(tau / alpha); and each step of all vectors
-  // before the next, which waits for it.
+  // The surrogate's derivatives at U vectors of h, for `back`. Plain: divided by tau, with as few multiplications as
+  // possible: e / d^2 with e = exp(-alpha |h - threshold|) and d = (1 + e) sqrt(tau / alpha). Each step is done for all
+  // vectors before the next, which depends on it.
   template <int U>
   SPIKEDECODER_INLINE_MEMBER void slopes(const F (&h)[U], const F (&threshold)[U], F (&slope)[U]) const {
     if (!Plain) {
@@ -127,14 +127,14 @@ struct Cell {
     return slope_of[0];
   }
 
-  // One step backwards. `carry` is dL/dv[t] on entry and dL/dv[t-1] on return; `falls` grows by what
-  // threshold_gradient() makes -dL/dthreshold of. `slope` is what `slopes` made of h. Returns dL/dx[t].
+  // One timestep backwards; returns dL/dx[t]. `slope` comes from `slopes`. `carry` is dL/dv[t] on entry and dL/dv[t-1]
+  // on return. `falls` sums up -dL/dthreshold (Plain: divided by tau), for threshold_gradient().
   SPIKEDECODER_INLINE_MEMBER F back(F h, F threshold, F slope, F grad_spike, F& carry, F& falls) const {
     if (Plain) {
       const F by_spike = mul(grad_spike, slope);
       falls = add(falls, by_spike);
       carry = fma_where(not_ge(h, threshold), carry, inverse_tau, by_spike);
-      return carry;  // leak = 1 / tau
+      return carry;  // the same as dL/dx: leak = 1 / tau
     }
     const Mask fired = ge(h, threshold);
     F through_reset;
@@ -153,7 +153,7 @@ struct Cell {
     return decay_input ? over_tau(grad_h) : grad_h;
   }
 
-  // dL/dthreshold, of what `back` has summed up.
+  // dL/dthreshold, from what `back` has summed up.
   SPIKEDECODER_INLINE_MEMBER F threshold_gradient(F falls) const {
     return sub(zero(), Plain ? mul(falls, tau) : falls);
   }
@@ -169,11 +169,12 @@ SPIKEDECODER_INLINE void with_cell(const Neuron& neuron, const Body& body) {
   }
 }
 
-// Whether a cell is the usual one, whose work is compiled for just what is asked.
+// Whether a cell is the usual (Plain) one, for which code is compiled for exactly what a call requests.
 template <class CellType>
 constexpr bool usual = std::is_same_v<CellType, Cell<true>>;
 
-// An integer neuron in the place of a Cell: its h is the input in units, and nothing is left for the next step.
+// An integer neuron in place of a Cell: h is the input in units of v_threshold, and nothing is left for a next
+// timestep.
 struct IntegerCell {
   F scale, levels, low, high;
 
@@ -208,8 +209,8 @@ SPIKEDECODER_INLINE void with_neuron(const Neuron& neuron, Element type, const B
   neuron.levels > 0 ? with_type(IntegerCell(neuron)) : with_cell(neuron, with_type);
 }
 
-// body(t) for T timesteps, each a copy of its own where their number is known: addresses that a copy reads lie evenly
-// apart, and so the CPU fetches them ahead.
+// body(t) for T timesteps, with a copy of the code for each if their number is known at compile time. The addresses
+// that one copy reads are then evenly spaced, so that the CPU prefetches them.
 template <int KNOWN, class Body>
 SPIKEDECODER_INLINE void for_steps(int64_t T, const Body& body) {
   if constexpr (KNOWN > 0) {
@@ -220,13 +221,13 @@ SPIKEDECODER_INLINE void for_steps(int64_t T, const Body& body) {
   }
 }
 
-// How many timesteps there are, if it is known at compile time; else 0.
+// The number of timesteps if it is known at compile time, else 0.
 template <int Known>
 struct Steps {
   static constexpr int known = Known;
 };
 
-// body(Steps) with the number of timesteps known at compile time if it, and the kind of cell, is the usual one.
+// body(Steps), with the number of timesteps known at compile time if both it and the cell are the usual ones.
 template <class CellType, class Body>
 SPIKEDECODER_INLINE void with_steps([[maybe_unused]] int64_t T, const Body& body) {
 #if !defined(SPIKEDECODER_LEAN)
@@ -246,7 +247,7 @@ SPIKEDECODER_INLINE void with_cell_and_steps(const Neuron& neuron, int64_t T, co
   });
 }
 
-// A value for each timestep and vector, in registers where the number of timesteps is known, else in memory.
+// A value per timestep and vector, in registers if the number of timesteps is known at compile time, else in memory.
 template <int Known, int U>
 class PerStep {
  public:

@@ -10,15 +10,15 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-// Timesteps of an integer neuron are only more rows: as many as are worked on together.
+// For an integer neuron timesteps are no different from rows: so many rows are processed together in their place.
 constexpr int64_t TOGETHER = 4;
 
-// What both passes read: T timesteps of `rows` rows, or groups of T rows.
+// What both passes read: T timesteps of `rows` rows, or `rows` groups of T rows (Groups).
 template <class E, bool Groups>
 struct Normal {
   const E* x;
   const float *weight, *bias, *mean, *rstd;
-  int64_t T, rows, C, all;  // all: rows of memory
+  int64_t T, rows, C, all;  // all: number of rows in memory
 
   template <class Arguments>
   explicit Normal(const Arguments& a)
@@ -26,12 +26,12 @@ struct Normal {
         T(Groups ? TOGETHER : a.T), rows(Groups ? (a.T * a.rows + TOGETHER - 1) / TOGETHER : a.rows), C(a.C),
         all(a.T * a.rows) {}
 
-  // In rows of memory, from one timestep to the next and from one row to the next.
+  // Distances from one timestep to the next and from one row to the next, in rows of memory.
   int64_t step() const { return Groups ? 1 : rows; }
   static constexpr int64_t stride() { return Groups ? TOGETHER : 1; }
   int64_t index(int64_t t, int64_t row) const { return t * step() + row * stride(); }
   int64_t at(int64_t t, int64_t row) const { return index(t, row) * C; }
-  // The same, with as many timesteps as there are of this row: the last group may be smaller.
+  // The same, with T as it is for this row: the last group may be smaller.
   std::conditional_t<Groups, Normal, const Normal&> of(int64_t row) const {
     if constexpr (Groups) {
       Normal p = *this;
@@ -43,7 +43,7 @@ struct Normal {
   }
 };
 
-// Four timesteps of a row from t on; where it has fewer, the first of them again.
+// Four timesteps of a row from t on; if it has fewer, the first of them is repeated.
 template <class E>
 struct FourSteps {
   const E* x[4];
@@ -52,7 +52,7 @@ struct FourSteps {
   SPIKEDECODER_INLINE_MEMBER FourSteps(const Normal<E, Groups>& p, int64_t row, int64_t t) {
     for (int i = 0; i < 4; i++) x[i] = p.x + p.at(t + i < p.T ? t + i : t, row);
   }
-  // What each one's f(sum so far, vector, timestep, lanes that are there) comes to over C channels.
+  // For each of the four, f(sum so far, vector, timestep, valid lanes) accumulated over C channels.
   template <class Of>
   SPIKEDECODER_INLINE_MEMBER Four sums(int64_t C, const Of& f) const {
     F sums[4] = {zero(), zero(), zero(), zero()};
@@ -68,8 +68,8 @@ struct FourSteps {
   }
 };
 
-// Rows whose statistics are computed together, each step of all of them before the next, which waits for it; as many
-// as stay in the nearest cache until they are normalised.
+// How many rows have their statistics computed together, each step for all of them before the next, which depends on
+// it: as many as stay in the first-level cache until they are normalised.
 constexpr int64_t MOST_ROWS = 8;
 template <class E, bool Groups>
 SPIKEDECODER_INLINE int64_t rows_together(const Normal<E, Groups>& p) {
@@ -100,7 +100,7 @@ SPIKEDECODER_OUTLINE void row_statistics(const Normal<E, Groups>& all, int64_t f
             return fma(d, d, sum);
           });
     }
-    // (and NaN where the variance overflows, which would else look sound)
+    // (NaN where the variance overflows: the result would otherwise look sound)
     for (int64_t row = 0; row < end - first; row++) {
       const Four variance = squares[row] / n;
       squares[row] = 1 / sqrt(variance + eps) + 0 * variance;
@@ -115,7 +115,7 @@ SPIKEDECODER_OUTLINE void row_statistics(const Normal<E, Groups>& all, int64_t f
   }
 }
 
-// Channels c.. of a row: y = z weight + bias, z = (x - mean) rstd, as forward and backward compute it.
+// Channels of a row from c on: y = z weight + bias, z = (x - mean) rstd, as both forward and backward compute it.
 template <int U, bool ByRow>
 struct Normalise {
   F weight[U], bias[U], mean[U], rstd[U];

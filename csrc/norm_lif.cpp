@@ -1,6 +1,16 @@
 // Normalisation followed by LIF or I-LIF, in one pass over memory: the normalised value is never written.
-// Bytes moved per element: forward 4 read + 4 written; backward 8 read + 4 written (whole, apply, known), 8 read
-// (reduce). What a row needs again is read from the nearer caches.
+//
+//     y = z weight + bias, z = (x - mean) rstd;   spikes = LIF(y) or I-LIF(y)
+//
+// Threads share the rows; all timesteps of a row are processed together. Row statistics are computed for a few rows at
+// a time, which are then normalised while they are in the first-level cache. Backward recomputes z and the membrane
+// potentials of up to BLOCK channels of a row at a time, keeps them in that cache, and walks back through the neurons.
+// With row statistics dL/dz is kept until the sums of the row are known, and a second pass over the row computes dL/dx.
+// Each step depends on the one before, so several vectors or rows are processed side by side.
+//
+// Bytes moved per element, the minimum of each pass: forward 4 read + 4 written; backward 8 read + 4 written (whole,
+// apply, known), 8 read (reduce). What a row needs again is read from the nearer caches. Limited by memory or, where
+// that is fast, by arithmetic, mostly of the gradient (docs/performance.md).
 #include "kernels.h"
 #include "neuron.h"
 #include "norm.h"
@@ -15,7 +25,7 @@ double work(int64_t T, int64_t rows, int64_t C, double per_element) {
   return per_element * static_cast<double>(T * rows) * static_cast<double>(C);
 }
 
-// Vectors at once, of which the usual neuron's steps are short, and wait for each other.
+// How many vectors are processed at once: more for the usual neuron, whose steps are short and depend on each other.
 #if defined(SPIKEDECODER_AVX512)
 constexpr int MOST_AT_ONCE = 5, OTHERS_AT_ONCE = 2;
 #else
@@ -59,7 +69,7 @@ SPIKEDECODER_INLINE void forward_row(const CellType& cell, const NormLifForward&
 template <bool ByRow, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_OUTLINE void forward_rows(const CellType& shared_cell, const NormLifForward& a,
                                        const Normal<E, Groups>& all, Range rows, E* spikes, bool past) {
-  const auto cell = shared_cell;  // this thread's own stays in registers
+  const auto cell = shared_cell;  // a copy of the thread's own stays in registers
   const int64_t together = ByRow ? rows_together(all) : 1;
   for (int64_t first = rows.begin; first < rows.end; first += together) {
     const int64_t end = first + together < rows.end ? first + together : rows.end;
@@ -88,12 +98,12 @@ void forward(const NormLifForward& a, const CellType& cell) {
   });
 }
 
-// What backward knows of a row before it goes back through its neurons.
+// What backward has computed of a row before it walks back through its neurons.
 struct Charged {
-  float *mean, *rstd;  // [T]: the row's own, where rows have statistics
-  float *h, *z;        // [T, BLOCK]: membrane potentials and z of the channels at hand
+  float *mean, *rstd;  // [T]: the row's, if statistics are per row
+  float *h, *z;        // [T, BLOCK]: membrane potentials and z of the current channels
 
-  static constexpr int64_t BLOCK = 16 * W;  // channels whose potentials stay in the nearest cache
+  static constexpr int64_t BLOCK = 16 * W;  // channels whose potentials stay in the first-level cache
 
   static int64_t size(int64_t T) { return 2 * round_up(T, 16) + 2 * T * BLOCK; }
   Charged(float* memory, int64_t T)
@@ -102,13 +112,13 @@ struct Charged {
 
 // One thread's scratch for the backward pass.
 struct RowScratch {
-  Charged now, next;       // the row at hand, and the one after it
+  Charged now, next;       // the current row, and the one after it
   float* g;                // [T, C] of one row: dL/dz
-  float *sum_g, *sum_gz;   // [T to a multiple of 4, 1 vector]: of the row's dL/dz, and of its products with z
-  float *weight, *bias;    // [C]: sums over some rows of g z and of g
+  float *sum_g, *sum_gz;   // [T rounded up to 4, 1 vector]: sums of the row's dL/dz and z dL/dz
+  float *weight, *bias;    // [C]: sums of g z and of g over some rows
   double* totals;          // [2, C]: both over all rows
   float* threshold;
-  int64_t padded;          // C, to whole vectors
+  int64_t padded;          // C, rounded up to 16
 
   void swap() {
     const Charged done = now;
@@ -137,7 +147,7 @@ struct RowScratch {
     for (int64_t c = 0; c < 2 * padded; c++) weight[c] = 0, totals[c] = 0;
   }
 
-  // After every so many rows, of which there may be millions.
+  // Called after every so many rows, since there may be millions.
   void end_run() { end_of_rows(weight, totals, 2 * padded); }
 };
 
@@ -158,17 +168,17 @@ struct Backward {
         past(past_cache(grad_x, p.all * of.C, of.C)) {}
 };
 
-// The channels at hand: those from `first` on.
+// How many channels the block from `first` on has.
 SPIKEDECODER_INLINE int64_t width_of_block(int64_t C, int64_t first) {
   return C - first < Charged::BLOCK ? C - first : Charged::BLOCK;
 }
 
-// z and membrane potentials of a row's channels from `first` on in all timesteps, as forward had them.
+// z and membrane potentials of a row's channels from `first` on in all timesteps, exactly as in forward.
 template <bool ByRow, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void charge_row(const CellType& cell, const Backward<E, Groups>& b, int64_t row, int64_t first,
                                     const Charged& to) {
   const auto& p = b.p.of(row);
-  // copies of what a store to h or z might change, for all that the compiler knows
+  // local copies: for all the compiler knows, a store to h or z might change these
   float *const potentials = to.h, *const normals = to.z, *const means = to.mean, *const rstds = to.rstd;
   const int64_t T = p.T, width = width_of_block(p.C, first);
   const int64_t step = p.step() * p.C, ahead = p.stride() * p.C;
@@ -203,9 +213,9 @@ SPIKEDECODER_INLINE void charge_row(const CellType& cell, const Backward<E, Grou
   });
 }
 
-// g = dL/dy back through the neurons, and sums over rows. Where dL/dx = a g + b z + c with known coefficients (Apply),
-// it is written at once; where rows have statistics (ByRow), dL/dz is kept until the row's sums are known. Thresholds:
-// whether theirs is among the sums.
+// g = dL/dy, back through the neurons, and its sums over rows (Sums). Apply: dL/dx = a g + b z + c, with coefficients
+// that are known, is written at once. ByRow: dL/dz is kept until the sums of the row are known. Thresholds: the sums
+// include dL/dthreshold.
 template <bool ByRow, bool Sums, bool Apply, bool Thresholds, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E, Groups>& b,
                                           const Normal<E, Groups>& p, int64_t row, const RowScratch& s,
@@ -215,7 +225,7 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
   const int64_t step = p.step() * p.C, ahead = p.stride() * p.C;
   E* const grad_x = b.grad_x;
   const bool apply = Apply && (usual<CellType> || a.part != NormLifPart::reduce), past = b.past;
-  const bool writes = (ByRow || apply) && !past;  // through the cache, whose lines are then asked for ahead, too
+  const bool writes = (ByRow || apply) && !past;  // through the cache, whose lines are then prefetched as well
   for_channels_evenly<BACK_AT_ONCE>(width, [&](auto vectors, int64_t at, int n) SPIKEDECODER_INLINE_LAMBDA {
     constexpr int U = decltype(vectors)::count;
     const int64_t c = first + at, last = p.at(p.T - 1, row) + c;
@@ -265,9 +275,9 @@ SPIKEDECODER_INLINE void back_through_lif(const CellType& cell, const Backward<E
   });
 }
 
-// Sums of dL/dz and z dL/dz of timesteps t..t+3 grow by those of the row's channels from `first` on. Not as the
-// gradients come by: reading them again costs less than storing the sums again and again. Where fewer timesteps are
-// left, the first of them stands for those that are not.
+// Adds dL/dz and z dL/dz of the row's channels from `first` on to the sums of timesteps t .. t + 3. This is done after
+// the gradients have been computed, because reading them again costs less than storing the sums again and again. If
+// fewer timesteps are left, the first of them takes the place of the missing ones.
 SPIKEDECODER_INLINE void add_up(const RowScratch& s, int64_t T, int64_t t, int64_t C, int64_t first, F (&of_g)[4],
                                 F (&of_gz)[4]) {
   const int64_t width = width_of_block(C, first);
@@ -286,7 +296,7 @@ SPIKEDECODER_INLINE void add_up(const RowScratch& s, int64_t T, int64_t t, int64
   }
 }
 
-// The same for all timesteps of a row that is worked on in blocks.
+// The same for all timesteps of a row that is processed in blocks.
 SPIKEDECODER_OUTLINE void add_up_block(const RowScratch& s, int64_t T, int64_t C, int64_t first) {
   for (int64_t t = 0; t < T; t += 4) {
     float *const sum_g = s.sum_g + t * W, *const sum_gz = s.sum_gz + t * W;
@@ -303,8 +313,8 @@ SPIKEDECODER_OUTLINE void add_up_block(const RowScratch& s, int64_t T, int64_t C
   }
 }
 
-// The second pass: dL/dx = (dL/dz - its mean - z times the mean of z dL/dz) rstd. In short rows (Near) all z are still
-// there; else x is, in a near cache.
+// The second pass: dL/dx = (dL/dz - mean(dL/dz) - z mean(z dL/dz)) rstd. For short rows (Near) all z are still there;
+// for others z is computed again from x, which is in a near cache.
 template <bool Near, int KNOWN, class E>
 SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t step, int64_t C, bool past,
                                           const RowScratch& s) {
@@ -342,13 +352,13 @@ SPIKEDECODER_OUTLINE void gradient_of_row(const E* x, E* out, int64_t T, int64_t
   }
 }
 
-// One thread's rows. A function of its own for each kind of work, since one of them all takes the compiler minutes.
+// One thread's rows. Each kind of work is a function of its own, since a single one for all takes the compiler minutes.
 template <bool ByRow, bool Sums, bool Apply, bool Thresholds, int KNOWN, class CellType, class E, bool Groups>
 SPIKEDECODER_OUTLINE void back_through_rows(const CellType& shared_cell, const Backward<E, Groups>& b, Range rows,
                                             RowScratch& s, ThresholdSum& threshold_sum) {
-  const auto cell = shared_cell;  // this thread's own stays in registers
+  const auto cell = shared_cell;  // a copy of the thread's own stays in registers
   const bool near = ByRow && b.p.C <= Charged::BLOCK;
-  const bool ahead = usual<CellType> && near;  // a row is charged before the one in front of it is done with
+  const bool ahead = usual<CellType> && near;  // a row is charged before the one before it is finished
   for (int64_t row = rows.begin; row < rows.end; row++) {
     const auto& p = b.p.of(row);
     for (int64_t c = 0; c < p.C; c += Charged::BLOCK) {
@@ -358,7 +368,7 @@ SPIKEDECODER_OUTLINE void back_through_rows(const CellType& shared_cell, const B
     }
     if (Sums && (row - rows.begin) % ThresholdSum::RUN == ThresholdSum::RUN - 1) s.end_run();
     if (!ByRow) continue;
-    // while this one's sums are waited for
+    // in between, since the second pass has to wait for this row's sums
     if (ahead && row + 1 < rows.end) charge_row<ByRow, KNOWN>(cell, b, row + 1, 0, s.next);
     const auto second_pass = near ? gradient_of_row<true, KNOWN, E> : gradient_of_row<false, KNOWN, E>;
     second_pass(p.x + p.at(0, row), b.grad_x + p.at(0, row), p.T, p.step() * p.C, p.C, b.past, s);
@@ -381,7 +391,7 @@ void backward(const NormLifBackward& a, const CellType& cell) {
     RowScratch s(scratch.floats() + own * thread, b.p.T, a.C);
     ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
     const Range rows = share(b.p.rows, thread, threads);
-    // the usual neuron's work is compiled for just what is asked; the others' may add up more, which nobody reads
+    // for the usual neuron, code is compiled for exactly what is requested; for others it may also sum what is not read
     constexpr bool more = !usual<CellType>;
     switch (a.part) {
       case NormLifPart::whole:

@@ -1,5 +1,6 @@
 // Spikes as bits: word w of a row holds channels 64 w .. 64 w + 63, bit i for channel 64 w + i.
-// Bytes moved per spike: 4 read + 1/8 written (pack from float32), the other way round to unpack.
+// Threads share the rows. Bytes moved per spike, the minimum: 4 read + 1/8 written to pack float32, the other way round
+// to unpack.
 #include "bits.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -36,12 +37,13 @@ SPIKEDECODER_INLINE uint64_t word_of(const E* p, int n) {
   return word_of_floats(p, n);
 }
 
-// How far ahead spikes are asked for: a core alone has too few lines on their way to read at the memory's pace.
+// How many bytes ahead spikes are prefetched: by itself, a core has too few cache lines in flight to read at the speed
+// of the memory.
 constexpr int64_t AHEAD = 8192;
 
 template <class E>
 void pack_from(const Pack& a, const E* values) {
-  // its own copies: what is stored might change those in `a`
+  // local copies: for all the compiler knows, what is stored might change those in `a`
   const int64_t C = a.C, words = words_for(C);
   uint64_t* const out = a.words;
   const int threads = threads_for(0.2 * static_cast<double>(a.rows) * static_cast<double>(C), a.threads);

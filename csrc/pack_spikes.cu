@@ -1,13 +1,14 @@
-// Spikes as bits on the GPU. A warp makes 32 words: lane i holds channels i and 32 + i of the word at hand, two
-// ballots make the word, and after 32 words one store of 256 bytes writes them.
-// Bytes moved per spike: size of the element read + 1/8 written, or the other way round.
+// Spikes as bits on the GPU. To pack, a warp makes 32 words: for each, lane i reads channels i and 32 + i, and two
+// ballots make the word; a single store of 256 bytes then writes all 32. To unpack, each thread writes one spike. To
+// transpose, a warp turns a tile of 64 x 64 bits, also with ballots.
+// Bytes moved per spike, the minimum: size of the element read + 1/8 written, or the other way round.
 #include "cuda_common.cuh"
 
 namespace spikedecoder {
 namespace cuda {
 namespace {
 
-constexpr int WARPS = 8;  // of a block
+constexpr int WARPS = 8;  // per block
 constexpr unsigned ALL = 0xffffffffu;
 
 template <class T>

@@ -14,7 +14,7 @@
 namespace spikedecoder {
 namespace {
 
-// What this thread has streamed past the caches (simd.h) is there for the others.
+// Makes what this thread has written past the caches (`stream` in simd.h) visible to the others.
 inline void finish_stores() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -36,8 +36,8 @@ inline void team(int threads, const Body& body) {
   body(0, 1);
 }
 
-// body(part, parts) for each part 0..parts, on as many threads as there are to be had: all parts are done
-// even where the team turns out smaller. No barriers in here.
+// body(part, parts) for each part 0 .. parts - 1, on up to `parts` threads. All parts are done even if the team turns
+// out smaller, so body must not contain a barrier.
 template <class Body>
 inline void parallel(int parts, const Body& body) {
   team(parts, [&](int thread, int threads) {
@@ -46,14 +46,14 @@ inline void parallel(int parts, const Body& body) {
   });
 }
 
-// All threads of the team have come here. Only inside `team`.
+// Waits until all threads of the team have arrived. Only inside `team`.
 inline void barrier() {
 #ifdef _OPENMP
 #pragma omp barrier
 #endif
 }
 
-// Numbers 0..n handed out to whichever thread asks next.
+// Hands out the numbers 0 .. n - 1, each to whichever thread asks next.
 class Tasks {
  public:
   explicit Tasks(int64_t n) : n_(n) {}
@@ -67,12 +67,12 @@ class Tasks {
   int64_t n_, next_ = 0;
 };
 
-// The same in runs of neighbours, whose results may share lines of the cache: such a line goes to and fro between two
-// threads that both write to it.
+// Hands out runs of neighbouring numbers. The results of neighbours may share cache lines, and a line that two threads
+// write moves back and forth between them.
 class Runs {
  public:
-  // `together`: so many neighbours share lines with each other alone. Where that leaves too few runs to choose from,
-  // each thread gets one, all of like length.
+  // `together`: a run of this many neighbours shares no cache lines with other runs. Where that makes too few runs to
+  // choose from, each thread gets a single one, all of similar length.
   Runs(int64_t n, int64_t together, int threads)
       : n_(n), each_(n >= 2 * threads * together ? together : (n + threads - 1) / threads),
         tasks_(n ? (n + each_ - 1) / each_ : 0) {}
@@ -92,15 +92,15 @@ struct Range {
   int64_t begin, end;
 };
 
-// The part of 0..n that is this thread's own, cut at multiples of `unit`.
+// This thread's part of 0 .. n - 1, cut at multiples of `unit`.
 inline Range share(int64_t n, int thread, int threads, int64_t unit = 1) {
   const int64_t units = (n + unit - 1) / unit;
   const int64_t begin = units * thread / threads * unit, end = units * (thread + 1) / threads * unit;
   return {begin < n ? begin : n, end < n ? end : n};
 }
 
-// Results too small for a normal float become 0 while this lives: denormals make gradients several times
-// slower to compute. For gradients only; spikes are computed without it.
+// While an object of this class lives, results too small for a normal float become 0: denormal numbers make gradients
+// several times slower to compute. For gradients only; spikes are computed without it.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)

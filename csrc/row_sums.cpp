@@ -1,4 +1,4 @@
-// Sums of rows that lists, or bits, pick; see row_sums.h.
+// Sums of rows that lists, or bits, select; see row_sums.h.
 #include "row_sums.h"
 
 namespace spikedecoder {
@@ -6,7 +6,7 @@ namespace SPIKEDECODER_VARIANT {
 namespace {
 
 #if defined(SPIKEDECODER_AVX2)
-constexpr int SUMS_AT_ONCE = 12;  // of several rows, where that many are
+constexpr int SUMS_AT_ONCE = 12;  // vectors in registers, of several rows if rows are narrow
 #elif defined(SPIKEDECODER_LEAN)
 constexpr int SUMS_AT_ONCE = 1;
 #else
@@ -14,7 +14,7 @@ constexpr int SUMS_AT_ONCE = 16;
 #endif
 
 // The sum of some rows of a panel of V vectors, in registers. Every loop over the sums is unrolled before the compiler
-// decides where they live: one that is not would keep them in memory, and store all of them at each row.
+// decides where to keep them: a single loop that is not would keep them in memory and store all of them at each row.
 template <int V, bool Whole>
 struct PanelSum {
   F sums[V];
@@ -69,7 +69,7 @@ auto sum_lists_of(int vectors, bool whole) -> void (*)(const uint16_t*, int64_t,
   }
 }
 
-// R rows at once, because the additions to one wait for each other.
+// R rows at once, because the additions to a single row depend on each other.
 template <int R, int V, bool Whole, class E>
 SPIKEDECODER_INLINE void sum_words(const Words& s, const uint64_t* words, const Panel& p, E* out, int64_t out_stride) {
   PanelSum<V, Whole> sum[R];

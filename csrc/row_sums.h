@@ -1,7 +1,8 @@
-// Sums of rows picked by lists of their numbers, inside kernels (row_sums.cpp).
+// Sums of the rows of a source that bits select, for use inside kernels (row_sums.cpp).
 //
-// Bits become lists of row numbers once; then, for a panel of a few vectors of columns, the sum of each output row is
-// held in registers while its list is walked. Where the rows are near and the bits few, the bits are walked themselves.
+// Bits are turned into lists of row numbers once. Then, for a panel of a few vectors of columns, the sum of each output
+// row is held in registers while its list is walked. Where the source is in the nearest cache and there are few bits,
+// the bits themselves are walked.
 #pragma once
 
 #include "bits.h"
@@ -14,14 +15,14 @@ namespace SPIKEDECODER_VARIANT {
 
 #if defined(SPIKEDECODER_AVX2)
 constexpr int MOST_VECTORS = 10;  // of 16 registers
-constexpr int FEW_VECTORS = 10;   // of a handful of rows, whose source comes from afar
+constexpr int FEW_VECTORS = 10;   // for a handful of rows, whose source is in a farther cache
 #else
 constexpr int MOST_VECTORS = 8;
 constexpr int FEW_VECTORS = 16;
 #endif
-constexpr int64_t BITS_AT_A_TIME = 8 << 20;  // bounds the lists: 2 bytes each
+constexpr int64_t BITS_AT_A_TIME = 8 << 20;  // limits the size of lists, with 2 bytes per entry
 
-// A row's columns in panels of as many vectors each, but the last.
+// Divides a row's columns into panels with equal numbers of vectors, except for the last.
 struct Panels {
   int64_t count;
   int vectors;
@@ -39,19 +40,19 @@ struct Panel {
   int64_t stride;
   int lanes;  // of the last vector
   const float* bias;
-  bool accumulate;  // to what out holds
+  bool accumulate;  // add to what out holds
   bool past;        // see past_cache
 };
 
-// out = the sum of a panel's rows in a list of n.
+// out = the sum of those n rows of a panel that are in a list.
 using SumList = void (*)(const uint16_t* list, int64_t n, const Panel& panel, float* out);
 
-// Lists of the set bits of rows, those of a group of rows packed behind each other.
+// Lists of the set bits of rows. The lists of a group of rows are stored one after another.
 struct Lists {
   uint16_t* entries;
   int64_t* offsets;  // [group + 1] for each group
   int64_t bits;
-  int shift;  // a group is 2^shift rows: dividing by any number would take as long as a short list
+  int shift;  // a group has 2^shift rows: another division would take as long as a short list
 
   int64_t group() const { return int64_t{1} << shift; }
   int64_t room() const { return group() * bits + 64; }
@@ -79,16 +80,16 @@ struct Lists {
   }
 };
 
-// Rows of words, whose bits pick rows of a panel in which a row of -0, which changes no sum, follows each 64 rows. Of
-// word w of a row, steps[w] rows are added at least, that row where there are no more bits: a loop whose length differs
-// from row to row costs more than a few additions.
+// Rows of words whose bits select rows of a panel. In the panel each 64 rows are followed by a row of -0, which changes
+// no sum. For word w of a row at least steps[w] rows are added, the row of -0 once there are no more bits: a loop whose
+// length varies from row to row costs more than a few additions.
 struct Words {
   const uint64_t* words;
   int64_t stride, n;
   const int* steps;
 };
 
-// The number of steps for `n` words, `stride` apart: one standard deviation more than a word's bits in the mean.
+// The number of steps for `n` words, `stride` apart: the mean number of set bits per word plus one standard deviation.
 inline int steps_for(const uint64_t* words, int64_t stride, int64_t n) {
   int64_t sum = 0, squares = 0, steps = 0;
   for (int64_t i = 0; i < n; i++) {
@@ -100,8 +101,8 @@ inline int steps_for(const uint64_t* words, int64_t stride, int64_t n) {
   return static_cast<int>(steps);
 }
 
-// What is summed, and where to: rows of the source [.., columns] to rows of out [.., columns]. The panel of the source
-// from column c on begins at source + c * panel_stride, and its rows are `stride` apart.
+// What is summed, and where the sums go: rows of the source [.., columns], rows of out [.., columns]. The panel of the
+// source from column c on begins at source + c * panel_stride, and its rows are `stride` apart.
 template <class E>
 struct Sums {
   const float* source;
@@ -110,7 +111,7 @@ struct Sums {
   E* out;
   bool accumulate, past;
 
-  // The panel of `vectors` vectors, or those that there are, from column `first` on.
+  // The panel of up to `vectors` vectors from column `first` on; `used` receives how many there are.
   Panel panel(int64_t first, int vectors, int& used) const {
     const int64_t width = smaller(vectors * W, columns - first);
     used = static_cast<int>((width + W - 1) / W);
@@ -119,27 +120,27 @@ struct Sums {
   }
 };
 
-// Rows begin..end of out, of the panel of `vectors` vectors from column `first` on.
+// Sums rows begin .. end - 1 of out, in the panel of `vectors` vectors from column `first` on.
 template <class E>
 void sum_panel(const Sums<E>& s, const Lists& lists, int64_t begin, int64_t end, int64_t first, int vectors);
 
-// Rows 0..rows of out, which words pick.
+// The same for rows 0 .. rows - 1 of out and bits that are not listed.
 template <class E>
 void sum_panel(const Sums<E>& s, const Words& words, int64_t rows, int64_t first, int vectors);
 
-// The sum for `vectors` vectors, up to MOST_VECTORS or FEW_VECTORS; whole: all lanes of the last one are there.
+// The function for `vectors` vectors, up to MOST_VECTORS or exactly FEW_VECTORS; whole: the last one has all its lanes.
 SumList sum_list_of(int vectors, bool whole);
 
-// Columns of rows that lie a multiple of SHARED floats apart share lines of a cache: a panel then has a quarter of them
-// or less, whatever the cache's size, unless it is copied, its rows behind each other.
+// Rows that lie a multiple of SHARED floats apart map to the same lines of a cache: a panel of them can use a quarter
+// of the lines or less, whatever the cache's size, unless it is copied so that its rows follow each other.
 constexpr int64_t SHARED = 512;
 
-// For Words, that row behind the 64 of a panel, the others of which are copied to where it begins.
+// For Words: writes the row of -0 behind the 64 rows of a panel that begins at `to`.
 inline void end_panel(const Panels& panels, float* to) {
   for (int64_t c = 0; c < panels.width(); c += W) store(to + 64 * panels.width() + c, set1(-0.f));
 }
 
-// `rows` rows of a panel, of which `width` columns are there, `stride` apart -> to, panels.width() apart.
+// Copies `rows` rows of a panel with `width` columns: from `stride` apart to panels.width() apart.
 inline void copy_panel(const float* from, int64_t stride, int64_t rows, int64_t width, const Panels& panels, float* to) {
   for (int64_t r = 0; r < rows; r++, from += stride, to += panels.width()) {
     for (int64_t c = 0; c < width; c += W) {
@@ -149,7 +150,7 @@ inline void copy_panel(const float* from, int64_t stride, int64_t rows, int64_t 
   }
 }
 
-// The share of bits that are set, from a sample where there are many: enough to decide on threads.
+// The share of bits that are set, from a sample if there are many: accurate enough to choose a number of threads.
 inline double rate_of(const uint64_t* words, int64_t rows, int64_t bits) {
   int64_t set = 0;
   const int64_t n = rows * words_for(bits);

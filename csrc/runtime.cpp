@@ -33,7 +33,7 @@ struct WatchForks {
 } watch_forks;
 
 #if defined(SPIKEDECODER_AMX_BUILT)
-// Those of AVX-512, with the ones that the matrix unit is for.
+// The kernels of AVX-512, except for those that the matrix unit is used for.
 const Kernels amx_kernels = [] {
   Kernels kernels = avx512::kernels;
   kernels.name = "amx";
@@ -42,7 +42,7 @@ const Kernels amx_kernels = [] {
   return kernels;
 }();
 
-// Whether the CPU has tiles of bfloat16 and of bytes, and Linux lets this process use them: it has to be asked.
+// Whether the CPU has tiles of bfloat16 and of bytes, and Linux lets this process use them, which has to be requested.
 bool has_tiles() {
   constexpr unsigned TILES = 1u << 22 | 1u << 24 | 1u << 25;
   constexpr long ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
@@ -53,7 +53,7 @@ bool has_tiles() {
 #endif
 
 #if defined(SPIKEDECODER_X86)
-// What both vector variants are compiled for; a hypervisor may hide some of it and leave AVX-512.
+// What both vector variants are compiled for. A hypervisor may hide some of it but not AVX-512.
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
@@ -121,7 +121,7 @@ int threads_for(double nanoseconds, int most) {
   return worth >= most ? most : worth < 1 ? 1 : static_cast<int>(worth);
 }
 
-// Not an aligned allocation, which breaks the heap up: see spikedecoder/ext/cpu/_memory.py.
+// Not an aligned allocation, which would fragment the heap: see spikedecoder/ext/cpu/_memory.py.
 Scratch::Scratch(size_t bytes) : memory_(std::malloc(bytes + 64)) {
   if (!memory_) throw std::bad_alloc();
 }
@@ -134,7 +134,7 @@ float* Scratch::floats() const { return static_cast<float*>(get()); }
 #if defined(__GLIBC__)
 namespace {
 
-// Where the heap ended when huge pages were last asked for; 0: nobody wants any.
+// Where the heap ended when huge pages were last requested; 0: none are wanted.
 std::atomic<uintptr_t> heap_end{0};
 
 uintptr_t end_of_heap() { return reinterpret_cast<uintptr_t>(sbrk(0)); }
@@ -149,7 +149,7 @@ void ask_for_huge_pages() {
   const uintptr_t now = end_of_heap();
   if (!before || now < before + HUGE_PAGE || !heap_end.compare_exchange_strong(before, now)) return;
   const uintptr_t begin = before / PAGE * PAGE;
-  madvise(reinterpret_cast<void*>(begin), now / PAGE * PAGE - begin, MADV_HUGEPAGE);  // a wish: it may be refused
+  madvise(reinterpret_cast<void*>(begin), now / PAGE * PAGE - begin, MADV_HUGEPAGE);  // a hint: it may be refused
 #endif
 }
 

@@ -1,4 +1,4 @@
-// The CPU's variant, threads, scratch memory: what kernels share, compiled once for any CPU.
+// What kernels share and is compiled once for any CPU: the choice of variant, threads, scratch memory.
 #pragma once
 
 #include "integers.h"
@@ -6,23 +6,23 @@
 
 namespace spikedecoder {
 
-// The table in force: the best that the CPU has, unless `use_variant` named another.
+// The table of kernels in use: the best one for this CPU, unless `use_variant` chose another.
 const Kernels& kernels();
-// False if the CPU lacks it, or this build does; throws nothing.
+// Both return false if the CPU or this build lacks the variant, and throw nothing.
 bool variant_available(const char* name);
 bool use_variant(const char* name);
 extern const char* const variant_names[4];  // best first
 
-// Whether this CPU multiplies pairs of bfloat16; used by the AVX-512 variant.
+// Whether this CPU has an instruction for products of pairs of bfloat16; used by the AVX-512 variant.
 bool bfloat16_products();
-// Whether this CPU rounds vectors to bfloat16 itself; the same CPUs do.
+// Whether this CPU has an instruction that rounds vectors to bfloat16; the same CPUs have both.
 extern const bool rounds_to_bfloat16;
 
-// Threads worth waking for `nanoseconds` of work on one: at least about 3 us for each, never more than
-// `most`, and one in a forked child, where the parent's OpenMP threads do not exist any more.
+// How many threads are worth waking for work that takes one thread `nanoseconds`: each gets at least about 3 us. At
+// most `most`, and one in a forked child, where the parent's OpenMP threads no longer exist.
 int threads_for(double nanoseconds, int most);
 
-// Memory of a call, or a result: 64-byte aligned, uninitialised, freed with the object. Throws std::bad_alloc.
+// Memory of a call or of a result: 64-byte aligned, uninitialised, freed with the object. Throws std::bad_alloc.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
@@ -36,13 +36,14 @@ class Scratch {
   void* memory_;
 };
 
-// How many floats lie between the scratch of one thread and that of the next, where each needs n: a page more, for a
-// CPU that fetches what follows the lines that it reads would take it out of the cache where it is being written.
+// The distance in floats between the scratch memory of one thread and that of the next, if each needs n. It includes an
+// extra page: a CPU also prefetches lines that follow those it reads, which would take the next thread's lines out of
+// the cache in which they are being written.
 static constexpr int64_t per_thread(int64_t n) { return round_up(n, 16) + 1024; }
 
-// Returns unused memory to the system less eagerly; false where the C library has no such setting.
+// Makes the C library return unused memory to the system less eagerly; false if it has no such setting.
 bool keep_freed_memory();
-// After that: asks Linux for huge pages where the heap has grown since the last call, before they are first written.
+// After that: requests huge pages from Linux for what the heap has grown by since the last call, before it is written.
 void ask_for_huge_pages();
 
 }  // namespace spikedecoder

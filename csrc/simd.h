@@ -1,14 +1,14 @@
 // One vector of floats, in three widths.
 //
-// Every kernel source is compiled once per variant, with SPIKEDECODER_VARIANT naming the namespace and the
-// compiler's target flags set for that file alone (see CMakeLists.txt). So that code for a newer CPU can
-// never be linked into an older path, kernel sources include nothing with external inline functions (no
-// C++ standard library), and all they define is in the variant's namespace or has internal linkage. A test
-// reads the object files to hold this.
+// Every kernel source is compiled once per variant, with SPIKEDECODER_VARIANT naming the namespace and the compiler's
+// target flags set for these objects alone (see CMakeLists.txt). Code for a newer CPU must never be linked into the
+// path of an older one. Kernel sources therefore include nothing with external inline functions (of the C++ standard
+// library only <type_traits>), and all they define is in the variant's namespace or has internal linkage. A test checks
+// this in the object files.
 //
-// `F` holds W floats, `Mask` one truth value per lane. load_n/store_n touch only the first n lanes (n <= W;
-// lanes that are not loaded are 0). Nothing here contracts a * b + c: fma() is called where it is meant.
-// fma_where(m, a, b, c) is a * b + c in the lanes of m, and c in the others (for finite b).
+// `F` holds W floats, `Mask` one truth value per lane. load_n/store_n touch only the first n lanes (n <= W; lanes that
+// are not loaded are 0). The compiler contracts no a * b + c: fma() is called where it is wanted, which the baseline
+// computes with two roundings. fma_where(m, a, b, c) is a * b + c in the lanes of m, c in the others (for finite b).
 #pragma once
 
 #include <stdint.h>
@@ -22,7 +22,7 @@
 #include <emmintrin.h>
 #endif
 
-#if defined(SPIKEDECODER_SANITIZED)  // a fraction of the code to instrument, and the same checks
+#if defined(SPIKEDECODER_SANITIZED)  // much less code to instrument, with the same checks
 #define SPIKEDECODER_ALWAYS_INLINE
 #else
 #define SPIKEDECODER_ALWAYS_INLINE __attribute__((always_inline))
@@ -187,8 +187,8 @@ SPIKEDECODER_INLINE Mask mask_of(uint32_t bits) {
 
 #endif
 
-// A float of which only the upper 16 bits are kept. Read and written by vectors of floats; written numbers are
-// rounded to the nearest, ties to even, as torch does. Denormal numbers may become 0.
+// A float of which only the upper 16 bits are stored. Read and written as vectors of floats; on writing, numbers are
+// rounded to nearest, ties to even, as in torch. Denormal numbers may become 0.
 struct bfloat16 {
   uint16_t bits;
 };
@@ -277,7 +277,7 @@ SPIKEDECODER_INLINE void store_n(bfloat16* p, F a, int n) {
 
 #endif
 
-// The first n lanes; hot loops call these with n = W, a constant.
+// Load or store the first n lanes; hot loops pass the constant n = W.
 template <class E>
 SPIKEDECODER_INLINE F load_up_to(const E* p, int n) {
   return n >= W ? load(p) : load_n(p, n);
@@ -291,15 +291,15 @@ SPIKEDECODER_INLINE void store_up_to(E* p, F a, int n) {
   }
 }
 
-// Whether an output of n values, in rows of `columns`, is written past the caches: it would not stay there, and
-// a line that is written whole need not be read first. Only where all of its vectors are whole and aligned.
+// Whether an output of n values, in rows of `columns`, is to be written past the caches: it is too large to stay there,
+// and a cache line that is written as a whole need not be read first. Only if all of its vectors are whole and aligned.
 template <class E>
 SPIKEDECODER_INLINE bool past_cache(const E* out, int64_t n, int64_t columns) {
   constexpr int64_t LARGE = (16 << 20) / sizeof(E);
   return n >= LARGE && columns % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
-// Stores the first n lanes of an output for which past_cache said `past`.
+// Stores the first n lanes of an output; `past` is what past_cache returned for it.
 template <class E>
 SPIKEDECODER_INLINE void store_result(E* p, F a, int n, bool past) {
   if (past) {
@@ -328,7 +328,7 @@ SPIKEDECODER_INLINE void store_spikes(bfloat16* p, Mask fired, int n, bool past)
 #endif
 }
 
-// Four numbers, of which each belongs to one of four vectors; with the compiler's own arithmetic.
+// Four numbers, one for each of four vectors, with the compiler's own arithmetic.
 typedef float Four __attribute__((vector_size(16)));
 
 SPIKEDECODER_INLINE Four sqrt(Four a) {
@@ -340,7 +340,7 @@ SPIKEDECODER_INLINE Four sqrt(Four a) {
 #endif
 }
 
-// The sums of the lanes of four vectors.
+// For each of four vectors, the sum of its lanes.
 SPIKEDECODER_INLINE Four lane_sums(const F (&a)[4]) {
 #if defined(SPIKEDECODER_AVX512)
   const F low = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
@@ -354,20 +354,20 @@ SPIKEDECODER_INLINE Four lane_sums(const F (&a)[4]) {
 #endif
 }
 
-// How many vectors are worked on at once, so that one's latency hides behind another's work.
+// How many vectors are processed at once, so that work on one hides the latency of another.
 template <int U>
 struct Vectors {
   static constexpr int count = U;
 };
 #if defined(SPIKEDECODER_AVX512)
 constexpr int AT_ONCE = 4, BACK_AT_ONCE = 2;
-#elif defined(SPIKEDECODER_LEAN)  // soon compiled, rather than fast
+#elif defined(SPIKEDECODER_LEAN)  // quickly compiled rather than fast
 constexpr int AT_ONCE = 1, BACK_AT_ONCE = 1;
 #else
-constexpr int AT_ONCE = 2, BACK_AT_ONCE = 2;  // of half as many registers
+constexpr int AT_ONCE = 2, BACK_AT_ONCE = 2;  // with half as many registers
 #endif
 
-// body(Vectors<vectors>), where vectors <= Most is known at run time only.
+// body(Vectors<vectors>) for a number of vectors <= Most that is only known at run time.
 template <int Most, class Body>
 SPIKEDECODER_INLINE void with_vectors(int64_t vectors, const Body& body) {
   if constexpr (Most == 1) {
@@ -379,8 +379,8 @@ SPIKEDECODER_INLINE void with_vectors(int64_t vectors, const Body& body) {
   }
 }
 
-// body(Vectors<U>, channel, lanes of each vector) over C channels; fewer than W lanes only in the last vector. In parts
-// of like size: one vector alone waits for its own results, so five are taken as three and two.
+// body(Vectors<U>, channel, lanes of each vector) over C channels; fewer than W lanes only in the last vector. The
+// parts have similar sizes: a single vector would wait for its own results, so five are taken as three and two.
 template <int Most = AT_ONCE, class Body>
 SPIKEDECODER_INLINE void for_channels_evenly(int64_t C, const Body& body) {
   for (int64_t c = 0; c < C;) {
@@ -393,13 +393,13 @@ SPIKEDECODER_INLINE void for_channels_evenly(int64_t C, const Body& body) {
   }
 }
 
-// 2^-|a / EXP2_PARTS|. It stops falling at 2^-110, which keeps denormal numbers (slow) out of what is multiplied with
-// it. A NaN stays one: max gives its second argument there. For gradients: it contracts. U vectors step by step
-// together, each of which waits for the one before.
+// 2^-|a / EXP2_PARTS|, but never below 2^-110, so that products with it are not denormal numbers, which are slow. Keeps
+// a NaN: max then returns its second argument. For gradients only, since it uses fma. Each step is done for U vectors
+// before the next, which depends on it.
 #if defined(SPIKEDECODER_AVX512)
-// a = n + r with n whole: 2^(r / 16) = 1 + r p(r), right to 4.3e-7, and 2^(n / 16) is one of sixteen numbers, looked up by
-// n's last four bits, with what lies above these added to its exponent. (The table's numbers lack what the four bits
-// add to.) A number to which 1.5 * 2^23 is added has n as its last bits.
+// a = n + r with n whole. 2^(r / 16) = 1 + r p(r), accurate to 4.3e-7. 2^(n / 16) is one of sixteen numbers, looked up
+// by the last four bits of n, with the bits above these added to its exponent. (The same addition adds the four bits to
+// the mantissa; the table's numbers have that subtracted.) After 1.5 * 2^23 is added to a number, its last bits are n.
 constexpr float EXP2_PARTS = 16;
 alignas(64) constexpr uint32_t POWERS_OF_2[16] = {
       0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,

@@ -2,9 +2,10 @@
 //
 //     state = decay state + u[i]^T x[i];   out[i] = scale r[i] state
 //
-// Forward u, x, r are k, v, q. The gradients are scans too (spikedecoder/reference/spike_attention.py):
-// dq: v, k, g forward in time; dv: q, g, k and dk: g, q, v backward in time. Where u or r are spikes, only
-// the rows of the state at which they are 1 are touched, unless the state is small.
+// In forward, u, x, r are k, v, q. The gradients are such scans as well (spikedecoder/reference/spike_attention.py):
+// dq with v, k, g forward in time; dv with q, g, k and dk with g, q, v backward in time. The state stays in a near
+// cache. Where u or r are spikes, only the rows of the state at which they are 1 are touched, unless the state is
+// small: then all of it is updated in registers (dense_scan.cpp).
 #pragma once
 
 #include "bits.h"
@@ -17,7 +18,7 @@ namespace SPIKEDECODER_VARIANT {
 SPIKEDECODER_INLINE int64_t state_columns(int64_t d) { return (d + W - 1) / W * W; }
 SPIKEDECODER_INLINE int64_t state_size(int64_t d) { return (d * state_columns(d) + 15) / 16 * 16; }
 
-// The tokens of one head: where token `first` starts, and how many floats lie between one and the next.
+// The tokens of one head: where token `first` starts, and the distance in floats from one token to the next.
 template <class T>
 struct Tokens {
   T* start;
@@ -44,11 +45,11 @@ SPIKEDECODER_INLINE void for_spikes(const float* spikes, int64_t d, const Body& 
   }
 }
 
-// How many tokens before their turn values are fetched: the next token's lie so far away that the CPU does not see by
-// itself what will be wanted.
+// How many tokens ahead values are prefetched: tokens lie so far apart that the CPU does not recognise the pattern
+// itself.
 constexpr int64_t AHEAD = 4;
 
-// What scan_columns reads and writes at token i.
+// Prefetches what scan_columns reads and writes at token i.
 template <int V>
 SPIKEDECODER_INLINE void fetch(const Scan& s, int64_t i, int64_t column) {
   constexpr int64_t LINE = 16;  // floats
@@ -62,7 +63,8 @@ SPIKEDECODER_INLINE void fetch(const Scan& s, int64_t i, int64_t column) {
   }
 }
 
-// Tokens begin..end, V vectors of columns from `column` on, of which the last has `last` lanes.
+// Tokens begin .. end - 1, V vectors of columns from `column` on, the last with `last` lanes. DenseU (DenseR): u (r)
+// does not hold spikes.
 template <int V, bool DenseU, bool DenseR>
 static void scan_columns(const Scan& s, int64_t begin, int64_t end, int64_t column, int last) {
   const int64_t columns = state_columns(s.d);
@@ -116,16 +118,16 @@ static void scan_columns(const Scan& s, int64_t begin, int64_t end, int64_t colu
   }
 }
 
-// Tokens begin..end where u and r are any numbers: dense_scan.cpp.
+// Tokens begin .. end - 1 where u and r may be any numbers: dense_scan.cpp.
 void dense_scan(const Scan& s, int64_t begin, int64_t end);
 
-// Whether to read and change all of a state takes less time than to find the spikes, or there are none to be found.
+// Whether updating all of a state takes less time than finding the spikes, or u and r are not spikes at all.
 template <bool DenseU, bool DenseR>
 static bool is_dense(const Scan& s) {
   return s.integers || s.d <= (W < 16 || DenseU || DenseR || s.decay != 1 ? 2 * W : W);
 }
 
-// Tokens begin..end of one head; the state carries over from call to call.
+// Tokens begin .. end - 1 of one head; the state carries over from call to call.
 template <bool DenseU = false, bool DenseR = false>
 static void scan(const Scan& s, int64_t begin, int64_t end) {
   if (is_dense<DenseU, DenseR>(s)) return dense_scan(s, begin, end);

@@ -1,8 +1,16 @@
-// A linear layer on spikes: sums of the rows of its weight [channels, columns] that bits pick (row_sums.h).
+// A linear layer on spikes, by gathering: out[r] = bias + the sum of the rows of the weight [channels, columns] whose
+// bits are set in row r of words (row_sums.h).
 //
-// One addition per set bit and column, and a few of -0 where that saves mispredicted branches, no multiplication.
+// Operations: one addition per set bit and column, and a few additions of -0 where that saves mispredicted branches; no
+// multiplication.
+//
+// Work: threads share the output rows and, in the last of three ways, panels of columns; the sums of a row are held in
+// registers. A weight that stays in the first-level cache is added directly as bits are found (sum_by_words). One that
+// stays in the second-level cache has its rows listed and summed in one go (sum_near). Of a larger one a panel of
+// columns stays in that cache: all rows are listed first and then summed panel by panel (sum_by_panels).
+//
 // Memory: the weight is read `rate * rows` times, from the cache where a panel of it fits (bits * panel * 4 bytes), and
-// copied once, by panels, where that pays; the output is written once per 32768 bits.
+// is copied once, by panels, where that pays; the output is written once per 32768 bits.
 #include "kernels.h"
 #include "parallel.h"
 #include "row_sums.h"
@@ -13,23 +21,23 @@ namespace SPIKEDECODER_VARIANT {
 namespace {
 
 constexpr int64_t SEGMENT_WORDS = 512;                 // row numbers are 16 bits wide
-constexpr int64_t LIST_ROWS = 64, CHUNK = 256;         // rows listed, and rows summed, in one task, at most; powers of 2
-constexpr int64_t NEAR_BYTES = 512 << 10;              // of a source that stays in the second-level cache as a whole
+constexpr int64_t LIST_ROWS = 64, CHUNK = 256;         // most rows listed, and summed, in one task; powers of 2
+constexpr int64_t NEAR_BYTES = 512 << 10;              // of a source that stays in the second-level cache
 constexpr int64_t NEAREST_BYTES = 48 << 10;            // of one that stays in the first-level cache
-constexpr int64_t PANEL_BYTES = 240 << 10;             // of a panel, which is read all over, ...
-constexpr int64_t LINE = 16 / W, LEAST_VECTORS = 2 * LINE;  // ... in whole lines of the cache, two at least for a row
-constexpr int64_t MOST_WORDS = 4, MOST_COLUMNS = 128;  // of a row that is not listed
-constexpr int64_t WORD_ROWS = 512;                     // of those, made ready and summed in one go
+constexpr int64_t PANEL_BYTES = 240 << 10;             // of a panel, whose rows are read in any order, ...
+constexpr int64_t LINE = 16 / W, LEAST_VECTORS = 2 * LINE;  // ... in whole cache lines, at least two per row
+constexpr int64_t MOST_WORDS = 4, MOST_COLUMNS = 128;  // of a row whose bits are not listed
+constexpr int64_t WORD_ROWS = 512;                     // of these, made ready and summed in one go
 
 template <class E>
 struct Sum : Sums<E> {
   const uint64_t* words;
   int64_t word_stride, rows, bits;
   const Unready* unready = nullptr;
-  int64_t first = 0;  // of the rows, among all that are unready
+  int64_t first = 0;  // number of the first row among all that are unready
 };
 
-// These rows' words are ready then; false where bits are set that no row of the source is for.
+// Makes the words of these rows ready; false if bits are set for which the source has no row.
 template <class E>
 bool make_ready(const Sum<E>& s, Range rows) {
   if (!s.unready) return true;
@@ -52,7 +60,7 @@ double work_to_make_ready(const Sum<E>& s) {
   return (s.unready->spikes.values ? 0.2 : 0.006) * static_cast<double>(s.rows * s.bits);
 }
 
-// to = all panels of the source, behind each other.
+// to = all panels of the source, one after another.
 template <class E>
 void copy_panels(const Sum<E>& s, const Panels& panels, float* to, Tasks& tasks) {
   for (int64_t task; tasks.next(task);) {
@@ -63,13 +71,13 @@ void copy_panels(const Sum<E>& s, const Panels& panels, float* to, Tasks& tasks)
   barrier();
 }
 
-// How the sums of some rows, all of whose bits fit in one segment, are shared out.
+// How the sums of some rows are divided into tasks; all bits of a row fit in one segment.
 struct Plan {
   int64_t group, chunk;  // rows listed, rows summed in one task
   Panels panels;
 };
 
-// A source that is small enough to stay near: rows are listed and summed in one go.
+// For a source that stays in the second-level cache: rows are listed and summed in one go.
 template <class E>
 void sum_near(const Sum<E>& s, const Lists& mine, const Plan& plan, Tasks& tasks) {
   for (int64_t task; tasks.next(task);) {
@@ -84,7 +92,7 @@ void sum_near(const Sum<E>& s, const Lists& mine, const Plan& plan, Tasks& tasks
   }
 }
 
-// Any source: all rows are listed first, then summed panel by panel, each of which stays near.
+// For any source: all rows are listed first and then summed panel by panel; each panel stays in the second-level cache.
 template <class E>
 void sum_by_panels(const Sum<E>& s, const Lists& lists, const Plan& plan, Tasks& list_tasks, Tasks& tasks) {
   for (int64_t task; list_tasks.next(task);) {
@@ -101,8 +109,8 @@ void sum_by_panels(const Sum<E>& s, const Lists& lists, const Plan& plan, Tasks&
   }
 }
 
-// A source that stays in the first-level cache: its rows are added as the bits come, without lists. Each thread has the
-// rows that it would have in a neuron, whose values then are in its cache.
+// For a source that stays in the first-level cache: its rows are added as bits are found, without lists. Each thread
+// takes the same rows as in the kernels of neurons, so that their values are in its caches.
 template <class E>
 void sum_by_words(const Sum<E>& whole, int most) {
   const Panels panels(whole.columns);
@@ -153,7 +161,7 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
   const double additions = rate * static_cast<double>(whole.rows) * static_cast<double>(whole.bits);
   const double sums = 0.4 * (additions + static_cast<double>(whole.rows)) * static_cast<double>(vectors_in_all);
   const int threads = threads_for(sums + work_to_make_ready(whole), most);
-  // so that each thread has some tasks to choose from
+  // fewer until each thread has some tasks to choose from
   const auto task_rows = [&](int64_t at_most, int64_t tasks_a_row) {
     while (at_most > 8 && rows_at_a_time * tasks_a_row < 4 * threads * at_most) at_most /= 2;
     return at_most;
@@ -164,7 +172,7 @@ void gather_sum(const Sum<E>& whole, double rate, int most) {
   const bool near = segment * whole.columns * static_cast<int64_t>(sizeof(float)) <= NEAR_BYTES;
   const int64_t groups = near ? threads : (rows_at_a_time + plan.group - 1) / plan.group;
   const int64_t room = plan.group * segment + 64;
-  // a row of the source is part of rate * rows sums, which all are faster then
+  // worthwhile if a row of the source is part of enough sums (rate * rows), all of which are then faster
   const bool copied = panels.count > 1 && rate * static_cast<double>(whole.rows) >= (whole.columns % SHARED ? 64 : 8);
   Scratch copy(sizeof(float) * static_cast<size_t>(copied ? segment * panels.count * panels.width() : 0));
   Scratch entries(sizeof(uint16_t) * static_cast<size_t>(groups * room));
@@ -239,13 +247,13 @@ void gather(const SumRows& a) {
 
 void gather_few(const GatherFew& a) {
   const int64_t stride = words_for(a.bits), vectors = (a.columns + W - 1) / W;
-  const double work = 0.04 * static_cast<double>(a.rows * a.bits) * static_cast<double>(vectors);  // a tenth of them set
+  const double work = 0.04 * static_cast<double>(a.rows * a.bits) * static_cast<double>(vectors);  // if a tenth are set
   const int threads = threads_for(work, a.threads);
   const int64_t own = a.rows * a.bits + 64;
   Scratch entries(sizeof(uint16_t) * static_cast<size_t>(own * threads));
   Scratch offsets(sizeof(int64_t) * static_cast<size_t>((a.rows + 1) * threads));
   parallel(threads, [&](int thread, int all) {
-    // each thread lists the bits for itself: that takes less time than to wait for another
+    // each thread lists the bits for itself, which takes less time than waiting for another
     uint16_t* const lists = static_cast<uint16_t*>(entries.get()) + own * thread;
     int64_t* const at = static_cast<int64_t*>(offsets.get()) + (a.rows + 1) * thread;
     int64_t n = 0;

@@ -1,14 +1,18 @@
-// Sums of rows picked by bits on the GPU: a linear layer on spikes, and (with the bits transposed) its weight
-// gradient. A block sums one row's picks for a tile of columns; all of its threads read the same words, so no
-// thread waits for another, and each holds the sums of neighbouring columns, loaded 16 bytes at a time.
-// Bytes moved: the picked rows of the source (from the second-level cache where it fits), the output once.
+// Sums of rows selected by bits, on the GPU: out[r] = bias + the sum of source[q] over the bits q set in row r. With
+// the weight as source this is a linear layer on spikes; with dL/dy, and the bits transposed, it is the weight
+// gradient.
+//
+// A block sums one output row for a tile of columns. All of its threads read the same words, so that they never
+// diverge. Each holds the sums of 16 bytes' worth of neighbouring columns in float32 registers (a single column where
+// addresses or widths are not aligned), and loads them with one access per row.
+// Bytes moved: the selected rows of the source (from the second-level cache if it fits there), the output once.
 #include "cuda_common.cuh"
 
 namespace spikedecoder {
 namespace cuda {
 namespace {
 
-// One row of `count` neighbouring elements as floats; 16 bytes in one load where Wide.
+// COUNT neighbouring elements; if they are 16 bytes, they are loaded and stored in one access.
 template <class T, int COUNT>
 struct Pack {
   T values[COUNT];
@@ -43,7 +47,7 @@ __global__ void __launch_bounds__(128) gather_kernel(const uint64_t* __restrict_
   for (int64_t w = 0; w < words_of_row; w++, at += 64 * columns) {
     uint64_t bits = __ldg(bits_of_row + w);
     while (bits) {
-      // two at a time: their loads do not wait for each other
+      // two at a time, so that their loads do not wait for each other
       const int first = __ffsll(static_cast<long long>(bits)) - 1;
       bits &= bits - 1;
       const int second = __ffsll(static_cast<long long>(bits)) - 1;  // -1: there is none

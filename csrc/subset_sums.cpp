@@ -1,9 +1,10 @@
-// Sums of rows picked by bits, by tables of subset sums: for four rows of the source and a panel of columns, the sums of
-// their 16 subsets are 16 rows of a table; four bits of an output row say which of them is added to its sum.
+// Sums of rows selected by bits, by tables of subset sums. For four rows of the source and a panel of columns, a table
+// holds the sums of all 16 subsets of the four; four bits of an output row say which of these is added to its sum.
 //
-// Cost does not depend on how many bits are set: one load and one addition for every 4 bits and vector of columns, and
-// 16 stores for every 4 rows of the source and vector. The tables of 32 rows stay in the first-level cache while the
-// bits of PART output rows are looked up, whose sums stay in the second-level one.
+// The cost does not depend on how many bits are set: one load and one addition per 4 bits and vector of columns, plus
+// 16 stores per 4 rows of the source and vector. A task is a panel of columns for up to PART output rows. The tables of
+// 32 rows of the source stay in the first-level cache while the bits of these output rows are looked up, and the sums
+// stay in the second-level cache. For the weight gradient the source is dL/dy, in slices, and the bits are transposed.
 #include "gradient_rows.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -14,7 +15,7 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-// Vectors of a panel: whole lines of a cache, and sums in registers.
+// Vectors of a panel: whole cache lines, and sums in registers.
 #if defined(SPIKEDECODER_AVX512)
 constexpr int MOST_VECTORS = 3;
 #elif defined(SPIKEDECODER_AVX2)
@@ -22,13 +23,13 @@ constexpr int MOST_VECTORS = 6;
 #else
 constexpr int MOST_VECTORS = 8;
 #endif
-constexpr int FOURS = 8;         // rows of the source, by fours, whose tables are there at a time: 24 KiB at most
+constexpr int FOURS = 8;         // tables, each of four rows of the source, at a time: at most 24 KiB
 constexpr int BITS = 4 * FOURS;
-constexpr int64_t PART = 1024;        // output rows, at most, whose sums are there at a time: 192 KiB at most
-constexpr int64_t PART_AT_LEAST = 128;  // for one build of the tables
-constexpr int64_t SLICE = 4096;       // rows of a gradient, at most
+constexpr int64_t PART = 1024;        // most output rows whose sums are kept at a time: at most 192 KiB
+constexpr int64_t PART_AT_LEAST = 128;  // output rows that make a table worth building
+constexpr int64_t SLICE = 4096;       // most rows of a gradient in a slice
 
-// What is summed: rows of the source [bits, columns], picked by the halves of words of bits [halves][rows].
+// What is summed: rows of the source [bits, columns], selected by bits in halves of words [halves][rows].
 struct Job {
   const uint32_t* halves;
   int64_t rows, bits;
@@ -42,11 +43,11 @@ struct Output {
   using Type = E;
   E* out;
   const float* bias;
-  bool accumulate, past;  // to what out holds; see past_cache
+  bool accumulate, past;  // add to what out holds; see past_cache
 };
 
-// tables [four rows][subset][V vectors] of `rows` rows of the source, as if rows of zeros followed; of the last vector,
-// `lanes` columns are there.
+// tables [four rows][subset][V vectors] of `rows` rows of the source, as if rows of zeros followed them. The last
+// vector has `lanes` columns.
 template <int V>
 void build_tables(const float* source, int64_t stride, int64_t rows, int lanes, float* tables) {
   for (int64_t r = 0; r < round_up(rows, BITS / 2); r += 4, tables += 16 * V * W) {
@@ -66,8 +67,8 @@ void build_tables(const float* source, int64_t stride, int64_t rows, int lanes, 
   }
 }
 
-// Additions to the sums before this are done first: one vector after the other, the compiler would need the places in
-// all tables at once.
+// Makes the compiler complete all additions to the sums that precede this. It would otherwise sum one vector after the
+// other, for which it would need the addresses in all tables at once.
 template <int V>
 SPIKEDECODER_INLINE void in_order(F (&sums)[V]) {
 #pragma GCC unroll 8
@@ -82,7 +83,7 @@ SPIKEDECODER_INLINE void in_order(F (&sums)[V]) {
   }
 }
 
-// Halves of words: of n rows, `stride` apart, to out [halves][rows].
+// Splits the words of n rows, `stride` apart, into halves: out [halves][rows].
 void halve(const uint64_t* words, int64_t stride, int64_t n, uint32_t* out, int64_t rows) {
   for (int64_t w = 0; w < stride; w++, out += 2 * rows) {
     for (int64_t r = 0; r < n; r++) {
@@ -92,7 +93,7 @@ void halve(const uint64_t* words, int64_t stride, int64_t n, uint32_t* out, int6
   }
 }
 
-// to [rows][V vectors] = from, `from_stride` apart, + the rows of G tables that each row's bits pick.
+// to [rows][V vectors] = from, `from_stride` apart, + the rows of G tables that each row's bits select.
 template <int V, int G>
 void look_up(const uint32_t* halves, int64_t rows, const float* tables, const float* from, int64_t from_stride,
              float* to) {
@@ -113,7 +114,7 @@ void look_up(const uint32_t* halves, int64_t rows, const float* tables, const fl
   }
 }
 
-// Some rows of the sums of V vectors from `column` on, of the last of which `lanes` are there. room: tables, then sums.
+// Computes some rows of the sums, V vectors from `column` on, the last with `lanes` lanes. room: for tables, then sums.
 template <int V, class E>
 void sum_panel(const Job& job, const Output<E>& output, Range rows, int64_t column, int lanes, float* room) {
   float* const sums = room + 16 * FOURS * V * W;
@@ -129,7 +130,7 @@ void sum_panel(const Job& job, const Output<E>& output, Range rows, int64_t colu
     const uint32_t* halves = job.halves + bit / BITS * job.rows + rows.begin;
     const int64_t from_stride = bit ? V * W : 0;
     for (int64_t r = 0, ahead = 0; r < n; r += step) {
-      // the next rows of the source are asked for bit by bit: only so many lines are on their way at a time
+      // the next rows of the source are prefetched piece by piece: only so many lines can be in flight at a time
       for (const int64_t end = smaller(ahead + FOURS, next); ahead < end; ahead++) {
         for (int64_t c = 0; c < V * W; c += 16) __builtin_prefetch(source + (BITS + ahead) * stride + c, 0, 2);
       }
@@ -159,7 +160,8 @@ SumPanel<E> sum_panel_of(int64_t vectors) {
   }
 }
 
-// How the sums [slices, rows, columns] are shared out: in panels, and in parts of their rows where there are few.
+// How the sums [slices, rows, columns] are divided into tasks: into panels, and these into parts of their rows, more of
+// them if there are few tasks.
 struct Plan {
   int64_t panels, width, parts, part;
   int threads;
@@ -167,7 +169,7 @@ struct Plan {
   Plan(int64_t slices, int64_t rows, int64_t bits, int64_t columns, int most) {
     const int64_t vectors = (columns + W - 1) / W;
     panels = (vectors + MOST_VECTORS - 1) / MOST_VECTORS;
-    // whole lines, unless the vectors are few
+    // whole cache lines, unless there are few vectors
     width = (panels > 2 ? MOST_VECTORS : (vectors + panels - 1) / panels) * W;
     const double work = 0.1 * static_cast<double>(slices * rows * bits) * static_cast<double>(columns) / 4;
     threads = threads_for(work, most);
@@ -177,7 +179,7 @@ struct Plan {
   }
 };
 
-// job_of(slice), output_of(slice): all of them are summed.
+// Sums all slices, each as job_of(slice) and output_of(slice) say.
 template <class JobOf, class OutputOf>
 void sum_all(int64_t slices, const Plan& plan, const JobOf& job_of, const OutputOf& output_of) {
   const int64_t each = per_thread((16 * FOURS + plan.part) * plan.width);
@@ -236,7 +238,7 @@ void subset_sums_weight_grad(const WeightGrad& a) {
   const int64_t n = a.K * a.N, rows_at_once = slices.at_once * slices.rows;
   const int64_t stride = words_for(a.K), halves_each = 2 * a.K * words_for(slices.rows);
   Scratch halves(sizeof(uint32_t) * static_cast<size_t>(slices.at_once * halves_each));
-  Scratch by_channel(sizeof(float) * static_cast<size_t>(slices.at_once * n));  // [slice, K, N], the first one's in all
+  Scratch by_channel(sizeof(float) * static_cast<size_t>(slices.at_once * n));  // [slice, K, N]; the first is the total
   const GradientRows grad(a, smaller(a.M, rows_at_once));
   for (int64_t m = 0; m < a.M; m += rows_at_once) {
     const int64_t rows = smaller(rows_at_once, a.M - m), count = (rows + slices.rows - 1) / slices.rows;

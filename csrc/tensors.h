@@ -1,5 +1,5 @@
-// torch's tensors as C++ sees them without a header of torch's: through DLPack's exchange interface, a table of C
-// functions that torch.Tensor offers (https://dmlc.github.io/dlpack/latest/c_api.html, version 1).
+// Access to torch's tensors without torch's headers: through DLPack's exchange interface, a table of C functions that
+// torch.Tensor provides (https://dmlc.github.io/dlpack/latest/c_api.html, version 1).
 #pragma once
 
 #include <vector>
@@ -28,11 +28,12 @@ inline bool operator==(DLDataType a, DLDataType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }
 
-// Whether x is a tensor whose values lie on the CPU as they are read, which `seen` then describes until Python runs
-// again. None, a subclass, an empty tensor, a sparse one, and one that is negated when it is read are not.
+// Whether x is a torch.Tensor or Parameter whose values lie in CPU memory as they are read. `seen` then describes it,
+// until Python code runs again. False for None, for other subclasses, and for tensors that are empty, sparse or negated
+// when they are read.
 bool look_at(py::handle x, DLTensor& seen);
 
-// Whether its elements lie one after another, the last dimension first.
+// Whether the elements lie one after another, with the last dimension varying fastest.
 bool is_contiguous(const DLTensor& x);
 
 bool requires_grad(py::handle tensor);
@@ -42,5 +43,5 @@ struct NewTensor {
   void* data;
 };
 
-// Uninitialised and contiguous; in memory of our own or of torch's (spikedecoder/ext/cpu/_memory.py).
+// Uninitialised and contiguous, in our own memory or in torch's (spikedecoder/ext/cpu/_memory.py).
 NewTensor new_tensor(const std::vector<int64_t>& shape, DLDataType type, bool own_memory);

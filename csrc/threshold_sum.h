@@ -1,5 +1,6 @@
-// Sums dL/dthreshold: in parts, of a thread or a head, where neurons share a threshold, in place where each has its own.
-// Sums may run over millions of rows: runs of 256 vectors, or rows, come first.
+// Sums dL/dthreshold. Where neurons share a threshold, each part (a thread or a head) has sums of its own, which are
+// combined at the end; where each neuron has its own threshold, the gradient is written in place. Sums may run over
+// millions of rows, so runs of 256 vectors, or rows, are summed first.
 #pragma once
 
 #include "kernels.h"
@@ -9,7 +10,7 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 
-// Sums of channels over some rows go into those over all.
+// Adds the channels' sums over some rows to the totals over all rows, and clears them.
 SPIKEDECODER_OUTLINE void end_of_rows(float* sums, double* totals, int64_t C) {
   for (int64_t c = 0; c < C; c++) {
     totals[c] += static_cast<double>(sums[c]);
@@ -24,7 +25,7 @@ class ThresholdSum {
     return t.kind == ThresholdKind::channel ? 3 * round_up(C, 16) : 16;
   }
 
-  // `out` is null where no gradient is wanted; `scratch` is this part's own.
+  // `out` is null if no gradient is wanted; `scratch` belongs to this part alone.
   ThresholdSum(const Threshold& t, int64_t C, float* out, float* scratch)
       : kind_(t.kind),
         out_(out),
@@ -60,7 +61,7 @@ class ThresholdSum {
     run_length_ = 0;
   }
 
-  // After the threads have ended: the parts' sums, which lie `stride` apart from `scratch` on, into `out`.
+  // After the threads have ended: adds up the parts' sums, which start at `scratch` and are `stride` apart, into `out`.
   static void combine(const Threshold& t, int64_t C, float* out, const float* scratch, int64_t stride, int64_t parts) {
     if (!out || t.kind == ThresholdKind::element) return;
     const bool scalar = t.kind == ThresholdKind::scalar;

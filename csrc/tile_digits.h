@@ -1,11 +1,11 @@
-// A source of floats as tiles of bytes, of which the unit multiplies twice as many as bfloat16 at a time, and sums
+// A source of floats as tiles of bytes. The unit multiplies twice as many bytes as bfloat16 at a time, and sums them
 // exactly, in integers.
 //
-// Each column of a slice of the source is rounded to whole numbers of 24 bits, of a unit that is its own and a power of
-// two: three digits of a byte, the highest with a sign. A number is then off by 2^-23 of the column's largest at most, a
-// sum by as many times that as there are spikes; nothing is rounded where they are added. Where a column's numbers are
-// alike that is a float's precision, or better. Where the largest is many times what is usual in the slice, is infinite
-// or NaN, or all are tiny, split_digits says so, and tile_parts.h is for it.
+// The numbers in a column of a slice of the source are rounded to 24-bit integers times a power of two, the column's
+// unit. An integer is three digits of one byte, of which the highest has a sign. A number is then off by at most 2^-23
+// of the column's largest, and a sum by that times the number of spikes; adding rounds nothing. If the numbers of a
+// column are of similar size, this is the precision of a float or better. If the largest is many times the usual size,
+// or infinite or NaN, or if all are tiny, split_digits returns false and tile_parts.h is used.
 #pragma once
 
 #include "bits.h"
@@ -17,11 +17,11 @@ namespace {
 
 constexpr int64_t BYTES = 64;  // bits of a row of a tile of bytes
 constexpr int DIGITS = 3;      // of a number
-constexpr int64_t DIGITS_PAY = 128;  // bits of a slice from which on they are faster than parts: their sums come dearer
+constexpr int64_t DIGITS_PAY = 128;  // bits of a slice from which on digits are faster than parts: their sums cost more
 
-// How many times their geometric mean the largest number of a column may be, as a power of two: numbers of the usual
-// size keep 23 bits but these. Gradients range wider than weights, and a step on them wants no more than half of a
-// float's bits.
+// How many times the geometric mean the largest number of a column may be, as a power of two; a number of that mean
+// size keeps 23 bits less this. Gradients vary more in size than weights, and a step along them needs no more than half
+// of a float's bits.
 constexpr int LIKE_WEIGHTS = 6, LIKE_GRADIENTS = 10;
 
 using Counts = int32_t[DIGITS * 2][SIDE][SIDE];
@@ -80,18 +80,18 @@ void multiply_digits(const char* spikes, const char* source, int64_t steps, Plac
   }
 }
 
-// Rows of a source, `stride` apart, as tiles of their digits [blocks][steps][DIGITS][fours][columns][4], and the unit
-// of each column. False where a column's numbers are not `alike`.
+// Splits rows of a source, `stride` apart, into tiles of their digits [blocks][steps][DIGITS][fours][columns][4], and
+// finds the unit of each column. False if the numbers of a column differ too much in size; `alike`: see LIKE_WEIGHTS.
 bool split_digits(const float* source, int64_t stride, int64_t rows, int64_t columns, int alike, char* tiles,
                   float* units) {
   const int64_t blocks = parts_of(columns, SIDE), steps = parts_of(rows, BYTES);
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __mmask16 there[BLOCKS] = {};
   for (int64_t b = 0; b < blocks; b++) there[b] = static_cast<__mmask16>((1u << smaller(SIDE, columns - b * SIDE)) - 1);
-  // of what is not 0: the largest, the sum of their logarithms (a float's bits, in 128ths of a power of two), how many
+  // of what is not 0: the largest, the sum of logarithms (a float's upper bits, in 128ths of a power of two), how many
   __m512i most[BLOCKS], total[BLOCKS], count[BLOCKS];
   F inverse[BLOCKS];
-  constexpr int64_t AT_ONCE = 4;  // blocks whose columns are looked through together, in registers
+  constexpr int64_t AT_ONCE = 4;  // blocks whose columns are scanned together, in registers
   for (int64_t first = 0; first < blocks; first += AT_ONCE) {
     __m512i m[AT_ONCE] = {}, t[AT_ONCE] = {}, n[AT_ONCE] = {};
     const float* from = source + first * SIDE;
@@ -100,7 +100,7 @@ bool split_digits(const float* source, int64_t stride, int64_t rows, int64_t col
       for (int b = 0; b < AT_ONCE; b++) {
         const F number = _mm512_maskz_loadu_ps(there[first + b], from + b * SIDE);
         const __m512i bits = _mm512_and_si512(_mm512_castps_si512(number), magnitude);
-        m[b] = _mm512_max_epu32(m[b], bits);  // in the floats' own order, and NaN above them
+        m[b] = _mm512_max_epu32(m[b], bits);  // ordered like the floats, with NaN above them
         t[b] = _mm512_add_epi32(t[b], _mm512_srli_epi32(bits, 16));
         n[b] = _mm512_mask_add_epi32(n[b], _mm512_test_epi32_mask(bits, bits), n[b], _mm512_set1_epi32(1));
       }
@@ -151,8 +151,8 @@ bool split_digits(const float* source, int64_t stride, int64_t rows, int64_t col
   return true;
 }
 
-// Words of some rows, `stride` apart, as tiles of bytes [steps][ROWS][BYTES]; rows up to the next multiple of a tile's
-// become 0.
+// Expands words of some rows, `stride` apart, to tiles of bytes [steps][ROWS][BYTES], with rows of 0 up to the next
+// multiple of a tile's rows.
 void spread_bytes(const uint64_t* words, int64_t stride, int64_t rows, int64_t count, char* tiles) {
   const __m512i one = _mm512_set1_epi8(1);
   const int64_t all = round_up(rows, SIDE);

@@ -1,6 +1,6 @@
-// A source as tiles of bfloat16: a float is the sum of three of them, of 8 of its 24 bits each, so that three products
-// with spikes are the product with the float itself. Parts that are all 0, as those of a source that was bfloat16
-// before, are left out. (Parts below 2^-126 count as 0; a source that is infinite or NaN is multiplied as a whole.)
+// A source as tiles of bfloat16. A float is the sum of three of them, each with 8 of its 24 bits, so that three
+// products with spikes add up to the product with the float itself. Parts that are 0 throughout, as for a source that
+// was bfloat16 before, are left out. (Parts below 2^-126 count as 0; an infinity or NaN is not split.)
 #pragma once
 
 #include "bits.h"
@@ -14,7 +14,7 @@ constexpr int64_t STEP = 32;  // bits of a row of a tile
 constexpr int PARTS = 3;       // of a float
 
 // sums [N tiles of 16 rows] = start + spikes source, over `steps` steps. spikes [steps][ROWS][STEP],
-// source [steps][All][pairs of bits][columns][2], of whose parts the first are multiplied.
+// source [steps][All][pairs of bits][columns][2]. Of its All parts the first `Parts` are multiplied.
 template <int N, int Parts, int All>
 void multiply(const char* spikes, const char* source, int64_t steps, Place start, Place sums) {
   const int64_t bytes = start.stride * 4, next = start.stride * SIDE;
@@ -48,7 +48,7 @@ void multiply(const char* spikes, const char* source, int64_t steps, Place start
 
 using Multiply = void (*)(const char*, const char*, int64_t, Place, Place);
 
-// For this many tiles of sums and parts of the source.
+// The function for this many tiles of sums and parts of the source.
 template <int All, int N = 4, int Parts = All>
 Multiply multiply_of(int64_t tiles, int parts) {
   if constexpr (Parts > 1) {
@@ -65,7 +65,7 @@ constexpr int parts_in = PARTS;
 template <>
 constexpr int parts_in<bfloat16> = 1;
 
-// The number's upper half, and what is left of it: exact.
+// Returns the numbers' upper halves and leaves in `a` what remains of them, exactly.
 SPIKEDECODER_INLINE __m512i take_part(F& a) {
   const __m512i part = _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
   const Mask whole = _mm512_fpclass_ps_mask(a, 0x99);  // NaN, infinity
@@ -73,8 +73,8 @@ SPIKEDECODER_INLINE __m512i take_part(F& a) {
   return part;
 }
 
-// Rows of a source, `stride` apart, as tiles of their parts [blocks][steps][PARTS][pairs][columns][2]. How many parts
-// hold anything but 0.
+// Splits rows of a source, `stride` apart, into tiles of their parts [blocks][steps][PARTS][pairs][columns][2]. Returns
+// how many parts hold anything but 0.
 int split(const float* source, int64_t stride, int64_t rows, int64_t columns, char* tiles) {
   const int64_t blocks = parts_of(columns, SIDE), steps = parts_of(rows, STEP);
   __m512i left[PARTS - 1] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -100,7 +100,7 @@ int split(const float* source, int64_t stride, int64_t rows, int64_t columns, ch
   return 1;
 }
 
-// The same of a source that is its only part.
+// The same for a source that is bfloat16 and so its only part.
 int split(const bfloat16* source, int64_t stride, int64_t rows, int64_t columns, char* tiles) {
   const int64_t blocks = parts_of(columns, SIDE), steps = parts_of(rows, STEP);
   for (int64_t row = 0; row < steps * STEP; row += 2) {
@@ -117,8 +117,8 @@ int split(const bfloat16* source, int64_t stride, int64_t rows, int64_t columns,
   return 1;
 }
 
-// Words of some rows, `stride` apart, as tiles of bfloat16 [steps][ROWS][STEP]; rows up to the next multiple of a
-// tile's become 0.
+// Expands words of some rows, `stride` apart, to tiles of bfloat16 [steps][ROWS][STEP], with rows of 0 up to the next
+// multiple of a tile's rows.
 void spread(const uint64_t* words, int64_t stride, int64_t rows, int64_t count, char* tiles) {
   const __m512i one = _mm512_set1_epi16(0x3f80);
   const int64_t all = round_up(rows, SIDE);

@@ -1,13 +1,13 @@
-// Sums of the rows of a source that bits pick, in the matrix unit (AMX) that some CPUs have.
+// Sums of the rows of a source that bits select, by the matrix unit (AMX) that some CPUs have.
 //
-// A spike is 0 or 1 there too, whatever the numbers are made of: floats are whole numbers of three bytes (tile_digits.h)
-// or, where those would lose too much, sums of three bfloat16 (tile_parts.h). At any spike rate, that is several times
-// faster than dense float32.
+// A spike is exactly 0 or 1 in any format of the unit. Floats become integers of three bytes (tile_digits.h) or, where
+// these would lose too much, sums of three bfloat16 (tile_parts.h). This is several times faster than dense float32, at
+// any spike rate.
 //
-// A task is a panel of some columns for a range of rows: the source of the panel becomes tiles, a slice of its rows at a
-// time, and stays in the second-level cache, as do the sums; spikes become tiles for a block of rows at a time.
-// Operations: 3 multiply-adds of the unit per row, bit and column, at most, of bytes at half the cost of bfloat16. Bytes
-// moved: the bits once per panel, the source twice per range of rows, the output written once.
+// A task is a panel of columns for a range of rows. The source of the panel is turned into tiles, one slice of its rows
+// at a time; these and the sums stay in the second-level cache. Spikes are turned into tiles for one block of rows at a
+// time. Operations: at most 3 multiply-adds of the unit per row, bit and column; bytes cost half as much as bfloat16.
+// Bytes moved: the bits once per panel, the source twice per range of rows, the output written once.
 #include "bits.h"
 #include "gradient_rows.h"
 #include "kernels.h"
@@ -38,7 +38,7 @@ struct Job {
   int64_t ranges() const { return parts_of(rows, RANGE); }
 };
 
-// What a thread needs for a task, in memory of `bytes` that is its own.
+// A thread's own memory for a task, `bytes` in all.
 class Room {
  public:
   explicit Room(char* memory) : memory_(memory) {}
@@ -63,9 +63,9 @@ class Room {
 bool in_digits(const float* source, int64_t stride, int64_t rows, int64_t columns, int alike, const Room& room) {
   return rows >= DIGITS_PAY && split_digits(source, stride, rows, columns, alike, room.source(), room.units());
 }
-bool in_digits(const bfloat16*, int64_t, int64_t, int64_t, int, const Room&) { return false; }  // it is one product
+bool in_digits(const bfloat16*, int64_t, int64_t, int64_t, int, const Room&) { return false; }  // is one product
 
-// Block b's sums of some tiles of rows.
+// The sums of block b for some tiles of rows.
 void multiply_all_digits(const Room& room, int64_t b, int64_t steps, int64_t tiles, Place start, Place sums) {
   const char* const source = room.source() + b * steps * DIGITS * TILE;
   const F unit = load(room.units() + b * SIDE);
@@ -76,8 +76,8 @@ void multiply_all_digits(const Room& room, int64_t b, int64_t steps, int64_t til
   }
 }
 
-// out[r, c] = bias[c] + the sum of source[q, c] over the bits q of row r, for these rows, bits and columns. While the
-// unit multiplies, the slice that follows is fetched.
+// out[r, c] = bias[c] + the sum of source[q, c] over the set bits q of row r, for these rows, bits and columns. While
+// the unit multiplies, the next slice is prefetched.
 template <class S, class E>
 void sum_panel(const Job<S>& job, Range rows, Range bits, Range columns, const float* bias, E* out, bool past,
                const Room& room) {
@@ -97,7 +97,7 @@ void sum_panel(const Job<S>& job, Range rows, Range bits, Range columns, const f
     for (int64_t r = rows.begin; r < rows.end; r += at_once) {
       const int64_t n = smaller(at_once, rows.end - r);
       E* const to = out + r * job.columns + columns.begin;
-      // no other place is needed
+      // whether the unit can store the final sums in `out` itself
       const bool there = last && !past && place_in(to, 0).at && n % SIDE == 0 && width % SIDE == 0;
       const uint64_t* const words = job.words + r * job.stride + bit / 64;
       (digits ? spread_bytes : spread)(words, job.stride, n, words_for(depth), room.spikes());
@@ -128,7 +128,7 @@ void sum_panel(const Job<S>& job, Range rows, Range bits, Range columns, const f
   }
 }
 
-// All rows and columns, of bits that are shared out to `groups`, whose sums go to out(group).
+// Sums all rows and columns. The bits are divided into `groups`, each of which has its sums in out(group).
 template <class S, class Out>
 void sum_all(const Job<S>& job, int64_t groups, const float* bias, bool past, int most, const Out& out) {
   const int64_t panels = job.panels(), width = job.width();
@@ -137,12 +137,12 @@ void sum_all(const Job<S>& job, int64_t groups, const float* bias, bool past, in
   const double sums = 0.0012 * static_cast<double>(job.rows) * static_cast<double>(job.bits) * columns;
   const double moved = 0.1 * static_cast<double>(job.rows + job.bits) * columns;
   const int threads = threads_for(sums + moved, most);
-  int64_t ranges = job.ranges();  // more of them where threads would have nothing to do, as long as they are long
+  int64_t ranges = job.ranges();  // more if threads would be idle, as long as each has enough rows
   while (groups * ranges * panels < 2 * threads && job.rows / (ranges + 1) >= 2 * ROWS) ranges++;
   const int64_t range = round_up(parts_of(job.rows, ranges), SIDE);
   ranges = parts_of(job.rows, range);
   Tasks tasks(groups * ranges * panels);
-  Scratch rooms(Room::bytes * static_cast<size_t>(threads));  // not in the team, out of which nothing can be thrown
+  Scratch rooms(Room::bytes * static_cast<size_t>(threads));  // allocated outside the team, where nothing can be thrown
   team(threads, [&](int thread, int) {
     const Room room(static_cast<char*>(rooms.get()) + Room::bytes * static_cast<size_t>(thread));
     const Tiles tiles;
@@ -166,7 +166,7 @@ void sum_to(const SumRows& a, E* out) {
 template <class S>
 void sum_gradients(const WeightGrad& a, const uint64_t* by_channel, const S* grad, float* sums) {
   const Job<S> job{by_channel, words_for(a.M), a.K, a.M, grad, a.N, LIKE_GRADIENTS};
-  // tasks enough for some threads, whose number changes no result
+  // enough tasks for some threads; the number of threads itself does not change the result
   constexpr int64_t TASKS = 16, ROWS_AT_LEAST = 1024;
   const int64_t wanted = smaller(parts_of(TASKS, job.panels() * job.ranges()), a.M / ROWS_AT_LEAST);
   const int64_t each = round_up(parts_of(a.M, wanted < 1 ? 1 : wanted), DEPTH), groups = parts_of(a.M, each);

@@ -1,4 +1,4 @@
-// Transposition of a matrix in tiles of 16 x 16. Bytes moved per element: 4 read + 4 written.
+// Transposition of a matrix in tiles of 16 x 16, which threads share. Bytes moved per element: 4 read + 4 written.
 #include "transpose.h"
 
 namespace spikedecoder {

@@ -1,4 +1,4 @@
-// Transposition of bits and of 16 x 16 floats, inside kernels.
+// Transposition of bits and of 16 x 16 floats, for use inside kernels.
 #pragma once
 
 #include "bits.h"
@@ -9,7 +9,8 @@
 namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 
-// Up to 64 rows of up to 64 bits, a word every `stride`, become the word of each bit, `out_stride` apart.
+// Transposes up to 64 rows of up to 64 bits: from one word per row, `stride` words apart, to one word per bit,
+// `out_stride` words apart.
 SPIKEDECODER_INLINE void transpose_words(const uint64_t* words, int64_t stride, int64_t rows, uint64_t* out,
                                          int64_t out_stride, int64_t bits) {
   uint64_t a[64];
@@ -17,8 +18,7 @@ SPIKEDECODER_INLINE void transpose_words(const uint64_t* words, int64_t stride, 
   for (int64_t i = 0; i < bits; i++) out[i * out_stride] = a[i];
 }
 
-// This thread's part of the transpose of bits: rows of words [rows, words_for(K)] become the bits of out
-// [K, words_for(rows)].
+// Does this thread's part of the transposition of bits from words [rows, words_for(K)] to out [K, words_for(rows)].
 SPIKEDECODER_INLINE void transpose_bits(const uint64_t* words, int64_t rows, int64_t K, uint64_t* out, int thread,
                                         int threads) {
   const int64_t in_stride = words_for(K), out_stride = words_for(rows);
@@ -32,7 +32,7 @@ SPIKEDECODER_INLINE void transpose_bits(const uint64_t* words, int64_t rows, int
 
 #if defined(SPIKEDECODER_AVX512)
 
-// r[i] holds row i of a 16 x 16 matrix, and then column i.
+// r[i] holds row i of a 16 x 16 matrix on entry, and column i on return.
 SPIKEDECODER_INLINE void transpose_16(__m512 r[16]) {
   __m512 t[16];
   for (int i = 0; i < 8; i++) {

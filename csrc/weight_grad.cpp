@@ -1,10 +1,12 @@
-// The weight gradient of a linear layer on spikes: sums of the rows of dL/dy in which a channel spiked (row_sums.h).
+// The weight gradient of a linear layer on spikes, by gathering: for each channel, the sum of the rows of dL/dy [M, N]
+// in which it spiked (row_sums.h).
 //
-// Where channels are few (and dL/dy is large, with AVX-512), their sums stay in the first-level cache and rows are added
-// to them (near_sums.h). Else bits are transposed first. Rows are taken in slices, of which a panel of columns stays in
-// a core's second-level cache while all channels are summed: each value of dL/dy comes from memory once, to one core,
-// and is copied where its rows would share that cache's lines. Memory: dL/dy read once, the sums [channels, columns]
-// read and written per slice.
+// Where there are few channels (and, with AVX-512, dL/dy is large), their sums stay in the first-level cache and rows
+// are added to them (near_sums.h). Otherwise bits are transposed first, and rows are taken in slices. A task is a panel
+// of columns of a slice, which stays in a core's second-level cache while all channels are summed: each value of dL/dy
+// comes from memory once, to one core. The panel is copied where its rows would share cache lines.
+//
+// Memory: dL/dy is read once; the sums [channels, columns] are read and written once per slice.
 #include "gradient_rows.h"
 #include "kernels.h"
 #include "near_sums.h"
@@ -17,8 +19,9 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-// Of dL/dy; the next panel, and a copy of this one, lie in the cache beside it, which is larger in CPUs with AVX-512:
-// narrow panels of more rows are fewer slices, whose sums are read and written.
+// The size of a panel of dL/dy. The next panel, and a copy of this one, lie beside it in the second-level cache, which
+// is larger in CPUs with AVX-512. Narrow panels have more rows, which makes fewer slices, whose sums are read and
+// written.
 #if defined(SPIKEDECODER_AVX512)
 constexpr int64_t PANEL_BYTES = 256 << 10, PANEL_VECTORS = 4;
 #else
@@ -33,10 +36,10 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
                      const Slices& slices, double rate, int threads, float* by_channel) {
   const Panels panels(a.N, PANEL_VECTORS);
   const int64_t stride = words_for(a.K), groups = words_for(channels), words = slices.rows / 64, n = channels * a.N;
-  const int64_t step = (channels + 127) / 128;  // channels, of a panel, between two requests for parts of the next
+  const int64_t step = (channels + 127) / 128;  // after so many channels a part of the next panel is prefetched
   const Lists first_lists{nullptr, nullptr, slices.rows, SHIFT};
   const int64_t entries_each = groups * first_lists.room(), offsets_each = groups * (first_lists.group() + 1);
-  const bool copied = a.N % SHARED == 0 && rate * static_cast<double>(channels) >= 4;  // sums that a row is part of
+  const bool copied = a.N % SHARED == 0 && rate * static_cast<double>(channels) >= 4;  // how many sums a row is part of
   const int64_t panel_floats = slices.rows * panels.width();
   Scratch copies(bytes(sizeof(float), copied ? threads * panel_floats : 0));
   Scratch bits(bytes(sizeof(uint64_t), slices.at_once * channels * words));
@@ -80,7 +83,7 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
           sums.stride = panels.width();
           sums.panel_stride = 0;
         }
-        // the next panel is asked for bit by bit meanwhile: only so many lines are on their way at a time
+        // meanwhile the next panel is prefetched piece by piece, since only so many lines can be in flight at a time
         const float* ahead = source + soon * slices.rows * a.N + next % panels.count * panels.width();
         const int64_t rows_ahead = there ? smaller(slices.rows, rows - soon * slices.rows) : 0;
         for (int64_t k = 0, r = 0; k < channels; k += step) {
@@ -96,7 +99,7 @@ void gather_channels(const WeightGrad& a, int64_t first, int64_t channels, const
   }
 }
 
-// sums [K, N], in panels whose sums stay near (near_sums.h).
+// sums [K, N], in panels whose sums stay in the first-level cache (near_sums.h).
 void sum_near(const WeightGrad& a, const Panels& panels, int threads, float* sums) {
   const Slices slices(a.M, 2 * NEAR_ROWS, panels.count, a.K * a.N, threads);
   const int64_t n = a.K * a.N, rows_at_once = slices.at_once * slices.rows;

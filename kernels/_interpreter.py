@@ -1,13 +1,13 @@
-"""Triton's interpreter made faster; imported where TRITON_INTERPRET=1 only.
+"""Makes Triton's interpreter faster. Imported only if TRITON_INTERPRET=1 is set.
 
-While a kernel is interpreted, the members of triton.language stand for operations on NumPy arrays. Triton
-puts them there anew at every launch and every call of a device function, looking at some thousand attributes,
-which takes more time than all else, and takes them away after the launch. Here they stay: with
-TRITON_INTERPRET=1 nothing in the process compiles kernels.
+While a kernel is interpreted, the members of triton.language are replaced by operations on NumPy arrays.
+Triton installs these at every launch and at every call of a device function, for which it looks at about a
+thousand attributes, and removes them after the launch. This takes more time than everything else. Here they
+stay installed: with TRITON_INTERPRET=1 nothing in the process compiles kernels.
 
-What then takes longest are the types and shapes of values, of which there are few: each is made once, and
-what is the same object is equal. Next come the checks of every sum of integers for overflow, which no GPU
-makes: `unchecked` is without.
+The types and shapes of values are the next largest cost. Few different ones occur, so each is created once,
+and identical objects are taken to be equal without comparing them. Then come overflow checks on every integer
+sum, which no GPU makes; `unchecked` turns them off.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton.runtime import interpreter
 
 
 class _Kept:
-    """What the interpreter calls after a launch."""
+    """Has the `restore` that the interpreter calls after a launch, and restores nothing."""
 
     def restore(self) -> None:
         pass
@@ -32,7 +32,7 @@ class _Kept:
 
 @functools.cache
 def _modules(function: Any) -> frozenset[str]:
-    """Of triton.language and its core, what a function sees as a global."""
+    """Which of triton.language and its core the function has among its globals."""
     modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
     return frozenset(module.__name__ for module in modules)
 
@@ -42,7 +42,7 @@ def _sizes(shape: Any) -> tuple[Any, ...]:
 
 
 class _Shapes:
-    """Each shape once: the same sizes are the same object, by whose identity the rest is found."""
+    """Keeps one object per shape, so that caches can be keyed by its identity."""
 
     def __init__(self) -> None:
         self.by_sizes: dict[tuple[Any, ...], Any] = {}
@@ -52,7 +52,7 @@ class _Shapes:
         return self.by_id.get(id(shape)) is shape
 
     def like(self, shape: Any) -> Any:
-        """The shape kept for the same sizes, or None."""
+        """The object kept for a shape of these sizes, or None."""
         return shape if self.holds(shape) else self.by_sizes.get(_sizes(shape))
 
     def keep(self, shape: Any) -> Any:
@@ -68,7 +68,7 @@ def _remember_block_types(init: Callable[[Any, Any, Any], None]) -> Callable[[An
 
     @functools.wraps(init)
     def remembering(self: Any, element_ty: Any, shape: Any) -> None:
-        of_numbers = type(element_ty) is tl.dtype  # of pointers there is no end
+        of_numbers = type(element_ty) is tl.dtype  # pointer types are too many to keep
         if of_numbers and (found := known.get((element_ty.name, id(_shapes.like(shape))))):
             vars(self).update(found)
             return
@@ -151,7 +151,7 @@ def _is_its_own_ir(to_ir: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Integers wrap without a word, as on a GPU: looking at every sum of them takes long."""
+    """Let integers wrap silently, as on a GPU; checking every sum for overflow is slow."""
     builder: Any = getattr(interpreter, "interpreter_builder", None)
     options: Any = getattr(builder, "options", None)
     if not hasattr(options, "sanitize_overflow"):
@@ -165,7 +165,8 @@ def unchecked() -> Iterator[None]:
 
 
 def install() -> None:
-    """Replace Triton's functions; a Triton that has none of these names is left as it is."""
+    """Replace Triton's functions. Names that this version of Triton lacks are skipped; without `_patch_lang`
+    nothing is replaced."""
     patch_lang = getattr(interpreter, "_patch_lang", None)
     if patch_lang is None or hasattr(patch_lang, "in_place"):
         return
@@ -188,7 +189,7 @@ def install() -> None:
         if not modules <= in_place:
             patch_lang(function)
             in_place.update(modules)
-            # Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses
+            # Triton 3.6 calls int() on an array of one element, which NumPy 2.4 rejects
             tl.tensor.__index__ = lambda self: int(self.handle.data.item())
         return _Kept()
 

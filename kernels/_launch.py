@@ -1,11 +1,12 @@
 """How kernels are declared and launched, and the block sizes they run with.
 
-Sizes and strides are ordinary arguments that Triton does not specialise on, so a new batch or sequence
-length compiles nothing. What is specialised are the constexprs (T, head size, flags, block sizes), dtypes,
-and ``ALIGN``: sizes are passed divided by it and multiplied again inside, which tells the compiler that
-128-bit accesses are aligned without telling it the size. It follows from the number of channels alone.
+Sizes and strides are ordinary arguments that Triton does not specialise on, so a new batch size or sequence
+length compiles nothing. Kernels are specialised on constexprs (T, head size, flags, block sizes), on dtypes
+and on ``ALIGN``: sizes are divided by it when passed and multiplied by it again in the kernel, which tells
+the compiler that 128-bit accesses are aligned without telling it the size. ALIGN depends only on the number
+of channels.
 
-Block sizes come from the functions below by device and operator; nothing is tuned at run time.
+Block sizes come from functions in each kernel's file, by device and operator; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ if INTERPRETED:
     from spikedecoder.kernels._interpreter import install, unchecked
 
     install()
-REGISTERS = 65536  # of a multiprocessor
+REGISTERS = 65536  # per multiprocessor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # of A100, H100/H200, B200: used where no device is asked
+_MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # A100, H100/H200, B200; for `record`, which asks no device
 SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
 
 
@@ -46,7 +47,7 @@ class Launch:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What decides whether Triton compiles anew: everything but sizes and values of floats."""
+        """What decides whether Triton compiles anew: everything except sizes and the values of floats."""
         parts: list[object] = [self.kernel.__name__, tuple(sorted(self.options.items()))]
         for name, value in self.arguments.items():
             if isinstance(value, Tensor):
@@ -72,9 +73,9 @@ _recorder: _Recorder | None = None
 
 @contextlib.contextmanager
 def record(major: int) -> Iterator[list[Launch]]:
-    """Collect launches instead of running them, with the blocks of compute capability `major`.x.
+    """Collect launches instead of running them, with the block sizes for compute capability `major`.x.
 
-    Tensors may be on any device, "meta" too. Outputs stay unwritten.
+    Tensors may be on any device, including "meta". Outputs are not written.
     """
     global _recorder
     before, _recorder = _recorder, _Recorder(major, [])
@@ -107,9 +108,10 @@ def launch(
 ) -> None:
     """Run `kernel` on its tensors' device.
 
-    maxnreg: registers a thread, where the compiler would spill a few to run more programs side by side.
-    fuse: a product may be rounded together with the sum that takes it. What a spike depends on must then be
-    exact or `_neuron.times`, so that it is the same as without.
+    maxnreg: registers per thread, where the compiler would otherwise spill a few to run more programs side by
+    side.
+    fuse: allow fused multiply-adds, which don't round the product. Products that decide about a spike must
+    then be exact or use `_neuron.times`, so that the spikes are the same as without.
     """
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
     if maxnreg is not None:
@@ -134,7 +136,7 @@ def _shared_memory(index: int | None) -> int:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have; what a multiprocessor has in all is some 1 KiB more."""
+    """Bytes of shared memory that a program may use; a multiprocessor has about 1 KiB more in all."""
     if _recorder is not None:
         return SHARED_MEMORY[_recorder.major]
     return _shared_memory(device.index) if device.type == "cuda" else 2**16
@@ -146,14 +148,15 @@ def _device_multiprocessors(index: int | None) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side: what grids are sized by. Same device, same grid, same sums."""
+    """The number of multiprocessors (2 under the interpreter), from which grids are sized: the same device
+    gives the same grid and so the same sums."""
     if _recorder is not None:
         return _MULTIPROCESSORS[_recorder.major]
     return _device_multiprocessors(device.index) if device.type == "cuda" else 2
 
 
 def major(device: torch.device) -> int:
-    """Compute capability's first number; 0 under the interpreter."""
+    """The first number of the compute capability; 0 under the interpreter."""
     if _recorder is not None:
         return _recorder.major
     return _capability(device.index)[0] if device.type == "cuda" else 0
@@ -194,8 +197,8 @@ def alignment(*sizes: int, limit: int = 16) -> int:
 
 
 def element_sizes(x: Tensor) -> dict[str, int]:
-    """Arguments of a kernel that goes over x element by element, n of them; the same ALIGN at any batch size
-    and length."""
+    """Arguments of a kernel that goes over the n elements of x one by one. ALIGN is the same for any batch
+    size and length."""
     align = alignment(x.numel(), *x.shape[-1:])
     return {"n": x.numel() // align, "ALIGN": align, "BLOCK": 256 * (16 // x.element_size())}
 

@@ -18,22 +18,22 @@ from spikedecoder.kernels._surrogate import height, shape
 from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.surrogate import SURROGATES
 
-PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
-ONE_BY_ONE = tl.constexpr(INTERPRETED)  # which adds up several tensors element by element
+PLAIN = tl.constexpr(INTERPRETED)  # the interpreter has no inline assembly
+ONE_BY_ONE = tl.constexpr(INTERPRETED)  # it reduces several tensors element by element
 WINDOW = tl.constexpr(ILIFParams.WINDOW)
-SOFT, TO_NUMBER, TO_ZERO = range(3)  # HARD: what a reset is
+SOFT, TO_NUMBER, TO_ZERO = range(3)  # HARD: the kind of reset; hard ones go to v_reset or to 0
 MAX_T = 16  # timesteps whose potentials a kernel keeps in registers
 
 
 def neuron(p: LIFParams) -> dict[str, Any]:
-    """The kernel arguments of the neuron. `tau` is passed as 1 / tau where that is exact; no integers, of
-    which Triton would make another variant."""
+    """The neuron's kernel arguments. `tau` is passed as 1 / tau where that is exact (RECIPROCAL). Numbers are
+    always floats: for an int Triton would compile another variant."""
     exact = math.frexp(p.tau)[0] == 0.5
     return {
         "tau": 1 / p.tau if exact else float(p.tau),
         "keep": 1 - 1 / p.tau,
         "v_reset": float(p.v_reset or 0.0),
-        "alpha": min(max(float(p.alpha), 1e-30), 1e30),  # gradients of potentials are divided by it
+        "alpha": min(max(float(p.alpha), 1e-30), 1e30),  # potentials' gradients are divided by it
         "RECIPROCAL": exact,
         "HARD": SOFT if p.v_reset is None else TO_ZERO if p.v_reset == 0 else TO_NUMBER,
         "DECAY_INPUT": p.decay_input,
@@ -43,8 +43,8 @@ def neuron(p: LIFParams) -> dict[str, Any]:
 
 
 def fused_carry(device: torch.device) -> bool:
-    """Whether backward adds what comes from the next timestep in a fused instruction under a predicate; from
-    sm_100 on the compiler then keeps more than registers hold."""
+    """Whether backward adds the next timestep's contribution by a predicated fused multiply-add; not from
+    sm_100 on, where this makes the compiler spill."""
     return major(device) < 10
 
 
@@ -52,7 +52,7 @@ FORWARD_ONLY = ("keep", "alpha", "DETACH", "SURROGATE")
 
 
 def neuron_forward(p: LIFParams) -> dict[str, Any]:
-    """`neuron` without what only the backward pass needs."""
+    """`neuron` without the arguments that only the backward pass needs."""
     return {name: value for name, value in neuron(p).items() if name not in FORWARD_ONLY}
 
 
@@ -60,7 +60,8 @@ NUMBER, SCALAR, PER_CHANNEL, FULL = range(4)  # what a threshold may be
 
 
 def threshold_argument(threshold: Tensor | float, timestep: torch.Size) -> tuple[int, Tensor | None, float]:
-    """(kind, float32 values to point at, number): a number, one value, one a channel, or one an element."""
+    """(kind, float32 tensor to point at, number). A threshold is a number or a tensor with one value, one per
+    channel or one per element of a timestep."""
     if not isinstance(threshold, Tensor):
         return NUMBER, None, float(threshold)
     threshold = threshold.detach().to(torch.float32)
@@ -74,7 +75,8 @@ def threshold_argument(threshold: Tensor | float, timestep: torch.Size) -> tuple
 def threshold_partial(
     kind: int, like: Tensor, timestep: torch.Size, programs: int, row_blocks: int
 ) -> Tensor | None:
-    """Where a backward kernel writes the threshold's gradient: parts to be added over dim 0 unless FULL."""
+    """The tensor into which a backward kernel writes the threshold's gradient, in parts that are then summed
+    over dim 0; for FULL the gradient itself. None if the threshold is a number."""
     if kind == NUMBER:
         return None
     if kind == SCALAR:
@@ -85,7 +87,7 @@ def threshold_partial(
 
 
 def threshold_gradient(kind: int, partial: Tensor | None, threshold: Tensor | float) -> Tensor | None:
-    """The gradient from what `threshold_partial` made."""
+    """The threshold's gradient, from the tensor that `threshold_partial` made and a kernel filled."""
     if partial is None or not isinstance(threshold, Tensor):
         return None
     if kind != PER_CHANNEL:
@@ -97,7 +99,8 @@ def threshold_gradient(kind: int, partial: Tensor | None, threshold: Tensor | fl
 
 @triton.jit
 def times(x, y):
-    """x y, rounded before anything is added. Triton 3.6 fuses pairs of products and sums on sm_100 else."""
+    """x y, rounded before anything is added. As an instruction of its own, since Triton 3.6 fuses products
+    and sums on sm_100 although told not to."""
     if PLAIN:
         return x * y
     else:
@@ -108,7 +111,7 @@ def times(x, y):
 
 @triton.jit
 def as_float(x):
-    """x in float32. Of bfloat16 the two in a register are two instructions, the compiler's own are three."""
+    """x in float32. For two bfloat16 in a register: two instructions, where the compiler's own take three."""
     if PLAIN or x.dtype != tl.bfloat16:
         return x.to(tl.float32)
     else:
@@ -120,8 +123,9 @@ def as_float(x):
 
 @triton.jit
 def standardised(x, mean, rstd, DTYPE: tl.constexpr, STATISTICS: tl.constexpr):
-    """z = (x - mean) rstd of x in float32, which was DTYPE. From 16 bits, with statistics of rows, in one
-    operation, off by some 6e-8 |mean| rstd: x itself is rounded to 2^-9 or 2^-12 of its size."""
+    """z = (x - mean) rstd; x is float32, converted from DTYPE. For row statistics and 16-bit x: one fused
+    operation with an error of about 6e-8 |mean| rstd, where x itself is rounded to 2^-9 or 2^-12 of its size.
+    """
     if STATISTICS == 0 or DTYPE == tl.float32:  # noqa: SIM300
         return (x - mean) * rstd
     else:
@@ -130,7 +134,7 @@ def standardised(x, mean, rstd, DTYPE: tl.constexpr, STATISTICS: tl.constexpr):
 
 @triton.jit
 def affine(z, weight, bias, STATISTICS: tl.constexpr):
-    """z weight + bias: with statistics of channels (0) rounded twice, as the reference does it."""
+    """z weight + bias; with channel statistics (STATISTICS 0) rounded twice, as in the reference."""
     if STATISTICS == 0:
         return times(z, weight) + bias
     else:
@@ -139,16 +143,16 @@ def affine(z, weight, bias, STATISTICS: tl.constexpr):
 
 @triton.jit
 def over_tau(x, tau, RECIPROCAL: tl.constexpr):
-    """x / tau, rounded once. `tau` holds 1 / tau where RECIPROCAL."""
+    """x / tau, rounded once. With RECIPROCAL, the argument `tau` holds 1 / tau."""
     if RECIPROCAL:
-        return x * tau  # a power of two: nothing is rounded, so fused with a sum or not it is the same
+        return x * tau  # by a power of two, which is exact: fusing it with a sum changes nothing
     else:
         return tl.div_rn(x, tau)
 
 
 @triton.jit
 def charge(x, v, tau, v_reset, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr):
-    """Membrane potential h after the input x, before firing. `v` None: it is 0."""
+    """Membrane potential h after the input x, before firing. `v` = None stands for 0."""
     if v is None:
         if HARD == 1:
             if DECAY_INPUT:
@@ -180,8 +184,8 @@ def reset(h, fired, threshold, v_reset, HARD: tl.constexpr):
 
 @triton.jit
 def unless_fired(carry, h, threshold):
-    """carry where there was no spike, else 0. Asks h again, which is one instruction: the compiler would hand
-    the answers of forward on as bits of a register, set and asked one by one, which is three."""
+    """carry where the neuron did not fire, else 0. Comparing h again takes one instruction; the compiler
+    would keep the result of the forward walk as a bit of a register, which takes three to set and read."""
     if PLAIN:
         return tl.where(h >= threshold, 0.0, carry)
     else:
@@ -193,8 +197,8 @@ def unless_fired(carry, h, threshold):
 
 @triton.jit
 def plus_unless_fired(grad_u, carry, keep, h, threshold):
-    """grad_u + carry keep where there was no spike, else grad_u: one fused instruction under a predicate.
-    `set` and not `setp`, for the reason that `unless_fired` gives."""
+    """grad_u + carry keep where the neuron did not fire, else grad_u: a predicated fused multiply-add.
+    The comparison is a `set` and not a `setp` for the reason given in `unless_fired`."""
     if PLAIN:
         return tl.where(h >= threshold, grad_u, grad_u + carry * keep)
     else:
@@ -219,12 +223,13 @@ def fire_backward(
     SURROGATE: tl.constexpr,
     FUSED: tl.constexpr,
 ):
-    """(dL/dh, what this timestep adds to dL/dthreshold), carry keep being dL/dv after the timestep, carry
-    None: 0; all of them over the surrogate's `height`, by which the caller multiplies sums, not elements."""
+    """(dL/dh, this timestep's term of dL/dthreshold). carry keep is dL/dv after the timestep; carry = None
+    stands for 0. carry and both results are divided by the surrogate's `height`: the caller multiplies sums
+    by it, which takes fewer instructions than multiplying every element."""
     slope = shape(h, threshold, alpha, SURROGATE)
     if carry is None:
         if HARD and not DETACH:
-            grad_s = grad_s + 0.0 * (v_reset - h)  # no number where h is none
+            grad_s = grad_s + 0.0 * (v_reset - h)  # NaN where h is not finite, as with a carry of 0
         grad_u = grad_s * slope
         return grad_u, -grad_u
     elif HARD and FUSED and DETACH:
@@ -246,7 +251,7 @@ def fire_backward(
 
 @triton.jit
 def count(u, levels):
-    """The integer of an I-LIF with input u, in units; comparisons keep a NaN."""
+    """The integer that an I-LIF emits for the input u = x / v_threshold; comparisons keep a NaN."""
     s = tl.floor(u + 0.5)
     s = tl.where(s < 0, 0.0, s)
     return tl.where(s > levels, levels, s)
@@ -254,7 +259,7 @@ def count(u, levels):
 
 @triton.jit
 def load_inside(at, inside):
-    """0 where not `inside`; None: all are."""
+    """Load, with 0 where not `inside`; `inside` = None loads everything."""
     if inside is None:
         return tl.load(at)
     else:
@@ -263,7 +268,7 @@ def load_inside(at, inside):
 
 @triton.jit
 def inside_of(r, rows, c, channels, FITS: tl.constexpr):
-    """What of a tile is inside x. FITS: no tile reaches beyond the channels."""
+    """The mask of a tile's elements that are inside x. FITS: no tile reaches beyond the channels."""
     if FITS:
         return r < rows
     else:
@@ -272,7 +277,7 @@ def inside_of(r, rows, c, channels, FITS: tl.constexpr):
 
 @triton.jit
 def load_threshold(threshold_ptr, number, c, c_inside, at, inside, THRESHOLD: tl.constexpr):
-    """The threshold of a tile: channels c, elements `at` of a timestep; THRESHOLD: its kind."""
+    """The threshold of a tile: channels c, elements `at` of a timestep. THRESHOLD is its kind."""
     if THRESHOLD == 0:
         return number
     elif THRESHOLD == 1:
@@ -285,14 +290,15 @@ def load_threshold(threshold_ptr, number, c, c_inside, at, inside, THRESHOLD: tl
 
 @triton.jit
 def as_spikes(fired, dtype: tl.constexpr):
-    """0 and 1 in `dtype`. By way of float32: the interpreter can't convert from bool to bfloat16."""
+    """0 and 1 in `dtype`, by way of float32 because the interpreter can't convert bool to bfloat16."""
     return tl.where(fired, 1.0, 0.0).to(dtype)
 
 
 @triton.jit
 def load_slices(at, c, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr):
-    """What channels have, as a tuple of tiles, in float32. Of a tile of one row the compiler would give each
-    thread other channels than of x, and in the end of x the same."""
+    """Values per channel as a tuple of float32 tiles, one per slice, all BLOCK_R rows equal. Had they a
+    single row, the compiler would choose a layout of its own for it and then use that for x as well, so
+    that bfloat16 would be loaded one at a time."""
     slices = ()
     for s in tl.static_range(SLICES):
         here = c + s * BLOCK_C + tl.zeros((BLOCK_R, 1), tl.int32)
@@ -302,10 +308,10 @@ def load_slices(at, c, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, S
 
 @triton.jit
 def load_steps(at_first, stride_t, inside, COUNT: tl.constexpr):
-    """Tiles of COUNT timesteps as a tuple: all loads before the first use.
+    """Tiles of COUNT timesteps as a tuple, all loaded before the first is used.
 
-    Addresses are stepped from one timestep to the next: products t * stride, hoisted out of a loop over rows,
-    would take two registers each.
+    The address is incremented from timestep to timestep: products t * stride, hoisted out of a loop over
+    rows, would take two registers each.
     """
     tiles = ()
     for _ in tl.static_range(COUNT):
@@ -316,7 +322,7 @@ def load_steps(at_first, stride_t, inside, COUNT: tl.constexpr):
 
 @triton.jit
 def tile_columns(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The columns of a tile, WIDTH of them, a power of two, as a tuple of vectors."""
+    """The WIDTH columns of a tile, a power of two, as a tuple of vectors."""
     if WIDTH == 1:
         return (tl.reshape(tile, (ROWS,)),)
     else:
@@ -348,8 +354,9 @@ def _add_eights(
 
 @triton.jit
 def row_sums(tiles, COUNT: tl.constexpr):
-    """Sums along the rows of COUNT tiles, as a tuple. Eight at a time, whose shuffles interleave; warps that
-    share a row wait once with Triton 3.6, once a tile with 3.9."""
+    """Sums along the rows of COUNT tiles, as a tuple. Eight tiles at a time, so that their shuffles
+    interleave. Warps that share a row wait for each other once per call of reduce with Triton 3.6, once per
+    tile with 3.9."""
     sums = ()
     if ONE_BY_ONE:
         for i in tl.static_range(COUNT):
@@ -377,7 +384,7 @@ def potentials(
     xs, v, threshold, tau, v_reset, COUNT: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr,
     DECAY_INPUT: tl.constexpr,
 ):  # fmt: skip
-    """(h of COUNT timesteps, v after them) for inputs xs."""
+    """(h of COUNT timesteps, v after them), from v before them and inputs xs."""
     hs = ()
     for i in tl.static_range(COUNT):
         h = charge(as_float(xs[i]), v, tau, v_reset, RECIPROCAL, HARD, DECAY_INPUT)

@@ -1,11 +1,14 @@
-"""Mean and variance of channels over all rows, in one pass over memory.
+"""Mean and variance of each channel over all rows, in one pass over memory (`moments`).
 
-Each program takes a band of rows, each thread every so many of its rows: of AT_ONCE values the mean and the
-sum of squared distances from it, merged into what the thread has by Chan, Golub and LeVeque's formula (1979),
-so no large sums are subtracted and threads meet only at the end of a band. A second, small kernel merges the
-bands. x [M, C], b bytes an element: b read, the minimum. Bound by memory bandwidth.
+A program takes a band of rows and BLOCK_C channels of them, 128 bits per thread at a time. A thread takes
+every BLOCK_R-th row of the band: it computes the mean of AT_ONCE values and the sum of their squared
+distances from it, and merges both into its totals by the formula of Chan, Golub and LeVeque (1979). So large
+sums are never subtracted from each other, and threads synchronise only at the end of a band. A second, small
+kernel merges the bands. Bytes per element of x [M, C]: b = bytes of its dtype, the minimum. Bound by memory
+bandwidth.
 
-Rows too wide for a program's registers: mean and 1 / standard deviation of each, in the same way along it.
+`row_moments` computes mean and 1 / standard deviation of rows too wide for a program's registers; it walks
+along a row and merges in the same way.
 """
 
 # mypy: disable-error-code="assignment,misc,var-annotated", no-warn-unreachable
@@ -27,7 +30,7 @@ from spikedecoder.kernels._launch import (
 )
 from spikedecoder.kernels._neuron import as_float, times
 
-AT_ONCE, WARPS, PROGRAMS = 16, 2, 6  # loads of a thread, warps, programs a multiprocessor; on an H200
+AT_ONCE, WARPS, PROGRAMS = 16, 2, 6  # loads per thread, warps, programs per multiprocessor (H200)
 
 
 @kernel
@@ -36,7 +39,8 @@ def moments_of_bands(
     CENTER: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Of each band of rows: mean (CENTER) and sum of squared distances from it (else from 0), [bands, C]."""
+    """Per band of rows, [bands, C]: with CENTER the mean and the sum of squared distances from it; without,
+    only the sum of squares."""
     channels = channels.to(tl.int64) * ALIGN
     start = tl.program_id(0).to(tl.int64) * band
     stop = tl.minimum(start + band, rows)
@@ -63,7 +67,7 @@ def moments_of_bands(
                 square += distance * distance
             delta = here - mean
             moved = delta * (new / tl.maximum(done + new, 1.0))
-            square += moved * (delta * done)  # not delta squared, which may be infinite, times a weight of 0
+            square += moved * (delta * done)  # not delta^2, which may overflow, times a weight of 0
             mean += moved
             done += new
         else:
@@ -71,7 +75,8 @@ def moments_of_bands(
                 x = as_float(xs[i])
                 square += x * x
     if CENTER:
-        # rounded before it is summed: else each thread fuses its own product, and those that share a sum differ
+        # `times` rounds before the sum: otherwise each thread would fuse its own product into the sum, and
+        # the threads that share a sum would get different results
         band_mean = tl.sum(times(mean, done), 0) / (stop - start).to(tl.float32)
         delta = mean - band_mean[None, :]
         square += delta * (delta * done)
@@ -117,7 +122,8 @@ def merge_bands(
 
 
 def columns(channels: int) -> int:
-    """The width of tiles with statistics of channels: the widest that reaches little beyond the channels."""
+    """The width of tiles for channel statistics: the widest with at most 15 % of its lanes beyond the
+    channels, or else the one with the fewest."""
     ways = [(cdiv(channels, width) * width, width) for width in (256, 128, 64, 32)]
     near = [width for lanes, width in ways if lanes <= 1.15 * channels]
     fewest = min(ways, key=lambda way: (way[0], -way[1]))[1]
@@ -125,7 +131,8 @@ def columns(channels: int) -> int:
 
 
 def moments(x: Tensor, center: bool) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C], float32, over all rows of x [..., C]; without `center` 0 and E[x^2]."""
+    """Mean and biased variance [C], in float32, over all rows of x [..., C]; without `center`, 0 and E[x^2].
+    NaN if x is empty."""
     x = x.contiguous()
     channels = x.shape[-1]
     mean = x.new_empty(channels, dtype=torch.float32)
@@ -161,7 +168,7 @@ def moments_of_rows(
     x_ptr, mean_ptr, rstd_ptr, rows, channels, stride_t, eps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, timestep)."""
+    """Mean and rstd [T, R] of rows, tile by tile. Program (rows, timestep)."""
     channels = channels * ALIGN
     t = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)

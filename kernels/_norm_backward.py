@@ -1,11 +1,13 @@
-"""The backward kernel of `norm_lif`: the gradient through the LIF or I-LIF, then through the norm.
+"""The backward kernel of `norm_lif`: the gradient through the LIF or I-LIF neurons, then through the norm.
+Bytes and equations: `norm_lif`.
 
-h is computed again from x, CHUNK timesteps at a time: a sweep writes the potential before each chunk to a
-scratch of one row tile a program and chunk, and the walk backwards reads it and x again, both still in cache
-where T is not long. The code is the same for any T. Bytes and equations: `norm_lif`.
+A program walks down many tiles of BLOCK_R rows. Of each it computes the potentials h again from x and keeps
+those of CHUNK timesteps in float32 registers while it walks back through them. If T > CHUNK, it first sweeps
+forward and writes the potential before each chunk to scratch memory, one tile per program and chunk; the walk
+backwards then reads these and x again, both still in cache unless T is long. The same code serves any T.
 
-x and gradient come through shared memory, STAGES - 1 rows ahead, or chunks where there are several: waiting
-for them took half the time.
+x and gradient are fetched into shared memory STAGES - 1 tiles ahead (chunks, if T > CHUNK): waiting for them
+used to take half the time. Sums over rows stay in registers until the program has seen its last row.
 """
 
 # mypy: disable-error-code="assignment,var-annotated,index", no-warn-unreachable
@@ -34,14 +36,14 @@ from spikedecoder.kernels._neuron import (
     times,
 )
 
-# Whether statistics of several timesteps come in one load, which Triton 3.6 makes more of and spills.
+# Whether the statistics of several timesteps are loaded at once. With Triton 3.6 that makes it spill.
 TOGETHER = tl.constexpr(not triton.__version__.startswith("3.6."))
 
 
 @triton.jit
 def _of_rows(at, rows, r, COUNT: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE: tl.constexpr):
-    """A number a row of COUNT timesteps, as a tuple: one load, since each is a copy to shared memory, its
-    address and its wait, as much work as a thread's neurons of 8 elements."""
+    """One number per row for COUNT timesteps, as a tuple, by a single load: each load is a copy to shared
+    memory with an address and a wait, as much work as a thread's neurons of 8 elements."""
     WIDTH: tl.constexpr = triton.next_power_of_2(COUNT)
     t = tl.arange(0, WIDTH)[None, :]
     inside = None if WHOLE and WIDTH == COUNT else (r < rows) & (t < COUNT)
@@ -57,7 +59,7 @@ def _row_statistics(
     mean, rstd, mean_ptr, rstd_ptr, first, r, rows,
     COUNT: tl.constexpr, STATISTICS: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """(means, rstds) of COUNT timesteps from `first` on."""
+    """(means, rstds) of COUNT timesteps from `first` on, as tuples."""
     if STATISTICS == 0:
         means = ()
         rstds = ()
@@ -78,7 +80,7 @@ def _row_statistics(
 
 @triton.jit
 def _currents(xs, means, rstds, weight, bias, COUNT: tl.constexpr, STATISTICS: tl.constexpr):
-    """y of COUNT timesteps, operation by operation as in forward: the same neurons fire."""
+    """y of COUNT timesteps, by the same operations as in forward, so that the same neurons fire."""
     ys = ()
     for i in tl.static_range(COUNT):
         z = standardised(as_float(xs[i]), means[i], rstds[i], xs[i].dtype, STATISTICS)
@@ -88,8 +90,9 @@ def _currents(xs, means, rstds, weight, bias, COUNT: tl.constexpr, STATISTICS: t
 
 @triton.jit
 def _standardised(x, mean, rstd, STATISTICS: tl.constexpr):
-    """z = (x - mean) rstd for the gradients. Of rows written otherwise than for y, off by some 6e-8 |mean|
-    rstd: what y takes too, the compiler keeps for all timesteps, in registers that spill."""
+    """z = (x - mean) rstd for the gradients. For row statistics it is written differently than in y (error
+    about 6e-8 |mean| rstd): the compiler would share a common z and keep it for all timesteps in registers,
+    which then spill."""
     if STATISTICS == 0:
         return (as_float(x) - mean) * rstd
     else:
@@ -98,7 +101,7 @@ def _standardised(x, mean, rstd, STATISTICS: tl.constexpr):
 
 @triton.jit
 def _through_norm(gw, x, mean, rstd, scale, mean_gw, mean_gwz):
-    """scale rstd (gw - mean_gw - z mean_gwz) in two operations an element, without z = (x - mean) rstd."""
+    """scale rstd (gw - mean_gw - z mean_gwz), in two operations per element, without z."""
     factor = scale * rstd
     slope = mean_gwz * rstd * factor
     return gw * factor - (as_float(x) * slope + (mean_gw * factor - mean * slope))
@@ -106,8 +109,9 @@ def _through_norm(gw, x, mean, rstd, scale, mean_gw, mean_gwz):
 
 @triton.jit
 def _save(at, v, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A tile to its scratch, even columns before odd ones: the halves are stored from the registers that hold
-    them, the whole goes through shared memory first, since a thread stores 4 values but loaded 8 of x."""
+    """Store a tile in its scratch, even columns before odd ones. The halves are stored from the registers
+    that hold them. The whole tile would go through shared memory first, since a thread stores 4 neighbouring
+    values at a time but has loaded 8 of x."""
     even, odd = tl.split(tl.reshape(v, (BLOCK_R, BLOCK_C // 2, 2)))
     tl.store(at, even)
     tl.store(at + BLOCK_R * BLOCK_C // 2, odd)
@@ -155,21 +159,23 @@ def _backward_chunk(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr, FITS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """COUNT timesteps from `first` on, backwards, slice by slice of the rows; vs before them, carries = dL/dh
-    of the timestep after them, None: 0. Returns carries, and sums with its own added.
+    """Walks backwards through COUNT timesteps from `first` on, one slice of the rows after the other.
 
-    dL/dy = scale g: the factor comes in where there is one number a row or channel; carry and the threshold's
-    gradient are as much too small as g. Where a tile reaches beyond x, all that was loaded is 0 and so is
-    every gradient: only stores ask.
+    vs: the potentials before them; carries: dL/dh of the timestep after them; None stands for 0. Returns the
+    new carries, and sums with this chunk's added.
+
+    g, carries and the threshold's gradient are divided by the surrogate's `height`, and dL/dy = scale g:
+    these factors are applied to one number per row or channel, not per element. Where a tile reaches beyond
+    x, everything loaded is 0 and so is every gradient, so that only loads and stores need a mask.
     """
     r = r1[:, None]
     last: tl.constexpr = COUNT - 1
     means, rstds = _row_statistics(
         mean, rstd, mean_ptr, rstd_ptr, first, r, rows, COUNT, STATISTICS, BLOCK_R, WHOLE
     )
-    xs = ()  # of all slices, as is the next
+    xs = ()  # of all slices; so is gws
     gws = ()
-    of_rows = ()  # STATISTICS 1: g weight of each timestep and its product with z, slices added, last first
+    of_rows = ()  # STATISTICS 1: g weight, g weight z of each timestep, last first; slices added up
     new_carries = ()
     new_sums = ()
     for s in tl.static_range(SLICES):
@@ -216,7 +222,7 @@ def _backward_chunk(
                 of_slice = of_slice + (gw, gw * z)
             elif STATISTICS == 2:
                 gw = g * weight
-                if SUMS:  # the tile's share of the row's sums
+                if SUMS:  # this tile's share of the row's sums
                     share = tl.program_id(1).to(tl.int64) * T * rows + row_to
                     tl.store(row_gw_ptr + share, tl.sum(gw, 1), mask=r1 < rows)
                     tl.store(row_gwz_ptr + share, tl.sum(gw * z, 1), mask=r1 < rows)
@@ -263,14 +269,15 @@ def norm_lif_backward(
     SURROGATE: tl.constexpr, FUSED: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, SLICES: tl.constexpr, FITS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """g = dL/dy through the neurons; then, as asked for,
+    """g = dL/dy, through the neurons; then, as requested:
 
-    SUMS: sums over rows of g z and g [programs, 2, C], and the threshold's gradient, one row a program.
-    STATISTICS 0, of channels, without SUMS: dx = a g + b z + c.
-    STATISTICS 1, of rows, whole here: dx = rstd (g weight - <g weight> - z <g weight z>).
-    STATISTICS 2, of rows wider than a tile: with SUMS the tile's share of the sums of g weight and g weight z
-    [tiles, T, R]; without, dx from their means, which a and b [T, R] then are.
-    scratch [programs, chunks, slices, tile], if T > CHUNK.
+    SUMS: the sums over rows of g z and g [programs, 2, C], and the threshold's gradient, laid out by
+    `threshold_partial`.
+    STATISTICS 0 (per channel), without SUMS: dx = a g + b z + c.
+    STATISTICS 1 (per row, whole rows in a tile): dx = rstd (g weight - <g weight> - z <g weight z>).
+    STATISTICS 2 (per row, rows wider than a tile): with SUMS, this tile's share of the row's sums of g weight
+    and g weight z [tiles, T, R]; without, dx from the means of these, which are passed as a and b [T, R].
+    scratch is [programs, chunks, slices, tile], used if T > CHUNK.
     """
     channels = channels * ALIGN
     stride_t = stride_t.to(tl.int64) * ALIGN
@@ -304,7 +311,7 @@ def norm_lif_backward(
     sums = _zeros(BLOCK_R, BLOCK_C, 3 * SLICES)  # of g z, of g, the threshold's gradient, slice by slice
     LAST: tl.constexpr = (T - 1) // CHUNK * CHUNK
     ROW_STAGES: tl.constexpr = STAGES if LAST == 0 else 1
-    EVEN: tl.constexpr = LAST > 0 and T % CHUNK == 0  # all chunks are walked backwards by one loop
+    EVEN: tl.constexpr = LAST > 0 and T % CHUNK == 0  # one loop walks all chunks backwards
     TILE: tl.constexpr = BLOCK_R * BLOCK_C
     WHOLE: tl.constexpr = FITS and BLOCK_R == 1
     scratch = scratch_ptr
@@ -356,7 +363,7 @@ def norm_lif_backward(
                 BLOCK_C, SLICES, FITS, WHOLE,
             )  # fmt: skip
         if LAST > 0:
-            tl.debug_barrier()  # a potential may be read by another thread than wrote it
+            tl.debug_barrier()  # a thread may read potentials that another one wrote
             WHOLE_CHUNKS: tl.constexpr = T // CHUNK * CHUNK
             for done in tl.range(0, WHOLE_CHUNKS, CHUNK, num_stages=STAGES):
                 begin = WHOLE_CHUNKS - CHUNK - done

@@ -1,8 +1,9 @@
-"""Adding up what programs have summed apart, float32: the last step of every gradient of weights.
+"""Adds up, in float32, the sums that separate programs have made: the last step of every weight gradient.
 
-P parts of n sums are read once, n sums written in their dtype; in a fixed order, so the same in every run.
-Some tens to hundreds of parts of 80 to some 100 000 sums: bound by latency for the narrow ones, where a
-program's threads share out the parts, by memory (mostly the cache that they were just written to) else.
+P parts of n sums each are read once, and n sums are written in their own dtype. The order of additions is
+fixed, so the result is the same in every run. P is some tens to hundreds, n is 80 to about 100 000. Few sums
+are bound by latency, so the threads of a program divide the parts among themselves; many are bound by memory,
+mostly by the cache to which the parts have just been written.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def add_parts(
     parts_ptr, first_ptr, second_ptr, parts, size, split,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Sums over dim 0 of parts [parts, size]: those before `split` to first, the others to second."""
+    """Sums over dim 0 of parts [parts, size]: those before `split` go to first, the others to second."""
     size = size.to(tl.int64) * ALIGN
     split = split.to(tl.int64) * ALIGN
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -36,9 +37,9 @@ def add_parts(
 
 
 def _tile(size: int, device: torch.device) -> dict[str, int]:
-    """Programs enough for a GPU where there are sums enough, 32 bytes of each part at the least.
+    """Enough programs to fill a GPU if there are enough sums; at least 32 bytes of each part per program.
 
-    16 values a thread, so four 128-bit loads are on their way at a time. Interpreted, few programs.
+    16 values per thread, so that four 128-bit loads are in flight. Under the interpreter, few programs.
     """
     if not major(device):
         return {"BLOCK_P": 4, "BLOCK_N": min(2048, power_of_2(size)), "num_warps": 4}
@@ -48,7 +49,7 @@ def _tile(size: int, device: torch.device) -> dict[str, int]:
 
 
 def sum_parts(parts: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Write the sums over dim 0 of parts [P, ...], float32, to first and then second, one after the other."""
+    """Sum parts [P, ...], float32, over dim 0; write the sums in order, to `first` and then `second`."""
     size, split = parts[0].numel(), first.numel()
     align = alignment(size, split)
     tile = _tile(size, parts.device)

@@ -1,7 +1,8 @@
-"""Derivatives of the surrogates, chosen at compile time by ``Surrogate.kernel_id``.
+"""Derivatives of the surrogates, selected at compile time by ``Surrogate.kernel_id``.
 
-Only gradients come from here, so functions of the hardware's precision (some 1e-7) do; Triton's own spend
-twice as many instructions on numbers below 2^-126 and above 2^126, which here become 0 and infinity.
+Only gradients depend on them, so the hardware's approximate functions (to about 1e-7) are precise enough.
+Triton's own take twice as many instructions, to handle numbers below 2^-126 and above 2^126; here these
+become 0 and infinity.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 
 from spikedecoder.kernels._launch import INTERPRETED
 
-PLAIN = tl.constexpr(INTERPRETED)  # the interpreter knows no assembly
+PLAIN = tl.constexpr(INTERPRETED)  # the interpreter has no inline assembly
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _exp2(x):
 
 @triton.jit
 def shape(h, threshold, alpha, KIND: tl.constexpr):
-    """g'(h - threshold) / `height` in float32; the formulas of `spikedecoder.surrogate.SURROGATES`."""
+    """g'(h - threshold) / `height` in float32. Formulas: `spikedecoder.surrogate.SURROGATES`."""
     u = h - threshold
     if KIND == 0:  # sigmoid
         steep = alpha * -1.4426950408889634
@@ -49,7 +50,7 @@ def shape(h, threshold, alpha, KIND: tl.constexpr):
         return tl.where(tl.abs(u) * alpha <= 0.5, 1.0, 0.0)
     elif KIND == 3:  # triangle
         w = 1 - alpha * tl.abs(u)
-        return tl.where(w < 0, 0.0, w)  # a NaN stays one
+        return tl.where(w < 0, 0.0, w)  # keeps a NaN
     else:  # fast sigmoid
         w = 1 + alpha * tl.abs(u)
         return _reciprocal(w * w)
@@ -57,7 +58,7 @@ def shape(h, threshold, alpha, KIND: tl.constexpr):
 
 @triton.jit
 def height(alpha, KIND: tl.constexpr):
-    """The factor of g' that is the same everywhere."""
+    """The constant factor of g', which `shape` leaves out."""
     if KIND == 1:
         return alpha * 0.5
     elif KIND == 4:

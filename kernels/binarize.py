@@ -1,7 +1,8 @@
 """s = 1 where x >= 0, else 0; backward by the ATan surrogate, ds/dx = (alpha / 2) / (1 + (pi/2 alpha x)^2).
 
-Any shape, seen as N elements. Bytes per element (b = bytes of x's dtype), the minimum possible: forward 2 b,
-backward 3 b. Bound by memory bandwidth.
+Any shape, seen as N elements; a program takes BLOCK of them, two 128-bit accesses per thread and tensor.
+Bytes per element (b = bytes of x's dtype), the minimum possible: forward 2 b, backward 3 b. Bound by memory
+bandwidth.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
-"""s = clip(floor(x / v_threshold + 1/2), 0, D), one byte for where the gradient passes, and backward by it.
+"""I-LIF neurons (`ILIFParams`): s = clip(floor(x / v_threshold + 1/2), 0, D), and its gradient.
 
-Any shape, seen as N elements. Bytes per element (b = bytes of x's dtype): forward 2 b, in training 2 b + 1;
-backward 2 b + 1. Bound by memory bandwidth.
+In training, forward also writes a mask with one byte per element that says where the gradient passes;
+backward reads the mask and not x: dL/dx = dL/ds / v_threshold where it is 1, else 0.
+
+Any shape, seen as N elements; a program takes BLOCK of them, two 128-bit accesses per thread. Bytes per
+element (b = bytes of x's dtype): forward 2 b, in training 2 b + 1; backward 2 b + 1. Bound by memory
+bandwidth.
 """
 
 from __future__ import annotations

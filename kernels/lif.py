@@ -1,17 +1,21 @@
 """Multi-timestep LIF neuron over dim 0, forward and backward. Equations: `spikedecoder.params.LIFParams`.
 
-x [T, R, C], one timestep seen as R rows of C channels. Where the threshold is one number, R = 1 and C is the
-whole timestep. A program owns a tile of neurons and walks T with the membrane potential in float32
-registers; all T loads are issued before the first is used.
+x is [T, R, C]. With one threshold per channel, or with spikes packed along channels, a timestep is R rows of
+C channels; otherwise R = 1 and C is the whole timestep. A program owns a tile of neurons and walks the T
+timesteps with their membrane potentials in float32 registers; all T loads are issued before the first is
+used. Backward keeps nothing from forward: it computes the potentials again from x, holds all T of them in
+registers and walks back through them.
 
 Bytes per element of x (b = bytes of its dtype), each the minimum possible:
-    forward   2 b            x read once, spikes written once (with packed spikes b + 1/8)
+    forward   2 b            x read once, spikes written once (b + 1/8 if spikes are packed)
     backward  3 b            x and the gradient read once, the gradient of x written once
-and 4 / T each for an initial or final potential and their gradients, where there are any. Bound by memory
-bandwidth: instructions alone, 8 to 10 an element forward and 23 to 27 backward, would take less time.
+plus 4 / T for each of these that is read or written: initial potential, final potential, their gradients.
+Bound by memory bandwidth: instructions alone, 8 to 10 per element forward and 23 to 27 backward, would take
+less time.
 
-More than 16 timesteps are walked 16 at a time: forward hands the potential on; backward first runs forward
-to find the potential every 16 timesteps (4/16 bytes an element), which reads x once more.
+More than 16 timesteps are walked 16 at a time. Forward passes the potential from one launch to the next.
+Backward first runs forward for the potential at every 16th timestep (4/16 bytes per element), which reads x
+once more.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
@@ -57,7 +61,7 @@ def lif_forward(
     T: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
     THRESHOLD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """spikes (as floats, or as words of 32 bits) and, if asked for, the last potential."""
+    """Spikes (as floats, or as words of 32 bits) and, if requested, the last potential."""
     channels = channels.to(tl.int64) * ALIGN
     stride_t = stride_t.to(tl.int64) * ALIGN
     pid = tl.program_id(0)
@@ -97,7 +101,7 @@ def lif_backward(
     DETACH: tl.constexpr, SURROGATE: tl.constexpr, FUSED: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x; the threshold's as `threshold_partial` says; gradient of v_init.
+    """Gradients of x, of the threshold (laid out by `threshold_partial`) and of v_init.
 
     h is computed again from x and stays in registers while t runs backwards.
     """
@@ -119,7 +123,7 @@ def lif_backward(
     if v_init_ptr is not None:
         v = tl.load(v_init_ptr + at, mask=inside, other=0.0)
     most = height(alpha, SURROGATE)
-    scale = most  # dL/dx = scale dL/dh, as fire_backward has it
+    scale = most  # dL/dx = scale g, g being what fire_backward returns for dL/dh
     if DECAY_INPUT:
         scale = over_tau(most, tau, RECIPROCAL)
     carry, kept = None, 1.0
@@ -154,23 +158,23 @@ def lif_backward(
 
 
 def view(x: Tensor, by_channel: bool) -> tuple[int, int]:
-    """A timestep of x [T, ...] as (rows, channels); one row where channels mean nothing."""
+    """(rows, channels) of a timestep of x [T, ...]; a single row unless `by_channel`."""
     numel = x[0].numel()
     return (numel // x.shape[-1], x.shape[-1]) if by_channel else (1, numel)
 
 
 def steps_contiguous(x: Tensor) -> Tensor:
-    """x with each timestep contiguous; a timestep repeated by `expand` stays one in memory."""
+    """x with each timestep contiguous. A timestep repeated by `expand` is not copied."""
     return x if x[0].is_contiguous() else x.contiguous()
 
 
 def tile(by_channel: bool, channels: int, element_size: int, T: int, backward: bool) -> dict[str, int]:
     """Rows and channels of a tile, as measured on an H200 in bfloat16.
 
-    Forward 128 bits a thread and timestep, twice that where T is short or long. Backward keeps T potentials
-    an element: 4 elements a thread, 2 for T > 4, so that more programs run side by side; 128 bits took 1.1
-    times as long at T = 4, twice at T = 16. Narrow tiles by channel: a threshold's gradient is written once
-    a tile and channel.
+    Forward: 128 bits per thread and timestep, twice that for T <= 2 and T > 8. Backward keeps T potentials
+    per element, so it has 4 elements per thread (8 for T <= 2) and only 2 for T > 4, which lets more programs
+    run side by side; 128 bits took 1.1 times as long at T = 4 and twice as long at T = 16. By channel, tiles
+    are narrow, with many rows: a threshold's gradient is written once per tile and channel.
     """
     warps = 4
     if backward and T > 4:
@@ -184,8 +188,8 @@ def tile(by_channel: bool, channels: int, element_size: int, T: int, backward: b
 
 
 def sizes(x: Tensor, rows: int, channels: int, **strides: int) -> dict[str, int]:
-    """ALIGN and sizes divided by it. What x's last dimension is divisible by, so is a whole timestep at any
-    batch size and length; what else may divide that is not asked, since it changes with them."""
+    """ALIGN and the sizes divided by it. Whatever divides x's last dimension divides a timestep, at any
+    batch size and length. Other divisors of a timestep are ignored, since they change with those."""
     align = alignment(x.shape[-1], channels, *strides.values())
     divided = {name: n // align for name, n in strides.items()}
     return {"rows": rows, "channels": channels // align, "ALIGN": align, **divided}
@@ -199,7 +203,7 @@ def _walk(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, *,
     spikes: Tensor | None = None, words: Tensor | None = None, v: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch on at most MAX_T timesteps; writes what is given of `spikes`, `words` (int32) and `v`."""
+    """Launch on at most MAX_T timesteps; writes `spikes`, `words` (int32) and `v` as far as given."""
     T = x.shape[0]
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
     by_channel = kind == PER_CHANNEL or words is not None
@@ -227,7 +231,7 @@ def forward_into(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool, *,
     spikes: Tensor | None = None, words: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Write `spikes` or `words` (int32); returns the last potential, None without `want_v`."""
+    """Write `spikes` or `words` (int32). Returns the last potential in float32, None without `want_v`."""
     x, state = steps_contiguous(x), _state(v_init)
     last = x.new_empty(x.shape[1:], dtype=torch.float32) if want_v else None
     pieces = _pieces(x.shape[0]) if x.numel() else []
@@ -251,7 +255,7 @@ def forward(
 def forward_packed(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """`forward`, spikes as bits only: int64 [T, ..., ceil(C / 64)], as `pack_spikes` lays them out."""
+    """`forward` with spikes only as bits: int64 [T, ..., ceil(C / 64)], laid out as by `pack_spikes`."""
     words = x.new_empty(*x.shape[:-1], cdiv(x.shape[-1], 64), dtype=torch.int64)
     return words, forward_into(x, threshold, v_init, p, want_v, words=words.view(torch.int32))
 
@@ -260,7 +264,7 @@ def _walk_back(
     grad_spikes: Tensor, grad_v: Tensor | None, x: Tensor, threshold: Tensor | float, v_init: Tensor | None,
     p: LIFParams, grad_x: Tensor, grad_v_init: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """Launch on at most MAX_T timesteps; returns the threshold's gradient if it is a tensor."""
+    """Launch on at most MAX_T timesteps. Returns the threshold's gradient, None if that is a number."""
     T = x.shape[0]
     kind, pointer, number = threshold_argument(threshold, x.shape[1:])
     rows, channels = view(x, kind == PER_CHANNEL)
@@ -287,7 +291,8 @@ def backward(
     p: LIFParams,
     want_grad_v_init: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, the threshold and v_init, the last two in float32; None where there is none."""
+    """(grad_x in x's dtype, grad_threshold, grad_v_init), the latter two in float32. grad_threshold is None
+    for a number, grad_v_init is None without `want_grad_v_init`."""
     x, grad_spikes = steps_contiguous(x), steps_contiguous(grad_spikes)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:

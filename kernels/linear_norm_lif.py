@@ -1,20 +1,23 @@
-"""Linear on spikes, normalisation and LIF in one kernel: the current between them is never written.
+"""Linear on spikes, normalisation and LIF in one kernel, which never writes the current between them.
 
     x = s W^T + b,   y = (x - mean) rstd weight + bias,   spikes = LIF(y)      (`spike_linear`, `norm_lif`)
 
 s [T, R, K] comes as words of 32 spikes. A program owns BLOCK_M rows and BLOCK_N of the N outputs and walks
-all T timesteps: a product on tensor cores, the norm, the neuron, with the membrane potentials in float32
-registers beside the accumulators. x is rounded to the dtype of W before the norm, as if it had been written.
-Statistics are of channels (BatchNorm and PowerNorm in evaluation: handed in), of rows that a tile spans, or
-of wider rows; then a first kernel multiplies once for mean and variance alone.
+all T timesteps: product on tensor cores, norm, neuron. The membrane potentials stay in float32 registers,
+beside the accumulators. x is rounded to the dtype of W before the norm, as if it had been written. Statistics
+are per channel (BatchNorm and PowerNorm in evaluation: passed in) or per row. Where a tile spans whole rows,
+these are computed in registers; for wider rows a first kernel, linear_moments, computes the product only for
+mean and variance.
 
-Bytes a row of s and timestep (b = bytes of the dtype), W aside: b N + K / 8, the minimum, against
-3 b N + K / 8 of the two kernels one after the other. The price: rows wider than a tile are multiplied twice,
-so W is read twice from cache by every BLOCK_M rows, b N K / BLOCK_M bytes more. It is fused where that is no
-more than the 2 b N bytes that memory is spared: K <= 128 for wide rows, else always. Accumulator and
-potentials share the registers, so a tile spans rows of up to 128 outputs, and few programs run side by side:
-on an H200 the two kernels take 0.4 to 0.8 of its time, so on sm_90 they run.
-Backward multiplies again (`spike_linear`), then runs `norm_lif`'s.
+Bytes per row of s and timestep (b = bytes of the dtype), not counting W: b N + K / 8, the minimum; two
+kernels one after the other move 3 b N + K / 8. The price: for rows wider than a tile the product is computed
+twice, so each block of BLOCK_M rows reads W from cache once more, b N K / BLOCK_M bytes per row. Such rows
+are therefore fused only if that is no more than the 2 b N bytes of memory traffic saved, which is K <= 128;
+all others are always fused, except on sm_90.
+
+Accumulators and potentials share the registers, so a tile is at most 128 outputs wide and few programs run
+side by side. On an H200 the two separate kernels take 0.4 to 0.8 of this kernel's time, so on sm_90 they are
+used. Backward computes the product again (`spike_linear`), then runs the backward pass of `norm_lif`.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
@@ -44,7 +47,7 @@ from spikedecoder.params import LIFParams
 __all__ = ["forward", "why_not"]
 
 BLOCK_M = 64
-MAX_INPUTS = 128  # of wide rows: see above
+MAX_INPUTS = 128  # of rows wider than a tile: see above
 
 
 @kernel
@@ -52,7 +55,7 @@ def linear_moments(
     words_ptr, linear_weight_ptr, linear_bias_ptr, mean_ptr, rstd_ptr, rows, inputs, outputs, words, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Mean and rstd of each of `rows` rows of x, merged tile by tile as in `_norm`."""
+    """Mean and rstd of each of the `rows` rows of x (all timesteps), merged tile by tile as in `_norm`."""
     inputs = inputs * ALIGN
     outputs = outputs * ALIGN
     dtype: tl.constexpr = linear_weight_ptr.dtype.element_ty
@@ -65,7 +68,7 @@ def linear_moments(
             words_ptr, linear_weight_ptr, linear_bias_ptr, r, rows, n, inputs, outputs, words,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        x = acc.to(dtype).to(tl.float32)  # 0 past the last output
+        x = acc.to(dtype).to(tl.float32)  # 0 beyond the last output
         new = tl.minimum(BLOCK_N, outputs - first).to(tl.float32)
         tile_mean = tl.sum(x, 1) / new
         distance = tl.where((n < outputs)[None, :], x - tile_mean[:, None], 0.0)
@@ -85,7 +88,7 @@ def linear_norm_lif_forward(
     HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Spikes; STATISTICS 1: and mean and rstd [T, R]. `rows`: R, of one timestep."""
+    """Spikes, and with STATISTICS 1 also mean and rstd [T, R]. `rows` is R, the rows of one timestep."""
     inputs = inputs * ALIGN
     outputs = outputs * ALIGN
     dtype: tl.constexpr = linear_weight_ptr.dtype.element_ty
@@ -104,7 +107,7 @@ def linear_norm_lif_forward(
             words, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         x = acc.to(dtype)
-        # per channel, from cache each time: kept, they would fill the registers
+        # loaded at each timestep, from cache: kept, they would fill the registers
         weight = tl.load(weight_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + c, mask=c_inside, other=0.0).to(tl.float32)
         if STATISTICS == 0:
@@ -129,8 +132,9 @@ def linear_norm_lif_forward(
 
 
 def tile(outputs: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """(BLOCK_N, warps): what the registers hold of accumulator and potentials, read off compiled code."""
-    if dtype == torch.float32 and major(device):  # 0: interpreted
+    """(BLOCK_N, warps): the widest tile whose accumulators and potentials fit the registers, as read off
+    compiled code."""
+    if dtype == torch.float32 and major(device):  # 0: the interpreter
         widest, warps = (32, 4) if major(device) == 8 else (64, 8)
     else:
         widest, warps = 128, 8
@@ -141,7 +145,7 @@ def forward(
     s: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, weight: Tensor, bias: Tensor,
     mean: Tensor | None, rstd: Tensor | None, eps: float, threshold: Tensor | float, p: LIFParams,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(spikes [T, ..., N], mean, rstd, words of s): statistics as in `norm_lif.forward`."""
+    """(spikes [T, ..., N], mean, rstd, words of s). Statistics are as in `norm_lif.forward`."""
     words, inputs, outputs = pack(s), s.shape[-1], linear_weight.shape[0]
     block_n, warps = tile(outputs, linear_weight.dtype, s.device)
     statistics = CHANNEL

@@ -1,15 +1,15 @@
-"""LayerNorm over the last dimension, no neurons behind it: y = (x - mean) rstd weight + bias.
+"""LayerNorm over the last dimension, without neurons: y = (x - mean) rstd weight + bias.
 
-x [R, C], y in a dtype of its own: under autocast x has 16 bits and y 32. A program owns whole rows, in
-registers; mean and variance are taken there, in two passes over values that were read once. Backward, with
-z = (x - mean) rstd and <> the mean over a row:
+x is [R, C]. y has a dtype of its own: under autocast x has 16 bits and y 32. A program holds whole rows in
+registers, BLOCK_R at a time, and walks down x; mean and variance are computed in two passes over registers,
+from values that are read once. Backward, with z = (x - mean) rstd and <> the mean over a row:
     dx = rstd (dy weight - <dy weight> - z <dy weight z>);   dweight = sum dy z;   dbias = sum dy
 
-Bytes per element (b = bytes of x's dtype, o of y's; 8 / C more for the statistics), both ways the minimum:
+Bytes per element (b = bytes of x's dtype, o = bytes of y's; plus 8 / C for the statistics), each the minimum:
     forward     b + o       x read once, y written once
-    backward    2 b + o     x and gradient read, gradient of x written
-Bound by memory bandwidth. Sums over rows are kept in registers by a fixed number of programs and added in
-one small launch: the same result in every run.
+    backward    2 b + o     x and gradient read once, gradient of x written once
+Bound by memory bandwidth. For dweight and dbias each program sums over its rows in registers, and one small
+launch adds up the programs. Their number depends only on device and shape, so every run has the same result.
 """
 
 # mypy: disable-error-code="assignment", no-warn-unreachable
@@ -26,7 +26,7 @@ from spikedecoder.kernels._sum import sum_parts
 __all__ = ["backward", "forward", "why_not"]
 
 MAX_ROW = 4096  # channels that a program holds in registers
-WARPS = 32  # on a multiprocessor, at the 64 registers a thread or fewer that these kernels take
+WARPS = 32  # per multiprocessor; these kernels take at most 64 registers per thread
 
 
 def why_not(call: Call) -> str | None:
@@ -65,7 +65,7 @@ def norm_backward(
     grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, grad_x_ptr, parts_ptr, rows, channels,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """parts [programs, 2, C]: a program's sums over its rows of dy z and dy."""
+    """parts [programs, 2, C]: each program's sums of dy z and of dy over its rows."""
     channels = channels * ALIGN
     c1 = tl.arange(0, BLOCK_C)
     c, c_inside = c1[None, :], (c1 < channels)[None, :]
@@ -81,7 +81,7 @@ def norm_backward(
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + r, mask=r < rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + r, mask=r < rows, other=0.0)[:, None]
-        z = (x - mean) * rstd  # where it lies outside, grad is 0
+        z = (x - mean) * rstd  # not 0 outside the row, but grad is
         sum_gz += grad * z
         sum_g += grad
         gw = grad * weight
@@ -95,7 +95,7 @@ def norm_backward(
 
 
 def _tile(x: Tensor) -> dict[str, int]:
-    """128 bits of x a thread, in rows too wide for that more."""
+    """Sizes and block sizes: 128 bits of x per thread, more if rows are too wide for that."""
     channels, a_thread = x.shape[-1], 16 // x.element_size()
     block_c = max(16, power_of_2(channels))
     warps = min(16, max(4, block_c // (32 * a_thread)))
@@ -108,7 +108,7 @@ def _tile(x: Tensor) -> dict[str, int]:
 
 
 def _programs(x: Tensor, tile: dict[str, int]) -> int:
-    """As many as a device runs side by side; they walk all rows."""
+    """As many programs as the device runs side by side; together they walk all rows."""
     each = WARPS // tile["num_warps"]
     return min(cdiv(tile["rows"], tile["BLOCK_R"]), each * multiprocessors(x.device))
 
@@ -116,7 +116,7 @@ def _programs(x: Tensor, tile: dict[str, int]) -> int:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y in `dtype`, mean, rstd), statistics [..., 1] in float32."""
+    """(y in `dtype`, mean, rstd); the statistics are [..., 1] in float32."""
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     mean, rstd = (x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) for _ in range(2))
     if x.numel():
@@ -131,7 +131,7 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(grad_x in x's dtype, grad_weight, grad_bias in float32)."""
+    """(grad_x in x's dtype, grad_weight and grad_bias in float32)."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     make = x.new_empty if x.numel() else x.new_zeros
     grad_weight, grad_bias = (make(x.shape[-1], dtype=torch.float32) for _ in range(2))

@@ -1,31 +1,39 @@
-"""Normalisation over channels, then LIF over T, or I-LIF: y = (x - mean) rstd weight + bias, spikes = LIF(y).
+"""Normalisation over channels, then LIF over T or I-LIF: y = (x - mean) rstd weight + bias, spikes = LIF(y).
 
-x [T, R, C]. Statistics are of rows (LayerNorm: computed here, [T, R]) or of channels (BatchNorm, PowerNorm:
-handed in, [C]). A program owns BLOCK_R rows, all T timesteps of each, with membrane potentials in float32
-registers; for LayerNorm it has whole rows, so mean and variance are taken in registers, in two passes over
-values that were read once. Tiles are powers of two wide. Where one would leave many lanes beyond a row, three
-or five of them side by side, its slices, make the row: neurons are worked on slice after slice, and what is
-summed along a row is the sum of the slices.
+x is [T, R, C]. Statistics are either per row (LayerNorm: computed here, [T, R]) or per channel (BatchNorm,
+PowerNorm: passed in, [C]). y is never written. The backward kernel is in `_norm_backward`, statistics per
+channel and of very wide rows in `_norm`.
+
+Work: a program owns BLOCK_R rows with all T timesteps of each, and their membrane potentials in float32
+registers. For row statistics it has whole rows, so mean and variance are computed in registers, in two passes
+over values that are read once; for channel statistics it has BLOCK_C of the channels. Tiles are powers of two
+wide. Where a single tile would leave many lanes beyond the row's end, the row is split into three or five
+narrower tiles side by side, its slices: neurons are processed one slice after the other, and a sum along the
+row is the sum over its slices.
 
 Bytes per element of x (b = bytes of its dtype; row statistics add 8 / C forward and as much backward):
     forward, row statistics         2 b     the minimum: x read once, spikes written once
-    backward, row statistics        3 b     the minimum: x and gradient read, gradient written
-    forward, channel statistics     2 b     and moments() reads x once before: 3 b, the minimum, since a
-                                            channel's statistics are known only when all of x was read
-    backward, channel statistics    5 b     the minimum: the sums over x and gradient come before the gradient
-                                            of x can be written, and are kept by neither
-Rows of more than MAX_ROW channels are walked tile by tile: statistics first, 3 b forward; sums of the row
-first, 5 b backward.
-Backward, a program walks many rows, and fetches the next ones to shared memory while it works on one; more
-than 8 timesteps (4 of five slices, 16 with statistics of channels, 2 of rows that take more than 8 warps) it
-walks in pieces, which come in the same way. Then x is read twice, and 4 bytes of potentials (2 with
-statistics of channels) go to a scratch and back, all of it in cache while T is not long.
-To an I-LIF (LEVELS > 0; tau then holds 1 / v_threshold) timesteps are only rows: all of x [..., C] is one,
-in tiles of CHUNK times as many rows, so that as much is on its way.
-Bound by memory bandwidth forward; backward with statistics of rows by instructions, 29 to 41 an element of
-512 channels, 30 to 54 of slices.
-Sums over rows (gradients of weight, bias, threshold) are kept in registers by a fixed number of programs and
-added in one small reduction: the same result in every run.
+    backward, row statistics        3 b     the minimum: x and gradient read, gradient of x written
+    forward, channel statistics     2 b     3 b with `moments`, which reads x before: the minimum, since the
+                                            statistics of a channel need all of x
+    backward, channel statistics    5 b     the minimum: x and gradient are read once for the sums over rows
+                                            and once more to write the gradient of x, which needs these sums
+Rows of more than MAX_ROW channels are walked tile by tile and read twice: 3 b forward, where the statistics
+come first; 5 b backward, where the sums along the row come first.
+
+Backward, a program walks many rows and fetches the next ones into shared memory while it works on one. More
+than 8 timesteps (4 with five slices, 16 with channel statistics, 2 for rows that take more than 8 warps) are
+walked in chunks, which are fetched in the same way. x is then read twice, and 4 bytes of potentials (2 with
+channel statistics) are written to scratch memory and read back, all of it in cache unless T is long.
+
+For an I-LIF (LEVELS > 0; tau then holds 1 / v_threshold) timesteps are no different from rows: x [..., C] is
+taken as one timestep, in tiles with up to CHUNK times as many rows, so that as much data is in flight.
+
+Forward is bound by memory bandwidth; backward with row statistics by instructions, 29 to 41 per element for
+512 channels and 30 to 54 for rows of slices. How instructions are saved: docs/performance.md.
+
+For the gradients of weight, bias and threshold each program sums over its rows in registers, and a small
+launch adds up the programs. Their number is fixed by device and shape, so every run has the same result.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
@@ -82,9 +90,9 @@ from spikedecoder.params import ILIFParams, LIFParams
 
 __all__ = ["backward_apply", "backward_layer", "backward_reduce", "forward", "moments", "why_not"]
 
-CHUNK = 4  # times as many rows a tile to an I-LIF
-MAX_ROW = 4096  # channels whose row statistics a program takes in registers
-CHANNEL, ROW, WIDE_ROW = range(3)  # STATISTICS of channels; of rows, in a tile; of rows, handed in
+CHUNK = 4  # rows of an I-LIF's tile, as a multiple of a LIF's
+MAX_ROW = 4096  # channels of the widest row whose statistics are computed in registers
+CHANNEL, ROW, WIDE_ROW = range(3)  # STATISTICS: per channel; per row, computed in a tile; per row, passed in
 
 
 @triton.jit
@@ -95,7 +103,7 @@ def _forward_chunk(
     DECAY_INPUT: tl.constexpr, LEVELS: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr,
     FITS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The potentials after COUNT timesteps from `first` on, whose x is loaded before the first is used."""
+    """COUNT timesteps from `first` on, all loaded before the first is used; returns the potentials after."""
     xs = ()  # slice by slice
     for s in tl.static_range(SLICES):
         inside = None if WHOLE else inside_of(r, rows, c + s * BLOCK_C, channels, FITS)
@@ -143,7 +151,7 @@ def _forward_chunk(
 
 @triton.jit
 def _values(xs, COUNT: tl.constexpr, SLICES: tl.constexpr):
-    """x of each timestep in float32, slices added up."""
+    """x of each timestep in float32, added up over slices."""
     values = ()
     for i in tl.static_range(COUNT):
         total = as_float(xs[i])
@@ -155,7 +163,7 @@ def _values(xs, COUNT: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def _squares(xs, sums, share, c, channels, BLOCK_C: tl.constexpr, COUNT: tl.constexpr, SLICES: tl.constexpr):
-    """(x - mean)^2 of each timestep, slices added up; nothing beyond the row, where x is 0."""
+    """(x - mean)^2 of each timestep, added up over slices; 0 beyond the row's end, where x is 0."""
     squares = ()
     for i in tl.static_range(COUNT):
         mean = (sums[i] * share)[:, None]
@@ -179,12 +187,12 @@ def norm_lif_forward(
     BLOCK_C: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, FITS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Spikes; STATISTICS 1: and mean and rstd [T, R]."""
+    """Spikes, and with STATISTICS 1 also mean and rstd [T, R]."""
     channels = channels * ALIGN
     stride_t = stride_t.to(tl.int64) * ALIGN
     WHOLE: tl.constexpr = FITS and BLOCK_R == 1
     pid = tl.program_id(0)
-    across = 1 if STATISTICS == 1 else tl.cdiv(channels, BLOCK_C)  # side by side, so that rows are read whole
+    across = 1 if STATISTICS == 1 else tl.cdiv(channels, BLOCK_C)  # neighbours, so that rows are read whole
     r = (pid // across).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     c = pid % across * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     at = r * channels + c
@@ -222,15 +230,15 @@ def norm_lif_forward(
 
 
 def slices(channels: int) -> tuple[int, int]:
-    """(number, width) of the tiles side by side that make a row: one, or three or five where fewer lanes are
-    then beyond the row (80 channels are 5 times 16; one tile would be 128 wide)."""
+    """(number, width) of the tiles side by side that make up a row: one, or three or five where that leaves
+    fewer lanes beyond the row's end (80 channels are 5 x 16; a single tile would be 128 wide)."""
     ways = ((many, max(16, power_of_2(cdiv(channels, many)))) for many in (1, 3, 5))
     return min(ways, key=lambda way: way[0] * way[1])
 
 
 def _tile(channels: int, by_row: bool, a_thread: int, warps: int) -> dict[str, int]:
-    """Tiles of `a_thread` elements a thread and timestep, more in rows too wide for that; at least `warps`
-    warps. `by_row`: whole rows, of slices; else columns of them."""
+    """A tile with `a_thread` elements per thread and timestep, or more if rows are too wide for that, and at
+    least `warps` warps. `by_row`: tiles hold whole rows, in slices; otherwise a part of the channels."""
     many, width = slices(channels) if by_row else (1, columns(channels))
     warps = min(16, max(warps, width // (32 * a_thread)))
     rows = max(1, 32 * warps * a_thread // width)
@@ -238,9 +246,9 @@ def _tile(channels: int, by_row: bool, a_thread: int, warps: int) -> dict[str, i
 
 
 def _forward_tile(T: int, x: Tensor, statistics: int, p: LIFParams | ILIFParams) -> dict[str, int]:
-    """As measured on an H200 in bfloat16: rows in few warps, which wait for each other at every sum; a row
-    that is a warp's own takes its timesteps from a pipeline. Rows of slices, which were not measured, have 4
-    elements of each a thread, so that nothing spills."""
+    """As measured on an H200 in bfloat16. Rows have few warps, since the warps of a row wait for each other
+    at every sum. A row that belongs to a single warp has its timesteps pipelined. Rows of slices were not
+    measured; each thread has 4 elements of every slice, so that nothing spills."""
     a_thread, channels = 16 // x.element_size(), x.shape[-1]
     many = slices(channels)[0] if statistics == ROW else 1
     if isinstance(p, ILIFParams):
@@ -261,9 +269,9 @@ def _forward_tile(T: int, x: Tensor, statistics: int, p: LIFParams | ILIFParams)
 
 @dataclass(frozen=True)
 class _Backward:
-    """Tile, timesteps, those of them whose potentials are kept in registers, registers a thread, rows (or,
-    where timesteps are walked in pieces, pieces) that are on their way at once, the one that is worked on
-    included."""
+    """How a backward launch works: its tile; timesteps; `chunk`, how many of them have their potentials in
+    registers; registers per thread; `stages`, how many rows (or chunks, if chunk < T) are in flight,
+    including the one being worked on."""
 
     tile: dict[str, int]
     T: int
@@ -272,25 +280,25 @@ class _Backward:
     stages: int
 
     def programs(self, size: int, device: torch.device) -> int:
-        """That a multiprocessor holds, each of which walks many rows."""
+        """How many programs a multiprocessor holds; each walks many rows."""
         threads, shared = 32 * self.tile["num_warps"], self.shared(size)
         return max(1, min(REGISTERS // (threads * self.registers), shared_memory(device) // shared))
 
     def shared(self, size: int) -> int:
-        """Bytes of shared memory, at most: x and gradient of what is on its way; of pieces also
-        the potentials before each, and what hands them from thread to thread; 1 KiB for sums over warps."""
+        """An upper bound on the bytes of shared memory: x and gradient of what is in flight; with chunks also
+        the potentials before each, and space to pass them between threads; 1 KiB for sums across warps."""
         tile, ahead = self.tile["BLOCK_R"] * self.tile["BLOCK_C"] * self.tile["SLICES"], self.stages - 1
         pieces = (4 * ahead + 2) * tile if self.chunk < self.T else 0
         return 2 * self.chunk * tile * size * ahead + pieces + 1024
 
 
 def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams | ILIFParams) -> _Backward:
-    """As measured on an H200, but for rows of slices, which have as many elements a thread as spill nothing.
-    More elements a thread: fewer sums across threads, but potentials of some 64 elements and timesteps are
-    all that registers hold; more registers: fewer programs side by side."""
+    """As measured on an H200, except for rows of slices, which have as many elements per thread as don't
+    spill. More elements per thread mean fewer sums across threads, but a thread's registers hold only some 64
+    potentials (elements times timesteps). More registers per thread mean fewer programs side by side."""
     size, channels, rows = x.element_size(), x.shape[-1], statistics == ROW
     many, width = slices(channels) if rows else (1, channels)
-    stages, warps = 3, 1 if rows else 2  # at least
+    stages, warps = 3, 1 if rows else 2  # warps at least
     if isinstance(p, ILIFParams):
         a_thread, chunk, stages, warps = 16 // size if many == 1 else 4, 1, 4, 4
         registers = 128 if many <= 3 else 168
@@ -313,7 +321,7 @@ def _backward_way(T: int, x: Tensor, statistics: int, sums: bool, p: LIFParams |
         a_thread, chunk, registers, stages = 4, T, 168, 2
     else:
         a_thread, chunk, registers, warps = 4, T, 255, 4
-    if rows and width > 256 * a_thread:  # more than 8 warps, whose registers would not suffice
+    if rows and width > 256 * a_thread:  # more than 8 warps, for which there are not enough registers
         a_thread, chunk, registers = 32 // size if many == 1 else 4, min(T, 2), 255
     if chunk == 2:
         stages = 4
@@ -344,7 +352,7 @@ def _neurons(p: LIFParams | ILIFParams, arguments: Callable[[LIFParams], dict[st
 
 
 def _steps(x: Tensor, p: LIFParams | ILIFParams) -> Tensor:
-    """x [..., C], not empty, as the kernels take it: [T, ..., C]."""
+    """x [..., C], not empty, as the kernels take it: [T, ..., C], for an I-LIF [1, rows, C]."""
     if isinstance(p, LIFParams):
         return steps_contiguous(x)
     return x.contiguous().view(1, -1, x.shape[-1])
@@ -364,7 +372,7 @@ def forward(
     threshold: Tensor | float,
     p: LIFParams | ILIFParams,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(spikes, mean, rstd): statistics [T, ...] per row if none are handed in, else those handed in."""
+    """(spikes, mean, rstd). If mean and rstd are None, these are row statistics [T, ...], computed here."""
     statistics = CHANNEL
     if mean is None or rstd is None:
         statistics = ROW if x.shape[-1] <= MAX_ROW else WIDE_ROW
@@ -391,8 +399,8 @@ def forward(
 
 
 class Sums(NamedTuple):
-    """What a backward pass sums over rows, empty what nobody asked for; `rows`: for wide rows <g weight> and
-    <g weight z> [T, ...]."""
+    """What a backward pass sums over rows; what is not requested is empty. `rows`: for wide rows, <g weight>
+    and <g weight z> [T, ...]."""
 
     weight: Tensor
     bias: Tensor
@@ -405,8 +413,8 @@ def _backward(
     threshold: Tensor | float, p: LIFParams | ILIFParams, statistics: int, *, sums: bool = False,
     coefficients: tuple[Tensor, ...] = (), over: bool = False,
 ) -> tuple[Tensor | None, Sums]:  # fmt: skip
-    """(grad_x, sums), as asked for. `over`: grad_x takes the place of x, contiguous; what a program reads of
-    x, it has read before it writes there."""
+    """(grad_x, sums), as requested. `over`: grad_x overwrites x, which must be contiguous. That is safe,
+    since a program writes to a place in x only after it has read there for the last time."""
     grad_x = None
     if statistics == ROW or not sums:
         grad_x = x if over else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -460,8 +468,8 @@ def backward_layer(
     grad_spikes: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
     threshold: Tensor | float, p: LIFParams | ILIFParams, over: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(grad_x, grad_weight, grad_bias, grad_threshold) for row statistics. `over`: grad_x is x, contiguous,
-    overwritten."""
+    """(grad_x, grad_weight, grad_bias, grad_threshold) for row statistics. `over`: grad_x overwrites x, which
+    must be contiguous."""
     args = (grad_spikes, x, weight, bias, mean, rstd, threshold, p)
     wide = x.shape[-1] > MAX_ROW
     grad_x, found = _backward(*args, WIDE_ROW if wide else ROW, sums=True, over=over)
@@ -484,7 +492,7 @@ def backward_apply(
     grad_spikes: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
     threshold: Tensor | float, p: LIFParams | ILIFParams, a: Tensor, b: Tensor, c: Tensor,
 ) -> Tensor:  # fmt: skip
-    """grad_x = a g + b z + c, coefficients per channel."""
+    """grad_x = a g + b z + c, for channel statistics; a, b and c are per channel."""
     args = (grad_spikes, x, weight, bias, mean, rstd, threshold, p)
     grad_x = _backward(*args, CHANNEL, coefficients=(a, b, c))[0]
     assert grad_x is not None

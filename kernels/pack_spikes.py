@@ -1,8 +1,9 @@
 """Spikes as bits along the channel: int64 words, bit i of word w is channel 64 w + i.
 
-Kernels read and write the words as two of 32 bits each, low half first (little endian, as every GPU is).
-spikes [M, C], words [M, 2 ceil(C / 64)] of 32 bits. Bytes per spike (b = bytes of the dtype), both ways the
-minimum possible: b + 1/8, more where 64 does not divide C. Bound by memory bandwidth.
+Kernels treat a word as two of 32 bits, low half first (little endian, as every GPU is): spikes [M, C] and
+words [M, 2 ceil(C / 64)]. A program owns a tile of BLOCK_R rows and BLOCK_C channels, in registers. Bytes per
+spike (b = bytes of the dtype), in both directions the minimum possible: b + 1/8, more where 64 does not
+divide C. Bound by memory bandwidth.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ WORD = 64
 
 
 def why_not(call: Call) -> str | None:
-    """Spikes may also be bool."""
+    """As for the other kernels, but spikes may also be bool."""
     if call.dtype == torch.bool:
         call = Call(call.device, torch.float32, call.shape, call.options)
     return _launch.why_not(call)
@@ -78,8 +79,9 @@ def _tile(channels: int, element_size: int) -> dict[str, int]:
 
 
 def halves(words: Tensor) -> Tensor:
-    """int64 words as twice as many of 32 bits, one behind the other."""
-    return words.reshape(-1).view(torch.int32)  # contiguous words may have any stride where a size is 1
+    """int64 words as a flat tensor of twice as many 32-bit words."""
+    # flat first: where a size is 1, contiguous words may have any stride, which `view` would reject
+    return words.reshape(-1).view(torch.int32)
 
 
 def _launch_on(which: object, spikes: Tensor, words: Tensor) -> None:
@@ -95,7 +97,7 @@ def _launch_on(which: object, spikes: Tensor, words: Tensor) -> None:
 
 
 def pack(spikes: Tensor) -> Tensor:
-    """[..., C] of 0 and 1 -> int64 [..., ceil(C / 64)]; whatever is not 0 is 1, bits past C are 0."""
+    """[..., C] of 0 and 1 -> int64 [..., ceil(C / 64)]. Any value but 0 counts as 1; bits beyond C are 0."""
     words = spikes.new_empty(*spikes.shape[:-1], cdiv(spikes.shape[-1], WORD), dtype=torch.int64)
     if words.numel():
         spikes = spikes.contiguous()

@@ -1,36 +1,37 @@
-"""Causal spiking self-attention, chunked over the sequence with the state k^T v carried.
+"""Causal spiking self-attention, in chunks of the sequence that hand on the state k^T v.
 
     o[i] = scale ( sum_{j<=i} decay^(i-j) (q[i] . k[j]) v[j]  +  decay^(i+1) q[i] state )
 
-q, k, v, o [T, B, S, H, d] in memory. A program owns one head of one sequence at one timestep, and BLOCK_V
-of the d columns of v. It walks the sequence in chunks of BLOCK_S tokens: inside a chunk the scores q k^T,
-masked, times v; for the past q times the state [d, BLOCK_V], which it holds in float32 registers and then
-moves on by k^T v. The cost is linear in S.
+q, k, v and o are [T, B, S, H, d] in memory. A program owns one head of one sequence at one timestep, and
+BLOCK_V of the d columns of v. It walks the sequence in chunks of BLOCK_S tokens. Within a chunk, it
+multiplies the masked scores q k^T by v; for the past, it multiplies q by the state [d, BLOCK_V], which it
+keeps in float32 registers and then advances by k^T v. The cost is linear in S.
 
-Where too few programs would run, the sequence is cut in segments: one kernel sums k^T v of each, a second
-adds them up to the state before each, and the programs then walk their own segment from there.
+Where this gives too few programs, the sequence is cut into segments: one kernel sums k^T v over each segment,
+a second adds these up to the state before each, and every program then walks one segment from there.
 
-Exact: q, k and v are 0 and 1, so scores are integers up to d <= 128, exact in one bfloat16, and states
-integers up to S, exact in two for S <= 2^16 (and no initial state), else in three (`_digits`). Of integers up
-to D <= 15, scores reach d D^2 < 2^15, exact in two (below 2^8 in one), and states S D^2. All sums are
-integers in float32 accumulators, exact below 2^24. With a decay, scores and states are real and taken in
-digits to the precision of the dtype: 24 bits for float32, 16 for the others. The powers of the decay come
-in a table.
+Exactness: q, k and v are 0 and 1, so scores are integers up to d <= 128, exact in one bfloat16, and states
+are integers up to S, exact in two bfloat16 for S <= 2^16 (and no initial state), else in three (`_digits`).
+For integers up to D <= 15, scores reach d D^2 < 2^15, exact in two (up to 2^8 in one); states reach S D^2.
+All sums are integers in float32 accumulators, exact below 2^24. With a decay, scores and states are real
+numbers, with as many digits as the dtype's precision requires: 24 bits for float32, 16 for the others. The
+powers of the decay come in a table.
 
-Backward, with g = dL/do: each gradient is itself a causal attention, that of k and v backwards in time,
+Backward, with g = dL/do: each gradient is itself a causal attention, those of k and v backwards in time,
 
     dq[i] = scale sum_{j<=i} decay^(i-j) (g[i] . v[j]) k[j]     the forward kernel on (g, v, k), state^T
     dk[j] = scale sum_{i>=j} decay^(i-j) (v[j] . g[i]) q[i]     the same on (v, g, q), last token first
     dv[j] = scale sum_{i>=j} decay^(i-j) (k[j] . q[i]) g[i]     the same on (k, q, g), last token first
 
-and the last two share their state R = sum q^T g (it enters as R^T in dk), so one kernel can make both.
+and the last two share their state R = sum q^T g (dk uses R^T), so one kernel can compute both.
 
-Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (BLOCK_V < d reads q and k again,
-d in parts k twice, from cache); backward 10 b, of which g, k and v a second time, where one kernel makes
-dk and dv (bfloat16, no decay, d <= 64), else 12 b: the minimum is 7 b. Segments read k and v once more.
-Arithmetic per element,
-forward: 2 (2 BLOCK_S + 3 d) operations, at d = BLOCK_S = 64 640 against 8 bytes: bound by memory bandwidth
-wherever the tensor cores run at a third of their rate or more.
+Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (if BLOCK_V < d, q and k are read
+again from cache, as is k if d comes in parts). Backward 10 b where one kernel computes dk and dv (bfloat16,
+no decay, d <= 64, on sm_80 d <= 16), since g, k and v are read a second time; otherwise 12 b. The minimum is
+7 b. Segments read k and v once more.
+
+Arithmetic per element, forward: 2 (2 BLOCK_S + 3 d) operations, which for d = BLOCK_S = 64 are 640 operations
+for 8 bytes: bound by memory bandwidth if the tensor cores reach a third of their rate.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
@@ -50,9 +51,9 @@ from spikedecoder.kernels._launch import Call, cdiv, kernel, launch, major, mult
 
 __all__ = ["backward", "forward", "why_not"]
 
-POWERS = tl.constexpr(65)  # of a decay in the table: one more than the tokens of the longest chunk
+POWERS = tl.constexpr(65)  # powers of a decay in the table, from 0 to the tokens of the longest chunk
 MAX_D = 128
-SEGMENT = 512  # tokens that a segment has at the least
+SEGMENT = 512  # a sequence is cut into at most tokens / SEGMENT segments, rounded up
 
 
 def why_not(call: Call) -> str | None:
@@ -74,7 +75,7 @@ def load_tile(
     ptr, base, first, stop, tokens, row_stride, column,
     D: tl.constexpr, REVERSE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Tokens first to first + BLOCK_S, counted from the end if REVERSE; zeros from `stop` and column D on."""
+    """Tokens first to first + BLOCK_S, counted from the end if REVERSE; 0 from `stop` and column D on."""
     inside = (first + tl.arange(0, BLOCK_S) < stop)[:, None] & (column < D)[None, :]
     return tl.load(
         ptr + _at(base, first, tokens, row_stride, column, REVERSE, BLOCK_S), mask=inside, other=0.0
@@ -119,7 +120,7 @@ def attend_chunk(
     scores, past, v, powers,
     V: tl.constexpr, SCORE: tl.constexpr, DECAY: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a chunk to itself and the past, unscaled, from weighted scores and past q state."""
+    """Unscaled attention of a chunk to itself and to the past. `scores` are weighted; `past` is q state."""
     if DECAY:
         past = past * tl.load(powers + 1 + tl.arange(0, BLOCK_S))[:, None]
     return dot_digits(scores, v, past, SCORE, V)
@@ -131,7 +132,7 @@ def attend(
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SCORE: tl.constexpr, STATE: tl.constexpr,
     DECAY: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a chunk of which all of q and k is there. Capitals: digits of what they name."""
+    """`attend_chunk`, given all columns of q and k. Q, K, V, SCORE, STATE: digits of these operands."""
     scores = dot_digits(q, tl.trans(k), tl.zeros((BLOCK_S, BLOCK_S), tl.float32), Q, K) * weights
     past = dot_digits(q, state, tl.zeros((BLOCK_S, BLOCK_V), tl.float32), Q, STATE)
     return attend_chunk(scores, past, v, powers, V, SCORE, DECAY, BLOCK_S)
@@ -142,7 +143,7 @@ def advance_state(
     k, v, state, powers, count,
     K: tl.constexpr, V: tl.constexpr, KV: tl.constexpr, DECAY: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The state after a chunk's `count` tokens. KV: digits of v times a power of the decay."""
+    """The state after the `count` tokens of a chunk. KV: digits of v times a power of the decay."""
     if DECAY:
         i = tl.arange(0, BLOCK_S)
         left = tl.load(powers + tl.maximum(count - 1 - i, 0), mask=i < count, other=0.0)
@@ -159,10 +160,11 @@ def attention(
     STATE: tl.constexpr, KV: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Program (sequence, head, columns; segment). state_ptr [sequence, head, segment, d, d].
+    """Program (sequence, head, columns; segment). state_ptr: the states before segments, [sequence, head,
+    segment, d, d].
 
-    REVERSE runs from the last token to the first: what is called past is then the future.
-    The d columns of q and k, which are the rows of the state, come in PARTS of BLOCK_D.
+    REVERSE runs from the last token to the first, so that "past" means the future. The d columns of q and k,
+    which are the rows of the state, come in PARTS of BLOCK_D.
     """
     ACROSS: tl.constexpr = (D + BLOCK_V - 1) // BLOCK_V
     head = tl.program_id(0) // ACROSS  # of all sequences
@@ -196,7 +198,7 @@ def attention(
             scores = tl.zeros((BLOCK_S, BLOCK_S), tl.float32)
             past = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
             for part in tl.static_range(PARTS):
-                tl.debug_barrier()  # or the compiler loads all parts first, and spills
+                tl.debug_barrier()  # otherwise the compiler loads all parts first and spills
                 columns = d + part * BLOCK_D
                 q = load_tile(q_ptr, base, first, stop, tokens, row_stride, columns, D, REVERSE, BLOCK_S)
                 k = load_tile(k_ptr, base, first, stop, tokens, row_stride, columns, D, REVERSE, BLOCK_S)
@@ -208,7 +210,7 @@ def attention(
         count = tl.minimum(BLOCK_S, stop - first)
         after = ()
         for part in tl.static_range(PARTS):
-            if PARTS > 1:  # from cache
+            if PARTS > 1:  # k again, from cache
                 tl.debug_barrier()
                 columns = d + part * BLOCK_D
                 k = load_tile(k_ptr, base, first, stop, tokens, row_stride, columns, D, REVERSE, BLOCK_S)
@@ -226,7 +228,7 @@ def attention_backward_kv(
     D: tl.constexpr, G: tl.constexpr, SCORE: tl.constexpr, REAL: tl.constexpr, DECAY: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dv and dk together, from the last token to the first. G, REAL: digits of the gradient, of real sums."""
+    """dv and dk together, from the last token to the first. G, REAL: digits of gradient and real sums."""
     head = tl.program_id(0)
     h = head % heads
     row_stride = heads * D
@@ -262,7 +264,7 @@ def segment_states(
     D: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KV: tl.constexpr, REVERSE: tl.constexpr,
     DECAY: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Of each segment by itself the state after its last token."""
+    """For each segment, the state after its last token if it started from 0."""
     ACROSS: tl.constexpr = (D + BLOCK_V - 1) // BLOCK_V
     head = tl.program_id(0) // ACROSS
     h = head % heads
@@ -288,7 +290,8 @@ def segment_states(
 
 @kernel
 def scan_segments(state_ptr, initial_ptr, decay_ptr, heads, segments, numel, BLOCK: tl.constexpr):
-    """In place: each segment's own state becomes the state before it. decay_ptr: of a whole segment."""
+    """In place: the state that each segment adds is replaced by the state before it. decay_ptr: the decay
+    over a whole segment."""
     head = tl.program_id(0)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     state = tl.zeros((BLOCK,), tl.float32)
@@ -305,8 +308,7 @@ def scan_segments(state_ptr, initial_ptr, decay_ptr, heads, segments, numel, BLO
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes: tokens in a chunk, d padded, columns of v in a program; its warps; parts of d; chunks on
-    their way at once."""
+    """Tile sizes: tokens per chunk, padded d, columns of v per program; warps; parts of d; stages."""
 
     tokens: int
     d: int
@@ -317,37 +319,37 @@ class Blocks:
 
 
 def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> Blocks:
-    """The table, by what the registers must hold: the widest tiles that spill nothing, read off compiled
-    code. bfloat16 on sm_90 is measured, on an H200.
+    """The table of tile sizes: the widest tiles that don't spill, read off compiled code; for bfloat16 on
+    sm_90 as measured on an H200.
 
     Ampere's tensor cores take their operands from registers, Hopper's and Blackwell's mostly from shared
-    memory. Three digits of all d > 64 columns of a real q, k and state are more than the registers of sm_80
-    and 90 hold, whatever the tile: d then comes in parts. float32 and float16 become bfloat16 in registers,
-    and of such operands of wgmma Triton 3.6 makes wrong code (on an H200 it read past its shared memory, or
-    summed wrongly, in most cases with d > 16): on sm_90 they have two warps a program, which leaves
-    mma.sync alone."""
+    memory. Three digits of more than 64 columns of a real q, k and state don't fit the registers of sm_80 and
+    sm_90 with any tile, so d then comes in parts. float32 and float16 are converted to bfloat16 in registers;
+    for such operands of wgmma, Triton 3.6 generates wrong code (on an H200 it read past its shared memory or
+    summed wrongly in most cases with d > 16). On sm_90 these dtypes therefore get two warps per program, with
+    which only mma.sync is used."""
     padded = max(16, power_of_2(d))
     wide = dtype != torch.float32 and padded <= 64
     if major(device) == 9 and dtype != torch.bfloat16:
         if padded <= 32:
             return Blocks(32, padded, padded if wide else 16, warps=2)
         return Blocks(32 if padded == 64 else 16, padded, 16, warps=2, parts=padded // 32)
-    warps = 8 if dtype == torch.float32 and padded > 64 else 4  # three digits of everything
+    warps = 8 if dtype == torch.float32 and padded > 64 else 4  # three digits of every operand
     if dtype == torch.float32 and padded > 64 and not integers and major(device) == 8:
         return Blocks(32, padded, 16, parts=4)
     if major(device) == 8:
         return Blocks(32, padded, min(padded, 32 if wide else 16), warps)
     if dtype == torch.float32:
-        # under the interpreter (0) as few programs as can be
+        # under the interpreter (0) as few programs as possible
         return Blocks(64, padded, 16 if major(device) else min(padded, 64), warps)
     if major(device) == 9:
-        narrow = padded <= 64  # 64 of 128 columns take 0.7 of the time, and spill 104 bytes
+        narrow = padded <= 64  # at d = 128, 64 columns take 0.7 of the time but spill 104 bytes
         return Blocks(64, padded, min(padded, 64) if narrow else 32, stages=3 if narrow else 2)
     return Blocks(64, padded, min(padded, 64 if wide and integers else 32))
 
 
 def heads_last(x: Tensor) -> Tensor:
-    """[T, B, H, S, d] as contiguous [T, B, S, H, d]: a copy only if it isn't laid out so."""
+    """[T, B, H, S, d] as contiguous [T, B, S, H, d]; copied only if it isn't laid out like that already."""
     return x.transpose(2, 3).contiguous()
 
 
@@ -360,7 +362,7 @@ def power_table(decay: Tensor | None) -> Tensor | None:
 
 
 def segmentation(programs: int, tokens: int, device: torch.device) -> tuple[int, int]:
-    """(segments, tokens in each, a multiple of 64): as many as fill the device, each long enough."""
+    """(segments, tokens in each, a multiple of 64): enough to fill the device, if `SEGMENT` allows."""
     wanted = min(cdiv(multiprocessors(device), programs), cdiv(tokens, SEGMENT))
     segment = cdiv(cdiv(tokens, max(1, wanted)), 64) * 64
     return cdiv(tokens, segment), segment
@@ -368,7 +370,8 @@ def segmentation(programs: int, tokens: int, device: torch.device) -> tuple[int,
 
 @dataclass(frozen=True)
 class Pass:
-    """What one walk over the sequence shares: the decay, and which operands are real (digits, else 1)."""
+    """What the launches of an operator call share: decay, its table of powers, dtype and levels; from these,
+    the digits of scores and states."""
 
     decay: Tensor | None
     powers: Tensor | None
@@ -377,11 +380,11 @@ class Pass:
 
     @property
     def real(self) -> int:
-        """Digits of sums that are not integers: 24 bits for float32, else 16."""
+        """Digits of sums that are not integers: 24 bits in float32, else 16."""
         return max(2, digits(self.dtype))
 
     def scores(self, d: int) -> int:
-        """Digits of scores that are integers."""
+        """Digits of integer scores of heads of size d."""
         return 1 if d * self.levels**2 <= 1 << 8 else 2
 
     def flags(self, k_digits: int, v_digits: int) -> dict[str, object]:
@@ -393,7 +396,8 @@ def states_before(
     way: Pass, k: Tensor, v: Tensor, initial: Tensor | None, segments: int, segment: int,
     k_digits: int, v_digits: int, reverse: bool,
 ) -> Tensor | None:  # fmt: skip
-    """[T, B, H, segments, d, d]: the state before each segment; k, v heads last."""
+    """[T, B, H, segments, d, d]: the state before each segment; for a single one, `initial`. k and v are
+    heads last."""
     initial = None if initial is None else initial.to(torch.float32).contiguous()
     if segments == 1:
         return initial
@@ -420,7 +424,8 @@ def walk(
     way: Pass, q: Tensor, k: Tensor, v: Tensor, scale: float, state: Tensor | None = None,
     final: Tensor | None = None, real: str = "", reverse: bool = False,
 ) -> Tensor:  # fmt: skip
-    """One pass of the kernel over tensors [T, B, S, H, d]; `real` names the operands that are not 0 and 1."""
+    """One pass of `attention` over tensors [T, B, S, H, d]. `real` names those of q, k, v that are real
+    numbers, not spikes or integers up to `levels`."""
     T, batch, tokens, heads, d = q.shape
     out = torch.empty_like(q)
     q_digits, k_digits, v_digits = (digits(way.dtype) if name in real else 1 for name in "qkv")
@@ -456,7 +461,7 @@ def forward(
     return_state: bool,
     levels: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
-    """(o [T, B, H, S, d] laid out heads last, final state in float32 if asked for)."""
+    """(o [T, B, H, S, d] laid out heads last, final state in float32 if requested)."""
     T, batch, heads, _, d = q.shape
     final = q.new_empty((T, batch, heads, d, d), dtype=torch.float32) if return_state else None
     if q.numel() == 0:
@@ -472,7 +477,7 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, decay: Tensor | None, state: Tensor | None,
     levels: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv), laid out heads last."""
+    """(dq, dk, dv) [T, B, H, S, d], laid out heads last."""
     grad, q, k, v = (heads_last(x) for x in (grad, q, k, v))
     if q.numel() == 0:
         return q.transpose(2, 3).clone(), k.transpose(2, 3).clone(), v.transpose(2, 3).clone()

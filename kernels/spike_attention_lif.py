@@ -2,21 +2,23 @@
 
     a[t] = attention(q[t], k[t], v[t]) scale,   spikes = LIF(a)          (see `spike_attention`, `LIFParams`)
 
-q, k, v and spikes [T, B, S, H, d] in memory. A program owns one head of one sequence and BLOCK_V columns of
-v. It walks the sequence in chunks, and within a chunk all T timesteps, with the membrane potentials of the
-chunk and the T states k^T v [d, BLOCK_V] in float32 registers. a is rounded to the dtype of q before it
-charges the membrane, as if it had been written: the spikes are bit for bit those of attention and LIF one
-after the other.
+q, k, v and spikes are [T, B, S, H, d] in memory. A program owns one head of one sequence and BLOCK_V columns
+of v. It walks the sequence in chunks, and within a chunk through all T timesteps. In float32 registers it
+keeps the membrane potentials of the chunk and the T states k^T v [d, BLOCK_V]. a is rounded to the dtype of q
+before it charges the membrane, as if it had been written, so the spikes are bit for bit those of attention
+and LIF run one after the other.
 
-Where T states are too large for the registers (d > 64; T > 4, or 8 in 16 bits with d <= 16; float32 with a
-decay, more than 2^16 tokens, or d > 32 on sm_80), where two kernels were measured to be faster (sm_90 from
-d > 16 on: at d = 64 0.22 ms against 0.28), or long sequences are too few to fill the device, the two kernels
-run one after the other. Backward always does so: it computes a again, then the LIF's gradient, then the
-attention's. float32 spikes become bfloat16 as they are loaded, which loses nothing of 0 and 1.
+Two kernels, attention and LIF, run one after the other instead
+  - where T states don't fit the registers: d > 64; T > 4 (T > 8 in 16 bits with d <= 16); float32 with
+    a decay, with more than 2^16 tokens, or with d > 32 on sm_80;
+  - where they were measured to be faster: sm_90 with d > 16 (0.22 ms against 0.28 at d = 64);
+  - where the sequences are long but too few to fill the device.
+Backward always runs separate kernels: it computes a again, then the gradient of the LIF, then that of the
+attention. float32 spikes are converted to bfloat16 when loaded, which is exact for 0 and 1.
 
-Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (q and k are read again from cache
-by the d / BLOCK_V programs of a head); one after the other 6 b. Backward 17 b where attention's takes 10 b;
-the minimum is 7 b. Bound by memory bandwidth.
+Bytes per element of q (b = bytes of the dtype): forward 4 b, the minimum (the d / BLOCK_V programs of a head
+read q and k again, from cache); in two kernels 6 b. Backward 17 b where that of the attention takes 10 b; the
+minimum is 7 b. Bound by memory bandwidth.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
@@ -109,9 +111,9 @@ def attention_lif_forward(
 def blocks(
     T: int, batch: int, tokens: int, heads: int, d: int, way: Pass, device: torch.device
 ) -> Blocks | None:
-    """The table: tiles whose T states fit the registers. None where two kernels one after the other are
-    better: states too large, or so few programs that attention alone, with T times as many, fills the
-    device better."""
+    """The table of tile sizes with which T states fit the registers. None where two kernels one after the
+    other are better: the states are too large, or there are so few programs that attention alone, which has T
+    times as many, fills the device better."""
     padded = max(16, power_of_2(d))
     float32, ampere, hopper = way.dtype == torch.float32, major(device) == 8, major(device) == 9
     if padded > (16 if hopper else 64) or T > (8 if padded == 16 and not float32 else 4):
@@ -131,7 +133,7 @@ def blocks(
 
 
 def _current(way: Pass, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The attention [T, B, S, H, d]; for heads wider than its kernel takes by PyTorch's products."""
+    """The attention [T, B, S, H, d]; by the reference (PyTorch) for heads wider than the kernel takes."""
     if q.shape[-1] <= attention.MAX_D:
         return walk(way, q, k, v, scale)
     q, k, v = (x.transpose(2, 3) for x in (q, k, v))
@@ -139,7 +141,7 @@ def _current(way: Pass, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
 
 
 def _by_channel(threshold: Tensor | float) -> Tensor | float:
-    """For channels of all heads side by side, as they lie in memory."""
+    """The threshold for the channels of all heads side by side, as they lie in memory."""
     return threshold.flatten() if isinstance(threshold, Tensor) else threshold
 
 
@@ -152,7 +154,7 @@ def forward(
     threshold: Tensor | float,
     p: LIFParams,
 ) -> Tensor:
-    """Spikes [T, B, H, S, d], laid out heads last. The threshold: one value, or one a channel [H, d]."""
+    """Spikes [T, B, H, S, d], laid out heads last. The threshold is one value or one per channel [H, d]."""
     q, k, v = (heads_last(x) for x in (q, k, v))
     spikes = torch.empty_like(q)
     if q.numel() == 0:
@@ -190,7 +192,7 @@ def backward(
     threshold: Tensor | float,
     p: LIFParams,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv laid out heads last, grad_threshold, None for a number)."""
+    """(dq, dk, dv laid out heads last, grad_threshold); the last is None if the threshold is a number."""
     if q.numel() == 0:
         zero = torch.zeros(threshold.shape, device=q.device) if isinstance(threshold, Tensor) else None
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), zero

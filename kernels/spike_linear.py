@@ -1,14 +1,18 @@
-"""Linear whose input is spikes, kept as bits: y = s W^T + b, and the weight's gradient from the bits.
+"""Linear on spikes, which are kept as bits: y = s W^T + b, and the gradients of W and b from the bits.
 
-s [M, K] is packed first; then both products read words of 32 spikes and make 0 and 1 of them in registers.
-    y  [M, N] = s W^T + b         tensor cores in the weight's dtype, float32 accumulators
-    dW [N, K] = g^T s             the same in the gradient's; M is cut in pieces, whose sums are added;
-    db [N]    = g^T 1             on the way, as the weight of an input that is always 1
-A float32 weight or gradient is taken as three bfloat16, which lose nothing of it (`_digits`).
+s [M, K] is packed first. Both products then read words of 32 spikes and expand them to 0 and 1 in registers.
+    y  [M, N] = s W^T + b         on tensor cores in the weight's dtype, with float32 accumulators
+    dW [N, K] = g^T s             the same in the gradient's dtype; M is cut into pieces, whose sums are added
+    db [N]    = g^T 1             along the way, as the weight of an input that is always 1
+A program owns BLOCK_M rows and BLOCK_N outputs of y, or BLOCK_N outputs and 64 inputs of one piece's dW, and
+walks along K or M. A float32 weight or gradient is split into three bfloat16, which lose nothing of it
+(`_digits`).
 
 Bytes (b = bytes of the dtype): packing b M K + M K / 8; y: M K / 8 + b (N K + M N); dW: M K / 8 + b (M N +
-N K) and 4 N K a piece. Against a dense product the input of dW shrinks 16 times in 16 bits. Bound by memory
-bandwidth for N below some hundreds, by the tensor cores above.
+N K), and 4 N K per piece. In 16 bits, the input that dW needs is 16 times smaller than for a dense product.
+The bound is memory bandwidth for N below some hundreds and the tensor cores above. The kernels save memory,
+not time: they expand the bits again for every tile, and on an H200 cuBLAS takes 0.3 to 0.6 of their time on
+dense spikes.
 """
 
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
@@ -29,7 +33,7 @@ __all__ = ["forward", "from_words", "weight_and_bias_grad", "weight_grad", "why_
 
 @triton.jit
 def load_bits(words_ptr, row, rows, word, words, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """0 and 1 as float32 [BLOCK_R, BLOCK_K]: spikes of rows `row`, from 32-bit word number `word` on."""
+    """Spikes of rows `row`, from 32-bit word number `word` on, as float32 0 and 1 [BLOCK_R, BLOCK_K]."""
     w = word + tl.arange(0, BLOCK_K // 32)
     at = words_ptr + row[:, None] * words + w[None, :]
     packed = tl.load(at, mask=(row < rows)[:, None] & (w < words)[None, :], other=0)
@@ -38,7 +42,7 @@ def load_bits(words_ptr, row, rows, word, words, BLOCK_R: tl.constexpr, BLOCK_K:
 
 @triton.jit
 def product(a, b, acc, dtype: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
-    """acc + a b in `dtype`: float32 by digits, A of a and B of b."""
+    """acc + a b in `dtype`; float32 by digits, A of a and B of b."""
     if dtype == tl.float32:
         return dot_digits(a, b, acc, A, B)
     elif dtype == tl.bfloat16:
@@ -52,7 +56,7 @@ def linear_tile(
     words_ptr, weight_ptr, bias_ptr, m, rows, n, inputs, outputs, words,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y of rows m and outputs n in float32; 0 without the bias from `rows` on, 0 from `outputs` on."""
+    """y of rows m and outputs n in float32. The bias alone from row `rows` on, 0 from output `outputs` on."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, inputs, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
@@ -88,7 +92,7 @@ def linear_weight_grad(
     BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """out [pieces, N K]: of each piece of the rows its share of dW. BIAS: after it that of sum g [N]."""
+    """out [pieces, N K]: each piece of the rows' share of dW. BIAS: followed by its share of db [N]."""
     inputs = inputs * ALIGN
     outputs = outputs * ALIGN
     across = tl.cdiv(inputs, BLOCK_K)
@@ -99,7 +103,7 @@ def linear_weight_grad(
     stop = tl.minimum(start + piece, rows)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     ones = tl.full((BLOCK_M, 16), 1.0, tl.float32)
-    of_ones = tl.zeros((BLOCK_N, 16), tl.float32)  # 16 times the same: the narrowest product
+    of_ones = tl.zeros((BLOCK_N, 16), tl.float32)  # 16 equal columns, the narrowest product
     for first in range(start, stop, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M).to(tl.int64)
         at = grad_ptr + m[:, None] * outputs + n[None, :]
@@ -115,13 +119,13 @@ def linear_weight_grad(
     out_ptr += tl.program_id(1) * share
     at = n[:, None].to(tl.int64) * inputs + k[None, :]
     tl.store(out_ptr + at, acc, mask=(n < outputs)[:, None] & (k < inputs)[None, :])
-    if BIAS and first_k + BLOCK_K >= inputs:  # the others have the same
+    if BIAS and first_k + BLOCK_K >= inputs:  # the other programs have the same
         tl.store(out_ptr + of_weight + n, tl.max(of_ones, 1), mask=n < outputs)
 
 
 def forward_tile(outputs: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """Rows and outputs of a tile, warps and chunks of inputs on their way. Measured on an H200; float32 and
-    sm_80 read off compiled code, as much as spills nothing."""
+    """Rows and outputs of a tile, warps, and chunks of inputs in flight. Measured on an H200; for float32 and
+    sm_80 read off compiled code: the most that doesn't spill."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 32 if major(device) == 8 else 64}
     if outputs <= 64:
@@ -132,20 +136,20 @@ def forward_tile(outputs: int, dtype: torch.dtype, device: torch.device) -> dict
 
 
 def grad_tile(dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """The same of a weight's gradient: BLOCK_M of the rows at a time, BLOCK_N outputs."""
+    """The same for the weight's gradient: BLOCK_M rows at a time, BLOCK_N outputs."""
     if dtype == torch.float32 or major(device) == 8:
         return {"BLOCK_M": 64, "BLOCK_N": 32 if dtype == torch.float32 and major(device) == 8 else 64}
     return {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 3}
 
 
 def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(y [..., N] in the weight's dtype, the spikes as int64 words [..., ceil(K / 64)])."""
+    """(y [..., N] in the weight's dtype, spikes as int64 words [..., ceil(K / 64)])."""
     words = pack(s)
     return from_words(words, s.shape[-1], weight, bias), words
 
 
 def from_words(words: Tensor, inputs: int, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y from spikes that are packed already: the same launch, so the same y bit for bit."""
+    """y from spikes that are packed already. It is the same launch as in `forward`, so y is bit-identical."""
     outputs = weight.shape[0]
     y = weight.new_empty(*words.shape[:-1], outputs)
     rows = words.numel() // words.shape[-1] if inputs else 0
@@ -174,7 +178,7 @@ def _parameter_grads(words: Tensor, inputs: int, grad: Tensor, bias: bool) -> tu
     pieces = max(1, min(cdiv(2 * multiprocessors(grad.device), tiles), cdiv(rows, 512)))
     piece = cdiv(cdiv(rows, pieces), 64) * 64
     pieces = cdiv(rows, piece)
-    # always float32 parts, one or many: else the dtype of a kernel's output would depend on the batch
+    # float32 even for a single part: otherwise the dtype of the kernel's output would depend on the batch
     parts = grad.new_empty((pieces, outputs * (inputs + bias)), dtype=torch.float32)
     align = alignment(inputs, outputs)
     launch(
@@ -192,7 +196,7 @@ def weight_grad(words: Tensor, inputs: int, grad: Tensor) -> Tensor:
 
 
 def weight_and_bias_grad(words: Tensor, inputs: int, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight_grad`, and the sum of grad over its rows [N], both in one pass over grad."""
+    """`weight_grad` and the sum of grad over its rows [N], in one pass over grad."""
     grad_weight, grad_bias = _parameter_grads(words, inputs, grad, True)
     assert grad_bias is not None
     return grad_weight, grad_bias

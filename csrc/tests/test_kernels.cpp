@@ -1,6 +1,6 @@
-// Every kernel of every variant that this CPU has, on odd shapes, against loops that are obvious; built with
-// AddressSanitizer and UndefinedBehaviorSanitizer. Arrays are allocated at their exact size, so that a read or
-// write one element too far ends the program.
+// Tests every kernel of every variant that this CPU has, on odd shapes, against obvious loops; built with
+// AddressSanitizer and UndefinedBehaviorSanitizer. Arrays are allocated with their exact size, so that a read or write
+// one element too far ends the program.
 //
 //     cmake -G Ninja -S csrc -B build -DSPIKEDECODER_PYTHON_MODULE=OFF -DSPIKEDECODER_NATIVE_TESTS=ON
 //     cmake --build build && build/test_kernels
@@ -61,7 +61,7 @@ bool close(const std::vector<float>& a, const std::vector<float>& b, float toler
   return a.size() == b.size();
 }
 
-// bfloat16 of numbers that need no more bits, and back.
+// To bfloat16, for numbers that need no more bits, and back.
 std::vector<uint16_t> narrowed(const std::vector<float>& x) {
   std::vector<uint16_t> out;
   for (float v : x) {
@@ -170,7 +170,7 @@ void test_lif(const Neuron& n, ThresholdKind kind, int64_t T, int64_t rows, int6
                           grad_x16.data(), grad_threshold16.data(), grad_v_init16.data(), T, rows, C, threads});
   CHECK(close(widened(grad_x16), grad_x, 4e-3f));
   CHECK(grad_v_init16 == grad_v_init);
-  // without what is optional, the gradient of x with no gradient of v
+  // without any optional argument: only the gradient of x
   kernels().lif_backward({n, t, Element::float32, grad.data(), nullptr, x.data(), nullptr, grad_x.data(), nullptr, nullptr, T, rows, C,
                           threads});
 }
@@ -205,7 +205,7 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
       }
       const auto hs = potentials(n, 1, 0, y);
       for (int64_t j = 0; j < T; j++) {
-        // a spike may move where the potential is that near
+        // so near the threshold, rounding may decide about a spike
         if (std::fabs(hs[j] - 1) < 1e-4f) break;
         CHECK(s[(j * rows + row) * C + i] == (hs[j] >= 1 ? 1.f : 0.f));
       }
@@ -238,7 +238,7 @@ void test_norm_lif(NormKind kind, int64_t T, int64_t rows, int64_t C, int thread
 
 void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads) {
   auto s = spikes(M * K, rate);
-  if (rate == 0.1) {  // rows unlike the others: one of nothing but spikes, one without any
+  if (rate == 0.1) {  // rows unlike the others: one with only spikes, one with none
     std::fill_n(s.begin() + M / 3 * K, K, 1.f);
     std::fill_n(s.begin() + M / 2 * K, K, 0.f);
   }
@@ -299,7 +299,7 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
       CHECK(close(dw, expected_dw));
     }
   }
-  // spikes times columns, from bits and from numbers; the sums of the spikes
+  // spikes times columns, from bits and from numbers, and the sums of the spikes
   const auto s16 = narrowed(s);
   auto sums = array<float>(K), expected_sums = array<float>(K);
   for (int64_t i = 0; i < M * K; i++) expected_sums[i % K] += s[i];
@@ -405,12 +405,12 @@ void decode_into(Decode a, const std::vector<float>& embedded, int64_t S, States
   a.logits = logits.data();
   const auto bytes = static_cast<size_t>(decode_scratch(a, threads));
   a.scratch = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  std::memset(a.scratch, 0xff, bytes);  // not a number, wherever it is read before it is written
+  std::memset(a.scratch, 0xff, bytes);  // NaN wherever it is read before it is written
   kernels().decode(a);
   std::free(a.scratch);
 }
 
-// Tokens together against the same ones one after the other.
+// Tokens read together must give the same as one after the other.
 void test_decode(NormKind norm, Reunite reunite, int64_t B, int64_t S, int64_t E, int64_t H, int64_t shift, int threads,
                  float levels = 0) {
   Decode a{};
@@ -482,7 +482,7 @@ void test_ilif(int64_t n, int threads) {
   for (int64_t i = 0; i < n; i++) CHECK(out[i] == (mask[i] ? 2 * grad[i] : 0.f));
 }
 
-// Statistics of channels that round nothing; of rows, that a row's gradients add up to nothing.
+// Channel statistics: with values that round nothing. Row statistics: the gradients of a row add up to 0.
 void test_norm_ilif(int64_t rows, int64_t C, int threads) {
   Neuron n;
   n.levels = 3;
