@@ -19,7 +19,7 @@ from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.surrogate import SURROGATES
 
 PLAIN = tl.constexpr(INTERPRETED)  # the interpreter has no inline assembly
-ONE_BY_ONE = tl.constexpr(INTERPRETED)  # it reduces several tensors element by element
+ROWS_AT_ONCE = tl.constexpr(1 if INTERPRETED else 16)  # tiles whose rows are summed together
 WINDOW = tl.constexpr(ILIFParams.WINDOW)
 SOFT, TO_NUMBER, TO_ZERO = range(3)  # HARD: the kind of reset; hard ones go to v_reset or to 0
 MAX_T = 16  # timesteps whose potentials a kernel keeps in registers
@@ -42,9 +42,10 @@ def neuron(p: LIFParams) -> dict[str, Any]:
     }
 
 
-def fused_carry(device: torch.device) -> bool:
-    """Whether backward adds the next timestep's contribution by a predicated fused multiply-add; not from
-    sm_100 on, where this makes the compiler spill."""
+def has_room(device: torch.device) -> bool:
+    """Whether backward may keep a few more values in registers: not from sm_100 on, where the compiler then
+    spills. If so, it adds the next timestep's contribution by a predicated fused multiply-add, and sums the
+    rows of several tiles in one reduction."""
     return major(device) < 10
 
 
@@ -221,7 +222,7 @@ def fire_backward(
     HARD: tl.constexpr,
     DETACH: tl.constexpr,
     SURROGATE: tl.constexpr,
-    FUSED: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
     """(dL/dh, this timestep's term of dL/dthreshold). carry keep is dL/dv after the timestep; carry = None
     stands for 0. carry and both results are divided by the surrogate's `height`: the caller multiplies sums
@@ -232,7 +233,7 @@ def fire_backward(
             grad_s = grad_s + 0.0 * (v_reset - h)  # NaN where h is not finite, as with a carry of 0
         grad_u = grad_s * slope
         return grad_u, -grad_u
-    elif HARD and FUSED and DETACH:
+    elif HARD and ROOM and DETACH:
         grad_u = grad_s * slope
         return plus_unless_fired(grad_u, carry, keep, h, threshold), -grad_u
     elif HARD:
@@ -336,46 +337,33 @@ def tile_columns(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _add_pairs(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _add_quads(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
-def _add_eights(
-    a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7
-):  # fmt: skip
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
-
-
-@triton.jit
-def row_sums(tiles, COUNT: tl.constexpr):
-    """Sums along the rows of COUNT tiles, as a tuple. Eight tiles at a time, so that their shuffles
-    interleave. Warps that share a row wait for each other once per call of reduce with Triton 3.6, once per
-    tile with 3.9."""
-    sums = ()
-    if ONE_BY_ONE:
-        for i in tl.static_range(COUNT):
-            sums = sums + (tl.sum(tiles[i], 1),)
+def _joined(tiles, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tiles, a power of two, every STEPth from FIRST on, as one tensor with a new dimension a join."""
+    if COUNT == 1:
+        return tiles[FIRST]
     else:
-        for i in tl.static_range(COUNT // 8):
-            eight = (
-                tiles[8 * i], tiles[8 * i + 1], tiles[8 * i + 2], tiles[8 * i + 3], tiles[8 * i + 4],
-                tiles[8 * i + 5], tiles[8 * i + 6], tiles[8 * i + 7],
-            )  # fmt: skip
-            sums = sums + tl.reduce(eight, 1, _add_eights)
-        if COUNT % 8 >= 4:
-            first: tl.constexpr = COUNT // 8 * 8
-            quad = (tiles[first], tiles[first + 1], tiles[first + 2], tiles[first + 3])
-            sums = sums + tl.reduce(quad, 1, _add_quads)
-        if COUNT % 4 >= 2:
-            sums = sums + tl.reduce((tiles[COUNT // 4 * 4], tiles[COUNT // 4 * 4 + 1]), 1, _add_pairs)
-        if COUNT % 2 == 1:
-            sums = sums + (tl.sum(tiles[COUNT - 1], 1),)
+        return tl.join(
+            _joined(tiles, FIRST, 2 * STEP, COUNT // 2), _joined(tiles, FIRST + STEP, 2 * STEP, COUNT // 2)
+        )
+
+
+@triton.jit
+def _sums_of(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Sums along the rows of COUNT tiles, by one reduction, as a tuple."""
+    rows: tl.constexpr = tiles[0].shape[0]
+    return tile_columns(tl.reshape(tl.sum(_joined(tiles, FIRST, 1, COUNT), 1), (rows, COUNT)), rows, COUNT)
+
+
+@triton.jit
+def row_sums(tiles, COUNT: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Sums along the rows of COUNT tiles, as a tuple. AT_ONCE of them, a power of two up to 16, share one
+    reduction: their shuffles interleave, and warps that share a row wait for each other once."""
+    sums = ()
+    for i in tl.static_range(COUNT // AT_ONCE):
+        sums = sums + _sums_of(tiles, i * AT_ONCE, AT_ONCE)
+    for log in tl.static_range(3, -1, -1):
+        if 2**log < AT_ONCE and COUNT // 2**log % 2 == 1:
+            sums = sums + _sums_of(tiles, COUNT // 2 ** (log + 1) * 2 ** (log + 1), 2**log)
     return sums
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from spikedecoder.kernels._launch import kernel
 from spikedecoder.kernels._neuron import (
+    ROWS_AT_ONCE,
     WINDOW,
     affine,
     as_float,
@@ -155,7 +156,7 @@ def _backward_chunk(
     threshold, tau, keep, v_reset, alpha, scale,
     COUNT: tl.constexpr, T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr,
     THRESHOLD: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
-    DETACH: tl.constexpr, SURROGATE: tl.constexpr, FUSED: tl.constexpr, LEVELS: tl.constexpr,
+    DETACH: tl.constexpr, SURROGATE: tl.constexpr, ROOM: tl.constexpr, LEVELS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SLICES: tl.constexpr, FITS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +207,7 @@ def _backward_chunk(
                 grad_threshold = 0.0
             else:
                 g, grad_threshold = fire_backward(
-                    grad, carry, keep, hs[last - back], limit, v_reset, alpha, HARD, DETACH, SURROGATE, FUSED
+                    grad, carry, keep, hs[last - back], limit, v_reset, alpha, HARD, DETACH, SURROGATE, ROOM
                 )
                 carry = g
             mean, rstd = means[last - back], rstds[last - back]
@@ -241,7 +242,7 @@ def _backward_chunk(
         new_sums = new_sums + (sum_gz, sum_g, total)
         of_rows = of_slice if s == 0 else _added(of_rows, of_slice)
     if STATISTICS == 1:
-        row_totals = row_sums(of_rows, 2 * COUNT)
+        row_totals = row_sums(of_rows, 2 * COUNT, ROWS_AT_ONCE if ROOM else 1)
         share = 1.0 / channels
         to = first * timestep
         for i in tl.static_range(COUNT):
@@ -266,7 +267,7 @@ def norm_lif_backward(
     T: tl.constexpr, STATISTICS: tl.constexpr, SUMS: tl.constexpr, THRESHOLD: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr,
     RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr, DETACH: tl.constexpr,
-    SURROGATE: tl.constexpr, FUSED: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr,
+    SURROGATE: tl.constexpr, ROOM: tl.constexpr, LEVELS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, SLICES: tl.constexpr, FITS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """g = dL/dy, through the neurons; then, as requested:
@@ -359,7 +360,7 @@ def norm_lif_backward(
                 row_gwz_ptr, threshold_ptr, LAST, vs, carries, sums, mean, rstd,
                 weights, biases, a, b, shift, r1, at, c, rows, channels, timestep, stride_t,
                 grad_stride_t, threshold, tau, keep, v_reset, alpha, scale, T - LAST, T, STATISTICS, SUMS,
-                THRESHOLD, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, FUSED, LEVELS, BLOCK_R,
+                THRESHOLD, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, ROOM, LEVELS, BLOCK_R,
                 BLOCK_C, SLICES, FITS, WHOLE,
             )  # fmt: skip
         if LAST > 0:
@@ -376,7 +377,7 @@ def norm_lif_backward(
                     row_gwz_ptr, threshold_ptr, begin, vs, carries, sums, mean, rstd,
                     weights, biases, a, b, shift, r1, at, c, rows, channels, timestep, stride_t,
                     grad_stride_t, threshold, tau, keep, v_reset, alpha, scale, CHUNK, T, STATISTICS, SUMS,
-                    THRESHOLD, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, FUSED, LEVELS, BLOCK_R,
+                    THRESHOLD, RECIPROCAL, HARD, DECAY_INPUT, DETACH, SURROGATE, ROOM, LEVELS, BLOCK_R,
                     BLOCK_C, SLICES, FITS, WHOLE,
                 )  # fmt: skip
         if SUMS and THRESHOLD == 3:

@@ -33,7 +33,7 @@ from spikedecoder.kernels._neuron import (
     as_spikes,
     charge,
     fire_backward,
-    fused_carry,
+    has_room,
     height,
     load_steps,
     load_threshold,
@@ -98,7 +98,7 @@ def lif_backward(
     grad_spikes_ptr, grad_v_ptr, x_ptr, threshold_ptr, v_init_ptr, grad_x_ptr, grad_threshold_ptr,
     grad_v_init_ptr, rows, channels, stride_t, grad_stride_t, threshold, tau, keep, v_reset, alpha,
     T: tl.constexpr, RECIPROCAL: tl.constexpr, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
-    DETACH: tl.constexpr, SURROGATE: tl.constexpr, FUSED: tl.constexpr, THRESHOLD: tl.constexpr,
+    DETACH: tl.constexpr, SURROGATE: tl.constexpr, ROOM: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, of the threshold (laid out by `threshold_partial`) and of v_init.
@@ -138,7 +138,7 @@ def lif_backward(
     for back in tl.static_range(T):
         grad_h, grad_threshold = fire_backward(
             as_float(gs[T - 1 - back]), carry, kept, hs[T - 1 - back], threshold, v_reset, alpha, HARD,
-            DETACH, SURROGATE, FUSED,
+            DETACH, SURROGATE, ROOM,
         )  # fmt: skip
         tl.store(to, (grad_h * scale).to(grad_x_ptr.dtype.element_ty), mask=inside)
         to -= timestep
@@ -277,7 +277,7 @@ def _walk_back(
         v_init_ptr=v_init, grad_x_ptr=grad_x, grad_threshold_ptr=partial, grad_v_init_ptr=grad_v_init,
         threshold=number, T=T, THRESHOLD=kind,
         **sizes(x, rows, channels, stride_t=strides[0], grad_stride_t=strides[1]), **neuron(p), **blocks,
-        FUSED=fused_carry(x.device), fuse=True,
+        ROOM=has_room(x.device), fuse=True,
     )  # fmt: skip
     return threshold_gradient(kind, partial, threshold)
 

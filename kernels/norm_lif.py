@@ -62,12 +62,13 @@ from spikedecoder.kernels._launch import (
 )
 from spikedecoder.kernels._neuron import (
     MAX_T,
+    ROWS_AT_ONCE,
     affine,
     as_float,
     as_spikes,
     charge,
     count,
-    fused_carry,
+    has_room,
     inside_of,
     load_slices,
     load_steps,
@@ -113,8 +114,10 @@ def _forward_chunk(
     means = ()
     rstds = ()
     if STATISTICS == 1:
-        sums = row_sums(_values(xs, COUNT, SLICES), COUNT)
-        squares = row_sums(_squares(xs, sums, share, c, channels, BLOCK_C, COUNT, SLICES), COUNT)
+        sums = row_sums(_values(xs, COUNT, SLICES), COUNT, ROWS_AT_ONCE)
+        squares = row_sums(
+            _squares(xs, sums, share, c, channels, BLOCK_C, COUNT, SLICES), COUNT, ROWS_AT_ONCE
+        )
     for i in tl.static_range(COUNT):
         if STATISTICS == 1:
             mean = (sums[i] * share)[:, None]
@@ -453,7 +456,7 @@ def _backward(
         STATISTICS=statistics, SUMS=sums, THRESHOLD=kind, CHUNK=chunk,
         STAGES=way.stages, FITS=_fits(x, blocks), maxnreg=way.registers,
         **_sizes(x, stride_t=_stride(x), grad_stride_t=_stride(grad_spikes)), **_neurons(p, neuron),
-        FUSED=fused_carry(x.device), fuse=True, **blocks,
+        ROOM=has_room(x.device), fuse=True, **blocks,
     )  # fmt: skip
     if parts is None:
         return grad_x, Sums(nothing, nothing, nothing, ())
