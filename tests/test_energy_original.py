@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
+import torch
 
 from spikedecoder import SpikeDecoderConfig
 from spikedecoder.energy import Ledger, Row, measured_joules, original_estimate
@@ -84,6 +88,95 @@ def test_measured_joules_where_there_are_none(tmp_path):
     (tmp_path / "intel-rapl:0").mkdir()
     with pytest.raises(ValueError, match="RAPL cannot be read here"):
         measured_joules(lambda: None, rapl=tmp_path)
+
+
+class Nvml(ModuleType):
+    """pynvml of a machine with two GPUs, of which CUDA_VISIBLE_DEVICES shows torch the second alone."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, works=True):
+        super().__init__("pynvml")
+        self.works, self.opened = works, 0
+        self.millijoules = {"GPU-first": 1_000_000, "GPU-second": 5_000}
+
+    def nvmlInit(self):
+        if not self.works:
+            raise self.NVMLError("Driver Not Loaded")
+        self.opened += 1
+
+    def nvmlShutdown(self):
+        if not self.opened:
+            raise self.NVMLError("Uninitialized")
+        self.opened -= 1
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return list(self.millijoules)[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid not in self.millijoules:
+            raise self.NVMLError("Not Found")
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        self.millijoules[handle] += 250
+        return self.millijoules[handle]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that torch's GPU has this UUID."""
+
+    def pretend(nvml, uuid="second"):
+        def properties(device):
+            if device not in ("cuda", "cuda:0"):
+                raise AssertionError("Invalid device id")
+            return SimpleNamespace(uuid=uuid)
+
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+        return nvml
+
+    return pretend
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_measured_joules_are_those_of_torchs_gpu_and_nvml_is_closed(gpu, device):
+    nvml = gpu(Nvml())
+    found = measured_joules(lambda: None, seconds=0, device=device)
+    assert (found.joules, found.source) == (0.25, f"NVML, {device}")
+    assert nvml.millijoules == {"GPU-first": 1_000_000, "GPU-second": 5_750}
+    assert nvml.opened == 0
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measured_joules(fails, device=device)
+    assert nvml.opened == 0
+
+
+def test_measured_joules_of_a_gpu_say_why_there_are_none(gpu, monkeypatch):
+    nvml = gpu(Nvml(), uuid="third")
+    with pytest.raises(ValueError, match=r"measured joules: NVML cannot be read here \(Not Found\)"):
+        measured_joules(lambda: None, device="cuda")
+    assert nvml.opened == 0
+    with pytest.raises(ValueError, match=r"torch has no device 'cuda:1' here \(Invalid device id\)"):
+        measured_joules(lambda: None, device="cuda:1")
+    gpu(Nvml(works=False))
+    with pytest.raises(ValueError, match=r"NVML cannot be read here \(Driver Not Loaded\)"):
+        measured_joules(lambda: None, device="cuda")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(ValueError, match="needs the package nvidia-ml-py"):
+        measured_joules(lambda: None, device="cuda")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0", "cud", ""])
+def test_a_device_without_a_counter_is_not_the_cpu(device, tmp_path):
+    counters(tmp_path, ("intel-rapl:0", 900))
+    with pytest.raises(ValueError, match=f"device: got '{device}', takes cpu, cuda or cuda:N"):
+        measured_joules(lambda: None, device=device, rapl=tmp_path)
 
 
 @pytest.mark.parametrize(
