@@ -19,6 +19,7 @@ import contextlib
 import datetime
 import re
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -137,6 +138,14 @@ def widths() -> list[tuple[Case, torch.dtype]]:
     return found
 
 
+def _commit() -> str:
+    """The checkout's; with a + if kernels have changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    name = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../kernels"])
+    return name.stdout.strip() + "+" * changed.returncode
+
+
 def note(path: Path, cells: dict[str, str]) -> None:
     """Add a line to a table of runs."""
     if not path.exists():
@@ -199,8 +208,8 @@ def main() -> int:
     if options.note:
         command = re.sub(r" --note \S+", "", " ".join(["python bench/emulate.py", *sys.argv[1:]]))
         note(options.note, {
-            "date": f"{datetime.date.today()}", "command": f"`{command}`", "Triton": triton.__version__,
-            "architecture": f"sm_{options.target}", "calls": f"{len(chosen)}",
+            "date": f"{datetime.date.today()}", "commit": _commit(), "command": f"`{command}`",
+            "Triton": triton.__version__, "architecture": f"sm_{options.target}", "calls": f"{len(chosen)}",
             "launches": f"{emulator.ran.total()}", "kernels": f"{len(emulator.ran)}",
             "variants": f"{len(emulator.compiled)}", "wrong": f"{len(wrong)}", "not run": f"{not_run}",
         })  # fmt: skip
