@@ -96,6 +96,18 @@ def test_several_checkpoints_csv_picture_and_the_original(folders, capsys, tmp_p
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("memory", [[], ["--memory"]])
+def test_layers_have_the_same_names_and_joules_in_json_as_in_csv(folders, capsys, tmp_path, memory):
+    table, flags = tmp_path / "rows.csv", ["--per-layer", "--json", *memory]
+    out = run(capsys, "-c", folders[0], "--prompt", "the cat", "--csv", table, *flags).out
+    rows = json.loads(out)["models"][str(folders[0])]["rows"]
+    lines = list(csv.DictReader(io.StringIO(table.read_text())))
+    for name in ("estimated_joules", "estimated_memory_joules"):
+        assert ["" if row[name] is None else str(row[name]) for row in rows] == [line[name] for line in lines]
+    assert sum(row["estimated_joules"] for row in rows) > 0
+    assert not {"joules", "memory_joules"} & set(rows[0])
+
+
 def test_token_mode_and_a_table_of_ones_own(folders, capsys, tmp_path):
     values = {}
     for mode in ("prompt", "token"):

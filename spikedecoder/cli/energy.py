@@ -209,7 +209,9 @@ def _as_json(
         if per_layer:
             estimate = ledger.joules(comparison.table, memory)
             for row in values["rows"]:
-                row["joules"], row["memory_joules"] = estimate.rows[row["layer"], row["operation"]]
+                arithmetic, moved = estimate.rows[row["layer"], row["operation"]]
+                row["estimated_joules"] = arithmetic  # as in the CSV
+                row["estimated_memory_joules"] = moved if memory else None
         else:
             del values["rows"]
         if name in originals:
