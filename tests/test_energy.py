@@ -180,6 +180,19 @@ def test_compare_lists_each_model_with_its_twins():
         energy.compare([])
 
 
+def test_compare_needs_a_config_only_of_a_spiking_model():
+    ledgers = []
+    for layer in (nn.Linear(3, 2), SpikeLinear(3, 2)):
+        with energy.Recorder(layer) as recorder:
+            layer(torch.ones(2, 1, 5, 3))
+        ledgers.append(recorder.ledger())
+    comparison = energy.compare(ledgers[:1])
+    assert [e.variant for e in comparison.entries] == ["this model, fp32", "this model, int8"]
+    assert not comparison.break_even and not any(e.baseline for e in comparison.entries)
+    with pytest.raises(ValueError, match="ledger: got one of a model without a config"):
+        energy.compare(ledgers)
+
+
 @pytest.mark.parametrize(
     ("changes", "bits"),
     [

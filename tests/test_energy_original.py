@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from spikedecoder import SpikeDecoderConfig
+from spikedecoder import SpikeDecoderConfig, energy
 from spikedecoder.energy import Ledger, Row, measured_joules, original_estimate
 from spikedecoder.energy.units import si
 
@@ -49,6 +49,22 @@ def test_compat_gives_what_the_original_shows(degree):
 def test_compat_takes_the_binary_timesteps_of_integers():
     changes = {"neuron": "ilif", "levels": 15, "timesteps": 1, "v_reset": None}  # four, as above
     assert ledger(4, **changes).joules(compat=True).joules == pytest.approx(SHOWN[4] * 1e-6, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"memory": True}, "memory"),
+        ({"memory": {"weights": "dram"}, "number_format": "int8"}, "memory, number_format"),
+        ({"number_format": "int8", "activation_bits": 3}, "number_format, activation_bits"),
+        ({"table": "jouppi-7nm"}, "table"),
+    ],
+)
+def test_compat_goes_with_no_other_choice(changes, names):
+    with pytest.raises(ValueError, match=f"compat: got True with {names}, takes no"):
+        ledger(4).joules(compat=True, **changes)
+    default = energy.EnergyTable.load(energy.DEFAULT_TABLE)
+    assert ledger(4).joules(default, compat=True) == ledger(4).joules(compat=True)
 
 
 def test_compat_says_what_it_cannot_do():

@@ -25,6 +25,7 @@ class Entry:
     baseline: bool
 
     def to_dict(self) -> dict[str, Any]:
+        """The entry as plain data: its names and the sums of its estimate."""
         names = ("joules", "per_token", "arithmetic", "memory", "by_kind", "by_memory", "number_format")
         values = {name: getattr(self.estimate, name) for name in names}
         return {"model": self.model, "variant": self.variant, "baseline": self.baseline, **values}
@@ -48,6 +49,7 @@ class BreakEven:
     layers: dict[str, tuple[float, float | None]]
 
     def to_dict(self) -> dict[str, Any]:
+        """The rates as plain data."""
         layers = {name: {"rate": r, "break_even": limit} for name, (r, limit) in self.layers.items()}
         return {
             "number_format": self.number_format,
@@ -71,9 +73,11 @@ class Comparison:
     assumptions: tuple[str, ...]
 
     def of(self, model: str) -> list[Entry]:
+        """The entries of one model: itself in each format, then its twins."""
         return [entry for entry in self.entries if entry.model == model]
 
     def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data, the table's energies included."""
         return {
             "estimate": True,
             "table": self.table.to_dict(),
@@ -97,7 +101,8 @@ def compare(
     ledgers: named by the keys of the mapping, else by their own names (numbered if missing or repeated).
     table, memory: as in `Ledger.joules`.
 
-    Raises TypeError, ValueError: a single Ledger, none, one that is not of a SpikeDecoder, or something else.
+    Raises TypeError, ValueError: a single Ledger, none, one of a spiking model other than a SpikeDecoder, or
+    something else.
     """
     if isinstance(ledgers, Ledger):
         raise TypeError("ledgers: got a Ledger, takes several: a list, or a mapping of names to them")
@@ -111,13 +116,12 @@ def compare(
     for name, ledger in named.items():
         if not isinstance(ledger, Ledger):
             raise TypeError(f"ledgers: got {type(ledger).__name__} for {name!r}, takes a Ledger")
-        twin = ann_ledger(ledger)
-        spiking = ledger.rate is not None
+        twin = None if ledger.rate is None else ann_ledger(ledger)
         kinds: list[tuple[str, Ledger, dict[str, Any]]] = [
             ("this model, fp32", ledger, {}),
             ("this model, int8", ledger, {"number_format": "int8"}),
         ]
-        if spiking:
+        if twin is not None:
             kinds += [("ANN, fp32", twin, {}), ("ANN, int8", twin, {"number_format": "int8"})]
             assert ledger.config is not None
             c = ledger.config

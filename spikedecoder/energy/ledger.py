@@ -62,6 +62,7 @@ class Estimate:
 
     @property
     def per_token(self) -> float:
+        """The mean joules of a token."""
         return self.joules / self.tokens
 
     def __float__(self) -> float:
@@ -69,12 +70,14 @@ class Estimate:
 
     @property
     def by_layer(self) -> dict[str, float]:
+        """The joules of each layer, arithmetic and memory together."""
         sums: dict[str, float] = {}
         for (layer, _), (arithmetic, memory) in self.rows.items():
             sums[layer] = sums.get(layer, 0.0) + arithmetic + memory
         return sums
 
     def to_dict(self) -> dict[str, Any]:
+        """The estimate as plain data, without `rows`."""
         values = {name: value for name, value in asdict(self).items() if name not in ("rows", "assumptions")}
         extra = {"per_token": self.per_token, "by_layer": self.by_layer}
         return {"estimate": True, **values, **extra, "assumptions": list(self.assumptions)}
@@ -140,7 +143,7 @@ class Ledger:
         number_format: "fp32", "fp16" or "int8", of weights and activations. Neurons, norms, softmax, GELU and
             residual sums stay fp32; sums of spikes are int32, or fp32 where attention has a decay.
         activation_bits: with int8 weights, the bits of an activation, 1 to 8; None is 8.
-        compat: the original program's formulas instead, which ignore the rest; see `original_estimate`.
+        compat: the original program's formulas instead, with no other argument; see `original_estimate`.
 
         Raises TypeError, ValueError: naming the argument, or the table's entry.
         """
@@ -148,6 +151,15 @@ class Ledger:
         if compat:
             from spikedecoder.energy.original import original_estimate
 
+            given = {
+                "table": table != EnergyTable.load(DEFAULT_TABLE),
+                "memory": memory is not False,
+                "number_format": number_format != "fp32",
+                "activation_bits": activation_bits is not None,
+            }
+            if any(given.values()):
+                names = ", ".join(name for name, is_given in given.items() if is_given)
+                raise ValueError(f"compat: got True with {names}, takes no other argument beside it")
             return original_estimate(self)
         word = {"fp32": 32, "fp16": 16, "int8": 8}.get(number_format, 0)
         matmul = table.multiply_add(number_format, activation_bits)

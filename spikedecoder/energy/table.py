@@ -85,6 +85,7 @@ class EnergyTable:
         return next(name for name, capacity in MEMORIES.items() if n_bytes <= capacity)
 
     def to_dict(self) -> dict[str, Any]:
+        """Name, source and every energy in pJ as plain data."""
         return dataclasses.asdict(self)
 
     @classmethod
