@@ -6,7 +6,7 @@ built from `csrc/` by CMake and ninja, without torch. Environment variables:
     SPIKEDECODER_BUILD       auto (default): what can be built here; cpu: without CUDA; cuda: with CUDA, or
                              fail; off: pure Python, which leaves the reference and Triton backends.
     SPIKEDECODER_CUDA_ARCHS  architectures of the CUDA module, such as "80;90", or "all".
-    CXX, CUDACXX, MAX_JOBS   compiler, nvcc, parallel compile jobs.
+    CXX, CUDACXX, MAX_JOBS   compiler, nvcc (without options or a launcher), parallel compile jobs.
 
 With auto and no C++ compiler, the install succeeds without the extension and says so. A compile error always
 fails the install.
@@ -85,6 +85,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         names = [extension.name for extension in self.extensions]
         with_cuda = "spikedecoder._C_cuda" in names
+        nvcc = None if build_mode() == "cpu" else find_nvcc()
         configure = [
             *("cmake", "-G", "Ninja", "-S", str(ROOT / "csrc"), "-B", str(build)),
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -95,7 +96,7 @@ class CMakeBuild(build_ext):
         archs = os.environ.get("SPIKEDECODER_CUDA_ARCHS") or CUDA_ARCHS
         if with_cuda:
             configure += [
-                f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+                f"-DCMAKE_CUDA_COMPILER={nvcc}",
                 f"-DSPIKEDECODER_CUDA_ARCHS={ALL_CUDA_ARCHS if archs == 'all' else archs}",
             ]
         # a build folder that another Python configured would keep that Python's headers
@@ -113,7 +114,7 @@ class CMakeBuild(build_ext):
             os.replace(partial, target)
         # recorded beside them: what was asked for, to tell a missing module from one that was not wanted
         record = Path(self.get_ext_fullpath("spikedecoder._C")).resolve().with_name("_build.json")
-        noted = {"build": build_mode(), "cuda_archs": archs, "nvcc": find_nvcc() or ""}
+        noted = {"build": build_mode(), "cuda_archs": archs, "nvcc": nvcc or ""}
         partial = record.with_name(record.name + ".part")
         partial.write_text(json.dumps(noted) + "\n", "utf-8")
         os.replace(partial, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -124,26 +125,55 @@ def test_a_program_that_is_not_there_is_an_error(variable, machine, setup_argume
         setup_arguments()
 
 
+@pytest.fixture
+def run_build(setup_arguments, tmp_path, monkeypatch):
+    """Runs setup.py's build with a CMake that does nothing; returns the command and the lines it ran."""
+
+    def run():
+        arguments = setup_arguments()
+        command = arguments["cmdclass"]["build_ext"](
+            setuptools.Distribution({"name": "spikedecoder", "ext_modules": arguments["ext_modules"]})
+        )
+        command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+        command.ensure_finalized()
+        ran = []
+
+        def cmake(line, check):
+            ran.append(line)
+            for name in BOTH:
+                (tmp_path / "temp" / "cmake" / Path(command.get_ext_filename(name)).name).write_text(name)
+
+        monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_cmake_dir=lambda: "pybind11's"))
+        monkeypatch.setattr(subprocess, "run", cmake)
+        command.run()
+        return command, ran
+
+    return run
+
+
+@pytest.mark.parametrize("more", ["ccache nvcc", "nvcc -ccbin g++-12"])
+def test_nvcc_is_named_alone(more, machine, setup_arguments, tmp_path, run_build):
+    """CMake takes the path of one program, and tests that as the compiler."""
+    machine("c++", "nvcc", "ccache", "cmake", CUDACXX=more)
+    message = f"CUDACXX: got {re.escape(repr(more))}, takes nvcc alone.*CMAKE_CUDA_COMPILER_LAUNCHER.*CUDAFLAGS"
+    with pytest.raises(SystemExit, match=message):
+        setup_arguments()
+    (tmp_path / "my tools").mkdir()
+    nvcc = shutil.copy(shutil.which("nvcc"), tmp_path / "my tools" / "nvcc")
+    machine("c++", "cmake", CUDACXX=nvcc)
+    assert _programs.find_nvcc() == str(nvcc)
+    # without CUDA, it does not matter, not even after everything was compiled
+    machine("c++", "cmake", CUDACXX=more, SPIKEDECODER_BUILD="cpu")
+    command, (configure, _) = run_build()
+    assert "-DSPIKEDECODER_CUDA=OFF" in configure
+    noted = Path(command.get_ext_fullpath("spikedecoder._C")).with_name("_build.json")
+    assert json.loads(noted.read_text())["nvcc"] == ""
+
+
 @pytest.mark.parametrize("archs", [None, "all", "89"])
-def test_what_cmake_is_told_and_what_is_noted(archs, machine, setup_arguments, tmp_path, monkeypatch):
+def test_what_cmake_is_told_and_what_is_noted(archs, machine, run_build, tmp_path, monkeypatch):
     folder = machine("c++", "nvcc", "cmake", **({} if archs is None else {"SPIKEDECODER_CUDA_ARCHS": archs}))
-    arguments = setup_arguments()
-    command = arguments["cmdclass"]["build_ext"](
-        setuptools.Distribution({"name": "spikedecoder", "ext_modules": arguments["ext_modules"]})
-    )
-    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
-    command.ensure_finalized()
-    ran = []
-
-    def cmake(line, check):
-        ran.append(line)
-        for name in BOTH:
-            (tmp_path / "temp" / "cmake" / Path(command.get_ext_filename(name)).name).write_text(name)
-
-    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_cmake_dir=lambda: "pybind11's"))
-    monkeypatch.setattr(subprocess, "run", cmake)
-    command.run()
-    configure, build = ran
+    command, (configure, build) = run_build()
     assert build[:2] == ["cmake", "--build"]
     for option in (
         "-DSPIKEDECODER_CUDA=ON",

@@ -44,7 +44,8 @@ def is_stale(module: ModuleType) -> bool:
 
 def asked_for() -> dict[str, str]:
     """What setup.py recorded of its build: "build" (the SPIKEDECODER_BUILD asked for), "cuda_archs", and
-    "nvcc" (the path found, or ""). Empty if nothing was compiled or the record cannot be read."""
+    "nvcc" (the path found, or ""; with "cpu" it is not looked for). Empty if nothing was compiled or the
+    record cannot be read."""
     try:
         return json.loads(Path(__file__).parent.with_name("_build.json").read_text("utf-8"))
     except (OSError, ValueError):

@@ -7,11 +7,21 @@ import shutil
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler, or None. It must be GCC or Clang: the kernels use attributes that only these know."""
+    """The C++ compiler, or None. It must be GCC or Clang: the kernels use attributes that only these know.
+
+    Of a CXX of several words it is the first; CMake, which reads CXX itself, runs all of them.
+    """
     return None if os.name == "nt" else _find("CXX", "c++", "g++", "clang++")
 
 
 def find_nvcc() -> str | None:
+    """nvcc, or None. Raises ValueError if CUDACXX holds more than one program: CMake is given its path."""
+    asked = os.environ.get("CUDACXX", "").strip()
+    if len(asked.split()) > 1 and shutil.which(asked) is None:
+        raise ValueError(
+            f"CUDACXX: got {asked!r}, takes nvcc alone; a launcher such as ccache goes into "
+            "CMAKE_CUDA_COMPILER_LAUNCHER, options go into CUDAFLAGS"
+        )
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return _find("CUDACXX", "nvcc", f"{home}/bin/nvcc")
 
@@ -23,7 +33,7 @@ def _find(variable: str, *names: str) -> str | None:
     """
     asked = os.environ.get(variable, "").strip()
     if asked:
-        found = shutil.which(asked.split()[0])
+        found = shutil.which(asked) or shutil.which(asked.split()[0])  # the path may have spaces
         if found is None:
             raise ValueError(f"{variable}: got {asked!r}, which is not a program here")
         return found
