@@ -155,7 +155,7 @@ def run_build(setup_arguments, tmp_path, monkeypatch):
 def test_nvcc_is_named_alone(more, machine, setup_arguments, tmp_path, run_build):
     """CMake takes the path of one program, and tests that as the compiler."""
     machine("c++", "nvcc", "ccache", "cmake", CUDACXX=more)
-    message = f"CUDACXX: got {re.escape(repr(more))}, takes nvcc alone.*CMAKE_CUDA_COMPILER_LAUNCHER.*CUDAFLAGS"
+    message = f"CUDACXX: got {re.escape(repr(more))}, takes nvcc alone.*CUDA_COMPILER_LAUNCHER.*CUDAFLAGS"
     with pytest.raises(SystemExit, match=message):
         setup_arguments()
     (tmp_path / "my tools").mkdir()

@@ -15,7 +15,7 @@ def find_compiler() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """nvcc, or None. Raises ValueError if CUDACXX holds more than one program: CMake is given its path."""
+    """nvcc, or None. Raises ValueError if CUDACXX names more than one program, as CMake takes a path."""
     asked = os.environ.get("CUDACXX", "").strip()
     if len(asked.split()) > 1 and shutil.which(asked) is None:
         raise ValueError(
