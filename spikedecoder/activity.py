@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spikedecoder import ops
+from spikedecoder.fields import at_least
 from spikedecoder.model import SpikeDecoder, check_model
 from spikedecoder.nn.attention import AttentionLIF, SoftmaxAttention
 from spikedecoder.nn.evaluating import evaluating
@@ -50,11 +51,13 @@ class Activity:
 
     def last(self, tokens: int) -> Activity:
         """The activity at the last `tokens` tokens only."""
+        at_least("tokens", tokens, 0)
+        end = slice(-tokens, None) if tokens else slice(0)  # -0 would be the beginning
         return replace(
             self,
-            spikes={name: s[:, :, -tokens:] for name, s in self.spikes.items()},
-            potentials={name: h[:, :, -tokens:] for name, h in self.potentials.items()},
-            scores={name: s[..., -tokens:, -tokens:] for name, s in self.scores.items()},
+            spikes={name: s[:, :, end] for name, s in self.spikes.items()},
+            potentials={name: h[:, :, end] for name, h in self.potentials.items()},
+            scores={name: s[..., end, end] for name, s in self.scores.items()},
         )
 
     def rates(self) -> dict[str, Tensor]:

@@ -13,11 +13,14 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.activity import Activity
 from spikedecoder.app.models import Library
 from spikedecoder.cli import main
 from spikedecoder.data import CharTokenizer, WordTokenizer
@@ -183,6 +186,26 @@ def test_the_last_tokens_are_shown_with_what_came_before(
         assert torch.equal(last.spikes[name], spikes[:, :, -len(seen.labels) :])
     for name, scores in expected.scores.items():
         assert torch.equal(last.scores[name], scores[..., -len(seen.labels) :, -len(seen.labels) :])
+    none = seen.activity.last(0)
+    assert {s.shape[2] for s in (*none.spikes.values(), *none.potentials.values())} == {0}
+    assert {s.shape[-2:] for s in none.scores.values()} == {(0, 0)}
+    with pytest.raises(ValueError, match="tokens: got -1, takes an integer >= 0"):
+        seen.activity.last(-1)
+
+
+def test_potentials_are_those_of_the_layers_block_alone(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib")
+    from spikedecoder import viz
+    from spikedecoder.app.writing import VIEWS, layer_figure
+
+    names = ["embedding.lif", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2", "blocks.10.mlp.fc1", "blocks.11.lif"]
+    activity = Activity({name: torch.zeros(1, 1, 1, 1, dtype=torch.bool) for name in names})
+    activity.potentials = {name: torch.zeros(1, 1, 1, 1) for name in names}
+    seen: Any = SimpleNamespace(activity=activity, labels=["a"])
+    monkeypatch.setattr(viz, "potentials", lambda _, layers: layers)
+    assert layer_figure(seen, VIEWS[2], "blocks.1.mlp.fc2") == ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
+    assert layer_figure(seen, VIEWS[2], "blocks.10.mlp.fc1") == ["blocks.10.mlp.fc1"]
+    assert layer_figure(seen, VIEWS[2], "embedding.lif") == ["embedding.lif"]
 
 
 def test_one_training_at_a_time_and_it_can_be_stopped(tmp_path: Path):

@@ -152,9 +152,13 @@ def layer_figure(seen: Observation, view: str, layer: str) -> Figure:
         return viz.raster(activity, layer, labels=labels, columns=2)
     block = ".".join(layer.split(".")[:2])
     if view == VIEWS[1]:
-        near = [name for name in activity.scores if name.startswith(f"{block}.")]
+        near = [name for name in activity.scores if _is_within(name, block)]
         return viz.attention_map(activity, next(iter([*near, *activity.scores])), labels=labels)
-    return viz.potentials(seen.activity, [name for name in activity.potentials if name.startswith(block)])
+    return viz.potentials(seen.activity, [name for name in activity.potentials if _is_within(name, block)])
+
+
+def _is_within(layer: str, block: str) -> bool:
+    return f"{layer}.".startswith(f"{block}.")
 
 
 def run_of(path: str) -> Path | None:
