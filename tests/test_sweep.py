@@ -7,6 +7,7 @@ import csv
 import functools
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -256,6 +257,55 @@ def test_a_trial_is_given_up_after_three_kills_and_after_no_number_of_stops(
                 assert go().interrupted
     [trial] = go().trials
     assert trial["folder"] == "0000" and trial["state"] == ("fail" if killed else "complete")
+
+
+def test_a_trial_that_needs_too_much_memory_fails_alone(story, tmp_path, monkeypatch):
+    from spikedecoder.sweep import worker
+
+    def too_large(config, data, settings, **options):
+        if settings.seed == 1:
+            raise MemoryError("not enough memory on cpu\nfor steps of 2 x 16 tokens")
+        return train(config, data, settings, **options)
+
+    monkeypatch.setattr(worker, "train", too_large)
+    whole, told = search("[space]\nseed = { choices = [1, 2] }\n[study]\nsampler = 'grid'", steps=1), []
+    found = sweep(whole, tmp_path / "sweep", texts=[str(story)], say=told.append)
+    failed, complete = sorted(found.trials, key=lambda t: t["params"]["seed"])
+    assert (failed["state"], complete["state"]) == ("fail", "complete")
+    assert failed["error"] == "not enough memory on cpu for steps of 2 x 16 tokens"
+    assert any("failed: not enough memory" in line for line in told)
+
+
+def test_a_study_whose_process_was_killed_while_writing_goes_on(story, tmp_path):
+    go = functools.partial(sweep, texts=[str(story)], say=lambda _: None)
+    whole = search("[space]\nseed = { choices = [1] }\n[study]\nsampler = 'grid'", steps=1)
+    go(whole, tmp_path / "sweep")
+    killed = tmp_path / "killed"
+    with contextlib.closing(sqlite3.connect(tmp_path / "sweep" / "study.db")) as database:
+        database.execute("pragma cache_size = 1")  # writes before the commit
+        database.execute("create table more (text)")
+        database.executemany("insert into more values (?)", [("x" * 1000,)] * 100)
+        shutil.copytree(tmp_path / "sweep", killed)
+    assert (killed / "study.db-journal").stat().st_size > 0
+    assert [t["state"] for t in go(whole, killed).trials] == ["complete"]
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_several_processes_say_what_one_would(story, tmp_path, capfd, heard):
+    """To the caller's `say`, not to standard output; one that fails ends the sweep."""
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        told.append(line)
+        if not heard:
+            raise BrokenPipeError
+
+    whole = search("[space]\nseed = { choices = [1, 2] }\n[study]\nsampler = 'grid'", steps=1)
+    with contextlib.nullcontext() if heard else pytest.raises(BrokenPipeError):
+        found = sweep(whole, tmp_path / "sweep", texts=[str(story)], jobs=2, say=say)
+        bits = {f"trial {t['number']} (seed {t['params']['seed']})": t["bits"] for t in found.trials}
+        assert sorted(told) == sorted(f"{trial}: {n:.3f} bits per token" for trial, n in bits.items())
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +52,7 @@ def sweep(
 
     Called again with the same `out`, the sweep goes on: trials that were cut off resume from their last
     checkpoint. Writes OUT/results.csv and, if a trial is complete, OUT/best.toml. Ctrl-C lets running trials
-    save, and returns. texts, corpus: see `prepare_corpus`. say: takes lines of progress; with several jobs
-    the processes print theirs to standard output.
+    save, and returns. texts, corpus: see `prepare_corpus`. say: takes lines of progress.
 
     Raises ValueError (a bad search, or a study of another search, text or schema; Optuna is not installed),
     TrainingError (a process died), and what `prepare_corpus` raises.
@@ -70,33 +72,31 @@ def sweep(
     if jobs == 1:
         stopped = work(search, out, texts, corpus, None, say) is not None
     else:
-        stopped = _in_processes(search, out, texts, corpus, jobs)
+        stopped = _in_processes(search, out, texts, corpus, jobs, say)
     return finish(study, search, out, stopped)
 
 
 def _in_processes(
-    search: Search, out: Path, texts: Sequence[str] | None, corpus: str | None, jobs: int
+    search: Search, out: Path, texts: Sequence[str] | None, corpus: str | None, jobs: int, say: Say
 ) -> bool:
     """Run the trials in `jobs` processes; returns whether any of them was stopped."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=_entry, args=(search, out, texts, corpus, threads), name=f"sweep-{i}")
-        for i in range(jobs)
-    ]
-    for worker in workers:
-        worker.start()
-    asked = False
-    with _sigterm_as_sigint():
-        while any(worker.is_alive() for worker in workers):
-            try:
-                for worker in workers:
-                    worker.join()
-            except KeyboardInterrupt:
-                asked = True
-                for worker in workers:
-                    if worker.is_alive():
-                        worker.terminate()  # the first time it saves and ends, the second time at once
+    workers: list[BaseProcess] = []
+    lines: list[Connection] = []
+    for i in range(jobs):
+        line, end = context.Pipe(duplex=False)  # a pipe each: a killed process holds no lock of the others'
+        arguments = (search, out, texts, corpus, threads, end)
+        workers.append(context.Process(target=_entry, args=arguments, name=f"sweep-{i}"))
+        workers[-1].start()
+        end.close()  # the process has its own
+        lines.append(line)
+    try:
+        asked = _wait_for(workers, lines, say)
+    except BaseException:  # of `say`, such as nobody reading its output any more
+        for worker in workers:
+            worker.terminate()
+        raise
     codes = [worker.exitcode for worker in workers]
     killed = [code for code in codes if code not in (0, _STOPPED, *([-signal.SIGTERM] if asked else []))]
     if killed:
@@ -106,10 +106,42 @@ def _in_processes(
     return asked or _STOPPED in codes
 
 
+def _wait_for(workers: list[BaseProcess], lines: list[Connection], say: Say) -> bool:
+    """Wait until the processes have ended, passing on what they say; returns whether they were asked to."""
+    asked = False
+    with _sigterm_as_sigint():
+        while lines or any(worker.is_alive() for worker in workers):
+            try:
+                while lines:
+                    _pass_on(lines, say)
+                for worker in workers:
+                    worker.join()
+            except KeyboardInterrupt:
+                asked = True
+                for worker in workers:
+                    if worker.is_alive():
+                        worker.terminate()  # the first time it saves and ends, the second time at once
+    return asked
+
+
 _STOPPED = 3
 
 
-def _entry(search: Search, out: Path, texts: Sequence[str] | None, corpus: str | None, threads: int) -> None:
+def _pass_on(lines: list[Connection], say: Say) -> None:
+    """Wait for lines of progress and pass them on; connections whose process has ended are removed."""
+    ready = wait(lines)
+    for line in [line for line in lines if line in ready]:
+        try:
+            said = line.recv_bytes()
+        except (EOFError, OSError):
+            lines.remove(line)
+        else:
+            say(said.decode(errors="replace"))
+
+
+def _entry(
+    search: Search, out: Path, texts: Sequence[str] | None, corpus: str | None, threads: int, line: Connection
+) -> None:
     import torch
 
     if hasattr(os, "setsid"):
@@ -117,7 +149,12 @@ def _entry(search: Search, out: Path, texts: Sequence[str] | None, corpus: str |
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     alive = (lambda: True) if parent is None else parent.is_alive
-    if work(search, out, texts, corpus, threads, alive=alive) is not None:
+
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError):  # the parent is gone
+            line.send_bytes(text.encode(errors="backslashreplace"))
+
+    if work(search, out, texts, corpus, threads, say, alive) is not None:
         raise SystemExit(_STOPPED)
 
 

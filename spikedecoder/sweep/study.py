@@ -72,8 +72,7 @@ def open_study(out: Path, search: Search, fingerprint: str) -> Any:
 
 def _storage(o: Any, path: Path) -> Any:
     def connect() -> sqlite3.Connection:
-        # other processes write too: wait for them
-        return sqlite3.connect(path.resolve(), timeout=100, check_same_thread=False)
+        return _connect(path.resolve())
 
     try:
         # `connect` knows the path: in the address, ?, % and { of a folder's name would mean something
@@ -86,10 +85,16 @@ def _storage(o: Any, path: Path) -> Any:
         ) from None
 
 
+def _connect(database: str | Path, uri: bool = False) -> sqlite3.Connection:
+    # other processes write too: wait for them
+    return sqlite3.connect(database, timeout=100, check_same_thread=False, uri=uri)
+
+
 def _check_file(path: Path) -> None:
     """ValueError if the file is not an SQLite database of Optuna."""
     try:
-        with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as database:
+        # not read-only: what a process was writing when it was killed has to be undone first
+        with _connect(f"{path.resolve().as_uri()}?mode=rw", uri=True) as database:
             tables = {name for (name,) in database.execute("select name from sqlite_master")}
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path}: not a study file ({error}); takes a new --out") from None

@@ -103,7 +103,7 @@ def _run(
         study.tell(trial, state=state.PRUNED)
         say(f"{name}: stopped at step {reporter.at}, {reporter.bits:.3f} bits per token")
         return None
-    except (ValueError, TypeError, CheckpointError, TrainingError) as error:
+    except (ValueError, TypeError, CheckpointError, TrainingError, MemoryError) as error:
         trial.set_user_attr("error", " ".join(str(error).split()))
         study.tell(trial, state=state.FAIL)
         say(f"{name}: failed: {error}")
