@@ -131,6 +131,12 @@ def test_evaluation_of_a_part_says_so(corpus: Corpus) -> None:
     assert model.training and model.blocks.training and not model.head.training
     assert part.tokens == 20 and part.covers.startswith("the first 20 of ")
     assert whole.tokens == len(corpus.val) - 1 and whole.covers.startswith("all ")
+    padded = corpus.val[:40].copy()
+    padded[[0, 5, 6, 39]] = model.config.pad_id
+    part, whole = evaluate(model, padded, max_tokens=20), evaluate(model, padded)
+    assert part is not None and whole is not None
+    assert whole.covers == "all 36 held-out tokens"  # the first is no target, and padding is none
+    assert part.covers == "the first 18 of 36 held-out tokens"
 
 
 @pytest.mark.parametrize(

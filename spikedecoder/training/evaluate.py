@@ -21,7 +21,7 @@ from spikedecoder.spike_stats import SpikeCounter, spiking_layers
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over `tokens` predicted tokens, of `of_tokens` in the held-out part.
+    """Means over `tokens` predicted tokens, of `of_tokens` in the held-out part; padding does not count.
 
     loss: nats per token. bits: loss / ln 2, per token. accuracy: share of targets that were the most probable
     token. spike_rates: by layer, spikes per neuron and timestep. full: by layer, the share of neuron outputs
@@ -37,6 +37,7 @@ class Evaluation:
     full: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dict."""
         return asdict(self)
 
     @property
@@ -110,7 +111,7 @@ def evaluate(
         bits=mean / math.log(2),
         accuracy=correct / count if count else math.nan,
         tokens=count,
-        of_tokens=len(tokens) - 1,
+        of_tokens=len(tokens) - 1 - (0 if pad is None else int((tokens[1:] == pad).sum())),
         spike_rates={name: spikes / slots if slots else 0.0 for name, (spikes, _, slots) in counts.items()},
         full={name: full / slots if slots else 0.0 for name, (_, full, slots) in counts.items()},
     )
