@@ -1,5 +1,6 @@
 """Generation of ids: batches, windows, streaming, what lies past the context."""
 
+import functools
 import math
 import statistics
 import time
@@ -433,6 +434,22 @@ def test_ids_of_tensors_and_arrays(model):
         assert set(result.tokens[0]) <= {0, 29} and result.tokens[0].count(29) <= 1
     with pytest.raises(TypeError, match="suppress: got int, takes integers"):
         generate(model, [[1]], 3, suppress=3)
+
+
+def test_integers_of_numpy_and_tensors(model):
+    draw = functools.partial(generate, model, [[1]], sampling=SamplingParams(seed=0))
+    free = draw(30, keep=3, top=2)
+    new = free.tokens[0]
+    assert draw(np.int64(30), keep=np.uint8(3), top=np.int32(2)) == free  # -3 in uint8 would be 253
+    end = next(t for t in new if t != new[0])
+    stopped = draw(30, keep=3, stop=end)
+    assert stopped.tokens[0] == new[: new.index(end) + 1]
+    for stop in (np.int64(end), np.array(end), torch.tensor(end), [np.int64(end)]):
+        assert draw(30, keep=3, stop=stop) == stopped
+    for name in ("keep", "top"):
+        for value in (True, np.True_, 2.0, np.float64(2)):
+            with pytest.raises(ValueError, match=f"{name}: got .*, takes an integer"):
+                draw(3, **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Text in, text out: streaming, stop strings, unknown characters, and what a text cost."""
 
+import numpy as np
 import pytest
 import torch
 from test_generation import TEXT, make
@@ -75,7 +76,7 @@ def test_stop_strings(written):
     assert (
         tokenizer.decode(result.sequences[0]) == tokenizer.decode(result.prompts[0]) + result.completions[0]
     )
-    for ids in (torch.tensor([by_id]), torch.tensor(by_id)):
+    for ids in (torch.tensor([by_id]), torch.tensor(by_id), np.int64(by_id), ["no such", np.int64(by_id)]):
         again = generate_result(model, tokenizer, ["the"], 40, SamplingParams(seed=3), stop=ids)
         assert again.tokens == result.tokens
     never = generate_result(model, tokenizer, ["the"], 40, SamplingParams(seed=3), stop="no such text")

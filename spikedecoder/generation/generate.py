@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spikedecoder.fields import is_integer
 from spikedecoder.generation.batch import Batch, Continuation, Finish, GeneratedToken
 from spikedecoder.generation.detokenize import TextStream
 from spikedecoder.generation.native import open_source
-from spikedecoder.generation.sampling import Prediction, SamplingParams, check_ids, fresh_seed
+from spikedecoder.generation.sampling import Prediction, SamplingParams, check_ids, fresh_seed, to_python
 from spikedecoder.generation.window import LogitSource
 from spikedecoder.model import check_model
 
@@ -209,12 +210,13 @@ def prepare(
     model = check_model(model)
     vocabulary = model.config.vocab_size
     for name, value in (("max_new_tokens", max_new_tokens), ("top", top)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not is_integer(value) or value < 0:
             raise ValueError(f"{name}: got {value!r}, takes an integer >= 0")
     sampling = SamplingParams() if sampling is None else sampling
     if not isinstance(sampling, SamplingParams):
         raise TypeError(f"sampling: got {type(sampling).__name__}, takes SamplingParams")
-    stop = () if stop is None else (stop,) if isinstance(stop, int) else stop
+    stop = to_python(stop)
+    stop = () if stop is None else (stop,) if is_integer(stop) else stop
     ends = frozenset(check_ids("stop", stop, vocabulary))
     suppressed = suppressed_ids(model) if suppress is None else check_ids("suppress", suppress, vocabulary)
     if len(set(suppressed)) == vocabulary:
@@ -226,12 +228,12 @@ def prepare(
         Continuation(
             number=i,
             prompt=prompt or start,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=int(max_new_tokens),
             sampling=sampling,
             seed=seed + i,
             stop=ends,
             text=None if texts is None else texts[i],
-            top=top,
+            top=int(top),
         )
         for i, prompt in enumerate(lists)
     ]

@@ -168,9 +168,14 @@ def _largest(weights: Floats, count: Any, smallest: Floats) -> Floats:
     return np.where(above | (equal & (equal.cumsum(axis=1) <= room)), weights, 0.0)
 
 
+def to_python(value: Any) -> Any:
+    """A tensor or array as lists and numbers of Python; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def check_ids(name: str, ids: Any, vocabulary: int) -> list[int]:
     """Token ids (an iterable, tensor or array) as a list; TypeError or ValueError if they are not valid."""
-    found = ids.tolist() if hasattr(ids, "tolist") else ids
+    found = to_python(ids)
     if not isinstance(found, Iterable):
         raise TypeError(f"{name}: got {type(ids).__name__}, takes integers")
     found = list(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from spikedecoder.fields import is_integer
 from spikedecoder.generation.batch import GeneratedToken
 from spikedecoder.generation.detokenize import TextStream, check_stop_strings
 from spikedecoder.generation.generate import (
@@ -16,7 +17,7 @@ from spikedecoder.generation.generate import (
     run,
     suppressed_ids,
 )
-from spikedecoder.generation.sampling import SamplingParams
+from spikedecoder.generation.sampling import SamplingParams, to_python
 from spikedecoder.model import check_model
 
 if TYPE_CHECKING:
@@ -169,13 +170,14 @@ def prepare_text(
 ) -> Request:
     """A checked request whose tokens become text; `stop`: strings or token ids."""
     check_options("generate_text", options)
-    stop = getattr(stop, "tolist", lambda: stop)()  # of a tensor or an array of ids
-    stop = [] if stop is None else [stop] if isinstance(stop, (str, int)) else stop
+    stop = to_python(stop)
+    stop = [] if stop is None else [stop] if isinstance(stop, str) or is_integer(stop) else stop
     if not isinstance(stop, Iterable):
         raise TypeError(f"stop: got {type(stop).__name__}, takes strings or token ids")
     stop = list(stop)
-    ids = [s for s in stop if isinstance(s, int)]
-    strings = check_stop_strings(s for s in stop if not isinstance(s, int))
+    ids = [s for s in stop if is_integer(s)]
+    others: list[Any] = [s for s in stop if not is_integer(s)]
+    strings = check_stop_strings(others)
     if options.get("suppress") is None:
         options["suppress"] = suppressed_ids(model, tokenizer)
     texts = [TextStream(tokenizer, prompt, strings) for prompt in prompts]

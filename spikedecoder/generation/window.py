@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from spikedecoder.fields import is_integer
 from spikedecoder.nn.evaluating import evaluating
 
 if TYPE_CHECKING:
@@ -62,9 +63,9 @@ class Context:
         if past == "continue" and keep is not None:
             raise ValueError(f"keep: got {keep!r}, takes None where past is 'continue': nothing is cut")
         keep = max(1, longest // 2) if keep is None else keep
-        if not isinstance(keep, int) or isinstance(keep, bool) or not 1 <= keep <= longest:
+        if not is_integer(keep) or not 1 <= keep <= longest:
             raise ValueError(f"keep: got {keep!r}, takes an integer from 1 to max_len = {longest}")
-        return cls(longest, keep, past)
+        return cls(longest, int(keep), past)
 
     def cut(self, window: list[int]) -> list[int]:
         """The last `keep` tokens of a window that is too long, otherwise all of it."""
