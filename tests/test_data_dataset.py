@@ -80,6 +80,11 @@ def test_vocabularies(book: Path, tmp_path: Path) -> None:
     assert letters.tokenizer.decode(letters.val) == clean_characters(text[cut:])
     others = sum(c.isalnum() and not (c.isascii() and c.isalpha()) for c in text)
     assert [c.lost for c in (char, word, original, letters)] == [0, *[others] * 3] and others > 1
+    book.write_text(TEXT + "\u212a\u0130é", "utf-8")  # of which words keep a k and an i
+    kinds: list[str | Tokenizer] = ["original-char", "word", "original-word", word.tokenizer]
+    losses = [prepare_corpus([book], cache_dir=tmp_path, tokenizer=kind).lost for kind in kinds]
+    assert losses == [losses[1] + 2, *[losses[1]] * 3]
+    book.write_text(text, "utf-8")
     own = prepare_corpus([book], cache_dir=tmp_path, tokenizer=word.tokenizer)
     np.testing.assert_array_equal(own.val, word.val)
     prints = {c.fingerprint for c in (char, word, original, letters, own)}

@@ -124,7 +124,20 @@ def test_any_text(text: str) -> None:
     assert clean_characters(text) == plain_clean_characters(text)
     assert clean_characters(text, collapse_spaces=False) == plain_clean_characters(text, False)
     assert clean_words(text) == plain_clean_words(text)
-    assert count_lost_letters(text) == len(lost_letters(text))
+    for words in (False, True):
+        assert count_lost_letters(text, words) == len(lost_letters(text, words))
+
+
+@pytest.mark.parametrize(
+    ("letter", "as_characters", "as_words"),
+    [("\u0130", "", "i"), ("\u212a", "", "k"), ("é", "", ""), ("7", "", ""), ("B", "b", "b")],
+)
+def test_lost_letters_are_those_that_leave_nothing(letter: str, as_characters: str, as_words: str) -> None:
+    """Words are lower-cased before all but ASCII goes, characters after it."""
+    assert clean_characters(letter) == as_characters and "".join(clean_words(letter)) == as_words
+    text = f"a {letter}{letter}"
+    for words, kept in ((False, as_characters), (True, as_words)):
+        assert lost_letters(text, words) == ([] if kept else [(letter, 2), (letter, 3)])
 
 
 def test_dictionary_of_the_first_words() -> None:

@@ -162,8 +162,9 @@ def test_vocabulary_from_nothing() -> None:
         CharTokenizer.from_text([])
     with pytest.raises(ValueError, match="text: expected words seen at least 3 times, got 2 words"):
         WordTokenizer.from_text("one one", min_count=3)
-    with pytest.raises(ValueError, match="min_count: expected an integer of 1 or more, got 0"):
-        WordTokenizer.from_text("one", min_count=0)
+    for bad in (0, True, 1.0):
+        with pytest.raises(ValueError, match=f"min_count: expected an integer of 1 or more, got {bad}"):
+            WordTokenizer.from_text("one", min_count=bad)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from spikedecoder.fields import is_integer
+
 from ._files import atomic_writer, default_cache_dir, make_cache_dir, sha256_of_file
 from .corpora import CORPORA, STDIN, builtin_text, download_corpus, read_text_files
 from .text import count_lost_letters, original_dictionary
@@ -137,10 +139,10 @@ def prepare_corpus(
 
         digest = hashlib.sha256()
         characters = lost = 0
-        keeps_all = (tokenizer if isinstance(tokenizer, str) else tokenizer.kind) == "char"
+        kind = tokenizer if isinstance(tokenizer, str) else tokenizer.kind
         for chunk in _hashed(chunks(), digest):
             characters += len(chunk)
-            lost += 0 if keeps_all else count_lost_letters(chunk)
+            lost += 0 if kind == "char" else count_lost_letters(chunk, words="word" in kind)
         val_characters = round(characters * val_fraction)
         cut = characters - val_characters
         if cut == 0 or val_characters == 0:
@@ -198,11 +200,11 @@ class WindowSampler:
     ) -> None:
         seq_len, batch_size = _count("seq_len", seq_len), _count("batch_size", batch_size)
         world_size = _count("world_size", world_size)
-        if not _is_integer(rank) or not 0 <= rank < world_size:
+        if not is_integer(rank) or not 0 <= rank < world_size:
             raise ValueError(
                 f"rank: expected an integer from 0 to world_size - 1 = {world_size - 1}, got {rank!r}"
             )
-        if not _is_integer(seed) or not 0 <= seed < 1 << 64:
+        if not is_integer(seed) or not 0 <= seed < 1 << 64:
             raise ValueError(f"seed: expected an integer from 0 to 2**64 - 1, got {seed!r}")
         if len(tokens) < seq_len + 1:
             raise ValueError(f"tokens: a window of {seq_len} needs {seq_len + 1} tokens, got {len(tokens)}")
@@ -212,7 +214,7 @@ class WindowSampler:
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a step, int64 ``[batch_size, seq_len]``; targets are one token ahead."""
-        if not _is_integer(step) or step < 0:
+        if not is_integer(step) or step < 0:
             raise ValueError(f"step: expected an integer of 0 or more, got {step!r}")
         # `step` is the second word of the counter: each step has 2**64 draws before it reaches the next.
         generator = np.random.Philox(key=self.seed, counter=[0, step, 0, 0])
@@ -255,13 +257,9 @@ def _held_out(
         yield torch.from_numpy(inputs.reshape(shape)), torch.from_numpy(targets.reshape(shape))
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
 def _count(what: str, value: Any) -> int:
     """``value`` as an int; ValueError unless it is an integer of 1 or more."""
-    if not _is_integer(value) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{what}: expected an integer of 1 or more, got {value!r}")
     return int(value)
 

@@ -15,7 +15,8 @@ Characters (alphabet ``a-z . '`` and space), in this order:
 Words: lower case; ``!`` and ``?`` become ``.``; ``;`` is deleted; everything else outside the alphabet
 becomes a space; each ``.`` is a word of its own; ``''`` becomes ``'``.
 
-Both drop all letters and digits other than a to z; :func:`lost_letters` finds them.
+Both drop all letters and digits other than a to z; :func:`lost_letters` finds them. Words keep two more,
+whose lower case has one of these letters: U+0130 (I with a dot), as an i, and U+212A (Kelvin sign), as a k.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ _DICTIONARY_TABLE = _byte_table({}, kept=LETTERS + b"' ")
 # The look-behind stands after the dot so that the regex engine can search for the literal dot first.
 _FULL_STOP = re.compile(rb"\.(?<![^A-Za-z][A-Z]\.) *")
 _SPACES = re.compile(rb"  +")
-# Letters and digits other than a to z, without the two others whose lower case has one of these letters.
-_LOST = re.compile(r"[^\W_a-zA-Z\u0130\u212a]")
-_LOST_RUN = re.compile(f"{_LOST.pattern}+")
+# Runs of letters and digits that are dropped, from characters and from words.
+_LOST = re.compile(r"[^\W_a-zA-Z]+")
+_LOST_OF_WORDS = re.compile(r"[^\W_a-zA-Z\u0130\u212a]+")
 _ELLIPSIS = b". . ."
 _ELLIPSIS_PREFIXES = (b". . ", b". .", b". ", b".")
 
@@ -175,14 +176,18 @@ def clean_words(text: str) -> list[str]:
     return [word for words in iter_clean_words([_checked(text)]) for word in words]
 
 
-def lost_letters(text: str) -> list[tuple[str, int]]:
-    """The letters and digits in ``text`` that both cleaners drop, as (letter, position)."""
-    return [(found.group(), found.start()) for found in _LOST.finditer(text)]
+def lost_letters(text: str, words: bool = False) -> list[tuple[str, int]]:
+    """The letters and digits in ``text`` that :func:`clean_characters` drops, as (letter, position).
+
+    With ``words``, those that :func:`clean_words` drops.
+    """
+    runs = (_LOST_OF_WORDS if words else _LOST).finditer(text)
+    return [(letter, position) for run in runs for position, letter in enumerate(run.group(), run.start())]
 
 
-def count_lost_letters(text: str) -> int:
+def count_lost_letters(text: str, words: bool = False) -> int:
     """The number of ``lost_letters``, in a fraction of the time."""
-    return sum(map(len, _LOST_RUN.findall(text)))
+    return sum(map(len, (_LOST_OF_WORDS if words else _LOST).findall(text)))
 
 
 def original_dictionary(

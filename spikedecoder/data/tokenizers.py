@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from spikedecoder.fields import is_integer
+
 from ._files import atomic_writer
 from .text import clean_words, iter_clean_characters, iter_clean_words, lost_letters
 
@@ -52,6 +54,7 @@ class Tokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
+        """The number of tokens."""
         return len(self.tokens)
 
     def encode(self, text: str, errors: str = "replace") -> np.ndarray:
@@ -236,7 +239,7 @@ class WordTokenizer(Tokenizer):
 
         Raises ValueError if there is no such word.
         """
-        if not isinstance(min_count, int) or min_count < 1:
+        if not is_integer(min_count) or min_count < 1:
             raise ValueError(f"min_count: expected an integer of 1 or more, got {min_count!r}")
         counts: Counter[str] = Counter()
         for words in iter_clean_words([text] if isinstance(text, str) else text):
@@ -255,7 +258,7 @@ class WordTokenizer(Tokenizer):
 
     def unknown(self, text: str) -> list[str]:
         words = [word for word in dict.fromkeys(clean_words(text)) if word not in self._ids]
-        return words + list(dict.fromkeys(letter for letter, _ in lost_letters(text)))
+        return words + list(dict.fromkeys(letter for letter, _ in lost_letters(text, words=True)))
 
     def encode(self, text: str, errors: str = "replace") -> np.ndarray:
         if errors == "strict" and isinstance(text, str):
@@ -351,7 +354,7 @@ def _all_kept(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _check_kept(text: str, before: int = 0) -> None:
-    lost = lost_letters(text)
+    lost = lost_letters(text, words=True)
     if lost:
         raise _outside("character", [(letter, before + position) for letter, position in lost])
 
