@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import math
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_files({path: data})
 
 
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """`write_bytes` for files that belong together: none gets its final name before all are on disk."""
+def write_files(files: Mapping[Path, bytes], remove: Collection[Path] = ()) -> None:
+    """`write_bytes` for files that belong together: none gets its final name before all are on disk.
+
+    remove: files that do not belong to them; deleted, if they are there, before the new ones get their names.
+    """
     staged: dict[Path, Path] = {}
     path = Path()
     try:
@@ -28,27 +31,27 @@ def write_files(files: Mapping[Path, bytes]) -> None:
                 with open(path, "wb") as stream:
                     stream.write(data)
                 continue
-            handle, staged[path] = _temporary_beside(path)
+            handle, staged[path] = temporary_beside(path)
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(staged[path], 0o644)
+        for path in remove:
+            path.unlink(missing_ok=True)
         for path in list(staged):
             os.replace(staged[path], path)
             del staged[path]
     except BaseException as error:
         for temporary in staged.values():
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # such as a full disk: add the path
-            raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
+        raise_with_path(error, path)
         raise
 
 
 def check_writable(path: Path) -> None:
     """Raise the OSError that `write_bytes` would, before long work. Creates nothing, not even a folder."""
     if not _is_stream(path):
-        handle, temporary = _temporary_beside(path, make_folder=False)
+        handle, temporary = temporary_beside(path, make_folder=False)
         os.close(handle)
         temporary.unlink()
 
@@ -63,19 +66,37 @@ def _is_stream(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def _temporary_beside(path: Path, make_folder: bool = True) -> tuple[int, Path]:
-    """A new file beside `path`: (open descriptor, its path). If the folder is missing, it is created or,
-    without `make_folder`, the nearest existing one above it is used."""
+def temporary_beside(path: Path, make_folder: bool = True) -> tuple[int, Path]:
+    """A new file beside `path`, with the mode of any new file: (open descriptor, its path).
+
+    If the folder is missing, it is created or, without `make_folder`, the nearest existing one above it is
+    used.
+    """
     try:
         folder = path.parent
         if make_folder:
             folder.mkdir(parents=True, exist_ok=True)
         else:
             folder = next(above for above in path.absolute().parents if above.exists())
-        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+        temporary = folder / f".{path.name}.{secrets.token_hex(4)}"
+        # not mkstemp, which makes files private
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        return os.open(temporary, flags, 0o666), temporary
     except OSError as error:
         raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
-    return handle, Path(name)
+
+
+def temporary_folder(parent: Path, prefix: str) -> Path:
+    """A new folder in `parent`, with the mode of any new folder."""
+    folder = parent / f"{prefix}{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
+
+
+def raise_with_path(error: BaseException, path: Path) -> None:
+    """Raise an OSError without a path, such as that of a full disk, again with `path`."""
+    if isinstance(error, OSError) and error.errno and error.filename is None:
+        raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
 
 
 def finite(value: Any) -> Any:

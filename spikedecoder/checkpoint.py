@@ -42,6 +42,7 @@ class CheckpointError(ValueError):
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write `value` as a JSON file, completely or not at all."""
     write_bytes(path, _json(value))
 
 
@@ -53,6 +54,7 @@ def _json(value: Any) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError if the file is missing, truncated or holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -65,6 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file, completely or not at all; metadata: strings to keep with them."""
     write_bytes(path, _safetensors(tensors, metadata))
 
 
@@ -80,6 +83,7 @@ def _safetensors(tensors: dict[str, Tensor], metadata: dict[str, str] | None) ->
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, on the CPU; CheckpointError if the file cannot be read."""
     try:
         with open(path, "rb") as file:  # safetensors would report any file it cannot open as missing
             try:
@@ -157,12 +161,12 @@ def save_folder(model: SpikeDecoder, folder: Path) -> None:
     head = {"format": _FORMAT, "version": __version__, **model.config.to_dict()}
     files[folder / CONFIG] = _json(head)
     files[folder / WEIGHTS] = _safetensors(weights, {"format": "pt"})
-    write_files(files)
-    if model.tokenizer is None:  # one that is there belongs to another model
-        (folder / TOKENIZER).unlink(missing_ok=True)
+    # a tokenizer that is there belongs to another model; a folder with none says so where one is needed
+    write_files(files, remove=() if model.tokenizer is not None else (folder / TOKENIZER,))
 
 
 def read_config(path: Path) -> SpikeDecoderConfig:
+    """The configuration in a model's config.json; CheckpointError if it cannot be read or holds none."""
     values = read_json(path)
     found, version = values.pop("format", None), values.pop("version", __version__)
     other = "" if version == __version__ else f" (written by spikedecoder {version}, this is {__version__})"

@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
 from spikedecoder import checkpoint as ck
 from spikedecoder.data import CharTokenizer
+from spikedecoder.data._files import atomic_writer
 from spikedecoder.nn.attention import AttentionLIF
 from spikedecoder.nn.norm import Norm
 
@@ -137,6 +138,19 @@ def test_a_folder_holds_the_model_that_was_saved_last(tmp_path):
     second.save_pretrained(tmp_path)
     loaded = SpikeDecoder.from_pretrained(tmp_path)
     assert loaded.tokenizer is None and loaded.config == second.config
+
+
+def test_a_crash_among_the_renames_leaves_no_other_models_tokenizer(saved, monkeypatch):
+    model, folder = saved
+    model.tokenizer = None
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {ck.CONFIG, ck.WEIGHTS}
 
 
 def test_a_save_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
@@ -433,6 +447,22 @@ def test_a_folder_is_not_written_to(tmp_path):
     with pytest.raises(IsADirectoryError, match=r"a folder, takes a file: '.*figure\.png'"):
         ck.write_bytes(tmp_path / "figure.png", b"")
     assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no umask")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_get_the_mode_of_any_new_file(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        ck.write_json(tmp_path / "new" / "a.json", {})
+        with atomic_writer(tmp_path / "new" / "b") as file:
+            file.write(b"b")
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "new").iterdir()} == {
+        "a.json": mode,
+        "b": mode,
+    }
 
 
 @pytest.mark.parametrize("fails", ["write", "fsync", "replace"])

@@ -3,6 +3,7 @@
 # ruff: noqa: F811 (fixtures)
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -56,6 +57,18 @@ def test_other_held_out_tokens_begin_anew(corpus: Corpus, tmp_path: Path) -> Non
     assert (ended.step, ended.evaluated_step, ended.best["step"]) == (12, 12, 12)
     assert ended.best["val_loss"] == ended.evaluation.loss
     assert ended.baselines == ngram_bits(corpus.train, corpus.val[:41], corpus.tokenizer.vocab_size)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no umask")
+def test_a_checkpoint_has_the_mode_of_any_new_folder(corpus: Corpus, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        result = train(tiny(corpus), corpus, settings(steps=1), out=tmp_path / "run")
+    finally:
+        os.umask(before)
+    folder = (result.out / "last").resolve()
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
 
 
 def test_a_kill_after_an_evaluation_loses_no_metrics(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spikedecoder._files import temporary_folder
 from spikedecoder.fields import parse_assignment
 
 if TYPE_CHECKING:
@@ -107,9 +107,8 @@ def _tokenizer(options: dict[str, Any], config: SpikeDecoderConfig) -> Any:
 def _write(folder: Path, write: Any) -> None:
     """Let `write` fill a temporary folder, then rename it: `folder` appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = temporary_folder(folder.parent, f".{folder.name}.")
     try:
-        temporary.chmod(0o755)
         write(temporary)
         os.replace(temporary, folder)  # replaces an empty folder at most
     except BaseException:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from spikedecoder._files import raise_with_path, temporary_beside
 
 BLOCK_BYTES = 1 << 20
 
@@ -21,23 +22,16 @@ def atomic_writer(path: str | Path) -> Iterator[BinaryIO]:
     If the process dies half-way or the disk is full, whatever was at ``path`` stays untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    descriptor, temporary = temporary_beside(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; give the result the mode any ordinary new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # full disk: add the path
-            raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from None
+        temporary.unlink(missing_ok=True)
+        raise_with_path(error, path)
         raise
 
 

@@ -18,7 +18,6 @@ import errno
 import os
 import reprlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikedecoder._files import temporary_folder
 from spikedecoder.checkpoint import (
     WEIGHTS,
     CheckpointError,
@@ -51,9 +51,8 @@ def save_checkpoint(
     """Write a checkpoint of `step` and return its folder; no link points to it yet."""
     parent = out / CHECKPOINTS
     parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
+    temporary = temporary_folder(parent, ".writing-")
     try:
-        temporary.chmod(0o755)
         save_folder(model, temporary)
         write_tensors(temporary / OPTIMIZER, optimizer_tensors(model, optimizer), {"step": str(step)})
         write_json(temporary / TRAINER, {"format": _FORMAT, "version": 1, "step": step, **state})
