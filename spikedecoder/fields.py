@@ -23,6 +23,7 @@ def check_field(name: str, known: Collection[str], what: str) -> None:
 
 
 def at_least(name: str, value: float, low: int) -> None:
+    """Raise ValueError if the integer `value` is less than `low`."""
     if value < low:
         raise ValueError(f"{name}: got {value}, takes an integer >= {low}")
 
@@ -41,6 +42,7 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def switch(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes True or False")
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from spikedecoder.fields import LEAST, number, switch
+from spikedecoder.fields import LEAST, at_least, number, switch
 from spikedecoder.surrogate import get_surrogate
 
 RUNNING = {  # the tensors that each kind of norm keeps from pass to pass
@@ -21,6 +21,7 @@ NORMS = tuple(RUNNING)
 
 
 def check_levels(levels: object) -> None:
+    """Raise TypeError or ValueError unless `levels` is an integer from 1 to MAX_LEVELS."""
     if isinstance(levels, bool) or not isinstance(levels, int):
         raise TypeError(f"levels: got {levels!r}, takes an integer from 1 to {MAX_LEVELS}")
     if not 1 <= levels <= MAX_LEVELS:
@@ -149,7 +150,7 @@ class NormParams:
     processes, and every row counts once. Gradients of weight and bias stay local, to be averaged by data
     parallelism. None: each process uses the statistics of its own rows.
 
-    A bad kind, eps or momentum raises TypeError or ValueError.
+    A bad kind, eps, momentum or warmup raises TypeError or ValueError.
     """
 
     kind: str
@@ -167,6 +168,10 @@ class NormParams:
             raise ValueError(f"norm: got {self.kind!r}, takes one of {', '.join(NORMS)}")
         number("eps", self.eps, "a finite number >= 0", 0)
         number("momentum", self.momentum, "a number in [0, 1]", 0, 1)
+        if isinstance(self.warmup, bool) or not isinstance(self.warmup, int):
+            got = f"{self.warmup!r} ({type(self.warmup).__name__})"
+            raise TypeError(f"warmup: got {got}, takes an integer >= 0")
+        at_least("warmup", self.warmup, 0)
 
     @property
     def synced(self) -> str | None:

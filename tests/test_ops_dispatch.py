@@ -595,6 +595,9 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
         ),
         (lambda: NormParams("layer", ONES, ONES, eps=-1.0), ValueError, "eps: got -1.0"),
         (lambda: NormParams("batch", ONES, ONES, momentum=1.5), ValueError, "momentum: got 1.5, takes a"),
+        (lambda: NormParams("power", ONES, ONES, warmup=-1), ValueError, "warmup: got -1, takes an integer"),
+        (lambda: NormParams("power", ONES, ONES, warmup=1.5), TypeError, r"warmup: got 1.5 \(float\), takes"),
+        (lambda: NormParams("power", ONES, ONES, warmup=True), TypeError, "warmup: got True"),
         *(
             (lambda o=operator, n=norm: o(n), error, message)
             for norm, error, message in (
