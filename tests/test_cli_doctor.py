@@ -61,6 +61,21 @@ def test_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert line(text, "CUDA kernels")
 
 
+def test_an_operator_that_no_backend_has_is_computed_by_its_parts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "spike_linear, then norm_lif" in run(capsys)
+    call = _dispatch.Call(torch.device("cpu"), torch.float32, (4, 1, 128, 96))
+    for built in (True, False):
+        reasons = {"cpu": None if built else "not built", "reference": "it has none"}
+        monkeypatch.setattr(_dispatch, "why_not", lambda backend, *_, found=reasons: found[backend])
+        assert dict(_dispatch.explain("linear_norm_lif", call)) == {
+            "cpu": "chosen" if built else "not built",
+            "reference": "it has none",
+            "spike_linear, then norm_lif": "possible" if built else "chosen",
+        }
+
+
 @needs_extension
 def test_the_compiled_part_and_what_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
     from spikedecoder.ext.cpu import native

@@ -37,10 +37,13 @@ OPERATORS = (
     "spike_attention",
     "spike_attention_lif",
     "spike_linear",
+    "linear_norm_lif",
     "dense_linear",
     "binarize",
     "pack_spikes",
 )
+# what computes an operator where no backend has it
+PARTS = {"linear_norm_lif": "spike_linear, then norm_lif"}
 _PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _ENV = "SPIKEDECODER_BACKEND"
 _P = ParamSpec("_P")
@@ -232,7 +235,10 @@ def offers(backend: str, operator: str) -> bool:
 
 
 def explain(operator: str, call: Call) -> list[tuple[str, str]]:
-    """(backend, "chosen" | "possible" | reason) in order of preference: what `doctor` prints."""
+    """(backend, "chosen" | "possible" | reason) in order of preference: what `doctor` prints.
+
+    The last row of an operator that needs no backend of its own names its `PARTS`.
+    """
     rows, chosen = [], False
     for backend in _order(operator, call):
         reason = why_not(backend, operator, call)
@@ -240,4 +246,6 @@ def explain(operator: str, call: Call) -> list[tuple[str, str]]:
             reason = "possible" if chosen else "chosen"
             chosen = True
         rows.append((backend, reason))
+    if operator in PARTS:
+        rows.append((PARTS[operator], "possible" if chosen else "chosen"))
     return rows
