@@ -229,14 +229,17 @@ class SpikeDecoderConfig:
 
     @property
     def spiking_attention(self) -> bool:
+        """Whether attention computes with spikes."""
         return self.spike_degree >= 2 or self.attention_only
 
     @property
     def spiking_mlp(self) -> bool:
+        """Whether the MLPs compute with spikes."""
         return self.spike_degree >= 3 and not self.attention_only
 
     @property
     def head_spikes(self) -> bool:
+        """Whether the head gets spikes."""
         if self.spike_degree < 2 or self.attention_only:
             return False
         return self.spike_degree == 4 if self.spiking_head is None else self.spiking_head
@@ -285,6 +288,7 @@ class SpikeDecoderConfig:
 
     @property
     def lif(self) -> LIFParams:
+        """The parameters of the model's LIF neurons."""
         return LIFParams(
             tau=self.tau,
             v_threshold=self.v_threshold,
@@ -345,6 +349,7 @@ class SpikeDecoderConfig:
 
     @classmethod
     def presets(cls) -> tuple[str, ...]:
+        """The names that `preset` takes."""
         return tuple(PRESETS)
 
     @classmethod

@@ -65,6 +65,7 @@ class Diagnosis:
     findings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as plain dicts and lists."""
         return asdict(self)
 
 

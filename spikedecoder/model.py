@@ -95,10 +95,12 @@ class SpikeDecoder(nn.Module, FolderMixin):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the head's weights."""
         return self._some_weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device that the weights are on."""
         return self._some_weight.device
 
     @property

@@ -155,6 +155,7 @@ def dyadic(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def spikes(shape: tuple[int, ...], generator: torch.Generator, rate: float = 0.2) -> Tensor:
+    """Random spikes, float32: 1 with probability `rate`, else 0."""
     return (torch.rand(shape, generator=generator) < rate).float()
 
 

@@ -52,11 +52,13 @@ class DecoderState:
 
     @classmethod
     def empty(cls, config: SpikeDecoderConfig, batch: int, device: torch.device) -> DecoderState:
+        """The state of `batch` sequences of which nothing has been read."""
         position = torch.zeros(batch, dtype=torch.int64, device=device)
         return cls(config, position, [{} for _ in range(config.blocks)])
 
     @property
     def batch_size(self) -> int:
+        """The number of sequences."""
         return len(self.position)
 
     @property
@@ -84,6 +86,7 @@ class DecoderState:
         return self._map(torch.clone)
 
     def to(self, device: torch.device | str) -> DecoderState:
+        """The state on `device`."""
         return self._map(lambda t: t.to(device))
 
     def select(self, rows: Sequence[int] | Tensor) -> DecoderState:

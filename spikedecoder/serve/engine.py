@@ -80,6 +80,7 @@ class Engine:
         return thread is not None and thread.is_alive() and self._deadline is None
 
     def start(self) -> Engine:
+        """Start the thread that generates; returns the engine."""
         self._thread = threading.Thread(target=self._run, name="spikedecoder-engine", daemon=True)
         self._thread.start()
         return self
@@ -115,6 +116,7 @@ class Engine:
             self._changed.notify()
 
     def join(self, timeout: float | None = None) -> None:
+        """Wait until that thread has ended, but no longer than `timeout` seconds; `close` first."""
         if self._thread is not None:
             self._thread.join(timeout)
 
