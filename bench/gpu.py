@@ -6,7 +6,8 @@
 Each stage runs one or more processes side by side under a time limit of its own. If one fails or runs out of
 time, that is noted and the next stage begins. At the limit it is interrupted, as by Ctrl-C, so that it can
 still write what it has. Everything is written under --out: results.json, results.md, a log of each process,
-traces, and, if matplotlib is installed, a roofline. The exit status is 0 if every process succeeded.
+how each stage ended (stage-NAME.json), traces, and, if matplotlib is installed, a roofline. The exit status
+is 0 if every process succeeded.
 
 The package has to be installed; where nothing can be downloaded, on top of an image's own torch and triton.
 The stage `build` builds the CUDA extension in place if there is nvcc, unless a ready-made one is there
@@ -23,8 +24,13 @@ commands together take at most ten minutes):
     SPIKEDECODER_BUILD=off python3 -m pip install -q --no-deps --no-build-isolation -e . \\
         && python3 bench/gpu.py --out /tmp/gpu --limit 555
 
-A second call with --only operators-compiled measures the rows for which there was no time. From what is then
-in /tmp/gpu, `python bench/gpu_crossover.py /tmp/gpu/results.json` writes the table that `auto` reads.
+A second call with --only operators-compiled measures the rows for which there was no time. Calls into one
+folder add up: its results hold the stages of all of them, and one that is run again replaces its own. If each
+call had a folder of its own, copy all files into one, those of later calls over those of earlier ones, and
+
+    python bench/gpu.py --out FOLDER --redraw
+
+From the results, `python bench/gpu_crossover.py FOLDER/results.json` writes the table that `auto` reads.
 
 Peers are measured where they can be imported: spikingjelly (needs loguru), fla-core (needs einops).
 """
@@ -89,6 +95,7 @@ class Outcome:
     stage: str
     seconds: float = 0.0
     status: dict[str, str] = field(default_factory=dict)  # of each process: "ok", "exit N", "time limit", ...
+    left_out: bool = False
 
     @property
     def ok(self) -> bool:
@@ -202,6 +209,7 @@ def _rows_of(out: Path, operator: str) -> str:
 def run_stage(stage: Stage, out: Path, seconds: float, environment: dict[str, str]) -> Outcome:
     """Run the processes side by side; each writes STAGE-NAME.log. All are ended at the limit."""
     outcome, start = Outcome(stage.name), time.monotonic()
+    (out / f"{stage.name}.json").unlink(missing_ok=True)  # the rows of operators, from an earlier call
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         # as for a background job of a shell; processes started here would ignore it, too
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -274,18 +282,38 @@ def _operators(out: Path) -> dict[str, Any] | None:
     return {"ceilings": parts[0]["ceilings"], **joined}
 
 
-def gather(out: Path, outcomes: list[Outcome], dry: bool) -> dict[str, Any]:
+def keep(out: Path, outcome: Outcome, dry: bool) -> None:
+    """Write how a stage ended; one that was left out does not replace what an earlier call measured."""
+    path = out / f"stage-{outcome.stage}.json"
+    if outcome.left_out and path.exists():
+        return
+    _write(path, asdict(outcome) | {"ok": outcome.ok, "dry_run": dry})
+
+
+def _write(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".part")  # a run may be cut short at any time
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
+
+
+def gather(out: Path) -> dict[str, Any]:
+    """The results of all stages that were ever run into `out`."""
+    order = [stage.name for stage in stages(out, False)]
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("stage-*.json"))]
+    found.sort(key=lambda o: order.index(o["stage"]) if o["stage"] in order else len(order))
+    dry = [o.pop("dry_run") for o in found]
+    names = [o["stage"] for o in found]
     parity = {path.stem: _last_line(path) for path in sorted(out.glob("parity-*.log"))}
     return {
-        "dry_run": dry,
+        "dry_run": any(dry),
         "environment": _last_json(out / "environment-report.log"),
         "extension": _last_json(out / "build-extension.log"),
-        "stages": [asdict(o) | {"ok": o.ok} for o in outcomes],
+        "stages": found,
         "parity": parity,
         "model": {
-            o.stage.removeprefix("model-"): _last_json(out / f"{o.stage}-step.log")
-            for o in outcomes
-            if o.stage.startswith("model-")
+            name.removeprefix("model-"): _last_json(out / f"{name}-step.log")
+            for name in names
+            if name.startswith("model-")
         },
         "generate": _last_json(out / "generate-token.log"),
         "operators": _operators(out),
@@ -392,6 +420,20 @@ def roofline(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def draw(out: Path) -> None:
+    """Write results.json, of all stages that were ever run into `out`, then its page and its picture.
+
+    A "note" that was added to results.json stays, and all of it if nothing else is there.
+    """
+    path = out / "results.json"
+    result = json.loads(path.read_text()) if path.exists() else None
+    if result is None or any(out.glob("stage-*.json")):
+        result = gather(out) | ({"note": result["note"]} if result and "note" in result else {})
+        _write(path, result)
+    (out / "results.md").write_text(render(result))
+    roofline(result, out / "roofline.png")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
@@ -403,14 +445,14 @@ def main() -> int:
         "--dry-run", action="store_true", help="tiny shapes on the CPU, under the interpreter"
     )
     parser.add_argument(
-        "--redraw", action="store_true", help="table and picture again from --out's results.json"
+        "--redraw",
+        action="store_true",
+        help="only write the results, table and picture again, from the files in --out",
     )
     options = parser.parse_args()
     out = options.out.resolve()
     if options.redraw:
-        result = json.loads((out / "results.json").read_text())
-        (out / "results.md").write_text(render(result))
-        roofline(result, out / "roofline.png")
+        draw(out)
         return 0
     out.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
@@ -425,15 +467,13 @@ def main() -> int:
             continue
         seconds = min(stage.limit, end - GRACE - time.monotonic())
         if seconds < 1:
-            outcomes.append(Outcome(stage.name, 0.0, {"all": "left out: no time left"}))
+            outcomes.append(Outcome(stage.name, 0.0, {"all": "left out: no time left"}, left_out=True))
         else:
             outcomes.append(run_stage(stage, out, seconds, environment))
         print(f"{stage.name}: {outcomes[-1].status} in {outcomes[-1].seconds} s", flush=True)
-        result = gather(out, outcomes, options.dry_run)  # after every stage: a run cut short leaves results
-        (out / "results.json").write_text(json.dumps(result, indent=1))
+        keep(out, outcomes[-1], options.dry_run)
         try:
-            (out / "results.md").write_text(render(result))
-            roofline(result, out / "roofline.png")
+            draw(out)  # after every stage: a run cut short leaves results
         except Exception:  # --redraw can make them later: go on with the other stages
             traceback.print_exc()
     if (out / "results.md").exists():

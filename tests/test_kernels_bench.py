@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -43,11 +44,80 @@ def dry_run(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.triton_interpreter
-def test_a_dry_run_of_some_stages(tmp_path: Path) -> None:
-    result = dry_run(tmp_path / "out", "--only", "environment", "--only", "build")
+def test_dry_runs_of_some_stages(tmp_path: Path) -> None:
+    dry_run(tmp_path / "out", "--only", "build")
+    result = dry_run(tmp_path / "out", "--only", "environment")
     assert [s["stage"] for s in result["stages"]] == ["environment", "build"]
     assert all(s["ok"] for s in result["stages"])
     assert result["environment"]["versions"]["triton"]
+
+
+def ended(out: Path, stage: str, said: str, dry: bool = False) -> None:
+    """What a call leaves of a stage."""
+    out.mkdir(exist_ok=True)
+    step = "rows" if stage.startswith("operators-") else "step"
+    gpu.keep(out, gpu.Outcome(stage, 1.0, {step: said}), dry)
+    (out / f"{stage}-{step}.log").write_text(json.dumps({"ms": said}))
+    if step == "rows":
+        rows = [{"group": stage, "row": "ours", "ms": 1.0, "said": said}]
+        part = {"ceilings": {"copy_gb_per_s": 3.0, "bf16_tflop_per_s": 8.0}, "rows": rows, "left_out": []}
+        (out / f"{stage}.json").write_text(json.dumps(part))
+
+
+def test_calls_into_one_folder_add_up(tmp_path: Path) -> None:
+    """Stages that are run again replace their own results; one that there was no time for does not."""
+    for stage in ("operators-lif", "model-triton", "operators-compiled"):
+        ended(tmp_path, stage, "first")
+    gpu.draw(tmp_path)
+    result = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(result | {"note": "Two calls."}))
+    ended(tmp_path, "operators-compiled", "second")
+    gpu.keep(tmp_path, gpu.Outcome("operators-lif", 0.0, {"all": "left out"}, left_out=True), False)
+    gpu.keep(tmp_path, gpu.Outcome("model-triton-graph", 0.0, {"all": "left out"}, left_out=True), False)
+    gpu.draw(tmp_path)
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert [(s["stage"], *s["status"].values(), s["ok"]) for s in result["stages"]] == [
+        ("operators-lif", "first", False),
+        ("model-triton-graph", "left out", False),
+        ("model-triton", "first", False),
+        ("operators-compiled", "second", False),
+    ]
+    assert result["model"] == {"triton-graph": None, "triton": {"ms": "first"}}
+    assert [row["said"] for row in result["operators"]["rows"]] == ["first", "second"]
+    page = (tmp_path / "results.md").read_text()
+    assert "| triton | first |" in page and "Two calls." in page and "Dry run" not in page
+    ended(tmp_path, "model-triton", "third", dry=True)
+    assert gpu.gather(tmp_path)["dry_run"]
+
+
+def test_calls_into_folders_of_their_own_are_put_together(tmp_path: Path) -> None:
+    for stage, call in (("model-triton", "a"), ("operators-lif", "a"), ("operators-lif", "b")):
+        ended(tmp_path / call, stage, call)
+        gpu.draw(tmp_path / call)
+    for file in sorted((tmp_path / "b").iterdir()):
+        shutil.copy(file, tmp_path / "a")
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "a"), "--redraw"]
+    assert subprocess.run(command, timeout=120).returncode == 0
+    result = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert [s["stage"] for s in result["stages"]] == ["operators-lif", "model-triton"]
+    assert result["model"] == {"triton": {"ms": "a"}}
+    assert [row["said"] for row in result["operators"]["rows"]] == ["b"]
+
+
+def test_a_stage_that_fails_leaves_no_rows_of_an_earlier_call(tmp_path: Path) -> None:
+    ended(tmp_path, "operators-lif", "first")
+    stage = gpu.Stage("operators-lif", 3, [("rows", [sys.executable, "-c", "raise SystemExit(3)"])])
+    gpu.keep(tmp_path, gpu.run_stage(stage, tmp_path, 3, dict(os.environ)), False)
+    result = gpu.gather(tmp_path)
+    assert result["operators"] is None and result["stages"][0]["status"] == {"rows": "exit 3"}
+
+
+def test_kept_results_alone_are_drawn_again(tmp_path: Path) -> None:
+    kept = json.loads((SCRIPT.parent / "results" / "gpu-h200.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    gpu.draw(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == kept
+    assert kept["note"] in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.slow
@@ -98,7 +168,8 @@ def test_a_failing_or_endless_process_is_noted_and_others_end_well(tmp_path: Pat
     while not ended() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert ended()
-    result = gpu.gather(tmp_path, [outcome], False)
+    gpu.keep(tmp_path, outcome, False)
+    result = gpu.gather(tmp_path)
     assert result["operators"] is None and result["environment"] is None
     page = gpu.render(result)
     assert "bad: exit 3" in page and "Dry run" not in page
@@ -130,7 +201,7 @@ def test_results_that_are_cut_off_take_no_others_with_them(tmp_path: Path) -> No
     (tmp_path / "operators-lif.json").write_text(json.dumps(part)[:-9])
     for name in ("norm_lif", "spike_linear"):
         (tmp_path / f"operators-{name}.json").write_text(json.dumps({**part, "left_out": [name]}))
-    found = gpu.gather(tmp_path, [], False)["operators"]
+    found = gpu.gather(tmp_path)["operators"]
     assert found == {**part, "rows": 2 * part["rows"], "left_out": ["norm_lif", "spike_linear"]}
 
 
