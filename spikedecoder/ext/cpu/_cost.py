@@ -20,6 +20,10 @@ A weight that is not stored by columns, or a weight gradient, must be transposed
 TRANSPOSE_FAR), except by torch's product. That is the dense way where ours is not as fast on this CPU
 (`own_products`), and for float32 with at most FEW rows, if there is something to transpose.
 
+Our ways' times of a weight gradient, from which its constants come, already contain the transposition. Added
+again, it weighs them rightly against torch's product for few rows, which has no constants of its own. Where
+the dense way always is torch's, it counts twice, in favour of torch. Else only TILES_MARGIN sees it.
+
 The constants depend on the CPU and on the variant in use. The product and the weight gradient have a set
 each, because their sources lie in different caches. ``python -m spikedecoder.ext.cpu.calibrate`` measures
 them anew and reports how far the model's choices are from the fastest; SPIKEDECODER_SPIKE_LINEAR_COST names a
@@ -85,6 +89,7 @@ class Costs:
     far: float = 0.0
 
     def of(self, method: str, m: int, k: int, n: int, count: int, weight_grad: bool) -> float:
+        """Nanoseconds of a method for s [m, k] with `count` ones and weight [n, k], a transposition aside."""
         extra = self.bits * m * k if weight_grad else 0.0
         rows, summed = (k, m) if weight_grad else (m, k)
         if method == "gather" and not weight_grad and _walks(m, k, n):
@@ -236,6 +241,7 @@ def costs_of(variant: str, dtype: torch.dtype, weight_grad: bool) -> Costs:
 
 @functools.cache
 def costs(variant: str, weight_grad: bool = False) -> Costs:
+    """The costs of this CPU for float32, or those of the user's file (ValueError if it cannot be used)."""
     path = os.environ.get(_ENV)
     if not path:
         return next(COSTS[cpu] for cpu in _cpus() if variant in COSTS[cpu])[variant][weight_grad]
@@ -265,9 +271,11 @@ class Way(NamedTuple):
     torch_dense: bool  # whether METHODS[other] is "dense", by torch's product
 
     def method(self, count: int) -> str:
+        """The one of METHODS for `count` set bits."""
         return METHODS[self.other] if count > self.most else "gather"
 
     def by_torch(self, count: int) -> bool:
+        """Whether torch's product is the method for `count` set bits."""
         return self.torch_dense and count > self.most
 
 
@@ -300,12 +308,24 @@ def only(method: str, dtype: torch.dtype) -> Way:
 def crossover(
     variant: str, m: int, k: int, n: int, weight_grad: bool, transposed: bool, dtype: torch.dtype
 ) -> Way:
-    """The fastest way for s [m, k] and weight [n, k].
+    """`fastest` by this CPU's costs."""
+    return fastest(costs_of(variant, dtype, weight_grad), variant, (m, k, n), weight_grad, transposed, dtype)
+
+
+def fastest(
+    table: Costs,
+    variant: str,
+    shape: tuple[int, int, int],
+    weight_grad: bool,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> Way:
+    """The fastest way for s [m, k] and weight [n, k], of shape (m, k, n).
 
     transposed: whether the weight or its gradient must be transposed, which torch's product need not do.
     Every method but gathering takes the same time for any number of set bits.
     """
-    table = costs_of(variant, dtype, weight_grad)
+    m, k, n = shape
     few = transposed and m <= FEW and dtype == torch.float32
     by_torch = few or not own_products(variant, dtype)
     fixed = {method: table.of(method, m, k, n, 0, weight_grad) for method in _methods(variant)}
