@@ -18,12 +18,19 @@ ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.bool: 2}
 BITS = 3
 
 
-def floats_on_cpu(call: Call) -> str | None:
-    """Why this backend cannot run the call; None if it can."""
+def on_cpu(call: Call) -> str | None:
+    """Why this backend cannot run the call, whatever its dtype; None if it can."""
     if missing() is not None:
         return missing()
     if call.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
+    return None
+
+
+def floats_on_cpu(call: Call) -> str | None:
+    """Why this backend cannot run the call; None if it can."""
+    if (reason := on_cpu(call)) is not None:
+        return reason
     if call.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, got {call.dtype}"
     return None
@@ -51,6 +58,7 @@ def address(x: Tensor | None) -> int:
 
 @functools.lru_cache(maxsize=64)
 def neuron(p: LIFParams | ILIFParams) -> Any:
+    """The parameters as the kernels take them; the threshold of a LIF is passed by itself."""
     if isinstance(p, ILIFParams):
         return native.Neuron.integer(p.levels, 1 / p.v_threshold, *p.window)
     return native.Neuron(

@@ -13,6 +13,7 @@ why_not = floats_on_cpu
 
 
 def forward(x: Tensor, alpha: float) -> Tensor:
+    """1 where x >= 0, else 0, in x's dtype."""
     dtype = x.dtype
     x = dense(x)
     spikes = empty_like(x)
@@ -21,6 +22,7 @@ def forward(x: Tensor, alpha: float) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, alpha: float) -> Tensor:
+    """dL/dx in x's dtype, by the surrogate's derivative at x."""
     dtype = x.dtype
     x, grad = dense(x), dense(grad)
     grad_x = empty_like(x)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spikedecoder.ext import NOT_BUILT
 from spikedecoder.ext.cpu import missing, native
 from spikedecoder.ext.cpu._arguments import address, neuron
 from spikedecoder.nn.embedding import Embedding
@@ -48,10 +47,8 @@ _POSITIONS = 1024  # rows of positions held beyond max_len
 def why_not(model: SpikeDecoder) -> str | None:
     """Why `Decoder` cannot run this model as it is; None if it can."""
     c = model.config
-    if native is None:
-        return missing() or NOT_BUILT
-    if not hasattr(native.DecodeModel, "read_embedded"):
-        return "the extension was built from other sources; install the package again"
+    if missing() is not None:
+        return missing()
     if model.device.type != "cpu":
         return f"it runs on the CPU, the model is on {model.device}"
     if model.dtype != torch.float32:

@@ -15,6 +15,7 @@ from spikedecoder.ops._dispatch import Call
 
 
 def why_not(call: Call) -> str | None:
+    """Why this backend cannot, or had better not, run the call; None if it should."""
     if (reason := floats_on_cpu(call)) is not None:
         return reason
     if call.dtype != torch.float32:

@@ -5,21 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikedecoder.ext.cpu import missing, native
-from spikedecoder.ext.cpu._arguments import ELEMENTS, address
+from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu._arguments import ELEMENTS, address, on_cpu
 from spikedecoder.ext.cpu._memory import empty
-from spikedecoder.ops._dispatch import Call
+from spikedecoder.reference.pack_spikes import WORD
 
-
-def why_not(call: Call) -> str | None:
-    if missing() is not None:
-        return missing()
-    if call.device.type != "cpu":
-        return f"it runs on the CPU, the tensors are on {call.device}"
-    return None
+why_not = on_cpu
 
 
 def pack(spikes: Tensor) -> Tensor:
+    """[..., C] of any dtype -> int64 words [..., ceil(C / 64)]; what is not 0 is a spike."""
     return pack_and_count(spikes)[0]
 
 
@@ -27,7 +22,7 @@ def pack_and_count(spikes: Tensor) -> tuple[Tensor, int]:
     """(words, number of set bits in them)."""
     spikes = packable(spikes)
     channels = spikes.shape[-1]
-    words = spikes.new_empty(*spikes.shape[:-1], -(-channels // 64), dtype=torch.int64)
+    words = spikes.new_empty(*spikes.shape[:-1], -(-channels // WORD), dtype=torch.int64)
     count = native.pack(
         *(address(spikes), ELEMENTS[spikes.dtype], address(words)),
         *(spikes.numel() // channels if channels else 0, channels, torch.get_num_threads()),
@@ -43,13 +38,14 @@ def packable(spikes: Tensor) -> Tensor:
 
 
 def check_words(words: Tensor, channels: int) -> None:
-    if words.shape[-1] != -(-channels // 64):
-        raise ValueError(
-            f"words: got {words.shape[-1]} a row, takes {-(-channels // 64)} for {channels} channels"
-        )
+    """Raises ValueError unless a row has as many words as `channels` take."""
+    needed = -(-channels // WORD)
+    if words.shape[-1] != needed:
+        raise ValueError(f"words: got {words.shape[-1]} a row, takes {needed} for {channels} channels")
 
 
 def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """int64 words [..., ceil(C / 64)] -> [..., C] of 0 and 1 in `dtype`."""
     check_words(words, channels)
     words = words.contiguous()
     kernel_dtype = dtype if dtype == torch.bfloat16 else torch.float32

@@ -17,6 +17,7 @@ from spikedecoder.ext.cpu import _cost, native
 from spikedecoder.ext.cpu._arguments import BITS, ELEMENTS, address, dense, floats_on_cpu, same
 from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty
 from spikedecoder.ext.cpu.pack_spikes import check_words, pack_and_count, packable, unpack
+from spikedecoder.reference.pack_spikes import WORD
 
 why_not = floats_on_cpu
 
@@ -40,7 +41,7 @@ def forward(
     way = way_of(s, weight, method)
     if weight.dtype == torch.float32 and not way.torch_dense:
         s = packable(s)
-        words = s.new_empty((*s.shape[:-1], -(-s.shape[-1] // 64)), dtype=torch.int64)
+        words = s.new_empty((*s.shape[:-1], -(-s.shape[-1] // WORD)), dtype=torch.int64)
         return multiply(words, UNKNOWN, weight, bias, way, s), words
     words, count = pack_and_count(s)
     if way.by_torch(count) and s.dtype == weight.dtype:

@@ -12,10 +12,12 @@ from spikedecoder.reference.pack_spikes import WORD
 
 
 def why_not(call: Call) -> str | None:
+    """Why this backend cannot run the call; None if it can. It packs bytes, too."""
     return on_a_gpu(call, bytes_too=True)
 
 
 def pack(spikes: Tensor) -> Tensor:
+    """[..., C] -> int64 words [..., ceil(C / 64)]; what is not 0 is a spike."""
     spikes = spikes.detach().contiguous()
     channels = spikes.shape[-1]
     words = spikes.new_empty(*spikes.shape[:-1], -(-channels // WORD), dtype=torch.int64)
@@ -25,6 +27,7 @@ def pack(spikes: Tensor) -> Tensor:
 
 
 def unpack(words: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """int64 words [..., ceil(C / 64)] -> [..., C] of 0 and 1 in `dtype`."""
     words = words.contiguous()
     values = words.new_empty(*words.shape[:-1], channels, dtype=dtype)
     rows = values.numel() // channels if channels else 0
