@@ -94,7 +94,7 @@ def run(row: Row, seed: int, corpus: Corpus, steps: int, length: int, device: st
         seconds += time.perf_counter() - begin
         if (step + 1) % max(1, steps // CURVE) == 0:
             curve.append(((step + 1) * per_step, held_out_bits(model, corpus, length, 16_384)))
-    longer = {str(n): held_out_bits(model, corpus, n * length) for n in LONGER if row.reads_past(length, n)}
+    longer = {str(n): held_out_bits(model, corpus, n * length) for n in LONGER if row.reads_past(n)}
     result = {
         "row": row.name,
         "seed": seed,

@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 from quality_rows import Row
 
-# two-sided 95 % quantiles of Student's t by degrees of freedom
-_T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}
+# two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last serves for more
+_T95 = (
+    *(12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23),
+    *(2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09),
+)
 
 
 def collect(runs: list[dict[str, Any]], rows: list[Row]) -> dict[str, list[dict[str, Any]]]:
@@ -30,7 +33,7 @@ def half_width(runs: list[dict[str, Any]]) -> float | None:
     n = len(runs)
     if n < 2:
         return None
-    return _T95.get(n - 1, 1.96) * statistics.stdev(r["bits"] for r in runs) / math.sqrt(n)
+    return _T95[min(n - 1, len(_T95)) - 1] * statistics.stdev(r["bits"] for r in runs) / math.sqrt(n)
 
 
 # for each kind of energy estimate: its mode in the package, and whether memory is counted

@@ -65,7 +65,7 @@ class Row:
     def ann(self) -> bool:
         return self.kind == "gpt" or self.model.get("spike_degree") == 0
 
-    def reads_past(self, length: int, times: int) -> bool:
+    def reads_past(self, times: int) -> bool:
         """Whether the model has positions for contexts of `times` the training length."""
         return times == 1 or self.model.get("position") != "learned"
 

@@ -80,7 +80,7 @@ def characters_predicted(path: Path, corpus: Corpus, tokens: str) -> tuple[int, 
     return len(text) - len(words[0]), sum(len(word) + 1 for word in unknown) * _SPELLING
 
 
-def settings(tokens: str, kind: str, steps: int) -> TrainConfig:
+def settings(tokens: str, steps: int) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         lr=4e-3,
@@ -104,7 +104,7 @@ def run(kind: str, tokens: str, path: Path, out: Path, steps: int) -> dict[str, 
     result = train(
         config_of(kind, tokens, corpus.tokenizer),
         corpus,
-        settings(tokens, kind, steps),
+        settings(tokens, steps),
         out=folder,
         resume=(folder / RUN).is_file(),
         source={"preset": None, "text": [str(path.resolve())], "corpus": None},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +20,16 @@ from spikedecoder.training import TrainConfig
 SCRIPT = Path(__file__).parent.parent / "bench" / "quality_rows.py"
 
 
-def load_rows() -> Any:
-    spec = importlib.util.spec_from_file_location("quality_rows", SCRIPT)
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["quality_rows"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-study = load_rows()
+study, report = load("quality_rows"), load("quality_report")
 
 
 def config_of(row: Any) -> SpikeDecoderConfig:
@@ -59,6 +61,29 @@ def test_the_ladder_ends_at_the_presets() -> None:
     recipe |= {"embedding_gain", "embedding_std", "residual_init", "token_shift", "mlp_token_shift"}
     recipe |= {"decay_fastest", "decay_slowest"}
     assert all(getattr(original, name) == getattr(medium, name) for name in recipe)
+
+
+def test_only_learned_positions_end_with_the_training_length() -> None:
+    by_name = {row.name: row for row in study.SMALL}
+    assert by_name["default"].reads_past(1) and by_name["default"].reads_past(4)
+    learned = study.Row("learned", "gpt", {"position": "learned"})
+    assert learned.reads_past(1) and not learned.reads_past(2)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 8, 9, 10, 15, 21, 40])
+def test_intervals_are_those_of_students_t(seeds: int) -> None:
+    """The distribution's density, integrated over the interval, is 95 %."""
+    runs = [{"bits": float(i % 2)} for i in range(seeds)]
+    error = statistics.stdev(run["bits"] for run in runs) / math.sqrt(seeds)
+    quantile, df = report.half_width(runs) / error, seeds - 1
+    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    n = 20_000
+    step = 2 * quantile / n
+    points = (quantile * (2 * i + 1 - n) / n for i in range(n))
+    inside = sum(constant * (1 + t * t / df) ** (-(df + 1) / 2) * step for t in points)
+    assert inside == pytest.approx(0.95, abs=2e-3 if seeds <= 21 else 8e-3)
+    assert inside > 0.949  # never too narrow
+    assert report.half_width(runs[:1]) is None
 
 
 def test_a_study_goes_on_from_what_was_kept_of_it(tmp_path: Path) -> None:
