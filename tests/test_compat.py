@@ -1,6 +1,7 @@
 """The original's names: its scripts run, its windows are the same, its return values too."""
 
 import inspect
+import math
 import re
 import types
 
@@ -384,6 +385,22 @@ def test_training_follows_the_recipe(book, tmp_path, monkeypatch, capsys):
     for (name, one), other in zip(run.model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(one, other), name
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_a_continued_run_anneals_from_lr_as_the_originals_does(before, book, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run, rates = small_trainer(book, epochs=2, prevEpochs=before, save_model=False), []
+    real = run._epoch
+
+    def epoch(number, optimizer, *more):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return real(number, optimizer, *more)
+
+    monkeypatch.setattr(run, "_epoch", epoch)
+    run.train()
+    annealed = 5e-5 + (0.001 - 5e-5) * (1 + math.cos(math.pi / 200)) / 2
+    assert rates == pytest.approx([0.001, annealed])
 
 
 def test_trainer_files(book, tmp_path, monkeypatch, capsys):

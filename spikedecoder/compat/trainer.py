@@ -47,7 +47,8 @@ class Trainer:
         save_dataset: write the windows, one per line, beside the checkpoints. save_model: save at the end.
         num_workers: not used. The text is in memory and a batch is encoded in less than a millisecond, so
             worker processes would gain nothing, and forking them after torch started its threads is unsafe.
-        prevEpochs: epochs trained before; the numbers in what is printed and saved go on from there.
+        prevEpochs: epochs trained before; the numbers in what is printed and saved go on from there. The
+            learning rate is annealed from `lr` again, as in the original.
         profiling: print where two of the first steps spend their time.
 
     Raises TypeError, ValueError naming the argument.
