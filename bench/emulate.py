@@ -70,7 +70,9 @@ class Emulator:
             self.compiled[key] = parse(text)[launch.kernel.__name__], shared
         kernel, shared = self.compiled[key]
         threads = 32 * launch.options["num_warps"]
-        machine.launch(kernel, launch.grid, (threads,), _bits(launch), shared, _memory(launch), self.traffic)
+        machine.launch(
+            kernel, launch.grid, (threads,), _bits(launch), shared, memory_of(launch), self.traffic
+        )
         self.ran[launch.kernel.__name__] += 1
 
 
@@ -91,23 +93,50 @@ def _bits(launch: Launch) -> list[int]:
     return [*bits, 0, 0]
 
 
-def _memory(launch: Launch) -> Globals:
-    memory, seen = Globals(), set()
-    for value in launch.arguments.values():
-        if isinstance(value, Tensor) and (storage := value.untyped_storage()).data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            data = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
-            memory.add(storage.data_ptr(), data)
+def memory_of(launch: Launch) -> Globals:
+    """From the first to the last element of each tensor, and as one block what overlaps."""
+    given = [value for value in launch.arguments.values() if isinstance(value, Tensor) and value.numel()]
+    blocks: list[tuple[int, int, int, Tensor]] = []  # from, to, size of the smallest element, whose storage
+    for value in sorted(given, key=Tensor.data_ptr):
+        start, size = value.data_ptr(), value.element_size()
+        last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+        end = start + (last + 1) * size
+        if blocks and start < blocks[-1][1]:
+            start, before, unit, _ = blocks.pop()
+            end, size = max(end, before), min(size, unit)
+        blocks.append((start, end, size, value))
+    memory = Globals()
+    for start, end, unit, value in blocks:
+        storage = value.untyped_storage()
+        data = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+        memory.add(start, data[start - storage.data_ptr() : end - storage.data_ptr()], unit)
     return memory
+
+
+@contextlib.contextmanager
+def _new_tensors_are_nan() -> Iterator[None]:
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @contextlib.contextmanager
 def emulated(target: int, multiprocessors: int) -> Iterator[Emulator]:
     """Triton's backend runs on the CPU, as compiled for sm_`target` and a device of so many multiprocessors:
-    of few, programs walk through several tiles in a loop, as they do with large tensors on a GPU."""
+    of few, programs walk through several tiles in a loop, as they do with large tensors on a GPU. New tensors
+    hold NaN, so that what no program writes is not by chance what lay there before."""
     emulator = Emulator(target)
     sizes = mock.patch.dict(_launch._MULTIPROCESSORS, {target // 10: multiprocessors})
-    with sizes, _launch.record(target // 10):
+    with sizes, _new_tensors_are_nan(), _launch.record(target // 10):
         assert _launch._recorder is not None
         _launch._recorder.launches = emulator
         yield emulator
@@ -154,8 +183,8 @@ def note(path: Path, cells: dict[str, str]) -> None:
         file.write(f"| {' | '.join(cells.values())} |\n")
 
 
-def check(emulator: Emulator, case: Case, dtype: torch.dtype) -> str | None:
-    """What is wrong, or None."""
+def check(case: Case, dtype: torch.dtype) -> str | None:
+    """What is wrong, or None; in `emulated`."""
     try:
         compare(case, dtype, "cpu")
     except (AssertionError, machine.PTXError) as error:
@@ -163,7 +192,29 @@ def check(emulator: Emulator, case: Case, dtype: torch.dtype) -> str | None:
     return None
 
 
-def main() -> int:
+def check_all(
+    options: argparse.Namespace, chosen: list[tuple[Case, torch.dtype]]
+) -> tuple[Emulator, int, int]:
+    """Run calls and say what is wrong and what could not run: (what ran, how many of each)."""
+    wrong, lacking = 0, collections.Counter[str]()
+    with emulated(options.target, options.multiprocessors) as emulator:
+        for case, dtype in chosen:
+            began = time.perf_counter()
+            name = f"{case}, {TYPES[dtype]}, sm_{options.target}"
+            try:
+                if fault := check(case, dtype):
+                    wrong += 1
+                    print(f"{name}: {fault}", file=sys.stderr, flush=True)
+            except NotImplementedError as error:
+                lacking[" ".join(str(error).split())[:60]] += 1
+            if options.verbose:
+                print(f"{time.perf_counter() - began:6.2f} s  {name}", flush=True)
+    for what, count in lacking.items():
+        print(f"not run, {count} times: {what}")
+    return emulator, wrong, lacking.total()
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="an operator, or several with commas between")
     parser.add_argument("--case", help="only cases whose name holds this")
@@ -180,6 +231,11 @@ def main() -> int:
     options = parser.parse_args()
     if _launch.INTERPRETED:
         parser.error("TRITON_INTERPRET is set: kernels can't be compiled under the interpreter")
+    return options
+
+
+def main() -> int:
+    options = parse_options()
     chosen = [
         (larger(case) if options.larger else case, dtype)
         for case, dtype in (widths() if options.widths else calls())
@@ -187,33 +243,17 @@ def main() -> int:
         and (options.case is None or options.case in str(case))
         and options.dtype in (None, TYPES[dtype])
     ][:: options.sample]
-    wrong: list[str] = []
-    lacking: collections.Counter[str] = collections.Counter()
-    with emulated(options.target, options.multiprocessors) as emulator:
-        for case, dtype in chosen:
-            began = time.perf_counter()
-            name = f"{case}, {TYPES[dtype]}, sm_{options.target}"
-            try:
-                if fault := check(emulator, case, dtype):
-                    wrong.append(f"{name}: {fault}")
-                    print(wrong[-1], file=sys.stderr, flush=True)
-            except NotImplementedError as error:
-                lacking[" ".join(str(error).split())[:60]] += 1
-            if options.verbose:
-                print(f"{time.perf_counter() - began:6.2f} s  {name}", flush=True)
-    for what, count in lacking.items():
-        print(f"not run, {count} times: {what}")
-    launches = ", ".join(f"{name} {count}" for name, count in sorted(emulator.ran.items()))
-    not_run = sum(lacking.values())
+    emulator, wrong, not_run = check_all(options, chosen)
     if options.note:
         command = re.sub(r" --note \S+", "", " ".join(["python bench/emulate.py", *sys.argv[1:]]))
         note(options.note, {
             "date": f"{datetime.date.today()}", "commit": _commit(), "command": f"`{command}`",
             "Triton": triton.__version__, "architecture": f"sm_{options.target}", "calls": f"{len(chosen)}",
             "launches": f"{emulator.ran.total()}", "kernels": f"{len(emulator.ran)}",
-            "variants": f"{len(emulator.compiled)}", "wrong": f"{len(wrong)}", "not run": f"{not_run}",
+            "variants": f"{len(emulator.compiled)}", "wrong": f"{wrong}", "not run": f"{not_run}",
         })  # fmt: skip
-    print(f"{len(chosen)} calls for sm_{options.target}, {len(wrong)} wrong, {not_run} not run: {launches}")
+    launches = ", ".join(f"{name} {count}" for name, count in sorted(emulator.ran.items()))
+    print(f"{len(chosen)} calls for sm_{options.target}, {wrong} wrong, {not_run} not run: {launches}")
     return 1 if wrong else 0
 
 

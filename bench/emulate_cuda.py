@@ -84,8 +84,8 @@ class Emulated:
                 int.from_bytes(ctypes.string_at(arguments[i], widths[kind]), "little")
                 for i, (_, kind) in enumerate(kernel.parameters)
             ]
-            size = kernel.shared_size + shared
-            machine.launch(kernel, tuple(sizes[:3]), tuple(sizes[3:6]), bits, size, _tensors())
+            size, memory = kernel.shared_size + shared, _tensors(bits)
+            machine.launch(kernel, tuple(sizes[:3]), tuple(sizes[3:6]), bits, size, memory)
             self.ran[next(k for k in ("unpack", "transpose", "pack", "gather") if k in name.decode())] += 1
         except BaseException as error:  # not through C
             self.error = error
@@ -98,15 +98,16 @@ class Emulated:
             raise error
 
 
-def _tensors() -> Globals:
-    """The memory of all tensors there are: a launch names addresses alone."""
+def _tensors(arguments: list[int]) -> Globals:
+    """The memory of the tensors that a launch was given: it names addresses alone."""
     memory, seen = Globals(), set()
     for value in gc.get_objects():
         if type(value) is Tensor and value.device.type == "cpu" and value.layout == torch.strided:
             storage = value.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                memory.add(storage.data_ptr(), torch.tensor([], dtype=torch.uint8).set_(storage).numpy())
+            start, size = storage.data_ptr(), storage.nbytes()
+            if start not in seen and any(start <= argument < start + size for argument in arguments):
+                seen.add(start)
+                memory.add(start, torch.tensor([], dtype=torch.uint8).set_(storage).numpy())
     return memory
 
 
@@ -169,6 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, default=90, choices=(80, 90, 100), help="compute capability")
     options = parser.parse_args()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors hold NaN until they are written
     with emulated(options.target) as emulator:
         wrong = check_cases() + check_shapes()
     print(*wrong, sep="\n", file=sys.stderr)

@@ -48,7 +48,7 @@ def lines(target: int) -> list[str]:
     for case in CALLS:
         with emulated(target, 1) as emulator:
             emulator.traffic = traffic = Traffic()
-            if fault := check(emulator, case, torch.bfloat16):
+            if fault := check(case, torch.bfloat16):
                 raise SystemExit(f"{case}: {fault}")
         for (kernel, kind), (requests, taken, least) in sorted(traffic.counts.items()):
             unit = "wavefronts" if kind.startswith("shared") else "sectors"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from ptx.machine import (
     UNSIGNED,
     Array,
     Batch,
-    PTXError,
     Read,
     Step,
     makes,
@@ -24,32 +23,117 @@ from ptx.machine import (
     target,
     widened,
 )
-from ptx.numbers import flush, fma, from_bf16, to_bf16, to_f16
-from ptx.parse import Instruction, Kernel, Register, Vector
+from ptx.numbers import flush, fma, from_bf16, to_bf16, to_f16, to_f32
+from ptx.parse import Instruction, Kernel, Number, Operand, Register, Vector
 
-ROUNDINGS = {"rni": np.rint, "rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc}
-
-
-def _min(*of: Any) -> Any:
-    return functools.reduce(np.fmin if np.asarray(of[0]).dtype.kind == "f" else np.minimum, of)
+INTEGER, BITS = "[su](16|32|64)", "b(16|32|64)"
+F16, F32 = "b?f16(x2)?", r"(ftz\.)?f32"
+FLOAT = rf"{F32}(x2)?|{F16}|f32\.b?f16"  # the last: of 16-bit numbers and, added, a float32
 
 
-def _max(*of: Any) -> Any:
-    return functools.reduce(np.fmax if np.asarray(of[0]).dtype.kind == "f" else np.maximum, of)
+def values(kernel: Kernel, operand: Operand, kind: str, ftz: bool = False) -> Read:
+    """An operand to compute with: 16-bit floats as float32, both of a pair (x2) as [2, threads]."""
+    single = kind.removesuffix("x2")
+    read = source(kernel, operand, TYPES[kind] if single == kind else UNSIGNED[2 * _size(single)])
+    if single != kind:
+        both = read
+        read = lambda b: np.ascontiguousarray(over(b, both)).view(TYPES[single]).reshape(-1, 2).T  # noqa: E731
+    if single == "bf16":
+        return lambda b: from_bf16(read(b))
+    if single == "f16":
+        return lambda b: np.asarray(read(b)).astype(np.float32)
+    return (lambda b: flush(read(b))) if ftz and single == "f32" else read
+
+
+def packed(result: Any, kind: str, ftz: bool = False) -> Any:
+    """What a register gets for such numbers: floats are rounded, pairs put together."""
+    single = kind.removesuffix("x2")
+    if single == "bf16":
+        result = to_bf16(result)
+    elif single == "f16":
+        result = to_f16(result)
+    elif single == "f32":
+        result = flush(to_f32(result)) if ftz else to_f32(result)
+    elif single == "f64":
+        result = np.asarray(result, np.float64)
+    if single == kind:
+        return result
+    return np.ascontiguousarray(result.T).view(UNSIGNED[2 * _size(single)]).reshape(-1)
+
+
+def _size(kind: str) -> int:
+    return np.dtype(TYPES[kind]).itemsize
+
+
+def _elementwise(
+    kernel: Kernel, ins: Instruction, function: Callable[..., Any], kinds: Sequence[str] = ()
+) -> Step:
+    """A function of all operands but the first, whose result the first gets. `kinds`: of the operands."""
+    kind, ftz = ins.modifiers[-1], "ftz" in ins.modifiers
+    to, operands = target(ins.operands[0]), ins.operands[1:]
+    kinds = [*(kinds or [kind] * len(operands))]
+    if "f32" in ins.modifiers[:-1]:
+        kinds[-1] = kind = "f32"
+    reads = [values(kernel, operand, k, ftz) for operand, k in zip(operands, kinds, strict=True)]
+    return lambda b: b.write(to, packed(function(*(read(b) for read in reads)), kind, ftz))
 
 
 def _quotient(a: Any, b: Any) -> Any:
-    """Towards zero."""
-    if np.asarray(a).dtype.kind == "f":
-        return (np.asarray(a, np.float64) / b).astype(np.float32)
-    b = np.where(b == 0, 1, b)
+    """Of integers, towards zero."""
+    b = np.where(b == 0, 1, b)  # means nothing
     whole = np.floor_divide(a, b)
     return whole + ((np.remainder(a, b) != 0) & (whole < 0)) if np.asarray(a).dtype.kind == "i" else whole
 
 
+BINARY: dict[str, Callable[..., Any]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor, "div": _quotient, "rem": lambda a, b: a - _quotient(a, b) * b,
+}  # fmt: skip
+
+
+@makes("add sub mul", rf"(rn\.)?({FLOAT}|f64)")
+@makes("add sub div rem", INTEGER)
+@makes("and or xor", f"{BITS}|pred")
+def binary(kernel: Kernel, ins: Instruction) -> Step:
+    """Sums and products of 16-bit floats are rounded to float32 first, whose bits are enough for that."""
+    return _elementwise(kernel, ins, BINARY[ins.name])
+
+
+@makes("div", rf"(rn|full)\.{F32}")
+def divide(kernel: Kernel, ins: Instruction) -> Step:
+    return _elementwise(kernel, ins, lambda a, b: np.asarray(a, np.float64) / b)
+
+
+@makes("fma", rf"rn\.({FLOAT})")
+@makes("mad", rf"rn\.{F32}")
+def fused(kernel: Kernel, ins: Instruction) -> Step:
+    return _elementwise(kernel, ins, fma)
+
+
+def _lesser(a: Any, b: Any) -> Any:
+    """Of a NaN and a number the number, of two zeros the negative."""
+    return np.where((a < b) | np.isnan(b) | (a == b) & np.signbit(a), a, b)
+
+
+@makes("min max", rf"{INTEGER}|(ftz\.)?(NaN\.)?f32|(NaN\.)?{F16}")
+def extremum(kernel: Kernel, ins: Instruction) -> Step:
+    if ins.modifiers[-1][0] in "su":
+        return _elementwise(kernel, ins, np.minimum if ins.name == "min" else np.maximum)
+    sign = 1 if ins.name == "min" else -1
+
+    def extreme(*of: Any) -> Any:
+        found = sign * functools.reduce(_lesser, [sign * x for x in of])
+        if "NaN" not in ins.modifiers:
+            return found
+        return np.where(functools.reduce(np.logical_or, [np.isnan(x) for x in of]), np.nan, found)
+
+    return _elementwise(kernel, ins, extreme)
+
+
 def _left(a: Any, n: Any) -> Any:
-    bits = np.asarray(a).dtype.itemsize * 8
-    return np.where(n >= bits, 0, np.left_shift(a, np.minimum(n, bits - 1).astype(a.dtype)))
+    a = np.asarray(a)
+    bits = a.dtype.itemsize * 8
+    return np.where(n >= bits, a.dtype.type(0), np.left_shift(a, np.minimum(n, bits - 1).astype(a.dtype)))
 
 
 def _right(a: Any, n: Any) -> Any:
@@ -59,27 +143,10 @@ def _right(a: Any, n: Any) -> Any:
     return shifted if a.dtype.kind == "i" else np.where(n >= bits, a.dtype.type(0), shifted)
 
 
-BINARY: dict[str, Callable[..., Any]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "min": _min, "max": _max, "and": np.bitwise_and,
-    "or": np.bitwise_or, "xor": np.bitwise_xor, "div": _quotient,
-    "rem": lambda a, b: a - _quotient(a, b) * b,
-}  # fmt: skip
-
-
-def _reciprocal(x: Any) -> Any:
-    return (1 / np.asarray(x, np.float64)).astype(np.float32)
-
-
-UNARY: dict[str, Callable[[Any], Any]] = {
-    "not": np.invert, "rcp": _reciprocal, "neg": np.negative, "abs": np.abs,
-    "sqrt": lambda x: np.sqrt(np.asarray(x, np.float64)).astype(np.float32),
-    "rsqrt": lambda x: (1 / np.sqrt(np.asarray(x, np.float64))).astype(np.float32),
-    "ex2": lambda x: np.exp2(np.asarray(x, np.float64)).astype(np.float32),
-    "lg2": lambda x: np.log2(np.asarray(x, np.float64)).astype(np.float32),
-    "popc": lambda x: _ones(x),
-    "clz": lambda x: _leading_zeros(x),
-    "brev": lambda x: _reversed(x),
-}  # fmt: skip
+@makes("shl", BITS)
+@makes("shr", "[bsu](16|32|64)")
+def shift(kernel: Kernel, ins: Instruction) -> Step:
+    return _elementwise(kernel, ins, _left if ins.name == "shl" else _right, (ins.modifiers[-1], "u32"))
 
 
 def _ones(x: Any) -> Array:
@@ -108,85 +175,24 @@ def _reversed(x: Any) -> Array:
     return spread.reshape(-1).view(x.dtype)
 
 
-def _floating(kind: str) -> bool:
-    return kind in ("f16", "bf16", "f16x2", "bf16x2")
+UNARY: dict[str, Callable[[Any], Any]] = {
+    "not": np.invert, "neg": np.negative, "abs": np.abs,
+    "rcp": lambda x: 1 / np.asarray(x, np.float64),
+    "sqrt": lambda x: np.sqrt(np.asarray(x, np.float64)),
+    "rsqrt": lambda x: 1 / np.sqrt(np.asarray(x, np.float64)),
+    "ex2": lambda x: np.exp2(np.asarray(x, np.float64)),
+    "lg2": lambda x: np.log2(np.asarray(x, np.float64)),
+    "popc": _ones, "clz": _leading_zeros, "brev": _reversed,
+}  # fmt: skip
 
 
-def _narrow(kernel: Kernel, operand: Any, kind: str) -> Read:
-    """A 16-bit operand in float32; of a pair [2, threads]."""
-    if kind.endswith("x2"):
-        read = source(kernel, operand, np.uint32)
-
-        def halves(b: Batch) -> Array:
-            both = np.asarray(read(b))
-            pair = np.stack([both & np.uint32(0xFFFF), both >> np.uint32(16)]).astype(np.uint16)
-            return from_bf16(pair) if kind[0] == "b" else pair.view(np.float16).astype(np.float32)
-
-        return halves
-    if kind == "bf16":
-        read = source(kernel, operand, np.uint16)
-        return lambda b: from_bf16(read(b))
-    read = source(kernel, operand, np.float16)
-    return lambda b: np.asarray(read(b)).astype(np.float32)
-
-
-def _reader(kind: str) -> Callable[..., Read]:
-    return _narrow if _floating(kind) else lambda kernel, operand, kind: source(kernel, operand, TYPES[kind])
-
-
-def _narrowed(x: Array, kind: str) -> Array:
-    rounded = to_bf16(x) if kind[0] == "b" else to_f16(x)
-    if not kind.endswith("x2"):
-        return rounded
-    return rounded[0].astype(np.uint32) | rounded[1].astype(np.uint32) << np.uint32(16)
-
-
-def _elementwise(
-    kernel: Kernel, ins: Instruction, function: Callable[..., Any], kinds: tuple[str, ...] | None = None
-) -> Step:
-    """A function of all operands but the first, whose result the first gets."""
-    kind = ins.modifiers[-1]
-    to, operands = target(ins.operands[0]), ins.operands[1:]
-    if kind == "f32x2":
-        pairs = [source(kernel, operand, np.uint64) for operand in operands]
-        return lambda b: b.write(to, _both(function, b, pairs))
-    if _floating(kind):
-        narrow = [_narrow(kernel, operand, kind) for operand in operands]
-        if "f32" in ins.modifiers:  # a float32 sum of 16-bit numbers and, the last operand, a float32
-            narrow[-1] = source(kernel, operands[-1], np.float32)
-            return lambda b: b.write(to, function(*(read(b) for read in narrow)))
-        return lambda b: b.write(to, _narrowed(function(*(read(b) for read in narrow)), kind))
-    reads = [
-        source(kernel, operand, TYPES[k])
-        for operand, k in zip(operands, kinds or (kind,) * len(operands), strict=True)
-    ]
-    if kind == "f32" and "ftz" in ins.modifiers:
-        return lambda b: b.write(to, flush(function(*(flush(read(b)) for read in reads))))
-    return lambda b: b.write(to, function(*(read(b) for read in reads)))
-
-
-def _both(function: Callable[..., Any], b: Batch, pairs: list[Read]) -> Array:
-    """Of two float32 in 64 bits each."""
-    values = (over(b, read) for read in pairs)
-    result = function(*(np.ascontiguousarray(value).view(np.float32) for value in values))
-    return np.asarray(result, np.float32).view(np.uint64)
-
-
-@makes("add", "sub", "min", "max", "and", "or", "xor", "div", "rem")
-def binary(kernel: Kernel, ins: Instruction) -> Step:
-    if {"cc", "sat"} & set(ins.modifiers):
-        raise NotImplementedError(ins.text)
-    return _elementwise(kernel, ins, BINARY[ins.name])
-
-
-@makes("not", "rcp", "neg", "abs", "sqrt", "rsqrt", "ex2", "lg2", "popc", "clz", "brev")
+@makes("not", f"{BITS}|pred")
+@makes("neg abs", rf"s(16|32|64)|{F32}|f64|{F16}")
+@makes("rcp sqrt", rf"(rn|approx)\.{F32}")
+@makes("rsqrt ex2 lg2", rf"approx\.{F32}")
+@makes("popc clz brev", "b(32|64)")
 def unary(kernel: Kernel, ins: Instruction) -> Step:
     return _elementwise(kernel, ins, UNARY[ins.name])
-
-
-@makes("shl", "shr")
-def shift(kernel: Kernel, ins: Instruction) -> Step:
-    return _elementwise(kernel, ins, _left if ins.name == "shl" else _right, (ins.modifiers[-1], "u32"))
 
 
 def _product(a: Any, b: Any, part: str) -> Any:
@@ -198,121 +204,97 @@ def _product(a: Any, b: Any, part: str) -> Any:
     return full if part == "wide" else (full >> twice.type(8 * a.dtype.itemsize)).astype(a.dtype)
 
 
-@makes("mul", "mad")
+@makes("mul mad", rf"lo\.{INTEGER}|(hi|wide)\.[su](16|32)")
 def multiply(kernel: Kernel, ins: Instruction) -> Step:
-    kind = ins.modifiers[-1]
-    if kind.startswith(("f", "bf")):
-        return _elementwise(kernel, ins, np.multiply if ins.name == "mul" else fma)
-    part = ins.modifiers[0]
-    to = target(ins.operands[0])
-    a, b_ = (source(kernel, operand, TYPES[kind]) for operand in ins.operands[1:3])
-    if ins.name == "mul":
-        return lambda b: b.write(to, _product(a(b), b_(b), part))
-    wide = {"s32": np.int64, "u32": np.uint64, "s16": np.int32, "u16": np.uint32}
-    plus = source(kernel, ins.operands[3], wide[kind] if part == "wide" else TYPES[kind])
-    return lambda b: b.write(to, _product(a(b), b_(b), part) + plus(b))
+    part, kind = ins.modifiers
+    wide = f"{kind[0]}{2 * int(kind[1:])}" if part == "wide" else kind
+    kinds = (kind, kind, wide)[: len(ins.operands) - 1]
+    return _elementwise(kernel, ins, lambda a, b, c=0: _product(a, b, part) + c, kinds)
 
 
-@makes("fma")
-def fused(kernel: Kernel, ins: Instruction) -> Step:
-    return _elementwise(kernel, ins, fma)
-
-
-@makes("bfe")
+@makes("bfe", "[su]32")
 def extract(kernel: Kernel, ins: Instruction) -> Step:
     """`len` bits from `pos` on, with the sign of the highest where signed."""
-    kind = ins.modifiers[-1]
-    to = target(ins.operands[0])
-    value = source(kernel, ins.operands[1], UNSIGNED[np.dtype(TYPES[kind]).itemsize])
-    pos, length = (source(kernel, operand, np.uint32) for operand in ins.operands[2:])
 
-    def run(b: Batch) -> None:
-        x = np.asarray(value(b)).astype(np.uint64)
-        if kind[0] == "s":  # the sign goes on to the left
-            x = x.astype(TYPES[kind.replace("s", "u")]).view(TYPES[kind]).astype(np.int64).view(np.uint64)
-        at, count = (np.minimum(f(b), 63).astype(np.uint64) for f in (pos, length))
-        got = (x >> at) & ((np.uint64(1) << count) - np.uint64(1))
-        if kind[0] == "s":
-            top = np.uint64(1) << np.maximum(count, 1).astype(np.uint64) - np.uint64(1)
-            got = np.where(count > 0, (got ^ top) - top, got)
-        b.write(to, got.astype(UNSIGNED[np.dtype(TYPES[kind]).itemsize]))
+    def bits(value: Any, pos: Any, length: Any) -> Any:
+        value = np.asarray(value)
+        wide = np.int64 if value.dtype.kind == "i" else np.uint64
+        at = np.minimum(pos & 255, 63).astype(wide)
+        unused = (64 - np.minimum(length & 255, 32)).astype(wide)  # of 64 bits
+        found = value.astype(wide) >> at << np.minimum(unused, 63) >> np.minimum(unused, 63)
+        return np.where(unused == 64, wide(0), found).astype(value.dtype)
 
-    return run
+    return _elementwise(kernel, ins, bits, (ins.modifiers[0], "u32", "u32"))
 
 
-@makes("bfi")
+@makes("bfi", "b(32|64)")
 def insert(kernel: Kernel, ins: Instruction) -> Step:
     """`len` bits of one number in another, from `pos` on."""
-    kind = TYPES[ins.modifiers[-1]]
-    to = target(ins.operands[0])
-    new, old = (source(kernel, operand, kind) for operand in ins.operands[1:3])
-    pos, length = (source(kernel, operand, np.uint32) for operand in ins.operands[3:])
+    kind = TYPES[ins.modifiers[0]]
     bits = 8 * np.dtype(kind).itemsize
 
-    def run(b: Batch) -> None:
-        at, count = (np.minimum(f(b), bits).astype(np.uint64) for f in (pos, length))
+    def inserted(new: Any, old: Any, pos: Any, length: Any) -> Any:
+        at, count = (np.minimum(x & 255, bits).astype(np.uint64) for x in (pos, length))
         some = (np.uint64(1) << np.minimum(count, 63)) - np.uint64(1)
         ones = np.where(count >= 64, np.uint64(2**64 - 1), some)
         mask = np.where(at >= 64, np.uint64(0), ones << np.minimum(at, 63))
-        inserted = np.asarray(new(b)).astype(np.uint64) << np.minimum(at, 63)
-        b.write(to, ((inserted & mask) | (np.asarray(old(b)).astype(np.uint64) & ~mask)).astype(kind))
+        moved = np.asarray(new).astype(np.uint64) << np.minimum(at, 63)
+        return ((moved & mask) | (np.asarray(old).astype(np.uint64) & ~mask)).astype(kind)
 
-    return run
+    return _elementwise(kernel, ins, inserted, (*ins.modifiers, *ins.modifiers, "u32", "u32"))
 
 
-@makes("prmt")
+def _both(low: Any, high: Any) -> Any:
+    """Two registers as one of 64 bits."""
+    return np.asarray(high).astype(np.uint64) << np.uint64(32) | np.asarray(low).astype(np.uint64)
+
+
+@makes("prmt", "b32")
 def permute(kernel: Kernel, ins: Instruction) -> Step:
-    """Four of eight bytes."""
-    if ins.modifiers != ("b32",):
-        raise NotImplementedError(ins.text)
-    to = target(ins.operands[0])
-    low, high, choice = (source(kernel, operand, np.uint32) for operand in ins.operands[1:])
+    """Four of eight bytes, or their signs."""
 
-    def run(b: Batch) -> None:
-        both = np.asarray(low(b)).astype(np.uint64) | np.asarray(high(b)).astype(np.uint64) << np.uint64(32)
-        chosen = np.asarray(choice(b)).astype(np.uint64)
-        out = np.zeros(np.broadcast(both, chosen).shape, np.uint64)
+    def chosen(low: Any, high: Any, choice: Any) -> Any:
+        both, choice = _both(low, high), np.asarray(choice).astype(np.uint64)
+        out = np.zeros(np.broadcast(both, choice).shape, np.uint64)
         for i in range(4):
-            which = (chosen >> np.uint64(4 * i)) & np.uint64(15)
+            which = (choice >> np.uint64(4 * i)) & np.uint64(15)
             octet = (both >> ((which & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
             octet = np.where(which & np.uint64(8), (octet >> np.uint64(7)) * np.uint64(255), octet)
             out |= octet << np.uint64(8 * i)
-        b.write(to, out.astype(np.uint32))
+        return out.astype(np.uint32)
 
-    return run
+    return _elementwise(kernel, ins, chosen)
 
 
-@makes("lop3")
+@makes("lop3", "b32")
 def logic(kernel: Kernel, ins: Instruction) -> Step:
-    to = target(ins.operands[0])
-    a, b_, c = (source(kernel, operand, np.uint32) for operand in ins.operands[1:4])
-    table = ins.operands[4].value  # type: ignore[union-attr]
+    """Any function of three bits, by a table: its bit 4 a + 2 b + c."""
+    *_, table = ins.operands
+    assert isinstance(table, Number)
 
-    def run(b: Batch) -> None:
-        x, y, z = a(b), b_(b), c(b)
-        out = np.zeros(b.threads, np.uint32)
+    def looked_up(x: Any, y: Any, z: Any, _: Any) -> Any:
+        out = np.zeros(np.broadcast(x, y, z).shape, np.uint32)
         for i in range(8):
-            if table >> i & 1:
+            if table.value >> i & 1:
                 out |= (x if i & 4 else ~x) & (y if i & 2 else ~y) & (z if i & 1 else ~z)
-        b.write(to, out)
+        return out
 
-    return run
+    return _elementwise(kernel, ins, looked_up)
 
 
-@makes("shf")
+@makes("shf", r"[lr]\.(wrap|clamp)\.b32")
 def funnel(kernel: Kernel, ins: Instruction) -> Step:
     """32 of the 64 bits of two registers."""
-    way, clamp, _ = ins.modifiers
-    to = target(ins.operands[0])
-    low, high, by = (source(kernel, operand, np.uint32) for operand in ins.operands[1:])
+    way, mode, _ = ins.modifiers
 
-    def run(b: Batch) -> None:
-        both = np.asarray(high(b)).astype(np.uint64) << np.uint64(32) | np.asarray(low(b)).astype(np.uint64)
-        n = by(b) & np.uint32(31) if clamp == "wrap" else np.minimum(by(b), np.uint32(32))
-        n = np.asarray(n).astype(np.uint64)
-        b.write(to, (both << n >> np.uint64(32) if way == "l" else both >> n).astype(np.uint32))
+    def shifted(low: Any, high: Any, by: Any) -> Any:
+        n = np.asarray(by & np.uint32(31) if mode == "wrap" else np.minimum(by, np.uint32(32))).astype(
+            np.uint64
+        )
+        both = _both(low, high)
+        return (both << n >> np.uint64(32) if way == "l" else both >> n).astype(np.uint32)
 
-    return run
+    return _elementwise(kernel, ins, shifted)
 
 
 ORDERED: dict[str, Callable[[Any, Any], Any]] = {
@@ -322,6 +304,8 @@ ORDERED: dict[str, Callable[[Any, Any], Any]] = {
     "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }  # fmt: skip
 UNORDERED = ("equ", "neu", "ltu", "leu", "gtu", "geu")  # true of a NaN
+TEST = "|".join((*ORDERED, *UNORDERED))
+COMPARED = rf"{F32}|f64|{F16}|[bsu](16|32|64)"
 
 
 def _comparison(name: str) -> Callable[[Any, Any], Any]:
@@ -330,51 +314,45 @@ def _comparison(name: str) -> Callable[[Any, Any], Any]:
     return ORDERED[name]
 
 
-@makes("setp")
+@makes("setp", rf"({TEST})(\.(and|or|xor))?\.({COMPARED})")
 def compare(kernel: Kernel, ins: Instruction) -> Step:
-    kind, test = ins.modifiers[-1], _comparison(ins.modifiers[0])
-    joins = [m for m in ins.modifiers[1:-1] if m in ("and", "or", "xor")]
+    """The second result is the opposite; of pairs, what the second of each give."""
+    kind, ftz, test = ins.modifiers[-1], "ftz" in ins.modifiers, _comparison(ins.modifiers[0])
     targets = [target(part) for part in parts(ins.operands[0])]
-    a, b_ = (_reader(kind)(kernel, operand, kind) for operand in ins.operands[1:3])
-    other = source(kernel, ins.operands[3], np.bool_) if joins else None
+    a, b_ = (values(kernel, operand, kind, ftz) for operand in ins.operands[1:3])
+    join = BINARY.get(ins.modifiers[1])
+    other = source(kernel, ins.operands[3], np.bool_) if join else None
 
     def run(b: Batch) -> None:
         found = np.asarray(test(a(b), b_(b)))
-        if kind.endswith("x2"):
-            for name, value in zip(targets, found, strict=True):
-                b.write(name, value)
-            return
-        results = (found, ~found)
-        if other is not None:
-            results = tuple(BINARY[joins[0]](result, other(b)) for result in results)
-        for name, value in zip(targets, results, strict=False):
-            b.write(name, value)
+        for name, value in zip(targets, found if kind.endswith("x2") else (found, ~found), strict=False):
+            b.write(name, join(value, other(b)) if join and other else value)
 
     return run
 
 
-@makes("set")
+@makes("set", rf"({TEST})\.(f32|[su]32)\.({COMPARED})")
 def compare_to_bits(kernel: Kernel, ins: Instruction) -> Step:
     """All bits where it holds; 1.0 where the result is a float."""
-    test, to_kind, kind = _comparison(ins.modifiers[0]), ins.modifiers[-2], ins.modifiers[-1]
+    test, to_kind, kind = _comparison(ins.modifiers[0]), ins.modifiers[1], ins.modifiers[-1]
     to = target(ins.operands[0])
-    a, b_ = (_reader(kind)(kernel, operand, kind) for operand in ins.operands[1:3])
+    a, b_ = (values(kernel, operand, kind, "ftz" in ins.modifiers) for operand in ins.operands[1:3])
     yes = np.float32(1) if to_kind == "f32" else np.uint32(2**32 - 1)
     return lambda b: b.write(to, np.where(test(a(b), b_(b)), yes, type(yes)(0)))
 
 
-@makes("selp")
+@makes("selp", "[bsu](16|32|64)|f(32|64)")
 def select(kernel: Kernel, ins: Instruction) -> Step:
-    kind = UNSIGNED[np.dtype(TYPES[ins.modifiers[-1]]).itemsize]
+    kind = UNSIGNED[_size(ins.modifiers[0])]
     to = target(ins.operands[0])
     a, b_ = (source(kernel, operand, kind) for operand in ins.operands[1:3])
     where = source(kernel, ins.operands[3], np.bool_)
     return lambda b: b.write(to, np.where(where(b), a(b), b_(b)))
 
 
-@makes("mov")
+@makes("mov", "[bsu](16|32|64)|f(32|64)|pred")
 def move(kernel: Kernel, ins: Instruction) -> Step:
-    kind = TYPES[ins.modifiers[-1]]
+    kind = TYPES[ins.modifiers[0]]
     kind = np.bool_ if kind is np.bool_ else UNSIGNED[np.dtype(kind).itemsize]
     to, given = ins.operands
     if isinstance(given, Vector):
@@ -407,48 +385,64 @@ def _joined(kind: Any, pieces: list[Any]) -> Any:
     return out
 
 
-@makes("cvta")
+@makes("cvta", r"(to\.)?(global|shared(::cta)?)\.u64")
 def to_generic(kernel: Kernel, ins: Instruction) -> Step:
     """Addresses are what they are: no kernel here has addresses of two kinds."""
     to, read = target(ins.operands[0]), source(kernel, ins.operands[1], np.uint64)
     return lambda b: b.write(to, read(b))
 
 
-@makes("cvt")
-def convert(kernel: Kernel, ins: Instruction) -> Step:
-    kind, given = ins.modifiers[-2:]
-    to = target(ins.operands[0])
-    if "sat" in ins.modifiers or "satfinite" in ins.modifiers:
-        raise NotImplementedError(ins.text)
-    if kind in ("bf16x2", "f16x2"):
-        high, low = (source(kernel, operand, np.float32) for operand in ins.operands[1:3])
-        return lambda b: b.write(to, _narrowed(np.stack(np.broadcast_arrays(low(b), high(b))), kind))
-    read = _reader(given)(kernel, ins.operands[1], given)
-    rounding = next((ROUNDINGS[m] for m in ins.modifiers if m in ROUNDINGS), None)
-    if not _floating(kind) and not kind.startswith("f") and _is_float(given) and rounding is None:
-        raise PTXError("a float becomes an integer without a rounding")
-    if "rn" not in ins.modifiers and kind in ("f16", "bf16") and given == "f32":
-        raise NotImplementedError(ins.text)
-    stored = STORED[kernel.registers[to]]
+ROUNDINGS = {"rni": np.rint, "rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc}
+WHOLE = "|".join(ROUNDINGS)
+NUMBER = "[su](8|16|32|64)"
+
+
+@makes("cvt", rf"{NUMBER}\.{NUMBER}")
+def convert_integer(kernel: Kernel, ins: Instruction) -> Step:
+    """Cut off, or made wider by the sign of what it was."""
+    to, (kind, given) = target(ins.operands[0]), ins.modifiers
+    read, stored = source(kernel, ins.operands[1], TYPES[given]), STORED[kernel.registers[to]]
+    return lambda b: b.write(to, widened(np.asarray(read(b)).astype(TYPES[kind]), stored))
+
+
+@makes("cvt", rf"rn\.(b?f16\.[su](8|16|32)|f(32|64)\.{NUMBER})")
+def convert_to_float(kernel: Kernel, ins: Instruction) -> Step:
+    to, (_, kind, given) = target(ins.operands[0]), ins.modifiers
+    read, exact = (
+        source(kernel, ins.operands[1], TYPES[given]),
+        np.float64 if kind[-2:] == "16" else TYPES[given],
+    )
+    return lambda b: b.write(to, packed(np.asarray(read(b)).astype(exact), kind))
+
+
+@makes("cvt", rf"({WHOLE})\.((ftz\.)?{NUMBER}\.f32|{NUMBER}\.(f64|b?f16))")
+def convert_to_integer(kernel: Kernel, ins: Instruction) -> Step:
+    """The nearest that there is; 0 for NaN."""
+    to, (kind, given) = target(ins.operands[0]), ins.modifiers[-2:]
+    rounding, stored = ROUNDINGS[ins.modifiers[0]], STORED[kernel.registers[to]]
+    read, to_type = values(kernel, ins.operands[1], given, "ftz" in ins.modifiers), TYPES[kind]
+    least, most = (to_type(limit) for limit in (np.iinfo(to_type).min, np.iinfo(to_type).max))
 
     def run(b: Batch) -> None:
-        value = np.asarray(read(b))
-        if rounding is not None:
-            value = rounding(value)
-        if "ftz" in ins.modifiers and value.dtype == np.float32:
-            value = flush(value)
-        if _floating(kind):
-            b.write(to, _narrowed(value.astype(np.float32), kind))
-        elif kind.startswith("f"):
-            b.write(to, value.astype(TYPES[kind]))
-        else:
-            if _is_float(given):
-                low, high = np.iinfo(TYPES[kind]).min, np.iinfo(TYPES[kind]).max
-                value = np.clip(np.nan_to_num(value.astype(np.float64)), float(low), float(high))
-            b.write(to, widened(value.astype(TYPES[kind]), stored))
+        value = rounding(np.asarray(read(b)).astype(np.float64))
+        inside = (value > float(least)) & (value < float(most))
+        beyond = np.where(value > 0, most, np.where(np.isnan(value), to_type(0), least))
+        b.write(to, widened(np.where(inside, np.where(inside, value, 0).astype(to_type), beyond), stored))
 
     return run
 
 
-def _is_float(kind: str) -> bool:
-    return kind.startswith(("f", "bf"))
+@makes("cvt", rf"({WHOLE})\.({F32}\.f32|f64\.f64|f16\.f16|bf16\.bf16)")
+@makes("cvt", r"rn\.((ftz\.)?b?f16\.f32|b?f16\.f64|(ftz\.)?f32\.f64|f16\.bf16|bf16\.f16)")
+@makes("cvt", rf"{F32}\.b?f16|f64\.b?f16|(ftz\.)?f64\.f32")
+def convert_float(kernel: Kernel, ins: Instruction) -> Step:
+    to, (kind, given), ftz = target(ins.operands[0]), ins.modifiers[-2:], "ftz" in ins.modifiers
+    read, rounding = values(kernel, ins.operands[1], given, ftz), ROUNDINGS.get(ins.modifiers[0], np.asarray)
+    return lambda b: b.write(to, packed(rounding(read(b)), kind, ftz))
+
+
+@makes("cvt", r"rn\.b?f16x2\.f32")
+def convert_two(kernel: Kernel, ins: Instruction) -> Step:
+    to, kind = target(ins.operands[0]), ins.modifiers[1]
+    high, low = (source(kernel, operand, np.float32) for operand in ins.operands[1:])
+    return lambda b: b.write(to, packed(np.stack(np.broadcast_arrays(low(b), high(b))), kind))

@@ -6,21 +6,34 @@ address go on, but for those that wait for the rest of their program at a barrie
 
 from __future__ import annotations
 
+import collections
+import functools
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ptx.memory import Globals, Shared, TensorMemory
-from ptx.parse import Address, Instruction, Kernel, Number, Operand, Register, Special, Symbol, Vector
+from ptx.memory import Clock, Globals, Shared, TensorMemory
+from ptx.parse import (
+    Address,
+    Instruction,
+    Kernel,
+    Negated,
+    Number,
+    Operand,
+    Register,
+    Special,
+    Symbol,
+    Vector,
+)
 from ptx.traffic import Traffic
 
 Array = np.ndarray[Any, Any]
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 STORED = {"pred": np.bool_, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
-STORED |= {"u16": np.uint16, "s16": np.uint16, "u32": np.uint32, "u64": np.uint64, "s64": np.uint64}
 TYPES = {
     "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
@@ -28,6 +41,7 @@ TYPES = {
     "f64": np.float64, "pred": np.bool_,
 }  # fmt: skip
 AT_ONCE = 1 << 14  # threads whose registers are worked on together
+SPECIAL = {"%laneid"} | {f"%{name}.{axis}" for name in ("tid", "ctaid", "ntid", "nctaid") for axis in "xyz"}
 Step = Callable[["Batch"], None]
 Read = Callable[["Batch"], Any]
 
@@ -47,16 +61,20 @@ class Batch:
     grid: tuple[int, int, int]
     parameters: Mapping[str, int]
     memory: Globals
-    shared: Shared
-    tensor: TensorMemory
+    shared_size: int
     traffic: Traffic | None = None
     registers: dict[str, Array] = field(default_factory=dict)
+    away: dict[str, Array] = field(default_factory=dict)  # by products: of each thread the group + 1, or 0
     arrivals: dict[tuple[int, int], int] = field(default_factory=dict)  # of each mbarrier
     mask: Array | None = None  # threads that are at this instruction; None: all
 
     def __post_init__(self) -> None:
         self.per = int(np.prod(self.block))
         self.threads = self.per * self.programs
+        self.clock = Clock(self.first * self.per, self.threads, self.per)
+        self.shared = Shared(self.clock, self.programs, self.shared_size)
+        uses_tensors = any(instruction.name == "tcgen05" for instruction in self.kernel.code)
+        self.tensor = TensorMemory(self.clock, self.programs if uses_tensors else 0)
         thread = np.tile(np.arange(self.per), self.programs)
         program = np.repeat(np.arange(self.first, self.first + self.programs), self.per)
         self.special = {"%laneid": (thread % 32).astype(np.uint32)}
@@ -78,6 +96,37 @@ class Batch:
         """Numbers of the threads at this instruction."""
         return self.every if self.mask is None else np.flatnonzero(self.mask)
 
+    def value(self, name: str) -> Array:
+        """A register, whether or not it was waited for. All ones where nobody wrote it, which are NaN:
+        code may compute with a half of a pair that it never uses."""
+        value = self.registers.get(name)
+        return self._unset(name) if value is None else value
+
+    def _unset(self, name: str) -> Array:
+        kind = STORED[self.kernel.registers[name]]
+        return np.full(self.threads, False if kind is np.bool_ else np.iinfo(kind).max, kind)
+
+    def waited(self, name: str) -> Array:
+        """A register, for what a product would leave there later than it does here."""
+        if name in self.away and self.away[name][self.active()].any():
+            raise PTXError(f"{name} is read before it was waited for")
+        return self.value(name)
+
+    def send_away(self, names: list[str], groups: Array) -> None:
+        """Registers of the threads at this instruction, until `wait_for_products` of their groups."""
+        for name in names:
+            self.away.setdefault(name, np.zeros(self.threads, np.int64))[self.active()] = groups + 1
+
+    def wait_for_products(self, last: int) -> None:
+        """The threads at this instruction wait for all groups but the last ones."""
+        threads = self.active()
+        self.shared.wait_for_products(threads, last)
+        done = self.shared.products.committed[threads] - last
+        for name, groups in list(self.away.items()):
+            groups[threads] = np.where(groups[threads] <= done, 0, groups[threads])
+            if not groups.any():
+                del self.away[name]
+
     def write(self, name: str, value: Any) -> None:
         kind = STORED[self.kernel.registers[name]]
         value = np.asarray(value)
@@ -86,7 +135,7 @@ class Batch:
         if value.shape != (self.threads,):
             value = np.full(self.threads, value)
         if self.mask is not None:
-            value = np.where(self.mask, value, self.registers.get(name, kind(0)))
+            value = np.where(self.mask, value, self.value(name))
         self.registers[name] = value
 
     def whole(self, group: int, what: str) -> Array:
@@ -103,39 +152,37 @@ class Batch:
 def source(kernel: Kernel, operand: Operand, kind: Any) -> Read:
     """What reads an operand as `kind`, an array over the threads or one number."""
     size = np.dtype(kind).itemsize
-    if isinstance(operand, Register):
+    if isinstance(operand, Register | Negated):
         name, kept = operand.name, np.dtype(STORED[kernel.registers[operand.name]])
-
-        def read(b: Batch) -> Array:
-            value = b.registers.get(name)
-            if value is None:  # a half of a pair that is not used: NaN, for those that use it all the same
-                value = np.full(b.threads, kept.type(0) if kept.kind == "b" else ~kept.type(0))
-            return value if kept == kind else value.view(kind)
-
-        if kept.itemsize < size:
-            raise PTXError(f"{name} has {kept.itemsize} bytes, {size} are read")
+        if kept.itemsize < size or (kept == np.bool_) != (kind is np.bool_):
+            raise PTXError(f"{name} is a register of {kernel.registers[name]}")
+        if isinstance(operand, Negated):
+            return lambda b: ~b.waited(name)
         if kept.itemsize > size:
-            return lambda b: b.registers[name].astype(UNSIGNED[size]).view(kind)
-        return read
+            return lambda b: b.waited(name).astype(UNSIGNED[size]).view(kind)
+        return (lambda b: b.waited(name)) if kept == kind else lambda b: b.waited(name).view(kind)
     if isinstance(operand, Special):
+        if operand.name not in SPECIAL or size != 4:
+            raise NotImplementedError(f"{operand.name} of {size} bytes")
         return lambda b: b.special[operand.name].view(kind)
     if isinstance(operand, Symbol):
+        if operand.name not in kernel.shared:
+            raise NotImplementedError(f"the variable {operand.name}")
         address = kernel.shared[operand.name]
         return lambda _: kind(address)
     if isinstance(operand, Number):
         if kind is np.bool_:
             return lambda _: np.bool_(operand.value)
+        if not -(1 << 8 * size - 1) <= operand.value < 1 << 8 * size:
+            raise PTXError(f"{operand.value} does not fit in {size} bytes")
         value = np.array(operand.value % 2 ** (8 * size), UNSIGNED[size]).view(kind)[()]
         return lambda _: value
     raise PTXError(f"no value: {operand}")
 
 
 def widened(value: Array, stored: Any) -> Array:
-    """In a register that is wider: with the sign, where there is one."""
-    if value.dtype.itemsize < np.dtype(stored).itemsize:
-        signed = {2: np.int16, 4: np.int32, 8: np.int64}[np.dtype(stored).itemsize]
-        value = value.astype(signed if value.dtype.kind == "i" else stored)
-    return value
+    """In a register that may be wider: with the sign, where there is one."""
+    return value if value.dtype.kind == "f" else value.astype(stored)
 
 
 def over(b: Batch, read: Read) -> Array:
@@ -159,25 +206,39 @@ def parts(operand: Operand) -> tuple[Operand, ...]:
 
 
 Maker = Callable[[Kernel, Instruction], Step]
-MAKERS: dict[str, Maker] = {}
+MAKERS: dict[str, list[tuple[re.Pattern[str], Maker]]] = collections.defaultdict(list)
 
 
-def makes(*names: str) -> Callable[[Maker], Maker]:
-    """Says which instructions a function makes steps of."""
+def makes(names: str, form: str) -> Callable[[Maker], Maker]:
+    """Says which instructions a function makes steps of: their names, and the modifiers that may follow.
+
+    `form` is a regular expression for these. It names all that the function heeds and all that changes no
+    result, so that an instruction with any other modifier is refused.
+    """
 
     def note(maker: Maker) -> Maker:
-        MAKERS.update(dict.fromkeys(names, maker))
+        for name in names.split():
+            MAKERS[name].append((re.compile(form), maker))
         return maker
 
     return note
 
 
-def guarded(step: Step, guard: tuple[str, bool]) -> Step:
-    name, negated = guard
+def step_of(kernel: Kernel, instruction: Instruction) -> Step:
+    modifiers = ".".join(instruction.modifiers)
+    for form, maker in MAKERS.get(instruction.name, ()):
+        if form.fullmatch(modifiers):
+            try:
+                step = maker(kernel, instruction)
+            except NotImplementedError as error:
+                raise NotImplementedError(instruction.text) from error
+            return guarded(step, instruction.guard) if instruction.guard else step
+    raise NotImplementedError(instruction.text)
 
+
+def guarded(step: Step, guard: Register | Negated) -> Step:
     def run(b: Batch) -> None:
-        here = ~b.registers[name] if negated else b.registers[name]
-        before = b.mask
+        before, here = b.mask, _holds(b, guard)
         b.mask = here if before is None else before & here
         if b.mask.all():
             b.mask = None
@@ -188,13 +249,18 @@ def guarded(step: Step, guard: tuple[str, bool]) -> Step:
     return run
 
 
+def _holds(b: Batch, guard: Register | Negated) -> Array:
+    value = b.registers[guard.name]
+    return ~value if isinstance(guard, Negated) else value
+
+
 @dataclass
 class Segment:
     """Code without a jump into or out of it, and how it ends: by a jump, a return, a barrier, or going on."""
 
     steps: list[tuple[Step, Instruction]]
     jump: str | None = None
-    guard: tuple[str, bool] | None = None  # of the jump or return
+    guard: Register | Negated | None = None  # of the jump or return
     ends: bool = False
     waits: bool = False
 
@@ -203,6 +269,7 @@ def _is_barrier(instruction: Instruction) -> bool:
     return instruction.name in ("bar", "barrier") and "warp" not in instruction.modifiers
 
 
+@functools.cache
 def segments(kernel: Kernel) -> tuple[list[Segment], dict[str, int]]:
     """The code in pieces, and which piece each label names."""
     last = {i + 1 for i, x in enumerate(kernel.code) if x.name in ("bra", "ret", "exit") or _is_barrier(x)}
@@ -219,10 +286,7 @@ def segments(kernel: Kernel) -> tuple[list[Segment], dict[str, int]]:
             elif instruction.name in ("ret", "exit"):
                 piece.ends, piece.guard = True, instruction.guard
             else:
-                if instruction.name not in MAKERS:
-                    raise NotImplementedError(instruction.text)
-                step, guard = MAKERS[instruction.name](kernel, instruction), instruction.guard
-                piece.steps.append((guarded(step, guard) if guard else step, instruction))
+                piece.steps.append((step_of(kernel, instruction), instruction))
                 piece.waits = _is_barrier(instruction)
         pieces.append(piece)
     return pieces, {label: number[at] for label, at in kernel.labels.items() if at in number}
@@ -244,15 +308,18 @@ def launch(
     names = [name for name, _ in kernel.parameters]
     parameters = dict(zip(names, arguments, strict=True))
     programs, per = int(np.prod(whole)), int(np.prod(threads))
+    if kernel.threads not in (None, per):
+        raise PTXError(f"{kernel.name}: {per} threads, {kernel.threads} are required")
+    if per % 32:
+        raise NotImplementedError(f"{kernel.name}: {per} threads, which are no whole warps")
     together = max(1, AT_ONCE // per)
-    uses_tensors = any(instruction.name == "tcgen05" for instruction in kernel.code)
     for first in range(0, programs, together):
         count = min(together, programs - first)
-        shared = Shared(count, per, shared_size)
-        tensor = TensorMemory(count if uses_tensors else 0)
-        batch = Batch(kernel, first, count, threads, whole, parameters, memory, shared, tensor, traffic)
+        batch = Batch(kernel, first, count, threads, whole, parameters, memory, shared_size, traffic)
         with np.errstate(all="ignore"):
             _walk(batch, pieces, labels)
+        if any(batch.tensor.used):
+            raise PTXError(f"{kernel.name}: tensor memory is not freed")
 
 
 def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:
@@ -268,7 +335,7 @@ def _walk(b: Batch, pieces: list[Segment], labels: Mapping[str, int]) -> None:
         ready = np.where(waiting, end, at)
         here = int(ready.min())
         if here == end:  # who is not at a barrier is done
-            b.shared.barrier(np.flatnonzero(np.repeat(waiting.reshape(-1, b.per).any(1), b.per)))
+            b.clock.barrier(np.flatnonzero(np.repeat(waiting.reshape(-1, b.per).any(1), b.per)))
             waiting[:] = False
             continue
         piece = pieces[here]
@@ -281,8 +348,7 @@ def _walk(b: Batch, pieces: list[Segment], labels: Mapping[str, int]) -> None:
                 raise PTXError(f"{b.kernel.name}: {instruction.text}: {error}") from error
         after = end if piece.ends else labels[piece.jump] if piece.jump is not None else here + 1
         if piece.guard is not None:
-            name, negated = piece.guard
-            taken = ~b.registers[name] if negated else b.registers[name]
+            taken = _holds(b, piece.guard)
             at[mask & taken], at[mask & ~taken] = after, here + 1
         else:
             at[mask] = after

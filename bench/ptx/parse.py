@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-import struct
 from dataclasses import dataclass, field
 
 _LABEL = re.compile(r"([$\w.]+):(?!:)")
@@ -16,11 +16,19 @@ _PARAMETER = re.compile(
 )
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]")
 _ADDRESS = re.compile(r"\[\s*([^\s+\-\]]+)\s*([+-]?)\s*([^\]\s]*)\s*\]$")
+_THREADS = re.compile(r"\.reqntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
 _NUMBER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F]+|\d+)U?$")
 
 
 @dataclass(frozen=True)
 class Register:
+    name: str
+
+
+@dataclass(frozen=True)
+class Negated:
+    """A predicate's opposite."""
+
     name: str
 
 
@@ -56,27 +64,28 @@ class Vector:
     parts: tuple[Operand, ...]
 
 
-Operand = Register | Number | Special | Symbol | Address | Vector
+Operand = Register | Negated | Number | Special | Symbol | Address | Vector
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """`guard`: (register, whether it must be false), None where the instruction is not predicated."""
+    """`guard`: None where the instruction is not predicated."""
 
     name: str
     modifiers: tuple[str, ...]
     operands: tuple[Operand, ...]
-    guard: tuple[str, bool] | None
+    guard: Register | Negated | None
     text: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     name: str
     parameters: list[tuple[str, str]]  # (name, type)
-    registers: dict[str, str]  # type of each register: pred, b16, b32, b64
+    registers: dict[str, str]  # type of each register: pred, b8, b16, b32, b64
     shared: dict[str, int]  # address of each variable in shared memory
     shared_size: int  # of those whose size is known
+    threads: int | None = None  # of a program, where the code says so
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # name -> index into code
 
@@ -101,8 +110,12 @@ def _kernel(entry: re.Match[str], text: str, module_shared: list[tuple[str, str,
             raise NotImplementedError(f"a parameter that is a struct: {declared!r}")
         parameters.append((found[2], found[1]))
     kernel = Kernel(entry[1], parameters, {}, {}, 0)
+    if threads := _THREADS.search(entry[3]):
+        kernel.threads = math.prod(int(n) for n in threads.groups() if n)
     body = _matching(text, entry.end())
-    for align, name, size in (*module_shared, *_SHARED.findall(body)):
+    variables = [*module_shared, *_SHARED.findall(body)]
+    variables.sort(key=lambda variable: not variable[2])  # those of no size lie behind all others
+    for align, name, size in variables:
         kernel.shared_size = -(-kernel.shared_size // int(align)) * int(align)
         kernel.shared[name] = kernel.shared_size
         kernel.shared_size += int(size or 0)
@@ -142,31 +155,37 @@ def _statements(kernel: Kernel, body: str) -> None:
             statement = " ".join(body[i:end].split())
             i = end + 1
             if declared := _REGISTERS.match(statement):
-                _declare(kernel, declared[1], declared[2], scopes[-1] if len(scopes) > 1 else None, opened)
+                _declare(kernel, declared[1], declared[2], scopes[-1] if len(scopes) > 1 else None)
             elif not statement.startswith("."):
                 kernel.code.append(_instruction(kernel, statement, scopes))
 
 
-def _declare(kernel: Kernel, kind: str, names: str, scope: dict[str, str] | None, number: int) -> None:
-    kind = {"f32": "b32", "f64": "b64", "s32": "b32", "u32": "b32", "f16": "b16"}.get(kind, kind)
-    for name in map(str.strip, names.split(",")):
-        if many := re.match(r"(%?\w+)<(\d+)>$", name):
-            kernel.registers.update({f"{many[1]}{i}": kind for i in range(int(many[2]))})
-        elif scope is None:
-            kernel.registers[name] = kind
-        else:
-            scope[name] = f"{name}@{number}"
-            kernel.registers[scope[name]] = kind
+def _declare(kernel: Kernel, kind: str, names: str, scope: dict[str, str] | None) -> None:
+    """`scope`: of the braces around, None outside of all."""
+    if kind != "pred":
+        size = re.fullmatch(r"[bsuf](8|16|32|64)", kind)
+        if size is None:
+            raise NotImplementedError(f".reg .{kind} {names}")
+        kind = f"b{size[1]}"
+    for declared in map(str.strip, names.split(",")):
+        many = re.fullmatch(r"(%?\w+)<(\d+)>", declared)
+        for name in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [declared]:
+            if scope is not None:
+                scope[name] = f"{name}@{len(kernel.registers)}"
+            kernel.registers[_inner(name, [scope or {}])] = kind
 
 
 def _instruction(kernel: Kernel, statement: str, scopes: list[dict[str, str]]) -> Instruction:
-    guard, rest = None, statement
+    guard: Register | Negated | None = None
+    rest = statement
     if statement.startswith("@"):
         predicate, rest = statement[1:].split(None, 1)
-        negated = predicate.startswith("!")
-        guard = (_inner(predicate.lstrip("!"), scopes), negated)
+        given = _operand(kernel, predicate, scopes)
+        if not isinstance(given, Register | Negated):
+            raise ValueError(f"no predicate: {statement!r}")
+        guard = given
     name, _, arguments = rest.partition(" ")
-    first, *modifiers = re.split(r"\.(?!\d*:)", name)
+    first, *modifiers = name.split(".")
     operands = tuple(_operand(kernel, part, scopes) for part in _split(arguments))
     return Instruction(first, tuple(modifiers), operands, guard, statement)
 
@@ -202,17 +221,13 @@ def _operand(kernel: Kernel, text: str, scopes: list[dict[str, str]]) -> Operand
         return Address(at, -moved if sign == "-" else moved)
     if "|" in text:
         return Vector(tuple(_operand(kernel, part.strip(), scopes) for part in text.split("|")))
-    inner = _inner(text, scopes)
+    inner = _inner(text.lstrip("!"), scopes)
     if inner in kernel.registers:
-        return Register(inner)
+        return Negated(inner) if text.startswith("!") else Register(inner)
     if text.startswith("%"):
         return Special(text)
-    if re.match(r"0[fF][0-9a-fA-F]{8}$", text):
-        return Number(int(text[2:], 16))
-    if re.match(r"0[dD][0-9a-fA-F]{16}$", text):
+    if re.match(r"0[fF][0-9a-fA-F]{8}$|0[dD][0-9a-fA-F]{16}$", text):
         return Number(int(text[2:], 16))
     if _NUMBER.match(text):
         return Number(int(text.rstrip("U"), 0))
-    if re.match(r"[-+]?\d*\.\d*$", text):
-        return Number(struct.unpack("<I", struct.pack("<f", float(text)))[0])
     return Symbol(inner)

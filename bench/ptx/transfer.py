@@ -9,45 +9,42 @@ from ptx.machine import (
     TYPES,
     Array,
     Batch,
+    PTXError,
     Step,
     address,
     makes,
     over,
     parts,
     source,
+    target,
     widened,
-)  # fmt: skip
+)
 from ptx.parse import Address, Instruction, Kernel, Number, Register, Symbol
 
-
-def _shape(ins: Instruction) -> tuple[str, str, int]:
-    """Space, type and how many registers."""
-    spaces = (m.split("::")[0] for m in ins.modifiers)
-    space = next((m for m in spaces if m in ("global", "shared", "param")), "generic")
-    count = next((int(m[1:]) for m in ins.modifiers if m in ("v2", "v4", "v8")), 1)
-    return space, ins.modifiers[-1], count
+TYPE = r"([bsu](8|16|32|64)|f(32|64))"
+CACHED = r"(\.(c[agsv]|lu|wb|wt|L[12]::\w+))*"  # says where else to keep it
 
 
-@makes("ld")
+@makes("ld", f"param.{TYPE}")
+def load_parameter(kernel: Kernel, ins: Instruction) -> Step:
+    to, at, dtype = target(ins.operands[0]), ins.operands[1], TYPES[ins.modifiers[-1]]
+    assert isinstance(at, Address) and isinstance(at.base, Symbol)
+    name, size, skipped = at.base.name, np.dtype(dtype).itemsize, 8 * at.offset
+
+    def run(b: Batch) -> None:
+        bits = b.parameters[name] >> skipped & (1 << 8 * size) - 1
+        value: Array = np.array([bits], f"u{size}").view(dtype)
+        b.write(to, widened(value, STORED[kernel.registers[to]])[0])
+
+    return run
+
+
+@makes("ld", rf"(global(\.nc)?|shared(::cta)?){CACHED}(\.v[248])?\.{TYPE}")
 def load(kernel: Kernel, ins: Instruction) -> Step:
-    space, kind, count = _shape(ins)
+    space, dtype = ins.modifiers[0].split("::")[0], TYPES[ins.modifiers[-1]]
     targets = [part.name if isinstance(part, Register) else None for part in parts(ins.operands[0])]
-    dtype = TYPES[kind]
-    if space == "param":
-        at = ins.operands[1]
-        assert isinstance(at, Address) and isinstance(at.base, Symbol) and count == 1
-        name, to = at.base.name, targets[0]
-        assert to is not None
-
-        def parameter(b: Batch) -> None:
-            size = np.dtype(dtype).itemsize
-            bits = b.parameters[name] >> 8 * at.offset & (1 << 8 * size) - 1
-            value: Array = np.array([bits], f"u{size}").view(dtype)
-            b.write(to, widened(value, STORED[kernel.registers[to]])[0])
-
-        return parameter
     where = address(kernel, ins.operands[1], space != "shared")
-    size = np.dtype(dtype).itemsize * count
+    size = np.dtype(dtype).itemsize * len(targets)
 
     def run(b: Batch) -> None:
         threads = b.active()
@@ -56,7 +53,7 @@ def load(kernel: Kernel, ins: Instruction) -> Step:
         if space == "shared":
             octets = b.shared.read(threads, b.shared.places(threads, at, size))
         else:
-            octets = b.memory.read(at, size)
+            octets = b.memory.read(b.clock.now(threads), at, size)
         values: Array = np.ascontiguousarray(octets).view(dtype)
         for i, name in enumerate(targets):
             if name is not None:
@@ -68,11 +65,10 @@ def load(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-@makes("st")
+@makes("st", rf"(global|shared(::cta)?){CACHED}(\.v[248])?\.{TYPE}")
 def store(kernel: Kernel, ins: Instruction) -> Step:
-    space, kind, _ = _shape(ins)
+    space, dtype = ins.modifiers[0].split("::")[0], TYPES[ins.modifiers[-1]]
     where = address(kernel, ins.operands[0], space != "shared")
-    dtype = TYPES[kind]
     values = [source(kernel, part, dtype) for part in parts(ins.operands[1])]
 
     def run(b: Batch) -> None:
@@ -84,42 +80,47 @@ def store(kernel: Kernel, ins: Instruction) -> Step:
         if space == "shared":
             b.shared.write(threads, b.shared.places(threads, at, octets.shape[1]), octets)
         else:
-            b.memory.write(at, octets)
+            b.memory.write(b.clock.now(threads), at, octets)
 
     return run
 
 
-@makes("cp")
+@makes("cp", r"async\.c[ag]\.shared(::cta)?\.global(\.L2::\w+B)?")
 def copy(kernel: Kernel, ins: Instruction) -> Step:
-    """cp.async: from a tensor to shared memory, zeros from `src-size` on; it is there once waited for."""
-    if ins.modifiers[0] != "async" or "bulk" in ins.modifiers:
-        raise NotImplementedError(ins.text)
-    if "commit_group" in ins.modifiers:
-        return lambda b: b.shared.commit(b.active())
-    if "wait_all" in ins.modifiers:
-        return lambda b: b.shared.wait(b.active(), None)
-    if "wait_group" in ins.modifiers:
-        groups = ins.operands[0]
-        assert isinstance(groups, Number)
-        return lambda b: b.shared.wait(b.active(), groups.value)
+    """From a tensor to shared memory, zeros from `src-size` on; it is there once waited for."""
     to, come = address(kernel, ins.operands[0], False), address(kernel, ins.operands[1], True)
     size_operand = ins.operands[2]
     assert isinstance(size_operand, Number)
     size = size_operand.value
+    if size not in ((16,) if "cg" in ins.modifiers else (4, 8, 16)):
+        raise PTXError(f"a copy of {size} bytes")
     count = source(kernel, ins.operands[3], np.uint32) if len(ins.operands) > 3 else lambda _: np.uint32(size)
 
     def run(b: Batch) -> None:
         threads = b.active()
-        counts = over(b, count)[threads]
+        counts, at, places = over(b, count)[threads], come(b)[threads], to(b)[threads]
+        if (counts > size).any():
+            raise PTXError(f"{counts.max()} bytes for {size}")
         values: Array = np.zeros((threads.size, size), np.uint8)
-        at = come(b)[threads]
         for n in np.unique(counts[counts > 0]):
             some = counts == n
-            if (at[some] % size).any():
-                raise ValueError(f"cp.async of {size} bytes from an address that is no multiple of them")
-            values[some, :n] = b.memory.read(at[some], int(n))
+            values[some, :n] = b.memory.read(b.clock.now(threads[some]), at[some], int(n), size)
         b.note("global", ins, threads[counts > 0], at[counts > 0], size)
-        b.note("shared", ins, threads, to(b)[threads], size)
-        b.shared.copy(threads, b.shared.places(threads, to(b)[threads], size), values)
+        b.note("shared", ins, threads, places, size)
+        b.shared.copy(threads, b.shared.places(threads, places, size), values)
 
     return run
+
+
+@makes("cp", r"async\.commit_group")
+def commit_copies(kernel: Kernel, ins: Instruction) -> Step:
+    return lambda b: b.shared.copies.commit(b.active())
+
+
+@makes("cp", r"async\.(wait_all|wait_group)")
+def wait_for_copies(kernel: Kernel, ins: Instruction) -> Step:
+    groups = None
+    if ins.operands:
+        assert isinstance(ins.operands[0], Number)
+        groups = ins.operands[0].value
+    return lambda b: b.shared.wait_for_copies(b.active(), groups)

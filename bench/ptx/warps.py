@@ -6,13 +6,11 @@ register. Products are exact in float64, and their sums are rounded once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import numpy as np
 
 from ptx.machine import (
-    TYPES,
     Array,
     Batch,
     PTXError,
@@ -25,7 +23,7 @@ from ptx.machine import (
     reads,
     source,
     target,
-)  # fmt: skip
+)
 from ptx.numbers import from_bf16
 from ptx.parse import Instruction, Kernel, Number, Operand, Vector
 
@@ -33,11 +31,21 @@ LANES = np.arange(32)
 ROW, PAIR = LANES // 4, 2 * (LANES % 4)  # of a lane in an 8 x 8 matrix of 16 bits
 
 
-@makes("bar", "barrier")
+def full_warps(kernel: Kernel, ins: Instruction) -> Callable[[Batch], Array]:
+    """The threads at this instruction, [warps, 32]. Its last operand is the mask of those that take part."""
+    mask = source(kernel, ins.operands[-1], np.uint32)
+
+    def warps(b: Batch) -> Array:
+        if (over(b, mask)[b.active()] != 2**32 - 1).any():
+            raise NotImplementedError(f"{ins.text}, by a part of a warp")
+        return b.whole(32, ins.name)
+
+    return warps
+
+
+@makes("bar barrier", r"sync(\.aligned)?")
 def barrier(kernel: Kernel, ins: Instruction) -> Step:
-    if "warp" in ins.modifiers:
-        return lambda b: b.shared.warp_barrier(b.whole(32, "bar.warp.sync").ravel())
-    if ins.modifiers[0] != "sync" or ins.operands != (Number(0),) or ins.guard is not None:
+    if ins.operands != (Number(0),) or ins.guard is not None:
         raise NotImplementedError(ins.text)
     aligned = ins.name == "bar" or "aligned" in ins.modifiers
 
@@ -48,39 +56,38 @@ def barrier(kernel: Kernel, ins: Instruction) -> Step:
     return arrive
 
 
-@makes("fence", "membar")
+@makes("bar", r"warp\.sync")
+def warp_barrier(kernel: Kernel, ins: Instruction) -> Step:
+    warps = full_warps(kernel, ins)
+    return lambda b: b.clock.warp_barrier(warps(b).ravel())
+
+
+@makes("fence", r"proxy\.async(\.shared::cta)?")
+def fence(kernel: Kernel, ins: Instruction) -> Step:
+    return lambda b: b.clock.fence(b.active())
+
+
+@makes("fence membar", r"(sc\.|acq_rel\.)?(cta|gpu|gl|sys)|mbarrier_init\.release\.cluster")
 def nothing(kernel: Kernel, ins: Instruction) -> Step:
     return lambda b: None
 
 
-@makes("shfl")
+@makes("shfl", r"sync\.(up|down|bfly|idx)\.b32")
 def shuffle(kernel: Kernel, ins: Instruction) -> Step:
     """From another lane; the second result says whether there is one."""
-    way = ins.modifiers[1]
+    way, warps = ins.modifiers[1], full_warps(kernel, ins)
     targets = [target(part) for part in parts(ins.operands[0])]
     value, by, clamp = (source(kernel, operand, np.uint32) for operand in ins.operands[1:4])
 
     def run(b: Batch) -> None:
-        threads = b.whole(32, "shfl.sync").ravel()
+        threads = warps(b).ravel()
         x = over(b, value)
-        n, c = (
-            np.broadcast_to(np.asarray(f(b)).astype(np.int64), (b.threads,))[threads] for f in (by, clamp)
-        )
+        n, c = (over(b, read).astype(np.int64)[threads] for read in (by, clamp))
         lane, segment, last = threads % 32, (c >> 8) & 31, c & 31
         n = n & 31
         low, high = lane & segment, (lane & segment) | (last & ~segment)
-        if way == "up":
-            other = lane - n
-            there = other >= high
-        elif way == "down":
-            other = lane + n
-            there = other <= high
-        elif way == "bfly":
-            other = lane ^ n
-            there = other <= high
-        else:
-            other = low | (n & ~segment)
-            there = other <= high
+        other = {"up": lane - n, "down": lane + n, "bfly": lane ^ n, "idx": low | (n & ~segment)}[way]
+        there = other >= high if way == "up" else other <= high
         other = np.where(there, other, lane)
         got, valid = np.zeros(b.threads, np.uint32), np.zeros(b.threads, bool)
         got[threads] = x[threads - lane + other]
@@ -91,14 +98,13 @@ def shuffle(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-@makes("redux")
+@makes("redux", r"sync\.add\.[su]32")
 def reduce(kernel: Kernel, ins: Instruction) -> Step:
-    if ins.modifiers[:2] != ("sync", "add"):
-        raise NotImplementedError(ins.text)
     to, value = target(ins.operands[0]), source(kernel, ins.operands[1], np.uint32)
+    whole = full_warps(kernel, ins)
 
     def run(b: Batch) -> None:
-        warps = b.whole(32, "redux.sync")
+        warps = whole(b)
         out = np.zeros(b.threads, np.uint32)
         out[warps] = over(b, value)[warps].sum(1, dtype=np.uint32)[:, None]
         b.write(to, out)
@@ -106,20 +112,22 @@ def reduce(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-@makes("vote")
+@makes("vote", r"sync\.ballot\.b32")
 def vote(kernel: Kernel, ins: Instruction) -> Step:
-    if ins.modifiers[:2] != ("sync", "ballot"):
-        raise NotImplementedError(ins.text)
     to, value = target(ins.operands[0]), source(kernel, ins.operands[1], np.bool_)
+    whole = full_warps(kernel, ins)
 
     def run(b: Batch) -> None:
-        warps = b.whole(32, "vote.sync")
+        warps = whole(b)
         bits = over(b, value)[warps].astype(np.uint64) << LANES.astype(np.uint64)
         out = np.zeros(b.threads, np.uint32)
         out[warps] = bits.sum(1).astype(np.uint32)[:, None]
         b.write(to, out)
 
     return run
+
+
+MATRICES = r"sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(::cta)?\.b16"
 
 
 def _rows(b: Batch, ins: Instruction, warps: Array, at: Array, matrices: int) -> tuple[Array, Array]:
@@ -129,9 +137,9 @@ def _rows(b: Batch, ins: Instruction, warps: Array, at: Array, matrices: int) ->
     return threads, b.shared.places(threads, at[threads], 16)
 
 
-@makes("ldmatrix")
+@makes("ldmatrix", MATRICES)
 def load_matrices(kernel: Kernel, ins: Instruction) -> Step:
-    count, turned = int(next(m for m in ins.modifiers if re.match(r"x\d", m))[1:]), "trans" in ins.modifiers
+    count, turned = int(ins.modifiers[3][1:]), "trans" in ins.modifiers
     where = address(kernel, ins.operands[1], False)
     targets = [target(part) for part in parts(ins.operands[0])]
 
@@ -151,9 +159,9 @@ def load_matrices(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-@makes("stmatrix")
+@makes("stmatrix", MATRICES)
 def store_matrices(kernel: Kernel, ins: Instruction) -> Step:
-    count, turned = int(next(m for m in ins.modifiers if re.match(r"x\d", m))[1:]), "trans" in ins.modifiers
+    count, turned = int(ins.modifiers[3][1:]), "trans" in ins.modifiers
     where = address(kernel, ins.operands[0], False)
     values = [source(kernel, part, np.uint32) for part in parts(ins.operands[1])]
 
@@ -198,61 +206,48 @@ def _rows_of_registers(kernel: Kernel, operand: Operand, kind: str) -> Callable[
     return rows
 
 
-@makes("mma")
+@makes("mma", r"sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32")
 def multiply(kernel: Kernel, ins: Instruction) -> Step:
-    kinds = tuple(m for m in ins.modifiers if m in TYPES)
-    if _size(ins) != (16, 8, 16) or kinds not in [("f32", x, x, "f32") for x in ("bf16", "f16")]:
-        raise NotImplementedError(ins.text)
+    kind = ins.modifiers[-2]
     d, a, b_, c = ins.operands
-    rows, right = _rows_of_registers(kernel, a, kinds[1]), reads(kernel, b_, np.uint32)
+    rows, right = _rows_of_registers(kernel, a, kind), reads(kernel, b_, np.uint32)
     sums = reads(kernel, c, np.float32)
 
     def run(b: Batch) -> None:
         warps = b.whole(32, "mma.sync")
-        halves = _halves(b, right, warps, kinds[1])
+        halves = _halves(b, right, warps, kind)
         columns = np.zeros((len(warps), 16, 8))
         for register in range(2):
             for i in range(2):
                 columns[:, PAIR + 8 * register + i, ROW] = halves[:, :, register, i]
-        _add(b, warps, rows(b, warps) @ columns, d, sums)
+        _add(b, warps, rows(b, warps) @ columns, d, [over(b, read) for read in sums])
 
     return run
 
 
-def _add(b: Batch, warps: Array, product: Array, d: Operand, sums: list[Read] | None) -> None:
+def _add(b: Batch, warps: Array, product: Array, d: Operand, sums: list[Array]) -> None:
     """The sums of a product [warps, 16, n] and of what lanes hold, back to where they hold it."""
     for register, part in enumerate(parts(d)):
         row, column = ROW + 8 * (register % 4 // 2), PAIR + register % 2 + 8 * (register // 4)
-        value = product[:, row, column]
-        if sums is not None:
-            value = value + over(b, sums[register])[warps]
         out = np.zeros(b.threads, np.float32)
-        out[warps] = value
+        out[warps] = product[:, row, column] + sums[register][warps]
         b.write(target(part), out)
 
 
-def _size(ins: Instruction) -> tuple[int, int, int]:
-    """Rows, columns and the length of sums."""
-    m, n, k = next(found.groups() for x in ins.modifiers if (found := re.match(r"m(\d+)n(\d+)k(\d+)$", x)))
-    return int(m), int(n), int(k)
-
-
-@makes("wgmma")
+@makes("wgmma", r"mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(bf16\.bf16|f16\.f16)")
 def multiply_of_four_warps(kernel: Kernel, ins: Instruction) -> Step:
-    """64 rows, 16 a warp; descriptors say where operands lie in shared memory. Done at once."""
-    if ins.modifiers[0] in ("fence", "commit_group", "wait_group"):
-        return lambda b: None
-    kinds, n = ins.modifiers[-3:], _size(ins)[1]
+    """64 rows, 16 a warp; descriptors say where operands lie in shared memory. Done at once, but until it is
+    waited for, the result may not be read nor shared memory written."""
+    kind, n = ins.modifiers[-1], int(ins.modifiers[3].removeprefix("m64n").removesuffix("k16"))
     d, a, b_, keep, *rest = ins.operands
     numbers = [part.value if isinstance(part, Number) else None for part in rest]
-    plain = numbers[:2] == [1, 1] and kinds in (("f32", "bf16", "bf16"), ("f32", "f16", "f16"))
-    if not plain or _size(ins)[::2] != (64, 16):
+    if numbers[:2] != [1, 1]:
         raise NotImplementedError(ins.text)
     turned = [bool(x) for x in numbers[2:]]
-    rows = _rows_of_registers(kernel, a, kinds[1]) if isinstance(a, Vector) else None
+    rows = _rows_of_registers(kernel, a, kind) if isinstance(a, Vector) else None
     left = None if isinstance(a, Vector) else source(kernel, a, np.uint64)
     right, keeps = source(kernel, b_, np.uint64), source(kernel, keep, np.bool_)
-    sums = reads(kernel, d, np.float32)
+    names = [target(part) for part in parts(d)]
 
     def run(b: Batch) -> None:
         groups = b.whole(128, "wgmma")
@@ -261,15 +256,37 @@ def multiply_of_four_warps(kernel: Kernel, ins: Instruction) -> Step:
             matrix = rows(b, warps).reshape(len(groups), 64, 16)
         else:
             assert left is not None
-            matrix = described(first, b, left, 64, turned[0], kinds[1])
-        columns = described(first, b, right, n, turned[-1], kinds[1])
-        held = over(b, keeps)[groups]
-        if held.all() != held.any():
+            matrix, places = described(first, b, left, 64, turned[0], kind)
+            b.shared.lend(first, places)
+        columns, places = described(first, b, right, n, turned[-1], kind)
+        b.shared.lend(first, places)
+        kept = over(b, keeps)
+        if (kept[groups] != kept[first][:, None]).any():
             raise PTXError("threads disagree on whether sums go on")
         product = (matrix @ columns.transpose(0, 2, 1)).reshape(-1, 16, n)
-        _add(b, warps, product, d, sums if held.all() else None)
+        # the sums of a product before need not be waited for
+        sums = [np.where(kept, b.value(name).view(np.float32), 0) for name in names]
+        _add(b, warps, product, d, sums)
+        b.send_away(names, b.shared.products.committed[b.active()])
 
     return run
+
+
+@makes("wgmma", r"fence\.sync\.aligned")
+def fence_of_registers(kernel: Kernel, ins: Instruction) -> Step:
+    return lambda b: None
+
+
+@makes("wgmma", r"commit_group\.sync\.aligned")
+def commit_products(kernel: Kernel, ins: Instruction) -> Step:
+    return lambda b: b.shared.products.commit(b.active())
+
+
+@makes("wgmma", r"wait_group\.sync\.aligned")
+def wait_for_products(kernel: Kernel, ins: Instruction) -> Step:
+    assert isinstance(ins.operands[0], Number)
+    last = ins.operands[0].value
+    return lambda b: b.wait_for_products(last)
 
 
 # bytes of a line whose parts of 16 bytes change places, by the highest bits of a descriptor
@@ -278,12 +295,13 @@ SWIZZLES = {2: 128, 4: 64, 6: 32}
 
 def described(
     first: Array, b: Batch, descriptor: Read, n: int, turned: bool, kind: str, note: bool = True
-) -> Array:
-    """[groups, n, 16] of 16-bit numbers where a descriptor says; `turned`: they lie along n, not along k."""
+) -> tuple[Array, Array]:
+    """[groups, n, 16] of 16-bit numbers where a descriptor says, and their places in shared memory;
+    `turned`: they lie along n, not along k."""
     words = over(b, descriptor)[first].astype(np.int64)
     start, lead, stride = ((words >> s & 0x3FFF)[:, None, None] << 4 for s in (0, 16, 32))
     modes = set((words >> 61 & 7).tolist())
-    if len(modes) != 1 or not modes <= SWIZZLES.keys() or (words >> 49 & 7).any():
+    if len(modes) != 1 or not modes <= SWIZZLES.keys() or (words >> 49 & 0xFFF).any():
         raise NotImplementedError("products of matrices that are not swizzled, or not alike")
     line = SWIZZLES[modes.pop()]
     i, j = np.meshgrid(np.arange(n), np.arange(16), indexing="ij")
@@ -293,6 +311,7 @@ def described(
         at = start + j * 2 + i % 8 * line + i // 8 * stride
     at = at ^ (at >> 7) % (line // 16) << 4
     threads = np.repeat(first, n * 16)
-    octets = b.shared.read(threads, b.shared.places(threads, at.reshape(-1), 2), note)
+    places = b.shared.places(threads, at.reshape(-1), 2)
+    octets = b.shared.read_by_product(threads, places, note)
     values = as_floats(np.ascontiguousarray(octets).view(np.uint16), kind)
-    return values.reshape(len(first), n, 16).astype(np.float64)
+    return values.reshape(len(first), n, 16).astype(np.float64), places.reshape(len(first), -1)
