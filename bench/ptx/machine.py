@@ -1,7 +1,7 @@
 """Programs of a kernel side by side: registers, masks, and the walk through the code.
 
 Threads that take different ways wait for each other where these meet: of all threads those at the lowest
-address go on, but for those that wait for the rest of their program at a barrier.
+address go on, but for those that wait for the rest of their program at a barrier, or for an mbarrier.
 """
 
 from __future__ import annotations
@@ -63,9 +63,12 @@ class Batch:
     memory: Globals
     shared_size: int
     traffic: Traffic | None = None
+    tolerant: bool = False
     registers: dict[str, Array] = field(default_factory=dict)
     away: dict[str, Array] = field(default_factory=dict)  # by products: of each thread the group + 1, or 0
     arrivals: dict[tuple[int, int], int] = field(default_factory=dict)  # of each mbarrier
+    arrived: int = 0  # at all of them
+    tried: tuple[int, int] | None = None  # `arrived`, and how many threads spun when they were let go
     mask: Array | None = None  # threads that are at this instruction; None: all
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Batch:
         self.clock = Clock(self.first * self.per, self.threads, self.per)
         self.shared = Shared(self.clock, self.programs, self.shared_size)
         uses_tensors = any(instruction.name == "tcgen05" for instruction in self.kernel.code)
-        self.tensor = TensorMemory(self.clock, self.programs if uses_tensors else 0)
+        self.tensor = TensorMemory(self.clock, self.programs if uses_tensors else 0, self.tolerant)
         thread = np.tile(np.arange(self.per), self.programs)
         program = np.repeat(np.arange(self.first, self.first + self.programs), self.per)
         self.special = {"%laneid": (thread % 32).astype(np.uint32)}
@@ -85,6 +88,7 @@ class Batch:
             self.special[f"%nctaid.{axis}"] = np.full(self.threads, whole, np.uint32)
             thread, program = thread // size, program // whole
         self.every = np.arange(self.threads)
+        self.spinning = np.zeros(self.threads, bool)  # an mbarrier was asked in vain
 
     def note(self, space: str, ins: Instruction, threads: Array, addresses: Array, size: int) -> None:
         """Count an access, where that is wanted."""
@@ -300,9 +304,11 @@ def launch(
     shared_size: int,
     memory: Globals,
     traffic: Traffic | None = None,
-) -> None:
+    tolerant: bool = False,
+) -> bool:
     """Run a kernel. `arguments`: the bits of each parameter, in order; `shared_size`: bytes a program;
-    `traffic` counts what is moved."""
+    `traffic` counts what is moved; `tolerant`: whether tensor memory may be written before a product that
+    reads it was waited for, and the result is whether it was."""
     whole, threads = _three(grid), _three(block)
     pieces, labels = segments(kernel)
     names = [name for name, _ in kernel.parameters]
@@ -312,14 +318,18 @@ def launch(
         raise PTXError(f"{kernel.name}: {per} threads, {kernel.threads} are required")
     if per % 32:
         raise NotImplementedError(f"{kernel.name}: {per} threads, which are no whole warps")
-    together = max(1, AT_ONCE // per)
+    together, late = max(1, AT_ONCE // per), False
     for first in range(0, programs, together):
         count = min(together, programs - first)
-        batch = Batch(kernel, first, count, threads, whole, parameters, memory, shared_size, traffic)
+        batch = Batch(
+            kernel, first, count, threads, whole, parameters, memory, shared_size, traffic, tolerant
+        )
         with np.errstate(all="ignore"):
             _walk(batch, pieces, labels)
         if any(batch.tensor.used):
             raise PTXError(f"{kernel.name}: tensor memory is not freed")
+        late |= batch.tensor.late
+    return late
 
 
 def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:
@@ -332,11 +342,10 @@ def _walk(b: Batch, pieces: list[Segment], labels: Mapping[str, int]) -> None:
     at = np.zeros(b.threads, np.int64)
     waiting = np.zeros(b.threads, bool)
     while (at < end).any():
-        ready = np.where(waiting, end, at)
+        ready = np.where(waiting | b.spinning, end, at)
         here = int(ready.min())
-        if here == end:  # who is not at a barrier is done
-            b.clock.barrier(np.flatnonzero(np.repeat(waiting.reshape(-1, b.per).any(1), b.per)))
-            waiting[:] = False
+        if here == end:
+            _let_go(b, waiting)
             continue
         piece = pieces[here]
         mask = ready == here
@@ -354,6 +363,20 @@ def _walk(b: Batch, pieces: list[Segment], labels: Mapping[str, int]) -> None:
             at[mask] = after
         if piece.waits:
             waiting[mask] = True
+
+
+def _let_go(b: Batch, waiting: Array) -> None:
+    """Nobody can go on but at a barrier: where nobody spins, those that wait at one are all that are left."""
+    spins = np.repeat(b.spinning.reshape(-1, b.per).any(1), b.per)
+    if (waiting & ~spins).any():
+        b.clock.barrier(np.flatnonzero(np.repeat((waiting & ~spins).reshape(-1, b.per).any(1), b.per)))
+        waiting &= spins
+        return
+    state = b.arrived, int(b.spinning.sum())
+    if state == b.tried:
+        raise PTXError(f"{b.kernel.name}: waits for what never comes")
+    b.tried = state
+    b.spinning[:] = False
 
 
 def address(kernel: Kernel, operand: Operand, wide: bool) -> Callable[[Batch], Array]:

@@ -324,9 +324,10 @@ class TensorMemory:
 
     LANES, COLUMNS = 128, 512
 
-    def __init__(self, clock: Clock, programs: int) -> None:
+    def __init__(self, clock: Clock, programs: int, tolerant: bool) -> None:
+        """`tolerant`: stores that do not wait for products are noted in `late`, instead of refused."""
         total = programs * self.LANES * self.COLUMNS
-        self.clock = clock
+        self.clock, self.tolerant, self.late = clock, tolerant, False
         self.cells, self.written = np.zeros(total, np.uint32), np.zeros(total, bool)
         self.busy = np.zeros(total, np.uint8)
         self.order = Order(total, "tensor memory")
@@ -361,18 +362,24 @@ class TensorMemory:
             raise MemoryFault("a cell of tensor memory that is not the program's")
         return (programs.reshape(-1, *others) * self.LANES + lanes) * self.COLUMNS + columns
 
-    def read(self, threads: Array, at: Array, allowed: int = 0) -> Array:
+    def _check_arrived(self, at: Array, allowed: int = 0) -> None:
         """`allowed`: what may be on the way still, since it comes before all the same."""
         if (self.busy[at] & np.uint8((STORED | MULTIPLIED) & ~allowed)).any():
-            raise MemoryFault("tensor memory is read before what writes it was waited for")
+            raise MemoryFault("tensor memory is used before what writes it was waited for")
+
+    def read(self, threads: Array, at: Array, allowed: int = 0) -> Array:
+        self._check_arrived(at, allowed)
         if not self.written[at].all():
             raise MemoryFault("tensor memory is read that nobody wrote")
         self.order.note_read(self.clock.now(threads), at)
         return self.cells[at]
 
     def store(self, threads: Array, at: Array, values: Array) -> None:
-        if self.busy[at].any():
-            raise MemoryFault("tensor memory is written before what uses it was waited for")
+        self._check_arrived(at)
+        if (self.busy[at] & LENT).any():
+            if not self.tolerant:
+                raise MemoryFault("tensor memory is written before a product that reads it was waited for")
+            self.late = True
         self.order.note_write(self.clock.now(threads), at, self.cells[at] != values)
         self.cells[at], self.written[at], self.busy[at] = values, True, STORED
         self._stores.begin(threads, at)
@@ -384,8 +391,7 @@ class TensorMemory:
 
     def multiply(self, product: Product, values: Array, shared: Shared) -> None:
         at = product.cells
-        if (self.busy[at] & STORED).any():
-            raise MemoryFault("tensor memory is written before what uses it was waited for")
+        self._check_arrived(at, MULTIPLIED)
         self.order.note_write(self.clock.now(np.array([product.thread])), at)
         self.order.wrote.thread[at] = 0  # whoever waits for the product comes behind it
         self.cells[at], self.written[at] = values, True

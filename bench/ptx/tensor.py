@@ -44,7 +44,7 @@ def elect(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-@makes("mbarrier", r"init\.shared::cta\.b64")
+@makes("mbarrier", r"init\.shared(::cta)?\.b64")
 def begin_barrier(kernel: Kernel, ins: Instruction) -> Step:
     """Of each only how often it was arrived at: all that wait for one arrival."""
     if ins.operands[1] != Number(1):
@@ -62,7 +62,7 @@ def begin_barrier(kernel: Kernel, ins: Instruction) -> Step:
     return begin
 
 
-@makes("mbarrier", r"inval\.shared::cta\.b64")
+@makes("mbarrier", r"inval\.shared(::cta)?\.b64")
 def end_barrier(kernel: Kernel, ins: Instruction) -> Step:
     where = address(kernel, ins.operands[0], False)
 
@@ -73,7 +73,7 @@ def end_barrier(kernel: Kernel, ins: Instruction) -> Step:
     return end
 
 
-@makes("mbarrier", r"try_wait\.parity\.shared::cta\.b64")
+@makes("mbarrier", r"try_wait\.parity\.shared(::cta)?\.b64")
 def wait(kernel: Kernel, ins: Instruction) -> Step:
     passed, where = target(ins.operands[0]), address(kernel, ins.operands[1], False)
     parity = source(kernel, ins.operands[2], np.uint32)
@@ -86,8 +86,7 @@ def wait(kernel: Kernel, ins: Instruction) -> Step:
         if not b.arrivals.keys() >= set(keys):
             raise PTXError("no such barrier")
         ready[threads] = np.array([b.arrivals[key] % 2 for key in keys]) != over(b, parity)[threads]
-        if not ready.any():
-            raise PTXError("waits for what never comes")  # products are done at once
+        b.spinning[threads] = ~ready[threads]
         for program, barrier in {key for key, done in zip(keys, ready[threads], strict=True) if done}:
             b.tensor.wait_for_products(program, barrier, b.arrivals[program, barrier], b.shared)
         b.write(passed, ready)
@@ -241,7 +240,7 @@ def multiply(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-@makes("tcgen05", r"commit\.cta_group::1\.mbarrier::arrive::one\.shared::cluster\.b64")
+@makes("tcgen05", r"commit\.cta_group::1\.mbarrier::arrive::one(\.shared::cluster)?\.b64")
 def commit(kernel: Kernel, ins: Instruction) -> Step:
     where = address(kernel, ins.operands[0], False)
 
@@ -249,6 +248,7 @@ def commit(kernel: Kernel, ins: Instruction) -> Step:
         for thread in b.active():
             program, barrier = thread // b.per, where(b)[thread]
             b.arrivals[program, barrier] += 1
+            b.arrived += 1
             b.tensor.commit(thread, barrier, b.arrivals[program, barrier])
 
     return run
