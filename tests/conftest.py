@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads OpenMP: tests share the cores
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -24,6 +25,8 @@ if not HAS_CUDA:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+sys.path.append(str(Path(__file__).parent.parent / "bench"))  # for ptx, the interpreter
 
 NO_GPU = "needs a CUDA device"
 OPERATOR_TESTS = ("ops", "operator", "parity", "reference", "kernel", "triton", "native", "csrc")

@@ -98,33 +98,31 @@ def shuffle(kernel: Kernel, ins: Instruction) -> Step:
     return run
 
 
-@makes("redux", r"sync\.add\.[su]32")
-def reduce(kernel: Kernel, ins: Instruction) -> Step:
-    to, value = target(ins.operands[0]), source(kernel, ins.operands[1], np.uint32)
+def _for_all_lanes(
+    kernel: Kernel, ins: Instruction, kind: type[np.generic], function: Callable[[Array], Array]
+) -> Step:
+    """What a function makes of the values of a warp's lanes, [warps, 32] -> [warps], in each lane."""
+    to, value = target(ins.operands[0]), source(kernel, ins.operands[1], kind)
     whole = full_warps(kernel, ins)
 
     def run(b: Batch) -> None:
         warps = whole(b)
         out = np.zeros(b.threads, np.uint32)
-        out[warps] = over(b, value)[warps].sum(1, dtype=np.uint32)[:, None]
+        out[warps] = function(over(b, value)[warps])[:, None]
         b.write(to, out)
 
     return run
+
+
+@makes("redux", r"sync\.add\.[su]32")
+def reduce(kernel: Kernel, ins: Instruction) -> Step:
+    return _for_all_lanes(kernel, ins, np.uint32, lambda values: values.sum(1, dtype=np.uint32))
 
 
 @makes("vote", r"sync\.ballot\.b32")
 def vote(kernel: Kernel, ins: Instruction) -> Step:
-    to, value = target(ins.operands[0]), source(kernel, ins.operands[1], np.bool_)
-    whole = full_warps(kernel, ins)
-
-    def run(b: Batch) -> None:
-        warps = whole(b)
-        bits = over(b, value)[warps].astype(np.uint64) << LANES.astype(np.uint64)
-        out = np.zeros(b.threads, np.uint32)
-        out[warps] = bits.sum(1).astype(np.uint32)[:, None]
-        b.write(to, out)
-
-    return run
+    place = np.uint32(1) << LANES.astype(np.uint32)
+    return _for_all_lanes(kernel, ins, np.bool_, lambda values: (values * place).sum(1, dtype=np.uint32))
 
 
 MATRICES = r"sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(::cta)?\.b16"
