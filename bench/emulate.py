@@ -52,7 +52,8 @@ HEAD = """# The kernels' PTX beside the reference, on a CPU
 Each line is a run of the command in it: operators, forward and all gradients, whose kernels were compiled for
 the architecture and interpreted (`bench/ptx`). "Wrong" are calls that differ from the reference by more than
 the tests allow, reach beside a tensor or lack a barrier; "not run" those with an instruction that the
-interpreter lacks.
+interpreter lacks. "Late" are launches that store to tensor memory before all products that read it were
+waited for: Triton's code, whose results agree here, where products are done at once.
 
 """
 
@@ -220,6 +221,10 @@ def check_all(
     return emulator, wrong, lacking.total()
 
 
+def _named(counts: collections.Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()) if count)
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="an operator, or several with commas between")
@@ -257,10 +262,11 @@ def main() -> int:
             "Triton": triton.__version__, "architecture": f"sm_{options.target}", "calls": f"{len(chosen)}",
             "launches": f"{emulator.ran.total()}", "kernels": f"{len(emulator.ran)}",
             "variants": f"{len(emulator.compiled)}", "wrong": f"{wrong}", "not run": f"{not_run}",
+            "late": _named(emulator.late) or "0",
         })  # fmt: skip
-    if late := {name: count for name, count in sorted(emulator.late.items()) if count}:
+    if late := _named(emulator.late):
         print(f"{LATE}: {late}")
-    launches = ", ".join(f"{name} {count}" for name, count in sorted(emulator.ran.items()))
+    launches = _named(emulator.ran)
     print(f"{len(chosen)} calls for sm_{options.target}, {wrong} wrong, {not_run} not run: {launches}")
     return 1 if wrong else 0
 
