@@ -58,7 +58,7 @@ class Compiled:
 
 
 def beyond_memory(shared: int, target: int) -> list[str]:
-    limit = SHARED_MEMORY[target // 10]
+    limit = SHARED_MEMORY[target]
     return [f"{shared} bytes of shared memory, a program has {limit}"] if shared > limit else []
 
 

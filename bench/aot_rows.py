@@ -46,6 +46,15 @@ MORE_CASES = (
         for d in (18, 64, 128)
     ),
     Case("spike_attention_lif", "T6", (6, 1, 2, 70, 32)),  # in two kernels
+    *(Case("spike_attention", f"chunks-d{d}", (1, 1, 1, 300, d)) for d in (32, 64, 128)),
+    *(
+        Case("spike_attention", f"chunks-{name}-d{d}", (1, 1, 2, 300, d), options, exact=False)
+        for name, options in (("decay", {"decay": True}), ("integers-decay", {"levels": 15, "decay": True}))
+        for d in (32, 64)
+    ),
+    Case("spike_linear", "chunks", (600, 400, 200), exact=False),  # of inputs and of rows
+    Case("spike_linear", "chunks-narrow", (600, 320, 40), exact=False),
+    Case("linear_norm_lif", "chunks", (2, 1, 70, 400, 100), {"norm": "batch"}, exact=False),
     Case("linear_norm_lif", "wide", (3, 2, 5, 70, 300), {"norm": "layer"}),
     Case("linear_norm_lif", "many-inputs", (3, 2, 5, 140, 300), {"norm": "layer"}),
 )

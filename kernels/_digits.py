@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spikedecoder.kernels._launch import INTERPRETED
+from spikedecoder.kernels._launch import INTERPRETED, family
 
 # the interpreter would multiply the bit patterns of bfloat16
 FLOAT_DOTS = tl.constexpr(INTERPRETED)
@@ -26,6 +26,13 @@ FLOAT_DOTS = tl.constexpr(INTERPRETED)
 def digits(dtype: torch.dtype) -> int:
     """How many bfloat16 digits a real number of this dtype takes."""
     return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+
+
+def stages(device: torch.device) -> int:
+    """Chunks in flight in a loop of several products. From sm_100 on one: if chunks are loaded ahead, Triton
+    3.6 to 3.8 read a decaying state before it was updated, and 3.9 overwrites an operand that products share
+    as soon as the first of them is done."""
+    return 1 if family(device) >= 10 else 2
 
 
 @triton.jit

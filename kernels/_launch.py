@@ -32,8 +32,9 @@ if INTERPRETED:
     install()
 REGISTERS = 65536  # per multiprocessor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # A100, H100/H200, B200; for `record`, which asks no device
-SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024, 10: 227 * 1024}
+# for `record`, which asks no device: A100, RTX 4090, H100 and H200, B200, RTX 5090
+_MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Launch:
 
 @dataclass
 class _Recorder:
-    major: int
+    target: int
     launches: list[Launch]
 
 
@@ -72,13 +73,13 @@ _recorder: _Recorder | None = None
 
 
 @contextlib.contextmanager
-def record(major: int) -> Iterator[list[Launch]]:
-    """Collect launches instead of running them, with the block sizes for compute capability `major`.x.
+def record(target: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, with the block sizes for compute capability `target` / 10.
 
     Tensors may be on any device, including "meta". Outputs are not written.
     """
     global _recorder
-    before, _recorder = _recorder, _Recorder(major, [])
+    before, _recorder = _recorder, _Recorder(target, [])
     try:
         yield _recorder.launches
     finally:
@@ -138,7 +139,7 @@ def _shared_memory(index: int | None) -> int:
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may use; a multiprocessor has about 1 KiB more in all."""
     if _recorder is not None:
-        return SHARED_MEMORY[_recorder.major]
+        return SHARED_MEMORY[_recorder.target]
     return _shared_memory(device.index) if device.type == "cuda" else 2**16
 
 
@@ -151,15 +152,18 @@ def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors (2 under the interpreter), from which grids are sized: the same device
     gives the same grid and so the same sums."""
     if _recorder is not None:
-        return _MULTIPROCESSORS[_recorder.major]
+        return _MULTIPROCESSORS[_recorder.target]
     return _device_multiprocessors(device.index) if device.type == "cuda" else 2
 
 
-def major(device: torch.device) -> int:
-    """The first number of the compute capability; 0 under the interpreter."""
+def family(device: torch.device) -> int:
+    """Whose tensor cores a device has, which block sizes depend on. 8: Ampere's, of capability 8.x and 12.x,
+    with operands in registers; 9: Hopper's; 10: Blackwell's, of 10.x and 11.x; 0: the interpreter."""
     if _recorder is not None:
-        return _recorder.major
-    return _capability(device.index)[0] if device.type == "cuda" else 0
+        major = _recorder.target // 10
+    else:
+        major = _capability(device.index)[0] if device.type == "cuda" else 0
+    return {11: 10, 12: 8}.get(major, major)
 
 
 def why_not(call: Call) -> str | None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import INTERPRETED, major
+from spikedecoder.kernels._launch import INTERPRETED, family
 from spikedecoder.kernels._sum import sum_parts
 from spikedecoder.kernels._surrogate import height, shape
 from spikedecoder.params import ILIFParams, LIFParams
@@ -46,7 +46,7 @@ def has_room(device: torch.device) -> bool:
     """Whether backward may keep a few more values in registers: not from sm_100 on, where the compiler then
     spills. If so, it adds the next timestep's contribution by a predicated fused multiply-add, and sums the
     rows of several tiles in one reduction."""
-    return major(device) < 10
+    return family(device) < 10
 
 
 FORWARD_ONLY = ("keep", "alpha", "DETACH", "SURROGATE")

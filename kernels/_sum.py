@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, major, power_of_2
+from spikedecoder.kernels._launch import alignment, cdiv, family, kernel, launch, power_of_2
 
 
 @kernel
@@ -41,7 +41,7 @@ def _tile(size: int, device: torch.device) -> dict[str, int]:
 
     16 values per thread, so that four 128-bit loads are in flight. Under the interpreter, few programs.
     """
-    if not major(device):
+    if not family(device):
         return {"BLOCK_P": 4, "BLOCK_N": min(2048, power_of_2(size)), "num_warps": 4}
     block_n = min(128, max(8, power_of_2(cdiv(size, 256))))
     warps = 8 if block_n <= 16 else 4

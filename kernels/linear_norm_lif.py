@@ -28,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spikedecoder.kernels import norm_lif, spike_linear
-from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, major, power_of_2, why_not
+from spikedecoder.kernels._digits import stages
+from spikedecoder.kernels._launch import alignment, cdiv, family, kernel, launch, power_of_2, why_not
 from spikedecoder.kernels._neuron import (
     affine,
     as_spikes,
@@ -134,8 +135,8 @@ def linear_norm_lif_forward(
 def tile(outputs: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
     """(BLOCK_N, warps): the widest tile whose accumulators and potentials fit the registers, as read off
     compiled code."""
-    if dtype == torch.float32 and major(device):  # 0: the interpreter
-        widest, warps = (32, 4) if major(device) == 8 else (64, 8)
+    if dtype == torch.float32 and family(device):  # 0: the interpreter
+        widest, warps = (32, 4) if family(device) == 8 else (64, 8)
     else:
         widest, warps = 128, 8
     return min(widest, max(16, power_of_2(outputs))), warps
@@ -152,7 +153,7 @@ def forward(
     if mean is None or rstd is None:
         statistics = ROW if outputs <= block_n else WIDE_ROW
     moves_more = statistics == WIDE_ROW and inputs > MAX_INPUTS
-    if s.numel() == 0 or outputs == 0 or moves_more or major(s.device) == 9:
+    if s.numel() == 0 or outputs == 0 or moves_more or family(s.device) == 9:
         current = spike_linear.from_words(words, inputs, linear_weight, linear_bias)
         return *norm_lif.forward(current, weight, bias, mean, rstd, eps, threshold, p), words
     if mean is None or rstd is None:
@@ -168,6 +169,7 @@ def forward(
         "rstd_ptr": rstd, "inputs": inputs // align, "outputs": outputs // align,
         "words": 2 * words.shape[-1], "eps": eps, "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_K": WORD,
         "ALIGN": align, "num_warps": warps,
+        "num_stages": stages(s.device) if linear_weight.dtype == torch.float32 else 2,
     }  # fmt: skip
     if statistics == WIDE_ROW:
         launch(linear_moments, (cdiv(T * rows, BLOCK_M),), rows=T * rows, **shared)

@@ -46,8 +46,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spikedecoder.kernels import _launch
-from spikedecoder.kernels._digits import digits, dot_digits
-from spikedecoder.kernels._launch import Call, cdiv, kernel, launch, major, multiprocessors, power_of_2
+from spikedecoder.kernels._digits import digits, dot_digits, stages
+from spikedecoder.kernels._launch import Call, cdiv, family, kernel, launch, multiprocessors, power_of_2
 
 __all__ = ["backward", "forward", "why_not"]
 
@@ -330,22 +330,23 @@ def blocks(d: int, dtype: torch.dtype, integers: bool, device: torch.device) -> 
     which only mma.sync is used."""
     padded = max(16, power_of_2(d))
     wide = dtype != torch.float32 and padded <= 64
-    if major(device) == 9 and dtype != torch.bfloat16:
+    if family(device) == 9 and dtype != torch.bfloat16:
         if padded <= 32:
             return Blocks(32, padded, padded if wide else 16, warps=2)
         return Blocks(32 if padded == 64 else 16, padded, 16, warps=2, parts=padded // 32)
     warps = 8 if dtype == torch.float32 and padded > 64 else 4  # three digits of every operand
-    if dtype == torch.float32 and padded > 64 and not integers and major(device) == 8:
+    if dtype == torch.float32 and padded > 64 and not integers and family(device) == 8:
         return Blocks(32, padded, 16, parts=4)
-    if major(device) == 8:
+    if family(device) == 8:
         return Blocks(32, padded, min(padded, 32 if wide else 16), warps)
+    ahead = stages(device)
     if dtype == torch.float32:
         # under the interpreter (0) as few programs as possible
-        return Blocks(64, padded, 16 if major(device) else min(padded, 64), warps)
-    if major(device) == 9:
+        return Blocks(64, padded, 16 if family(device) else min(padded, 64), warps, stages=ahead)
+    if family(device) == 9:
         narrow = padded <= 64  # at d = 128, 64 columns take 0.7 of the time but spill 104 bytes
         return Blocks(64, padded, min(padded, 64) if narrow else 32, stages=3 if narrow else 2)
-    return Blocks(64, padded, min(padded, 64 if wide and integers else 32))
+    return Blocks(64, padded, min(padded, 64 if wide and integers else 32), stages=ahead)
 
 
 def heads_last(x: Tensor) -> Tensor:
@@ -436,6 +437,7 @@ def walk(
     )
     score_digits = way.real if real_scores else way.scores(d)
     size = blocks(d, way.dtype, way.decay is None and not real, q.device)
+    ahead = size.stages if way.levels == 1 else min(2, size.stages)
     across = cdiv(d, size.columns)
     programs = T * batch * heads * across
     segments, segment = segmentation(programs, tokens, q.device)
@@ -445,7 +447,7 @@ def walk(
         state_ptr=before, final_ptr=final, tokens=tokens, heads=heads, segment=segment, scale=scale, D=d,
         Q=q_digits, SCORE=score_digits, STATE=state_digits, REVERSE=reverse, BLOCK_S=size.tokens,
         BLOCK_D=size.d // size.parts, PARTS=size.parts,
-        BLOCK_V=size.columns, num_warps=size.warps, num_stages=size.stages if way.levels == 1 else 2,
+        BLOCK_V=size.columns, num_warps=size.warps, num_stages=ahead,
         **way.flags(k_digits, v_digits),
     )  # fmt: skip
     return out
@@ -483,7 +485,7 @@ def backward(
         return q.transpose(2, 3).clone(), k.transpose(2, 3).clone(), v.transpose(2, 3).clone()
     way = Pass(decay, power_table(decay), q.dtype, levels)
     dq = walk(way, grad, v, k, scale, None if state is None else state.transpose(-1, -2), real="q")
-    if decay is None and q.dtype == torch.bfloat16 and q.shape[-1] <= (16 if major(q.device) == 8 else 64):
+    if decay is None and q.dtype == torch.bfloat16 and q.shape[-1] <= (16 if family(q.device) == 8 else 64):
         dk, dv = _backward_kv(way, grad, q, k, v, scale)
     else:
         dk = walk(way, v, grad, q, scale, real="k", reverse=True)
@@ -498,12 +500,12 @@ def _backward_kv(
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     programs = T * batch * heads
     segments, segment = segmentation(programs, tokens, q.device)
-    one = digits(q.dtype)
+    one, ahead = digits(q.dtype), 3 if family(q.device) == 9 and way.levels == 1 else stages(q.device)
     behind = states_before(way, q, grad, None, segments, segment, 1, one, True)
     launch(
         attention_backward_kv, (programs, segments), q_ptr=q, k_ptr=k, v_ptr=v, grad_ptr=grad, dk_ptr=dk,
         dv_ptr=dv, powers_ptr=way.powers, state_ptr=behind, tokens=tokens, heads=heads, segment=segment,
         scale=scale, D=d, G=one, SCORE=way.scores(d), REAL=way.real, DECAY=False, BLOCK_S=64,
-        BLOCK_D=max(16, power_of_2(d)), num_stages=3 if major(q.device) == 9 and way.levels == 1 else 2,
+        BLOCK_D=max(16, power_of_2(d)), num_stages=ahead,
     )  # fmt: skip
     return dk, dv

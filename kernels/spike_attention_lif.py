@@ -31,7 +31,7 @@ from torch import Tensor
 
 from spikedecoder.kernels import lif as lif_kernels
 from spikedecoder.kernels import spike_attention as attention
-from spikedecoder.kernels._launch import cdiv, kernel, launch, major, multiprocessors, power_of_2, why_not
+from spikedecoder.kernels._launch import cdiv, family, kernel, launch, multiprocessors, power_of_2, why_not
 from spikedecoder.kernels._neuron import (
     as_spikes,
     charge,
@@ -115,7 +115,7 @@ def blocks(
     other are better: the states are too large, or there are so few programs that attention alone, which has T
     times as many, fills the device better."""
     padded = max(16, power_of_2(d))
-    float32, ampere, hopper = way.dtype == torch.float32, major(device) == 8, major(device) == 9
+    float32, ampere, hopper = way.dtype == torch.float32, family(device) == 8, family(device) == 9
     if padded > (16 if hopper else 64) or T > (8 if padded == 16 and not float32 else 4):
         return None
     if float32 and (way.decay is not None or tokens > 1 << 16 or (padded == 64 and ampere)):

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikedecoder.kernels._digits import digit, dot_digits
-from spikedecoder.kernels._launch import alignment, cdiv, kernel, launch, major, multiprocessors, why_not
+from spikedecoder.kernels._digits import digit, dot_digits, stages
+from spikedecoder.kernels._launch import alignment, cdiv, family, kernel, launch, multiprocessors, why_not
 from spikedecoder.kernels._sum import sum_parts
 from spikedecoder.kernels.pack_spikes import WORD, halves, pack, unpack_tile
 
@@ -123,22 +123,28 @@ def linear_weight_grad(
         tl.store(out_ptr + of_weight + n, tl.max(of_ones, 1), mask=n < outputs)
 
 
+def _float32_tile(device: torch.device) -> dict[str, int]:
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if family(device) == 8 else 64, "num_stages": stages(device)}
+
+
 def forward_tile(outputs: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """Rows and outputs of a tile, warps, and chunks of inputs in flight. Measured on an H200; for float32 and
     sm_80 read off compiled code: the most that doesn't spill."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 32 if major(device) == 8 else 64}
+        return _float32_tile(device)
     if outputs <= 64:
         return {"BLOCK_M": 64, "BLOCK_N": 64}
-    if major(device) == 8:
+    if family(device) == 8:
         return {"BLOCK_M": 64, "BLOCK_N": 128}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3}
 
 
 def grad_tile(dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """The same for the weight's gradient: BLOCK_M rows at a time, BLOCK_N outputs."""
-    if dtype == torch.float32 or major(device) == 8:
-        return {"BLOCK_M": 64, "BLOCK_N": 32 if dtype == torch.float32 and major(device) == 8 else 64}
+    if dtype == torch.float32:
+        return _float32_tile(device)
+    if family(device) == 8:
+        return {"BLOCK_M": 64, "BLOCK_N": 64}
     return {"BLOCK_M": 64, "BLOCK_N": 128, "num_stages": 3}
 
 

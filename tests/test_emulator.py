@@ -24,11 +24,20 @@ def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "sample"), [("90", "19"), ("80", "37"), ("100", "41")])
-def test_the_kernels_ptx_is_the_reference(target, sample):
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("90", ("--sample", "19")),
+        ("80", ("--sample", "37")),
+        ("100", ("--sample", "41")),
+        # Triton 3.9 loses the order of products of a loop, unless `stages` keeps it
+        ("100", ("--only", "spike_linear", "--case", "chunks-narrow")),
+    ],
+)
+def test_the_kernels_ptx_is_the_reference(target, options):
     """Some of the calls; `python bench/emulate.py` runs all of them."""
     pytest.importorskip("triton")
-    done = run("--target", target, "--sample", sample)
+    done = run("--target", target, *options)
     assert done.returncode == 0, done.stderr
     assert " 0 wrong, 0 not run" in done.stdout
 

@@ -321,6 +321,6 @@ def test_every_tile_that_is_tried_can_be_launched() -> None:
     for table in tiles.tables(dry=True):
         inputs = table.make()
         for candidate in (None, *table.candidates):
-            with _launch.record(9) as launches:
+            with _launch.record(90) as launches:
                 tiles.run(table, candidate, inputs)
             assert launches, f"{table.name} {table.size} {candidate}"

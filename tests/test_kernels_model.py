@@ -123,7 +123,7 @@ def test_inference_runs_linear_norm_lif_in_one_kernel(norm: str) -> None:
     )
     model = SpikeDecoder(config).to(DEVICE).eval()
     tokens = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
-    with use_backend("triton"), torch.no_grad(), _launch.record(8) as launches:
+    with use_backend("triton"), torch.no_grad(), _launch.record(80) as launches:
         model(tokens)
     fused = [launch for launch in launches if launch.kernel.__name__ == "linear_norm_lif_forward"]
     sites = [m for m in model.modules() if isinstance(m, LinearNormLIF)]

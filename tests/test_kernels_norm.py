@@ -224,7 +224,7 @@ def test_linear_norm_lif_is_its_parts_bit_for_bit(outputs: int, by_row: bool, p:
     wide = ["linear_moments"] if by_row and outputs > tile else []
     apart = ["linear_forward", "norm_lif_forward"]
     one = [*wide, "linear_norm_lif_forward"]
-    assert names == ["pack_kernel", *(apart if _launch.major(s.device) == 9 else one)]
+    assert names == ["pack_kernel", *(apart if _launch.family(s.device) == 9 else one)]
     current, expected_words = spike_linear.forward(s, linear_weight, linear_bias)
     expected = norm_lif.forward(current, weight, bias, *given, 1e-5, threshold, p)
     assert torch.equal(words, expected_words)

@@ -63,7 +63,6 @@ class Batch:
     memory: Globals
     shared_size: int
     traffic: Traffic | None = None
-    tolerant: bool = False
     registers: dict[str, Array] = field(default_factory=dict)
     away: dict[str, Array] = field(default_factory=dict)  # by products: of each thread the group + 1, or 0
     arrivals: dict[tuple[int, int], int] = field(default_factory=dict)  # of each mbarrier
@@ -77,7 +76,7 @@ class Batch:
         self.clock = Clock(self.first * self.per, self.threads, self.per)
         self.shared = Shared(self.clock, self.programs, self.shared_size)
         uses_tensors = any(instruction.name == "tcgen05" for instruction in self.kernel.code)
-        self.tensor = TensorMemory(self.clock, self.programs if uses_tensors else 0, self.tolerant)
+        self.tensor = TensorMemory(self.clock, self.programs if uses_tensors else 0)
         thread = np.tile(np.arange(self.per), self.programs)
         program = np.repeat(np.arange(self.first, self.first + self.programs), self.per)
         self.special = {"%laneid": (thread % 32).astype(np.uint32)}
@@ -304,11 +303,9 @@ def launch(
     shared_size: int,
     memory: Globals,
     traffic: Traffic | None = None,
-    tolerant: bool = False,
-) -> bool:
+) -> None:
     """Run a kernel. `arguments`: the bits of each parameter, in order; `shared_size`: bytes a program;
-    `traffic` counts what is moved; `tolerant`: whether tensor memory may be written before a product that
-    reads it was waited for, and the result is whether it was."""
+    `traffic` counts what is moved."""
     whole, threads = _three(grid), _three(block)
     pieces, labels = segments(kernel)
     names = [name for name, _ in kernel.parameters]
@@ -318,18 +315,14 @@ def launch(
         raise PTXError(f"{kernel.name}: {per} threads, {kernel.threads} are required")
     if per % 32:
         raise NotImplementedError(f"{kernel.name}: {per} threads, which are no whole warps")
-    together, late = max(1, AT_ONCE // per), False
+    together = max(1, AT_ONCE // per)
     for first in range(0, programs, together):
         count = min(together, programs - first)
-        batch = Batch(
-            kernel, first, count, threads, whole, parameters, memory, shared_size, traffic, tolerant
-        )
+        batch = Batch(kernel, first, count, threads, whole, parameters, memory, shared_size, traffic)
         with np.errstate(all="ignore"):
             _walk(batch, pieces, labels)
         if any(batch.tensor.used):
             raise PTXError(f"{kernel.name}: tensor memory is not freed")
-        late |= batch.tensor.late
-    return late
 
 
 def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:

@@ -324,10 +324,9 @@ class TensorMemory:
 
     LANES, COLUMNS = 128, 512
 
-    def __init__(self, clock: Clock, programs: int, tolerant: bool) -> None:
-        """`tolerant`: stores that do not wait for products are noted in `late`, instead of refused."""
+    def __init__(self, clock: Clock, programs: int) -> None:
         total = programs * self.LANES * self.COLUMNS
-        self.clock, self.tolerant, self.late = clock, tolerant, False
+        self.clock = clock
         self.cells, self.written = np.zeros(total, np.uint32), np.zeros(total, bool)
         self.busy = np.zeros(total, np.uint8)
         self.order = Order(total, "tensor memory")
@@ -377,9 +376,7 @@ class TensorMemory:
     def store(self, threads: Array, at: Array, values: Array) -> None:
         self._check_arrived(at)
         if (self.busy[at] & LENT).any():
-            if not self.tolerant:
-                raise MemoryFault("tensor memory is written before a product that reads it was waited for")
-            self.late = True
+            raise MemoryFault("tensor memory is written before a product that reads it was waited for")
         self.order.note_write(self.clock.now(threads), at, self.cells[at] != values)
         self.cells[at], self.written[at], self.busy[at] = values, True, STORED
         self._stores.begin(threads, at)
