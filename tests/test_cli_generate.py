@@ -11,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from spikedecoder import CheckpointError, SpikeDecoder, SpikeDecoderConfig
-from spikedecoder.cli.generate import find_checkpoint, generate
+from spikedecoder.cli.generate import generate
+from spikedecoder.cli.inputs import find_checkpoint
 from spikedecoder.data import CharTokenizer, WordTokenizer
 from spikedecoder.generation import SamplingParams, generate_result, generate_text, start_token
 from spikedecoder.generation.stats import text_cost

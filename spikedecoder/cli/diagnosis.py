@@ -18,20 +18,17 @@ def examine_checkpoint(checkpoint: str, text: Path | None, json_output: bool) ->
     """Let the model read a little text (None: the built-in text) and report on its neurons."""
     import torch
 
-    from spikedecoder.cli.energy import read_text
-    from spikedecoder.cli.generate import load
+    from spikedecoder.cli.inputs import load, read_text, tokenizer_of
     from spikedecoder.data import builtin_text
     from spikedecoder.diagnosis import diagnose
     from spikedecoder.generation.text import named
 
     model, where = load(checkpoint, "auto")
-    if model.tokenizer is None:
-        raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
-    length = model.config.max_len
+    tokenizer, length = tokenizer_of(model, where), model.config.max_len
     # assuming at most about 20 characters per token
     words = (builtin_text() if text is None else read_text(text))[: 20 * _WINDOWS * (length + 1)]
-    unknown = model.tokenizer.unknown(words)
-    ids = model.tokenizer.encode(words, errors="drop")[: _WINDOWS * length + 1]
+    unknown = tokenizer.unknown(words)
+    ids = tokenizer.encode(words, errors="drop")[: _WINDOWS * length + 1]
     if len(ids) < 2:
         raise ValueError(f"--text: holds {len(ids)} tokens that {where} knows, takes two or more")
     length = min(length, len(ids) - 1)

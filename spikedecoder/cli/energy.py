@@ -75,7 +75,7 @@ def energy(
     Operations are counted from the spikes that the model fires on the text, and priced by a table of joules.
     """
     from spikedecoder._files import check_writable
-    from spikedecoder.cli.generate import load
+    from spikedecoder.cli.inputs import given_text, load
     from spikedecoder.energy import EnergyTable, compare, measure
 
     words, name = given_text(prompt, text)
@@ -112,26 +112,6 @@ def energy(
     _show(ledgers, comparison, originals, counted, per_layer, memory)
 
 
-def given_text(prompt: str | None, text: Path | None) -> tuple[str, str]:
-    """The text from --prompt or from the file of --text, and the name of that option."""
-    if prompt is not None and text is None:
-        return prompt, "--prompt"
-    if text is not None and prompt is None:
-        return read_text(text), "--text"
-    raise ValueError(f"--prompt, --text: got {'neither' if text is None else 'both'}, takes one of them")
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # as in training, a byte order mark is not text
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--text: {path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text: {path}: not UTF-8 text ({error.reason})") from None
-    except OSError as error:
-        raise OSError(f"--text: {path}: cannot be read ({error.strerror})") from None
-
-
 def _mode(mode: str) -> Any:
     if mode not in ("prompt", "token"):
         raise ValueError(f"--mode: got {mode!r}, takes prompt or token")
@@ -142,13 +122,9 @@ def windows(model: SpikeDecoder, where: str, text: str, name: str, errors: str, 
     """The first `limit` tokens in windows of the model's context: a batch of full windows, then the rest."""
     import torch
 
-    from spikedecoder.generation import encode_prompt
+    from spikedecoder.cli.inputs import tokens_of
 
-    if model.tokenizer is None:
-        raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
-    ids = encode_prompt(model.tokenizer, text, errors, f"{name} for {where}")[:limit]
-    if not ids:
-        raise ValueError(f"the text holds no token that {where} knows")
+    ids = tokens_of(model, where, text, errors, f"{name} for {where}")[:limit]
     length = model.config.max_len
     whole = len(ids) // length * length
     full = torch.tensor(ids[:whole], dtype=torch.int64).reshape(-1, length)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,6 +84,7 @@ def generate(
 ) -> None:
     """Continue a prompt, or write from nothing, with a trained model. Text appears as it is generated."""
     # imported here to keep `--help` fast
+    from spikedecoder.cli.inputs import load, tokenizer_of
     from spikedecoder.generation import SamplingParams, encode_prompt
     from spikedecoder.generation.detokenize import check_stop_strings
     from spikedecoder.generation.sampling import fresh_seed
@@ -94,9 +94,7 @@ def generate(
     sampling = SamplingParams(temperature, top_k, top_p, seed, min_p, repetition_penalty)
     strings = check_stop_strings(stop)
     model, where = load(checkpoint, device)
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{where}: has no tokenizer.json, so its tokens cannot be turned into text")
+    tokenizer = tokenizer_of(model, where)
     Context.of(model, None, past)
     texts = _prompts(prompt)
     ids = [encode_prompt(tokenizer, text, errors) for text in texts]
@@ -120,45 +118,6 @@ def generate(
         seconds += time.perf_counter() - begin
     if stats:
         print(_report(_stats(model, ids, written, seconds, past)), file=sys.stderr)
-
-
-def load(checkpoint: str, device: str) -> tuple[SpikeDecoder, str]:
-    """The model on `device` ("auto": a GPU if there is one), and the folder or hub name it came from."""
-    import torch
-
-    from spikedecoder.model import SpikeDecoder
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = find_checkpoint(checkpoint)
-    try:
-        target = torch.device(device)
-        torch.empty(1, device=target).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: got {device!r}, which this machine cannot use ({reason})") from None
-    return SpikeDecoder.from_pretrained(where, device=target), where
-
-
-def find_checkpoint(checkpoint: str) -> str:
-    """The folder with the model: `checkpoint` itself, or its best/ or last/. A hub name is returned as it is.
-
-    Raises ValueError if `checkpoint` is neither.
-    """
-    folder = Path(checkpoint)
-    if not folder.exists():
-        owner, _, name = checkpoint.partition("/")
-        if not name or "/" in name or owner in ("", ".", "..", "~") or Path(owner).exists():
-            raise ValueError(
-                f"--checkpoint: {checkpoint!r}: no such folder (a name on the hub is OWNER/NAME)"
-            )
-        return checkpoint
-    if not folder.is_dir():
-        raise ValueError(f"--checkpoint: {checkpoint!r} is a file, takes a folder with config.json in it")
-    for candidate in (folder, folder / "best", folder / "last"):
-        if (candidate / "config.json").is_file():
-            return str(candidate)
-    raise ValueError(f"--checkpoint: {checkpoint!r} has no config.json, nor have best/ or last/ in it")
 
 
 def _prompts(given: list[str] | None) -> list[str]:

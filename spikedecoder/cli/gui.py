@@ -27,7 +27,7 @@ def gui(
     Only this machine can reach the page. If there is no trained model, it offers to train a small one.
     """
     from spikedecoder.app import launch
-    from spikedecoder.cli.generate import find_checkpoint
+    from spikedecoder.cli.inputs import find_checkpoint
 
     for folder in checkpoint or ():
         if not folder.is_dir():

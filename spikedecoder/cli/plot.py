@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spikedecoder.cli.energy import MOST_TOKENS, given_text, windows
+from spikedecoder.cli.energy import MOST_TOKENS, windows
+from spikedecoder.cli.inputs import given_text, load, tokens_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,16 +112,8 @@ def plot(
 
 def _load(checkpoint: str, words: str, name: str, errors: str, device: str) -> tuple[SpikeDecoder, list[int]]:
     """The model and the text's ids."""
-    from spikedecoder.cli.generate import load
-    from spikedecoder.generation import encode_prompt
-
     model, where = load(checkpoint, device)
-    if model.tokenizer is None:
-        raise ValueError(f"{where}: has no tokenizer.json, so text cannot be turned into its tokens")
-    ids = encode_prompt(model.tokenizer, words, errors, name)
-    if not ids:
-        raise ValueError(f"the text holds no token that {where} knows")
-    return model, ids
+    return model, tokens_of(model, where, words, errors, name)
 
 
 def _activity(
@@ -172,7 +165,6 @@ def _predictions(
 
 def _energy(checkpoints: list[str], words: str, name: str, errors: str, memory: bool, device: str) -> Figure:
     from spikedecoder import energy, viz
-    from spikedecoder.cli.generate import load
 
     ledgers = {}
     for given in dict.fromkeys(checkpoints):

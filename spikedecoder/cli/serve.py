@@ -65,7 +65,7 @@ def serve(
         raise ValueError(
             f"serve needs {error.name}, which is not installed; pip install 'spikedecoder[serve]'"
         ) from None
-    from spikedecoder.cli.generate import load
+    from spikedecoder.cli.inputs import load, tokenizer_of
     from spikedecoder.generation.text import ERRORS, own_tokenizer
     from spikedecoder.serve.app import Limits
     from spikedecoder.serve.engine import Engine
@@ -75,9 +75,7 @@ def serve(
     if errors not in ERRORS:
         raise ValueError(f"--errors: got {errors!r}, takes one of {', '.join(ERRORS)}")
     model, where = load(checkpoint, device)
-    if model.tokenizer is None:
-        raise ValueError(f"{where}: has no tokenizer.json, so its tokens cannot be turned into text")
-    own_tokenizer(model, None)
+    own_tokenizer(model, tokenizer_of(model, where))
     engine = Engine(model, max_batch, max_queue, past)
     server = build(engine, name or _name(where), Limits(max_tokens_limit, max_prompt_tokens, errors), grace)
     with listen(host, port) as where_to:
