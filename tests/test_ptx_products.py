@@ -157,20 +157,22 @@ def test_a_product_of_four_warps_is_numpys(line, turned):
     assert np.array_equal(sums(of_128_threads(wgmma(line, turned), 8, lines(a), right)), a @ b.T)
 
 
+FROM_REGISTERS = f"""
+  {fill(512 + 2048)} fence.proxy.async.shared::cta; {described("%d7", 0, 16, 256, 6)}
+  shl.b32 %r6, %r2, 4; add.s32 %r6, %r6, %r5; ld.shared.v4.b32 {{%r30, %r31, %r32, %r33}}, [%r6+512];
+  wgmma.fence.sync.aligned; mov.pred %p2, 0;
+  {PRODUCT}, {{%r30, %r31, %r32, %r33}}, %d7, %p2, 1, 1, 0;
+  wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+  {STORE_SUMS}
+"""
+
+
 def test_a_product_of_four_warps_from_registers_is_numpys():
     rng = np.random.default_rng(0)
     a, b = rng.integers(-9, 9, (64, 16)), rng.integers(-9, 9, (16, 16))
-    body = f"""
-      {fill(512 + 2048)} fence.proxy.async.shared::cta; {described("%d7", 0, 16, 256, 6)}
-      shl.b32 %r6, %r2, 4; add.s32 %r6, %r6, %r5; ld.shared.v4.b32 {{%r30, %r31, %r32, %r33}}, [%r6+512];
-      wgmma.fence.sync.aligned; mov.pred %p2, 0;
-      {PRODUCT}, {{%r30, %r31, %r32, %r33}}, %d7, %p2, 1, 1, 0;
-      wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
-      {STORE_SUMS}
-    """
     # of a warp's 16 rows a lane has two, and of each two neighbours and the two 8 columns on
     held = bfloat16(a).reshape(4, 2, 8, 2, 4, 2).transpose(0, 2, 4, 3, 1, 5).ravel()
-    assert np.array_equal(sums(of_128_threads(body, 8, lines(b), held)), a @ b.T)
+    assert np.array_equal(sums(of_128_threads(FROM_REGISTERS, 8, lines(b), held)), a @ b.T)
 
 
 FREE = "@%p3 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r14, 64;"
@@ -266,6 +268,10 @@ WAIT = re.search(r"mbarrier.try_wait.*", TCGEN05)[0]
          "written before a product that reads it was waited for"),
         (WGMMA, "wait_group.sync.aligned 0;", "wait_group.sync.aligned 0; st.shared.b32 [%r8], %r2;",
          "no barrier behind another thread's read"),
+        (FROM_REGISTERS, "wgmma.wait_group", "mov.b32 %r31, 0; wgmma.wait_group",
+         "%r31 is written before a product that uses it was waited for"),
+        (WGMMA, "wgmma.wait_group", "mov.b32 %r27, 0; wgmma.wait_group",
+         "%r27 is written before a product that uses it was waited for"),
         (TCGEN05, FENCE, "", r"no fence\.proxy\.async behind the write"),
         (TCGEN05, WAIT, "bar.sync 0;",
          "tensor memory is used before what writes it was waited for"),

@@ -64,7 +64,9 @@ class Batch:
     shared_size: int
     traffic: Traffic | None = None
     registers: dict[str, Array] = field(default_factory=dict)
-    away: dict[str, Array] = field(default_factory=dict)  # by products: of each thread the group + 1, or 0
+    # of registers that products under way write or read, by name: of each thread the group + 1, or 0
+    away: dict[str, Array] = field(default_factory=dict)
+    lent: dict[str, Array] = field(default_factory=dict)
     arrivals: dict[tuple[int, int], int] = field(default_factory=dict)  # of each mbarrier
     arrived: int = 0  # at all of them
     tried: tuple[int, int] | None = None  # `arrived`, and how many threads spun when they were let go
@@ -115,22 +117,32 @@ class Batch:
             raise PTXError(f"{name} is read before it was waited for")
         return self.value(name)
 
-    def send_away(self, names: list[str], groups: Array) -> None:
-        """Registers of the threads at this instruction, until `wait_for_products` of their groups."""
-        for name in names:
-            self.away.setdefault(name, np.zeros(self.threads, np.int64))[self.active()] = groups + 1
+    def multiply(self, writes: list[str], reads: list[str], groups: Array) -> None:
+        """Registers of the threads at this instruction are a product's, until `wait_for_products` of their
+        groups."""
+        for names, users in ((writes, self.away), (reads, self.lent)):
+            for name in names:
+                users.setdefault(name, np.zeros(self.threads, np.int64))[self.active()] = groups + 1
 
     def wait_for_products(self, last: int) -> None:
         """The threads at this instruction wait for all groups but the last ones."""
         threads = self.active()
         self.shared.wait_for_products(threads, last)
         done = self.shared.products.committed[threads] - last
-        for name, groups in list(self.away.items()):
-            groups[threads] = np.where(groups[threads] <= done, 0, groups[threads])
-            if not groups.any():
-                del self.away[name]
+        for users in (self.away, self.lent):
+            for name, groups in list(users.items()):
+                groups[threads] = np.where(groups[threads] <= done, 0, groups[threads])
+                if not groups.any():
+                    del users[name]
 
     def write(self, name: str, value: Any) -> None:
+        for users in (self.away, self.lent):
+            if name in users and users[name][self.active()].any():
+                raise PTXError(f"{name} is written before a product that uses it was waited for")
+        self.put(name, value)
+
+    def put(self, name: str, value: Any) -> None:
+        """`write` without regard to products."""
         kind = STORED[self.kernel.registers[name]]
         value = np.asarray(value)
         if value.dtype != kind:
