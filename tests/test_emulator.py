@@ -30,6 +30,7 @@ def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess
         ("90", ("--sample", "19")),
         ("80", ("--sample", "37")),
         ("100", ("--sample", "41")),
+        ("120", ("--sample", "53")),
         # Triton 3.9 loses the order of products of a loop, unless `stages` keeps it
         ("100", ("--only", "spike_linear", "--case", "chunks-narrow")),
     ],
