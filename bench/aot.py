@@ -37,6 +37,7 @@ from aot_rows import MORE_CASES, OPERATORS, TYPES, rows
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 
 from spikedecoder import use_backend
@@ -100,8 +101,9 @@ def gpu_code(launch: Launch, target: int) -> tuple[str, int]:
     return module, metadata["shared"]
 
 
-def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, str]:
-    """(registers, shared bytes, local bytes, disassembly) of a launch compiled for sm_`target`."""
+def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, bool, str]:
+    """(registers, shared bytes, local bytes, whether products are serial, disassembly) of a launch compiled
+    for sm_`target`."""
     compiled = triton.compile(
         source_of(launch), target=GPUTarget("cuda", target, 32), options=dict(launch.options)
     )
@@ -114,7 +116,27 @@ def compile_launch(launch: Launch, target: int) -> tuple[int, int, int, str]:
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing about {launch.kernel.__name__}: {usage!r}")
     registers, stack, _, local = map(int, found.groups())
-    return registers, int(compiled.metadata.shared), stack + local, code
+    serial = _serial(compiled.asm["ptx"], target)
+    return registers, int(compiled.metadata.shared), stack + local, serial, code
+
+
+def _serial(ptx: str, target: int) -> bool:
+    """Whether ptxas says that it makes every wgmma wait for the one before, which the PTX does not."""
+    if "wgmma" not in ptx:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder, "code.ptx")
+        code.write_text(ptx)
+        command = [
+            get_ptxas(target).path,
+            "-v",
+            f"-arch=sm_{target}a",
+            code,
+            "-o",
+            code.with_suffix(".cubin"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "wgmma.mma_async instructions are serialized" in done.stdout + done.stderr
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -146,14 +168,14 @@ def compile_row(index: int, target: int, left_out: frozenset[str] = frozenset())
         if launch.key in done:
             done[launch.key].moved += moved
             continue
-        registers, shared, local, code = compile_launch(launch, target)
+        registers, shared, local, serial, code = compile_launch(launch, target)
         name, counted = launch.kernel.__name__, {}
         if target == 90 and name in COUNTED and row.operator in name:
             counted = aot_sass.per_element(code, launch)
         done[launch.key] = Compiled(
             row.operator, row.call, row.dtype, row.size, row.needs, name, target, registers, shared, local,
             dict(collections.Counter(OPCODES.findall(code))), moved,
-            "maxnreg" in launch.options, counted, source,
+            "maxnreg" in launch.options, serial, counted, source,
         )  # fmt: skip
     return list(done.values())
 

@@ -36,6 +36,7 @@ class Compiled:
     opcodes: dict[str, int]
     moved: float
     capped: bool  # asks for so many registers: with more, or fewer elements a thread, it was slower
+    serial: bool  # every wgmma waits for the one before
     instructions: dict[str, float]  # an element, by kind; of the neurons' kernels on sm_90 alone
     made_of: str  # a number of all that decides it, and its faults
 
@@ -70,6 +71,8 @@ def faults(c: Compiled) -> list[str]:
         wrong.append(f"spills: {c.local} bytes of local memory")
     if "no FFMA" in c.needs and any(opcode.startswith("FFMA") for opcode in c.opcodes):
         wrong.append("multiplies and adds with one rounding, so that spikes depend on the compiler")
+    if c.serial:
+        wrong.append("every product waits for the one before (C7515 of ptxas)")
     most = min((int(n.split()[2]) for n in c.needs if n.endswith(" instructions")), default=0)
     if most and c.instructions and (count := sum(c.instructions.values())) > most:
         wrong.append(f"{count:.1f} instructions an element, {most} are enough")

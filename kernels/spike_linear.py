@@ -58,6 +58,7 @@ def linear_tile(
 ):  # fmt: skip
     """y of rows m and outputs n in float32. The bias alone from row `rows` on, 0 from output `outputs` on."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    tl.assume(inputs > 0)  # if the loop might not run, ptxas makes every wgmma wait for the one before
     for first in range(0, inputs, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         bits = load_bits(words_ptr, m, rows, first // 32, words, BLOCK_M, BLOCK_K)

@@ -122,7 +122,7 @@ def example(**changes: Any) -> Any:
         "operator": "lif", "call": "forward", "dtype": "bf16", "size": "", "kernel": "k", "target": 90,
         "needs": (*aot_rows.ROUNDED, *aot_rows.DOT), "registers": 40, "shared": 0, "local": 0, "moved": 0.0,
         "opcodes": {"LDG.E.128": 4, "LDG.E.LTC128B.128": 1, "STG.E.128": 4, "HGMMA.64x64x16.F32.BF16": 2},
-        "capped": False, "instructions": {}, "made_of": "0123456789",
+        "capped": False, "serial": False, "instructions": {}, "made_of": "0123456789",
     }  # fmt: skip
     return aot.Compiled(**{**values, **changes})
 
@@ -142,6 +142,7 @@ def test_the_reader_sees_what_is_wrong() -> None:
     assert any(
         "one rounding" in fault for fault in aot.faults(example(opcodes={**good.opcodes, "FFMA.FTZ": 1}))
     )
+    assert any("waits for the one before" in fault for fault in aot.faults(example(serial=True)))
     assert any("shared memory" in fault for fault in aot.faults(example(shared=300 * 1024)))
     assert any("spills" in fault for fault in aot.faults(example(opcodes={**good.opcodes, "LDL.LU": 2})))
     assert any(
