@@ -54,7 +54,8 @@ MAX_INPUTS = 128  # of rows wider than a tile: see above
 @kernel
 def linear_moments(
     words_ptr, linear_weight_ptr, linear_bias_ptr, mean_ptr, rstd_ptr, rows, inputs, outputs, words, eps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FAMILY: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Mean and rstd of each of the `rows` rows of x (all timesteps), merged tile by tile as in `_norm`."""
     inputs = inputs * ALIGN
@@ -67,7 +68,7 @@ def linear_moments(
         n = first + tl.arange(0, BLOCK_N)
         acc = linear_tile(
             words_ptr, linear_weight_ptr, linear_bias_ptr, r, rows, n, inputs, outputs, words,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            BLOCK_M, BLOCK_N, BLOCK_K, FAMILY,
         )  # fmt: skip
         x = acc.to(dtype).to(tl.float32)  # 0 beyond the last output
         new = tl.minimum(BLOCK_N, outputs - first).to(tl.float32)
@@ -87,7 +88,8 @@ def linear_norm_lif_forward(
     spikes_ptr, rows, inputs, outputs, words, eps, threshold, tau, v_reset,
     T: tl.constexpr, STATISTICS: tl.constexpr, THRESHOLD: tl.constexpr, RECIPROCAL: tl.constexpr,
     HARD: tl.constexpr, DECAY_INPUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FAMILY: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Spikes, and with STATISTICS 1 also mean and rstd [T, R]. `rows` is R, the rows of one timestep."""
     inputs = inputs * ALIGN
@@ -105,7 +107,7 @@ def linear_norm_lif_forward(
         m = r + t * rows.to(tl.int64)
         acc = linear_tile(
             words_ptr, linear_weight_ptr, linear_bias_ptr, m, T * rows.to(tl.int64), n, inputs, outputs,
-            words, BLOCK_M, BLOCK_N, BLOCK_K,
+            words, BLOCK_M, BLOCK_N, BLOCK_K, FAMILY,
         )  # fmt: skip
         x = acc.to(dtype)
         # loaded at each timestep, from cache: kept, they would fill the registers
@@ -168,7 +170,7 @@ def forward(
         "linear_bias_ptr": None if linear_bias is None else linear_bias.contiguous(), "mean_ptr": mean,
         "rstd_ptr": rstd, "inputs": inputs // align, "outputs": outputs // align,
         "words": 2 * words.shape[-1], "eps": eps, "BLOCK_M": BLOCK_M, "BLOCK_N": block_n, "BLOCK_K": WORD,
-        "ALIGN": align, "num_warps": warps,
+        "FAMILY": family(s.device), "ALIGN": align, "num_warps": warps,
         "num_stages": stages(s.device) if linear_weight.dtype == torch.float32 else 2,
     }  # fmt: skip
     if statistics == WIDE_ROW:

@@ -26,18 +26,25 @@ from torch import Tensor
 from spikedecoder.kernels._digits import digit, dot_digits, stages
 from spikedecoder.kernels._launch import alignment, cdiv, family, kernel, launch, multiprocessors, why_not
 from spikedecoder.kernels._sum import sum_parts
-from spikedecoder.kernels.pack_spikes import WORD, halves, pack, unpack_tile
+from spikedecoder.kernels.pack_spikes import WORD, halves, pack, spread_tile, unpack_tile
 
 __all__ = ["forward", "from_words", "weight_and_bias_grad", "weight_grad", "why_not"]
 
 
 @triton.jit
-def load_bits(words_ptr, row, rows, word, words, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Spikes of rows `row`, from 32-bit word number `word` on, as float32 0 and 1 [BLOCK_R, BLOCK_K]."""
+def load_bits(
+    words_ptr, row, rows, word, words, dtype: tl.constexpr, FAMILY: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Spikes of rows `row`, from 32-bit word number `word` on, as 0 and 1 [BLOCK_R, BLOCK_K] for a product in
+    `dtype`."""
     w = word + tl.arange(0, BLOCK_K // 32)
     at = words_ptr + row[:, None] * words + w[None, :]
     packed = tl.load(at, mask=(row < rows)[:, None] & (w < words)[None, :], other=0)
-    return unpack_tile(packed, BLOCK_R, BLOCK_K).to(tl.float32)
+    if FAMILY == 8:  # there the compiler would load a word for every element of `spread_tile`
+        return unpack_tile(packed, BLOCK_R, BLOCK_K).to(tl.float32)
+    else:
+        return spread_tile(packed, dtype, BLOCK_R, BLOCK_K)
 
 
 @triton.jit
@@ -54,17 +61,27 @@ def product(a, b, acc, dtype: tl.constexpr, A: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def linear_tile(
     words_ptr, weight_ptr, bias_ptr, m, rows, n, inputs, outputs, words,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FAMILY: tl.constexpr,
 ):  # fmt: skip
     """y of rows m and outputs n in float32. The bias alone from row `rows` on, 0 from output `outputs` on."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    # as y^T = W s^T, wgmma takes the bits from shared memory, where they need not come back from
+    TURN: tl.constexpr = FAMILY == 9 and dtype != tl.float32
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if TURN else (BLOCK_M, BLOCK_N), tl.float32)
     tl.assume(inputs > 0)  # if the loop might not run, ptxas makes every wgmma wait for the one before
     for first in range(0, inputs, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        bits = load_bits(words_ptr, m, rows, first // 32, words, BLOCK_M, BLOCK_K)
-        at = weight_ptr + n[None, :].to(tl.int64) * inputs + k[:, None]
-        weight = tl.load(at, mask=(k < inputs)[:, None] & (n < outputs)[None, :], other=0.0)
-        acc = product(bits, weight, acc, weight_ptr.dtype.element_ty, 1, 3)
+        bits = load_bits(words_ptr, m, rows, first // 32, words, dtype, FAMILY, BLOCK_M, BLOCK_K)
+        if TURN:
+            at = weight_ptr + n[:, None].to(tl.int64) * inputs + k[None, :]
+            weight = tl.load(at, mask=(n < outputs)[:, None] & (k < inputs)[None, :], other=0.0)
+            acc = product(weight, tl.trans(bits), acc, dtype, 3, 1)
+        else:
+            at = weight_ptr + n[None, :].to(tl.int64) * inputs + k[:, None]
+            weight = tl.load(at, mask=(k < inputs)[:, None] & (n < outputs)[None, :], other=0.0)
+            acc = product(bits, weight, acc, dtype, 1, 3)
+    if TURN:
+        acc = tl.trans(acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
     return acc
@@ -73,7 +90,8 @@ def linear_tile(
 @kernel
 def linear_forward(
     words_ptr, weight_ptr, bias_ptr, y_ptr, rows, inputs, outputs, words,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FAMILY: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     inputs = inputs * ALIGN
     outputs = outputs * ALIGN
@@ -81,7 +99,7 @@ def linear_forward(
     m = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = linear_tile(
-        words_ptr, weight_ptr, bias_ptr, m, rows, n, inputs, outputs, words, BLOCK_M, BLOCK_N, BLOCK_K
+        words_ptr, weight_ptr, bias_ptr, m, rows, n, inputs, outputs, words, BLOCK_M, BLOCK_N, BLOCK_K, FAMILY
     )
     at = y_ptr + m[:, None] * outputs + n[None, :]
     tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (n < outputs)[None, :])
@@ -91,9 +109,10 @@ def linear_forward(
 def linear_weight_grad(
     words_ptr, grad_ptr, out_ptr, rows, inputs, outputs, words, piece,
     BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ALIGN: tl.constexpr,
+    FAMILY: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """out [pieces, N K]: each piece of the rows' share of dW. BIAS: followed by its share of db [N]."""
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
     inputs = inputs * ALIGN
     outputs = outputs * ALIGN
     across = tl.cdiv(inputs, BLOCK_K)
@@ -104,15 +123,16 @@ def linear_weight_grad(
     stop = tl.minimum(start + piece, rows)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     ones = tl.full((BLOCK_M, 16), 1.0, tl.float32)
+    tl.assume(start < stop)  # see `linear_tile`
     of_ones = tl.zeros((BLOCK_N, 16), tl.float32)  # 16 equal columns, the narrowest product
     for first in range(start, stop, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M).to(tl.int64)
         at = grad_ptr + m[:, None] * outputs + n[None, :]
         grad = tl.load(at, mask=(m < stop)[:, None] & (n < outputs)[None, :], other=0.0)
-        bits = load_bits(words_ptr, m, stop, first_k // 32, words, BLOCK_M, BLOCK_K)
-        acc = product(tl.trans(grad), bits, acc, grad_ptr.dtype.element_ty, 3, 1)
+        bits = load_bits(words_ptr, m, stop, first_k // 32, words, dtype, FAMILY, BLOCK_M, BLOCK_K)
+        acc = product(tl.trans(grad), bits, acc, dtype, 3, 1)
         if BIAS:
-            of_ones = product(tl.trans(grad), ones, of_ones, grad_ptr.dtype.element_ty, 3, 1)
+            of_ones = product(tl.trans(grad), ones, of_ones, dtype, 3, 1)
     of_weight = outputs.to(tl.int64) * inputs
     share = of_weight
     if BIAS:
@@ -168,7 +188,8 @@ def from_words(words: Tensor, inputs: int, weight: Tensor, bias: Tensor | None) 
         linear_forward, (cdiv(rows, blocks["BLOCK_M"]) * cdiv(outputs, blocks["BLOCK_N"]),),
         words_ptr=halves(words), weight_ptr=weight.contiguous(),
         bias_ptr=None if bias is None else bias.contiguous(), y_ptr=y, rows=rows, inputs=inputs // align,
-        outputs=outputs // align, words=2 * words.shape[-1], BLOCK_K=WORD, ALIGN=align, **blocks,
+        outputs=outputs // align, words=2 * words.shape[-1], BLOCK_K=WORD, FAMILY=family(weight.device),
+        ALIGN=align, **blocks,
     )  # fmt: skip
     return y
 
@@ -191,7 +212,7 @@ def _parameter_grads(words: Tensor, inputs: int, grad: Tensor, bias: bool) -> tu
     launch(
         linear_weight_grad, (tiles, pieces), words_ptr=halves(words), grad_ptr=grad, out_ptr=parts,
         rows=rows, inputs=inputs // align, outputs=outputs // align, words=2 * words.shape[-1], piece=piece,
-        BIAS=bias, BLOCK_K=WORD, ALIGN=align, **blocks,
+        BIAS=bias, BLOCK_K=WORD, FAMILY=family(grad.device), ALIGN=align, **blocks,
     )  # fmt: skip
     sum_parts(parts, out, out_bias)
     return out, out_bias
