@@ -48,6 +48,7 @@ from spikedecoder.testing import cases, make_inputs, run
 TARGETS = (80, 90, 100)  # of the page
 MORE_TARGETS = (89, 120)
 COUNTED = ("lif_forward", "lif_backward", "norm_lif_forward", "norm_lif_backward")
+LOOPS = ("linear_forward", "linear_weight_grad")
 RULES = Path(__file__).with_name("aot_code.py").read_text()
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -169,13 +170,16 @@ def compile_row(index: int, target: int, left_out: frozenset[str] = frozenset())
             done[launch.key].moved += moved
             continue
         registers, shared, local, serial, code = compile_launch(launch, target)
-        name, counted = launch.kernel.__name__, {}
+        name, counted, loop = launch.kernel.__name__, {}, None
         if target == 90 and name in COUNTED and row.operator in name:
             counted = aot_sass.per_element(code, launch)
+        if target == 90 and name in LOOPS and row.operator == "spike_linear":
+            warps = launch.options["num_warps"]
+            loop = (warps, *aot_sass.product_loop(code, warps))
         done[launch.key] = Compiled(
             row.operator, row.call, row.dtype, row.size, row.needs, name, target, registers, shared, local,
             dict(collections.Counter(OPCODES.findall(code))), moved,
-            "maxnreg" in launch.options, serial, counted, source,
+            "maxnreg" in launch.options, serial, loop, counted, source,
         )  # fmt: skip
     return list(done.values())
 
@@ -283,7 +287,11 @@ def main() -> int:
         options.only, options.first, targets, options.processes, options.spread,
         on_the_page(options.page) if options.changed else frozenset(),
     )  # fmt: skip
-    parts = floors(results, (options.target or [90])[0]), aot_sass.table(results, RATES["H200"])
+    parts = (
+        floors(results, (options.target or [90])[0]),
+        aot_sass.table(results, RATES["H200"]),
+        aot_sass.product_table(results),
+    )
     print(table(results), *parts, sep="\n\n")
     if options.json:
         options.json.write_text(json.dumps([asdict(c) | {"faults": faults(c)} for c in results], indent=1))

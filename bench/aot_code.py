@@ -37,6 +37,9 @@ class Compiled:
     moved: float
     capped: bool  # asks for so many registers: with more, or fewer elements a thread, it was slower
     serial: bool  # every wgmma waits for the one before
+    loop: (
+        tuple[int, int, int] | None
+    )  # warps, instructions, products; of spike_linear's kernels on sm_90 alone
     instructions: dict[str, float]  # an element, by kind; of the neurons' kernels on sm_90 alone
     made_of: str  # a number of all that decides it, and its faults
 

@@ -108,6 +108,12 @@ bytes above. The longer one is the floor; what a warp waits for comes on top.
 
 {aot_sass.table(results, RATES["H200"])}
 
+Of `spike_linear` on sm_90: one round of the loop with its products, for 64 inputs or rows. Instructions of a
+warp, and the cycles that four schedulers take to issue those of all warps of a program; products of two
+numbers, and the cycles that a multiprocessor's tensor cores take for them in 16 bits (2048 a cycle).
+
+{aot_sass.product_table(results)}
+
 ## Linear, norm and LIF in one kernel
 
 Bytes a row of the input and timestep in bfloat16, K inputs as bits, N outputs: the parts write the current

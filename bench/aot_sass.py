@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from spikedecoder.kernels._launch import Launch
 
+PRODUCTS = 2048  # multiply-adds of 16 bits that a multiprocessor of an H100 or H200 does a cycle
 LANES = 132 * 128 * 1.75e9  # instructions that an H100 or H200 begins a second, at about its usual clock
 KINDS = {  # the first that fits
     "float": r"F(ADD|MUL|FMA|SETP?|SEL|MNMX|CHK)|HFMA2|HADD2|HMUL2",
@@ -50,6 +51,22 @@ def instructions(code: str) -> tuple[list[str], list[tuple[int, int]]]:
     return opcodes[: end + 1], sorted(loops, key=lambda loop: loop[0] - loop[1])
 
 
+def product_loop(code: str, warps: int) -> tuple[int, int]:
+    """(instructions of a warp, products of `warps` warps) of one round of the loop with most products."""
+    opcodes, loops = instructions(code)
+    best = (0, 0)
+    for first, last in loops:
+        round_ = opcodes[first : last + 1]
+        products = 0
+        for opcode in round_:
+            if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):
+                products += math.prod(map(int, found.groups())) * warps // 4
+            elif opcode.startswith("HMMA.16816"):
+                products += 16 * 8 * 16 * warps
+        best = max(best, (len(round_), products), key=lambda loop: (loop[1], -loop[0]))
+    return best
+
+
 def rounds(launch: Launch) -> tuple[int, ...]:
     """How often the loops of a `lif` or `norm_lif` kernel go round, by their depth (the sweep of a backward
     kernel once less)."""
@@ -72,6 +89,23 @@ def per_element(code: str, launch: Launch) -> dict[str, float]:
     threads = math.prod(launch.grid) * 32 * launch.options["num_warps"]
     share = threads / launch.arguments["x_ptr"].numel()
     return {kind: counts[kind] * share for kind in KINDS}
+
+
+def product_table(results: list[Compiled]) -> str:
+    """One line a kernel: the loop with its products, and what a multiprocessor takes for a round of it."""
+    lines = [
+        "| kernel | call | dtype | size | warps | instructions | cycles for these | products "
+        "| cycles for these |",
+        "|---" * 9 + "|",
+    ]
+    for c in results:
+        if c.loop is not None:
+            warps, count, products = c.loop
+            lines.append(
+                f"| {c.kernel} | {c.call} | {c.dtype} | {c.size} | {warps} | {count} "
+                f"| {count * warps / 4:.0f} | {products} | {products / PRODUCTS:.0f} |"
+            )
+    return "\n".join(lines)
 
 
 def table(results: list[Compiled], rate: float) -> str:

@@ -122,7 +122,7 @@ def example(**changes: Any) -> Any:
         "operator": "lif", "call": "forward", "dtype": "bf16", "size": "", "kernel": "k", "target": 90,
         "needs": (*aot_rows.ROUNDED, *aot_rows.DOT), "registers": 40, "shared": 0, "local": 0, "moved": 0.0,
         "opcodes": {"LDG.E.128": 4, "LDG.E.LTC128B.128": 1, "STG.E.128": 4, "HGMMA.64x64x16.F32.BF16": 2},
-        "capped": False, "serial": False, "instructions": {}, "made_of": "0123456789",
+        "capped": False, "serial": False, "loop": None, "instructions": {}, "made_of": "0123456789",
     }  # fmt: skip
     return aot.Compiled(**{**values, **changes})
 
@@ -185,6 +185,15 @@ def test_instructions_are_counted_as_often_as_loops_go_round() -> None:
     many = example(instructions=counted, needs=(f"at most {int(total)} instructions",))
     assert aot.faults(many) == [f"{total:.1f} instructions an element, {int(total)} are enough"]
     assert f"| {total:.1f} |" in aot.aot_sass.table([many], 1.0)
+
+
+def test_products_are_counted_in_the_loop_that_has_them() -> None:
+    line = "        /*0020*/                   FFMA R0, R1, R2, R3 ;"
+    code = LISTING.replace(line, line.replace("FFMA R0", "HGMMA.64x128x16.F32.BF16 R24, R88") + "\n" + line)
+    found = aot.aot_sass.product_loop(code, 8)
+    assert found == (4, 2 * 64 * 128 * 16) and aot.aot_sass.product_loop(LISTING, 8)[1] == 0
+    text = aot.aot_sass.product_table([example(loop=(8, *found)), example()])
+    assert text.splitlines()[2:] == ["| k | forward | bf16 |  | 8 | 4 | 8 | 262144 | 128 |"]
 
 
 def test_every_operator_of_the_backend_is_compiled() -> None:
