@@ -123,6 +123,26 @@ def test_no_shape_asks_for_another_kernel(use: Callable[..., None], target: int,
     assert keys[0] and all(found == keys[0] for found in keys)
 
 
+@pytest.mark.parametrize(
+    ("target", "family"), [(80, 8), (86, 8), (89, 8), (90, 9), (100, 10), (103, 10), (110, 10), (120, 8)]
+)
+def test_block_sizes_go_by_the_tensor_cores(target: int, family: int) -> None:
+    with _launch.record(target):
+        assert _launch.family(torch.device("meta")) == family
+
+
+@pytest.mark.parametrize("use", [attention, attention_lif], ids=lambda use: use.__name__)
+@pytest.mark.parametrize(("target", "most"), [(80, 2), (90, 3), (100, 1), (120, 2)])
+def test_on_sm_100_loops_of_several_products_load_one_chunk(
+    use: Callable[..., None], target: int, most: int
+) -> None:
+    """With more, Triton compiles them wrongly there; `bench/emulate.py` shows it."""
+    with _launch.record(target) as launches:
+        use(8, 300, meta)
+    products = [launch for launch in launches if "attention" in launch.kernel.__name__]
+    assert max(launch.options["num_stages"] for launch in products) == most
+
+
 @pytest.mark.parametrize(("channels", "align"), [(80, 16), (1000, 8), (36, 4), (18, 2), (5, 1)])
 @pytest.mark.parametrize("use", [lif, norm, norm_lif, small], ids=lambda use: use.__name__)
 def test_channels_are_known_to_be_what_they_are_divisible_by(
