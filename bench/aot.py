@@ -46,7 +46,6 @@ from spikedecoder.kernels._launch import Launch
 from spikedecoder.testing import cases, make_inputs, run
 
 TARGETS = (80, 90, 100)  # of the page
-MORE_TARGETS = (89, 120)
 COUNTED = ("lif_forward", "lif_backward", "norm_lif_forward", "norm_lif_backward")
 LOOPS = ("linear_forward", "linear_weight_grad")
 RULES = Path(__file__).with_name("aot_code.py").read_text()
@@ -258,7 +257,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="an operator, or several with commas between")
     parser.add_argument("--first", type=int, help="only so many calls of each operator")
-    parser.add_argument("--target", type=int, action="append", choices=TARGETS + MORE_TARGETS)
+    parser.add_argument(
+        "--target",
+        type=int,
+        action="append",
+        choices=sorted(_launch.SHARED_MEMORY),
+        help="ten times the compute capability",
+    )
     parser.add_argument("--spread", action="store_true", help="each call for one of the targets in turn")
     parser.add_argument("--changed", action="store_true", help="only what the page has no line of")
     parser.add_argument("--page", type=Path, default=DOCS, help="default: docs/kernels.md")

@@ -43,7 +43,6 @@ from spikedecoder.testing import Case, cases
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from kernel_parity import compare, larger
 
-TARGETS = (80, 89, 90, 100, 120)
 HEAD = """# The kernels' PTX beside the reference, on a CPU
 
 Each line is a run of the command in it: operators, forward and all gradients, whose kernels were compiled for
@@ -218,7 +217,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--only", help="an operator, or several with commas between")
     parser.add_argument("--case", help="only cases whose name holds this")
     parser.add_argument("--dtype", help="fp32, fp16 or bf16")
-    parser.add_argument("--target", type=int, default=90, choices=TARGETS, help="compute capability")
+    parser.add_argument(
+        "--target",
+        type=int,
+        default=90,
+        choices=sorted(_launch.SHARED_MEMORY),
+        help="ten times the compute capability",
+    )
     parser.add_argument(
         "--multiprocessors", type=int, default=2, help="of the device that grids are made for"
     )
