@@ -71,7 +71,9 @@ class SpikeCounter:
             # [T, B, S, E]: per position at most 4 * T * E spikes, exact in float32
             spikes = ops.spike_counts(output.detach(), levels).sum((0, -1), dtype=torch.float32)
             timesteps = binary_timesteps(levels)
-            full = spikes if levels == 1 else timesteps * (output == levels).sum((0, -1), dtype=torch.float32)
+            full = spikes
+            if levels > 1:  # 1 where the output is at its largest; several times faster than a comparison
+                full = timesteps * (output.detach() / levels).floor_().sum((0, -1), dtype=torch.float32)
             counted = [x if self.mask is None else x[self.mask] for x in (spikes, full)]
             total = torch.stack([x.to(torch.int64).sum() for x in counted])
             self._totals[name] = self._totals[name] + total if name in self._totals else total

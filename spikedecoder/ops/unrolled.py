@@ -35,7 +35,9 @@ def spike_planes(s: Tensor, levels: int) -> Tensor:
     check_levels(levels)
     bits = torch.arange(binary_timesteps(levels) - 1, -1, -1, device=s.device)  # no copy from the host
     worths = (1 << bits).to(s.dtype).view(-1, *(1,) * s.dim())
-    planes = (s.detach() / worths).floor().remainder(2)
+    shifted = (s.detach() / worths).floor()
+    # the last digit of each, without the slow `remainder`
+    planes = torch.cat([shifted[:1], torch.sub(shifted[1:], shifted[:-1], alpha=2)])
     if s.requires_grad and torch.is_grad_enabled():
         planes = planes + (s - s.detach()) / (worths * len(worths))
     return planes
@@ -44,7 +46,17 @@ def spike_planes(s: Tensor, levels: int) -> Tensor:
 def spike_counts(s: Tensor, levels: int) -> Tensor:
     """The number of spikes that each integer of s, 0 to levels, stands for, in s's dtype and shape."""
     _check.floating("s", s, min_dims=0)
-    return s if levels == 1 else spike_planes(s.detach(), levels).sum(0)
+    check_levels(levels)
+    s = s.detach()
+    if levels == 1:
+        return s
+    # the number of binary digits of n that are 1 is n - floor(n / 2) - floor(n / 4) - ...
+    shifted = (s / 2).floor_()
+    counts = s - shifted
+    for _ in range(binary_timesteps(levels) - 2):
+        shifted.div_(2).floor_()
+        counts -= shifted
+    return counts
 
 
 def unrolled_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None, *, levels: int) -> Tensor:
