@@ -18,7 +18,7 @@ class SpikeLinear(nn.Linear):
     timesteps. They are multiplied in one dense product or, if `unrolled` is set (`SpikeDecoder.unroll`), as
     those spikes.
 
-    unit: value of a spike, y = unit (s W^T) + b; unless it is 1, it costs one multiplication per output.
+    unit: value of a spike, y = s (unit W)^T + b; the weights can absorb it.
     """
 
     def __init__(
@@ -28,17 +28,12 @@ class SpikeLinear(nn.Linear):
         self.levels, self.unit, self.unrolled = levels, unit, False
 
     def forward(self, s: Tensor) -> Tensor:
-        if self.unit == 1:
-            return self._sums(s, self.bias)
-        y = self._sums(s, None) * self.unit
-        return y if self.bias is None else y + self.bias
-
-    def _sums(self, s: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.weight if self.unit == 1 else self.unit * self.weight
         if self.levels == 1:
-            return ops.spike_linear(s, self.weight, bias)
+            return ops.spike_linear(s, weight, self.bias)
         if self.unrolled:
-            return ops.unrolled_linear(s, self.weight, bias, levels=self.levels)
-        return ops.dense_linear(s, self.weight, bias)
+            return ops.unrolled_linear(s, weight, self.bias, levels=self.levels)
+        return ops.dense_linear(s, weight, self.bias)
 
 
 class LinearNorm(nn.Module):
