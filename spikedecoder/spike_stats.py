@@ -51,8 +51,7 @@ class SpikeCounter:
     def __init__(self, model: nn.Module) -> None:
         self.mask: Tensor | None = None
         self._layers = list(spiking_layers(model))
-        self._totals: dict[str, Tensor] = {}  # by layer: (spikes, outputs at their largest value)
-        self._slots: dict[str, int] = {}
+        self._totals: dict[str, Tensor] = {}  # by layer, as in `counts`
         self._model = model
         self._open = ExitStack()
 
@@ -68,17 +67,21 @@ class SpikeCounter:
 
     def _hook(self, name: str, levels: int) -> Any:
         def count(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            # [T, B, S, E]: per position at most 4 * T * E spikes, exact in float32
-            spikes = ops.spike_counts(output.detach(), levels).sum((0, -1), dtype=torch.float32)
+            output = output.detach()  # [T, B, S, E]: per position at most 4 * T * E spikes, exact in float32
+            spikes = ops.spike_counts(output, levels).sum((0, -1), dtype=torch.float32)
             timesteps = binary_timesteps(levels)
             full = spikes
             if levels > 1:  # 1 where the output is at its largest; several times faster than a comparison
-                full = timesteps * (output.detach() / levels).floor_().sum((0, -1), dtype=torch.float32)
-            counted = [x if self.mask is None else x[self.mask] for x in (spikes, full)]
-            total = torch.stack([x.to(torch.int64).sum() for x in counted])
+                full = timesteps * (output / levels).floor_().sum((0, -1), dtype=torch.float32)
+            mask = torch.ones_like(spikes, dtype=torch.bool) if self.mask is None else self.mask
+            if mask.shape != spikes.shape:
+                takes = f"that of the positions, {tuple(spikes.shape)}"
+                raise ValueError(f"mask: got shape {tuple(mask.shape)}, takes {takes}")
+            # not x[mask], for which a GPU would be waited for
+            counted = [torch.where(mask, x, 0).to(torch.int64).sum() for x in (spikes, full)]
+            slots = mask.sum() * (timesteps * output.shape[0] * output.shape[-1])
+            total = torch.stack([*counted, slots])
             self._totals[name] = self._totals[name] + total if name in self._totals else total
-            slots = counted[0].numel() * timesteps * output.shape[0] * output.shape[-1]
-            self._slots[name] = self._slots.get(name, 0) + slots
 
         return count
 
@@ -88,7 +91,7 @@ class SpikeCounter:
         For I-LIF neurons an integer equal to `levels` counts with all of its binary timesteps as the second.
         The third is how many spikes there could have been.
         """
-        return {name: (*total.tolist(), self._slots[name]) for name, total in self._totals.items()}
+        return {name: tuple(total.tolist()) for name, total in self._totals.items()}
 
     def rates(self) -> dict[str, float]:
         """By layer, in the order in which they ran: spikes per neuron, timestep and position, 0 to 1."""

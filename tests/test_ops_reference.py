@@ -230,6 +230,18 @@ def test_ilif_is_a_binary_neuron(levels):
     assert set(counts.unique().tolist()) == set(range(levels + 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_digits_of_every_integer(dtype):
+    for levels in range(1, 16):
+        integers = torch.arange(levels + 1, dtype=dtype)
+        planes = ops.spike_planes(integers, levels)
+        digits = [[n >> bit & 1 for n in range(levels + 1)] for bit in reversed(range(levels.bit_length()))]
+        assert planes.dtype == dtype and planes.tolist() == digits
+        assert ops.spike_counts(integers, levels).tolist() == [n.bit_count() for n in range(levels + 1)]
+    assert ops.spike_planes(torch.tensor([float("nan")], dtype=dtype), 15).isnan().all()
+    assert ops.spike_counts(torch.tensor([float("nan")], dtype=dtype), 15).isnan().all()
+
+
 @pytest.mark.parametrize("case", cases("binarize"), ids=str)
 def test_binarize(case):
     actual = run(case, make_inputs(case))

@@ -182,6 +182,33 @@ def test_spike_rates_count_spikes_where_targets_count(corpus: Corpus) -> None:
     with torch.no_grad():
         model(tokens)
     assert counter.rates() == rates  # closed: counts no more
+    with torch.no_grad(), SpikeCounter(model) as counter, pytest.raises(ValueError, match=r"mask: got shape"):
+        counter.mask = mask[0]
+        model(tokens)
+
+
+@pytest.mark.parametrize("levels", [4, 7, 15])
+def test_integers_count_as_the_ones_among_their_digits(corpus: Corpus, levels: int) -> None:
+    torch.manual_seed(1)
+    model = SpikeDecoder(tiny(corpus, neuron="ilif", levels=levels, timesteps=1, v_reset=None)).eval()
+    torch.nn.init.normal_(model.blocks[0].mlp.fc1.norm.bias, std=10.0)  # so that some are at the largest
+    tokens = torch.randint(2, model.config.vocab_size, (3, 16))
+    mask = torch.rand(3, 16) < 0.5
+    outputs: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
+    with torch.no_grad(), SpikeCounter(model) as counter:
+        counter.mask = mask
+        model(tokens)
+    digits = levels.bit_length()
+    largest = 0
+    for name, (spikes, full, slots) in counter.counts().items():
+        integers = [int(n) for n in outputs[name][:, mask].flatten()]
+        assert spikes == sum(n.bit_count() for n in integers)
+        assert full == digits * integers.count(levels)
+        assert slots == digits * len(integers)
+        largest += full
+    assert largest > 0
 
 
 def test_dead_and_saturated_layers_are_reported_in_words(corpus: Corpus) -> None:
