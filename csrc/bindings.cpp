@@ -93,8 +93,6 @@ void bind_lif(py::module_& m) {
   });
 }
 
-constexpr int BATCH = 4;  // an additional part, only here: reduce, then apply
-
 void bind_norm_lif(py::module_& m) {
   m.def("moments", [](int type, uintptr_t x, bool center, uintptr_t mean, uintptr_t var, int64_t rows, int64_t C,
                       int threads) {
@@ -139,17 +137,15 @@ void bind_norm_lif(py::module_& m) {
           const Element of_x = make_element(type, 1);
           const int64_t step = elements({rows, C}), statistics = kind ? C : elements({T, rows});
           require(T == 1 || neuron.levels == 0, "T: takes 1 with an integer neuron");
-          require(part >= 0 && part <= BATCH, "part: takes 0 (whole), 1 (reduce), 2 (apply), 3 (known) or 4 (batch)");
-          require((part == 0) == (kind == 0), "part: whole is for row statistics, the others are for those of channels");
-          const int64_t sums = part == 2 ? 0 : C, coefficients = part == 2 || part == 3 ? C : 0;
-          const NormLifPart first = part == BATCH ? NormLifPart::reduce : static_cast<NormLifPart>(part);
-          NormLifBackward a{neuron, threshold, make_kind(kind), first, of_x,
+          check_part(kind, part);
+          const int64_t sums = part == APPLY ? 0 : C, coefficients = part == APPLY || part == KNOWN ? C : 0;
+          NormLifBackward a{neuron, threshold, make_kind(kind), first_part(part), of_x,
                             typed_array(grad_spikes, of_x, T, step, "grad_spikes"), typed_array(x, of_x, T, step, "x"),
                             array<const float>(weight, C, "weight"), array<const float>(bias, C, "bias"),
                             array<const float>(mean, statistics, "mean"), array<const float>(rstd, statistics, "rstd"),
                             array<const float>(a_, coefficients, "a"), array<const float>(b, coefficients, "b"),
                             array<const float>(c, coefficients, "c"),
-                            typed_output(grad_x, of_x, part == 1 ? 0 : T, step, "grad_x"),
+                            typed_output(grad_x, of_x, part == REDUCE ? 0 : T, step, "grad_x"),
                             array<float>(grad_weight, sums, "grad_weight"), array<float>(grad_bias, sums, "grad_bias"),
                             optional_array<float>(grad_threshold, "grad_threshold"), T, rows, C,
                             checked_threads(threads)};
@@ -322,6 +318,7 @@ PYBIND11_MODULE(_C, m) {
   bind_norm_lif(m);
   bind_pack(m);
   bind_linear(m);
+  bind_neurons(m);
   bind_attention(m);
   bind_decode(m);
   bind_tensors(m);

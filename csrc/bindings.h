@@ -15,6 +15,7 @@ using namespace spikedecoder;
 
 void bind_decode(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_neurons(py::module_& m);
 void bind_tensors(py::module_& m);
 
 constexpr int64_t kMostElements = int64_t{1} << 46;
@@ -76,6 +77,20 @@ inline int checked_threads(int threads) {
 inline NormKind make_kind(int kind) {
   require(kind == 0 || kind == 1, "kind: takes 0 (row) or 1 (channel)");
   return static_cast<NormKind>(kind);
+}
+
+// Which gradients of norm_lif are computed: NormLifPart, and reduce followed by apply.
+enum Part : int { WHOLE = 0, REDUCE = 1, APPLY = 2, KNOWN = 3, BATCH = 4 };
+
+inline void check_part(int kind, int part) {
+  require(part >= WHOLE && part <= BATCH, "part: takes 0 (whole), 1 (reduce), 2 (apply), 3 (known) or 4 (batch)");
+  require((part == WHOLE) == (make_kind(kind) == NormKind::row),
+          "part: whole is for row statistics, the others are for those of channels");
+}
+
+// The part that the kernel starts with.
+inline NormLifPart first_part(int part) {
+  return part == BATCH ? NormLifPart::reduce : static_cast<NormLifPart>(part);
 }
 
 template <class Arguments>

@@ -146,10 +146,84 @@ py::object few_rows(py::handle s, py::handle weight, py::handle bias, bool learn
   return py::make_tuple(y.tensor, words.tensor);
 }
 
+// Values of float32 one after another, [rows, C], at least one.
+struct Rows {
+  std::vector<int64_t> shape;
+  const float* data = nullptr;
+  int64_t rows = 1, C = 0;
+
+  bool look(py::handle x) {
+    DLTensor seen;
+    if (!look_at(x, seen) || seen.ndim < 1 || !(seen.dtype == kFloat32) || !is_contiguous(seen)) return false;
+    shape.assign(seen.shape, seen.shape + seen.ndim);
+    C = shape.back();
+    for (int32_t i = 0; i + 1 < seen.ndim; i++) rows = elements({rows, shape[static_cast<size_t>(i)]});
+    data = floats(seen, "values");
+    return elements({rows, C}) > 0;
+  }
+};
+
+// y = s W^T + b as forward in spikedecoder/ext/cpu/dense_linear.py returns it, with all arguments torch's tensors for
+// the reason above. Returns None for arguments that have to be prepared first, or a shape that is an error.
+py::object dense_linear(py::handle s, py::handle weight, py::handle bias, bool own_memory, int threads) {
+  Rows x, w;
+  if (!x.look(s) || !w.look(weight) || w.shape.size() != 2 || w.C != x.C) return py::none();
+  const float* const b = bias.is_none() ? nullptr : floats_of(bias, w.rows);
+  if (!bias.is_none() && !b) return py::none();
+  x.shape.back() = w.rows;
+  const NewTensor y = new_tensor(x.shape, kFloat32, own_memory);
+  const Matmul p{x.data, nullptr, b, y.data, nullptr, Element::float32, Element::float32, Element::float32,
+                 x.rows, x.C, w.rows, checked_threads(threads)};
+  {
+    py::gil_scoped_release release;
+    const Scratch by_columns(sizeof(float) * static_cast<size_t>(w.rows * w.C));
+    kernels().transpose({w.data, by_columns.floats(), w.rows, w.C, threads});
+    Matmul product = p;
+    product.b = by_columns.floats();
+    kernels().matmul(product);
+  }
+  return y.tensor;
+}
+
+// The gradients of (s, weight, bias) as backward there returns them; those of s and of bias are computed if there is a
+// weight, that of the weight if there is an s.
+py::object dense_linear_gradients(py::handle grad, py::handle s, py::handle weight, bool want_bias, bool own_memory,
+                                  int threads) {
+  Rows g, x, w;
+  const bool of_s = !weight.is_none(), of_weight = !s.is_none();
+  if (!g.look(grad) || (want_bias && !of_s)) return py::none();
+  if (of_s && (!w.look(weight) || w.shape.size() != 2 || w.rows != g.C)) return py::none();
+  if (of_weight && (!x.look(s) || x.rows != g.rows || (of_s && x.C != w.C))) return py::none();
+  NewTensor grad_s{py::none(), nullptr}, grad_weight{py::none(), nullptr}, grad_bias{py::none(), nullptr};
+  std::vector<int64_t> shape = g.shape;
+  if (of_s) {
+    shape.back() = w.C;
+    grad_s = new_tensor(shape, kFloat32, own_memory);
+    grad_bias = new_tensor({g.C}, kFloat32, own_memory);
+  }
+  if (of_weight) grad_weight = new_tensor({g.C, x.C}, kFloat32, own_memory);
+  checked_threads(threads);
+  constexpr Element type = Element::float32;
+  {
+    py::gil_scoped_release release;
+    if (of_s) {
+      kernels().matmul({g.data, w.data, nullptr, grad_s.data, grad_bias.floats(), type, type, type, g.rows, g.C, w.C,
+                        threads});
+    }
+    if (of_weight) {
+      kernels().matmul({g.data, x.data, nullptr, grad_weight.data, nullptr, type, type, type, g.C, g.rows, x.C, threads,
+                        true});
+    }
+  }
+  return py::make_tuple(grad_s.tensor, grad_weight.tensor, want_bias ? grad_bias.tensor : py::none());
+}
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
   m.def("few_rows", &few_rows);
+  m.def("dense_linear", &dense_linear);
+  m.def("dense_linear_gradients", &dense_linear_gradients);
   m.def("spike_linear", &spike_linear);
   m.def("spike_linear_weight_grad", &weight_grad);
   m.def("count", [](uintptr_t words, int64_t rows, int64_t bits, int threads) {

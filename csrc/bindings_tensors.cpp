@@ -104,6 +104,14 @@ bool is_contiguous(const DLTensor& x) {
   return true;
 }
 
+const float* floats_of(py::handle x, int64_t n) {
+  DLTensor seen;
+  if (!n || !look_at(x, seen) || !(seen.dtype == kFloat32) || !is_contiguous(seen)) return nullptr;
+  int64_t found = 1;
+  for (int32_t i = 0; i < seen.ndim; i++) found = elements({found, seen.shape[i]});
+  return found == n ? array<const float>(reinterpret_cast<uintptr_t>(seen.data), n, "tensor") : nullptr;
+}
+
 bool requires_grad(py::handle tensor) { return is_true(PyObject_GetAttr(tensor.ptr(), torch.requires_grad)); }
 
 NewTensor new_tensor(const std::vector<int64_t>& shape, DLDataType type, bool own_memory) {

@@ -38,9 +38,14 @@ bool is_contiguous(const DLTensor& x);
 
 bool requires_grad(py::handle tensor);
 
+// The address of a tensor's n float32 values, which lie one after another; null if x is something else, or n is 0.
+const float* floats_of(py::handle x, int64_t n);
+
 struct NewTensor {
   py::object tensor;
   void* data;
+
+  float* floats() const { return static_cast<float*>(data); }
 };
 
 // Uninitialised and contiguous, in our own memory or in torch's (spikedecoder/ext/cpu/_memory.py).

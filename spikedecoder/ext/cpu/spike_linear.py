@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikedecoder.ext import cpu
 from spikedecoder.ext.cpu import _cost, native
 from spikedecoder.ext.cpu._arguments import BITS, ELEMENTS, address, dense, floats_on_cpu, same
-from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty
+from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty, how
 from spikedecoder.ext.cpu.pack_spikes import check_words, pack_and_count, packable, unpack
 from spikedecoder.reference.pack_spikes import WORD
 
@@ -59,9 +58,7 @@ def few_rows(
     """
     if not SEES_TENSORS:
         return None
-    return native.few_rows(
-        s, weight, bias, learns, want_words, cpu.KEEPS_FREED_MEMORY, torch.get_num_threads()
-    )
+    return native.few_rows(s, weight, bias, learns, want_words, *how())
 
 
 def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
