@@ -146,28 +146,16 @@ py::object few_rows(py::handle s, py::handle weight, py::handle bias, bool learn
   return py::make_tuple(y.tensor, words.tensor);
 }
 
-// Values of float32 one after another, [rows, C], at least one.
-struct Rows {
-  std::vector<int64_t> shape;
-  const float* data = nullptr;
-  int64_t rows = 1, C = 0;
-
-  bool look(py::handle x) {
-    DLTensor seen;
-    if (!look_at(x, seen) || seen.ndim < 1 || !(seen.dtype == kFloat32) || !is_contiguous(seen)) return false;
-    shape.assign(seen.shape, seen.shape + seen.ndim);
-    C = shape.back();
-    for (int32_t i = 0; i + 1 < seen.ndim; i++) rows = elements({rows, shape[static_cast<size_t>(i)]});
-    data = floats(seen, "values");
-    return elements({rows, C}) > 0;
-  }
-};
+// x as float32 [rows, C].
+bool look_at_rows(py::handle x, Values& found) {
+  return found.look(x, false, 1) && found.type == kFloat32;
+}
 
 // y = s W^T + b as forward in spikedecoder/ext/cpu/dense_linear.py returns it, with all arguments torch's tensors for
 // the reason above. Returns None for arguments that have to be prepared first, or a shape that is an error.
 py::object dense_linear(py::handle s, py::handle weight, py::handle bias, bool own_memory, int threads) {
-  Rows x, w;
-  if (!x.look(s) || !w.look(weight) || w.shape.size() != 2 || w.C != x.C) return py::none();
+  Values x, w;
+  if (!look_at_rows(s, x) || !look_at_rows(weight, w) || w.shape.size() != 2 || w.C != x.C) return py::none();
   const float* const b = bias.is_none() ? nullptr : floats_of(bias, w.rows);
   if (!bias.is_none() && !b) return py::none();
   x.shape.back() = w.rows;
@@ -177,7 +165,7 @@ py::object dense_linear(py::handle s, py::handle weight, py::handle bias, bool o
   {
     py::gil_scoped_release release;
     const Scratch by_columns(sizeof(float) * static_cast<size_t>(w.rows * w.C));
-    kernels().transpose({w.data, by_columns.floats(), w.rows, w.C, threads});
+    kernels().transpose({w.floats(), by_columns.floats(), w.rows, w.C, threads});
     Matmul product = p;
     product.b = by_columns.floats();
     kernels().matmul(product);
@@ -189,11 +177,11 @@ py::object dense_linear(py::handle s, py::handle weight, py::handle bias, bool o
 // weight, that of the weight if there is an s.
 py::object dense_linear_gradients(py::handle grad, py::handle s, py::handle weight, bool want_bias, bool own_memory,
                                   int threads) {
-  Rows g, x, w;
+  Values g, x, w;
   const bool of_s = !weight.is_none(), of_weight = !s.is_none();
-  if (!g.look(grad) || (want_bias && !of_s)) return py::none();
-  if (of_s && (!w.look(weight) || w.shape.size() != 2 || w.rows != g.C)) return py::none();
-  if (of_weight && (!x.look(s) || x.rows != g.rows || (of_s && x.C != w.C))) return py::none();
+  if (!look_at_rows(grad, g) || (want_bias && !of_s)) return py::none();
+  if (of_s && (!look_at_rows(weight, w) || w.shape.size() != 2 || w.rows != g.C)) return py::none();
+  if (of_weight && (!look_at_rows(s, x) || x.rows != g.rows || (of_s && x.C != w.C))) return py::none();
   NewTensor grad_s{py::none(), nullptr}, grad_weight{py::none(), nullptr}, grad_bias{py::none(), nullptr};
   std::vector<int64_t> shape = g.shape;
   if (of_s) {

@@ -9,35 +9,6 @@
 
 namespace {
 
-// Values of float32 or bfloat16, one after another: [T, rows, C], or a single timestep where there are none.
-struct Values {
-  std::vector<int64_t> shape;
-  DLDataType type = kFloat32;
-  const void* data = nullptr;
-  int64_t T = 1, rows = 0, C = 0;
-
-  // False if x is something else, or empty. dims: at least so many.
-  bool look(py::handle x, bool timesteps, int32_t dims) {
-    DLTensor seen;
-    if (!look_at(x, seen) || seen.ndim < dims || !is_contiguous(seen)) return false;
-    if (!(seen.dtype == kFloat32) && !(seen.dtype == kBFloat16)) return false;
-    shape.assign(seen.shape, seen.shape + seen.ndim);
-    type = seen.dtype;
-    int64_t n = 1;
-    for (int64_t size : shape) n = elements({n, size});
-    if (!n) return false;
-    if (timesteps) T = shape.front();
-    C = shape.back();
-    rows = n / (T * C);
-    data = typed_array(reinterpret_cast<uintptr_t>(seen.data), element(), T * rows, C, "values");
-    return true;
-  }
-
-  Element element() const { return type == kFloat32 ? Element::float32 : Element::bfloat16; }
-  bool like(const Values& other) const { return shape == other.shape && type == other.type; }
-  int64_t step() const { return rows * C; }
-};
-
 bool has_timesteps(const Neuron& neuron) { return neuron.levels == 0; }
 
 // One threshold for all neurons. False for tensors.
@@ -140,9 +111,55 @@ py::object lif_gradients(const Neuron& neuron, py::handle threshold, py::handle 
   return py::make_tuple(grad_x.tensor, py::none(), grad_start.tensor);
 }
 
+// (s, mask or None) as forward in spikedecoder/ext/cpu/ilif.py returns them.
+py::object ilif(const Neuron& neuron, py::handle x, bool want_mask, bool own_memory, int threads) {
+  Values in;
+  if (!in.look(x, false, 1) || !(in.type == kFloat32)) return py::none();
+  const NewTensor s = new_tensor(in.shape, kFloat32, own_memory);
+  NewTensor mask{py::none(), nullptr};
+  if (want_mask) mask = new_tensor(in.shape, kUInt8, own_memory);
+  run(kernels().ilif_forward,
+      IlifForward{in.floats(), s.floats(), static_cast<uint8_t*>(mask.data), neuron.scale, neuron.levels, neuron.low,
+                  neuron.high, in.step(), checked_threads(threads)});
+  return py::make_tuple(s.tensor, mask.tensor);
+}
+
+// The gradient of x as backward there returns it. mask: bytes of 0 and 1.
+py::object ilif_gradient(const Neuron& neuron, py::handle grad, py::handle mask, bool own_memory, int threads) {
+  Values in;
+  DLTensor bytes;
+  if (!in.look(grad, false, 1) || !(in.type == kFloat32)) return py::none();
+  if (!look_at(mask, bytes) || !(bytes.dtype == kUInt8) || !is_contiguous(bytes)) return py::none();
+  if (std::vector<int64_t>(bytes.shape, bytes.shape + bytes.ndim) != in.shape) return py::none();
+  const NewTensor grad_x = new_tensor(in.shape, kFloat32, own_memory);
+  run(kernels().ilif_backward, IlifBackward{in.floats(), static_cast<const uint8_t*>(bytes.data), grad_x.floats(),
+                                            neuron.scale, in.step(), checked_threads(threads)});
+  return grad_x.tensor;
+}
+
+// (mean, rstd) as batch_statistics in spikedecoder/ext/cpu/norm_lif.py returns them.
+py::object statistics_of_batch(py::handle x, py::handle running_mean, py::handle running_var, double momentum,
+                               double eps, bool own_memory, int threads) {
+  Values in;
+  if (!in.look(x, false, 1) || in.rows < 2) return py::none();
+  // which are updated
+  auto* const moving_mean = const_cast<float*>(floats_of(running_mean, in.C));
+  auto* const moving_var = const_cast<float*>(floats_of(running_var, in.C));
+  if (!moving_mean || !moving_var) return py::none();
+  const NewTensor mean = new_tensor({in.C}, kFloat32, own_memory), rstd = new_tensor({in.C}, kFloat32, own_memory);
+  run(batch_statistics,
+      BatchStatistics{{in.element(), in.data, true, mean.floats(), rstd.floats(), in.rows, in.C,
+                       checked_threads(threads)},
+                      moving_mean, moving_var, static_cast<float>(momentum), static_cast<float>(eps)});
+  return py::make_tuple(mean.tensor, rstd.tensor);
+}
+
 }  // namespace
 
 void bind_neurons(py::module_& m) {
+  m.def("ilif", &ilif);
+  m.def("ilif_gradient", &ilif_gradient);
+  m.def("statistics_of_batch", &statistics_of_batch);
   m.def("norm_lif", &norm_lif);
   m.def("norm_lif_gradients", &norm_lif_gradients);
   m.def("lif", &lif);

@@ -104,6 +104,22 @@ bool is_contiguous(const DLTensor& x) {
   return true;
 }
 
+bool Values::look(py::handle x, bool timesteps, int32_t dims) {
+  DLTensor seen;
+  if (!look_at(x, seen) || seen.ndim < dims || !is_contiguous(seen)) return false;
+  if (!(seen.dtype == kFloat32) && !(seen.dtype == kBFloat16)) return false;
+  shape.assign(seen.shape, seen.shape + seen.ndim);
+  type = seen.dtype;
+  int64_t n = 1;
+  for (int64_t size : shape) n = elements({n, size});
+  if (!n) return false;
+  if (timesteps) T = shape.front();
+  C = shape.back();
+  rows = n / (T * C);
+  data = typed_array(reinterpret_cast<uintptr_t>(seen.data), element(), T * rows, C, "values");
+  return true;
+}
+
 const float* floats_of(py::handle x, int64_t n) {
   DLTensor seen;
   if (!n || !look_at(x, seen) || !(seen.dtype == kFloat32) || !is_contiguous(seen)) return nullptr;

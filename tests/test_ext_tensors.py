@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spikedecoder import ext
-from spikedecoder.params import ILIFParams, LIFParams
+from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
@@ -19,10 +19,9 @@ if not ext.is_built():
 from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import neuron
 
-MODULES = tuple(
-    importlib.import_module(f"spikedecoder.ext.cpu.{name}") for name in ("lif", "norm_lif", "dense_linear")
-)
-lif, norm_lif, dense_linear = MODULES
+NAMES = ("lif", "norm_lif", "dense_linear", "ilif")
+MODULES = [importlib.import_module(f"spikedecoder.ext.cpu.{name}") for name in NAMES]
+lif, norm_lif, dense_linear, ilif = MODULES
 HOW = (True, 2)
 LIF, SOFT, ILIF = LIFParams(), LIFParams(v_reset=None, surrogate="atan"), ILIFParams(15, 0.2)
 C = 40
@@ -86,6 +85,32 @@ def test_neurons_and_their_states(monkeypatch, dtype, p):
             both_ways(monkeypatch, lambda given=given: lif.backward(*given))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_integer_neurons(monkeypatch, dtype):
+    x, grad = currents(dtype, 5, C), currents(dtype, C, 5).view(5, C)
+    for want_mask in (True, False):
+        both_ways(monkeypatch, lambda want_mask=want_mask: ilif.forward(x, ILIF, want_mask))
+    mask = ilif.forward(x, ILIF, True)[1]
+    both_ways(monkeypatch, lambda: ilif.backward(grad, mask, ILIF))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_statistics_of_a_batch(monkeypatch, dtype):
+    x = currents(dtype, 3, 7, C)
+    weight, bias, mean, var = of_channels(x)
+    versions = []
+
+    def found() -> Any:
+        running = mean.clone(), var.clone()
+        norm = NormParams("batch", weight, bias, training=True, running=running, momentum=0.3)
+        statistics = norm_lif.batch_statistics(x, norm)
+        versions.append([r._version for r in running])
+        return *statistics, *running
+
+    both_ways(monkeypatch, found)
+    assert versions[0] == versions[1] != [0, 0]
+
+
 @pytest.mark.parametrize("rows", [(1,), (3, 50), (2, 1, 40)])
 def test_dense_products(monkeypatch, rows):
     s, weight, bias = torch.randint(0, 16, (*rows, C)).float(), torch.randn(24, C), torch.randn(24)
@@ -142,6 +167,13 @@ def test_whatever_has_to_be_prepared_is_left_to_python():
     assert native.norm_lif_gradients(*known, (mean, rstd, bias), *HOW) is not None
     for coefficients in ((), (mean, rstd), *((mean, rstd, other) for other in odd(bias))):
         assert native.norm_lif_gradients(*known, coefficients, *HOW) is None
+    leaves(native.statistics_of_batch, x, mean.clone(), rstd.clone(), 0.1, 1e-5, *HOW)
+    assert native.statistics_of_batch(x[0, :1], mean, rstd, 0.1, 1e-5, *HOW) is None
+    (strided, _, *others) = odd(x)  # the second is a shape like any other here
+    assert all(native.ilif(neuron(ILIF), other, True, *HOW) is None for other in (strided, *others))
+    mask = native.ilif(neuron(ILIF), x, True, *HOW)[1]
+    for g, passes in ((grad, grad), (grad, mask[:, :1]), (grad, mask.bool()), (grad.double(), mask)):
+        assert native.ilif_gradient(neuron(ILIF), g, passes, *HOW) is None
     s, w, b = torch.rand(6, C), torch.randn(24, C), torch.randn(24)
     leaves(native.dense_linear, s, w, b, *HOW)
     leaves(native.dense_linear_gradients, torch.rand(6, 24), s, w, True, *HOW)

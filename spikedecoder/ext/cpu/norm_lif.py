@@ -51,18 +51,22 @@ def batch_statistics(x: Tensor, n: NormParams) -> tuple[Tensor, Tensor] | None:
 
     None if the running statistics are not contiguous float32, which the kernel needs.
     """
-    if any(r.dtype != torch.float32 or not r.is_contiguous() for r in n.running):
-        return None
-    x = same(x)
-    channels = x.shape[-1]
-    mean, rstd = empty((channels,)), empty((channels,))
-    native.batch_statistics(
-        *(ELEMENTS[x.dtype], address(x), *map(address, n.running), n.momentum, n.eps),
-        *(address(mean), address(rstd), x.numel() // channels, channels, torch.get_num_threads()),
-    )
+    statistics = None
+    if SEES_TENSORS:
+        statistics = native.statistics_of_batch(x, *n.running, n.momentum, n.eps, *how())
+    if statistics is None:
+        if any(r.dtype != torch.float32 or not r.is_contiguous() for r in n.running):
+            return None
+        x = same(x)
+        channels = x.shape[-1]
+        statistics = mean, rstd = empty((channels,)), empty((channels,))
+        native.batch_statistics(
+            *(ELEMENTS[x.dtype], address(x), *map(address, n.running), n.momentum, n.eps),
+            *(address(mean), address(rstd), x.numel() // channels, channels, torch.get_num_threads()),
+        )
     for running in n.running:  # tell autograd that they changed
         torch.autograd.graph.increment_version(running)
-    return mean, rstd
+    return statistics
 
 
 def forward(
