@@ -160,15 +160,13 @@ py::object dense_linear(py::handle s, py::handle weight, py::handle bias, bool o
   if (!bias.is_none() && !b) return py::none();
   x.shape.back() = w.rows;
   const NewTensor y = new_tensor(x.shape, kFloat32, own_memory);
-  const Matmul p{x.data, nullptr, b, y.data, nullptr, Element::float32, Element::float32, Element::float32,
-                 x.rows, x.C, w.rows, checked_threads(threads)};
+  checked_threads(threads);
+  constexpr Element type = Element::float32;
   {
     py::gil_scoped_release release;
     const Scratch by_columns(sizeof(float) * static_cast<size_t>(w.rows * w.C));
     kernels().transpose({w.floats(), by_columns.floats(), w.rows, w.C, threads});
-    Matmul product = p;
-    product.b = by_columns.floats();
-    kernels().matmul(product);
+    kernels().matmul({x.data, by_columns.floats(), b, y.data, nullptr, type, type, type, x.rows, x.C, w.rows, threads});
   }
   return y.tensor;
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,9 @@ from spikedecoder.params import ILIFParams, LIFParams, NormParams
 if not ext.is_built():
     pytest.skip(ext.NOT_BUILT, allow_module_level=True)
 
-from spikedecoder.ext.cpu import native
+from spikedecoder.ext.cpu import _memory, dense_linear, ilif, lif, native, norm_lif
 from spikedecoder.ext.cpu._arguments import neuron
 
-NAMES = ("lif", "norm_lif", "dense_linear", "ilif")
-MODULES = [importlib.import_module(f"spikedecoder.ext.cpu.{name}") for name in NAMES]
-lif, norm_lif, dense_linear, ilif = MODULES
 HOW = (True, 2)
 LIF, SOFT, ILIF = LIFParams(), LIFParams(v_reset=None, surrogate="atan"), ILIFParams(15, 0.2)
 C = 40
@@ -39,8 +35,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> None:
     """The same, bit for bit, whether tensors are inspected in C++ or in Python."""
     results = []
     for sees in (True, False):
-        for module in MODULES:
-            monkeypatch.setattr(module, "SEES_TENSORS", sees)
+        monkeypatch.setattr(_memory, "SEES_TENSORS", sees)
         results.append(flat(call()))
     for first, second in zip(*results, strict=True):
         assert (first is None) == (second is None)

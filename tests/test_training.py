@@ -160,14 +160,19 @@ def test_evaluation_leaves_out_padding(corpus: Corpus) -> None:
     assert got is not None and got.tokens == 15
 
 
-def test_spike_rates_count_spikes_where_targets_count(corpus: Corpus) -> None:
-    torch.manual_seed(1)
-    model = SpikeDecoder(tiny(corpus)).eval()
-    tokens = torch.randint(2, model.config.vocab_size, (3, 16))
-    mask = torch.rand(3, 16) < 0.5
+def watched_reading(model: SpikeDecoder) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Tokens, which of them count, and what every module returns last, by name."""
+    tokens, mask = torch.randint(2, model.config.vocab_size, (3, 16)), torch.rand(3, 16) < 0.5
     outputs: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
+    return tokens, mask, outputs
+
+
+def test_spike_rates_count_spikes_where_targets_count(corpus: Corpus) -> None:
+    torch.manual_seed(1)
+    model = SpikeDecoder(tiny(corpus)).eval()
+    tokens, mask, outputs = watched_reading(model)
     with torch.no_grad(), SpikeCounter(model) as counter:
         counter.mask = mask
         model(tokens)
@@ -192,11 +197,7 @@ def test_integers_count_as_the_ones_among_their_digits(corpus: Corpus, levels: i
     torch.manual_seed(1)
     model = SpikeDecoder(tiny(corpus, neuron="ilif", levels=levels, timesteps=1, v_reset=None)).eval()
     torch.nn.init.normal_(model.blocks[0].mlp.fc1.norm.bias, std=10.0)  # so that some are at the largest
-    tokens = torch.randint(2, model.config.vocab_size, (3, 16))
-    mask = torch.rand(3, 16) < 0.5
-    outputs: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
-        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.__setitem__(name, out))
+    tokens, mask, outputs = watched_reading(model)
     with torch.no_grad(), SpikeCounter(model) as counter:
         counter.mask = mask
         model(tokens)

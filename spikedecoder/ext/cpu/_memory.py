@@ -10,7 +10,8 @@ result of its size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +33,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-def how() -> tuple[bool, int]:
-    """What every compiled function that takes tensors is told: whether results are ours, and the threads."""
-    return cpu.KEEPS_FREED_MEMORY, torch.get_num_threads()
+def hand_over(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a compiled function that takes tensors as they are and makes its results.
+
+    None if it leaves them to Python, because they have to be prepared first or are an error.
+    """
+    return function(*arguments, cpu.KEEPS_FREED_MEMORY, torch.get_num_threads()) if SEES_TENSORS else None
 
 
 def empty_like(x: Tensor) -> Tensor:

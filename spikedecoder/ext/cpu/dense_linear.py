@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import _cost, native
 from spikedecoder.ext.cpu._arguments import floats_on_cpu, same
-from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty, how
+from spikedecoder.ext.cpu._memory import empty, hand_over
 from spikedecoder.ext.cpu.spike_linear import input_and_bias_grad, matmul
 from spikedecoder.ops._dispatch import Call
 
@@ -27,10 +27,9 @@ def why_not(call: Call) -> str | None:
 
 def forward(s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [..., N]; there must be at least one row, input channel and output channel."""
-    if SEES_TENSORS:
-        done: Tensor | None = native.dense_linear(s, weight, bias, *how())
-        if done is not None:
-            return done
+    done: Tensor | None = hand_over(native.dense_linear, s, weight, bias)
+    if done is not None:
+        return done
     n, k = weight.shape
     s, y = same(s), empty((*s.shape[:-1], n))
     sizes = (s.numel() // k, k, n, torch.get_num_threads())
@@ -45,11 +44,9 @@ def backward(
 
     `weight` is needed only for the gradient of s, and `s` only for the gradient of the weight.
     """
-    if SEES_TENSORS:
-        given = (s if wanted[1] else None, weight if wanted[0] else None)
-        done = native.dense_linear_gradients(grad, *given, bool(wanted[2]), *how())
-        if done is not None:
-            return done
+    given = (s if wanted[1] else None, weight if wanted[0] else None)
+    if (done := hand_over(native.dense_linear_gradients, grad, *given, bool(wanted[2]))) is not None:
+        return done
     grad = same(grad)
     grad_s = grad_weight = grad_bias = None
     if wanted[0] and weight is not None:

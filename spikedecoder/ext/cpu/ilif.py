@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import native
 from spikedecoder.ext.cpu._arguments import address, dense, floats_on_cpu, neuron
-from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty_like, how
+from spikedecoder.ext.cpu._memory import empty_like, hand_over
 from spikedecoder.params import ILIFParams
 
 why_not = floats_on_cpu
@@ -15,7 +15,7 @@ why_not = floats_on_cpu
 
 def forward(x: Tensor, p: ILIFParams, want_mask: bool) -> tuple[Tensor, Tensor | None]:
     """(s in x's dtype, mask of where the gradient passes, in bytes of 0 and 1; None if it is not wanted)."""
-    if SEES_TENSORS and (done := native.ilif(neuron(p), x, want_mask, *how())) is not None:
+    if (done := hand_over(native.ilif, neuron(p), x, want_mask)) is not None:
         return done
     dtype = x.dtype
     x = dense(x)
@@ -30,7 +30,7 @@ def forward(x: Tensor, p: ILIFParams, want_mask: bool) -> tuple[Tensor, Tensor |
 
 def backward(grad: Tensor, mask: Tensor, p: ILIFParams) -> Tensor:
     """Gradient of x."""
-    if SEES_TENSORS and (done := native.ilif_gradient(neuron(p), grad, mask, *how())) is not None:
+    if (done := hand_over(native.ilif_gradient, neuron(p), grad, mask)) is not None:
         return done
     dtype = grad.dtype
     grad = dense(grad)

@@ -16,7 +16,7 @@ from spikedecoder.ext.cpu._arguments import (
     same,
     threshold_of,
 )
-from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty, empty_like, how
+from spikedecoder.ext.cpu._memory import empty, empty_like, hand_over
 from spikedecoder.params import LIFParams
 
 why_not = floats_on_cpu
@@ -28,10 +28,8 @@ def forward(
     x: Tensor, threshold: Tensor | float, v_init: Tensor | None, p: LIFParams, want_v: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Spikes [T, ...] and the final membrane potential [...], None if not wanted."""
-    if SEES_TENSORS:
-        done = native.lif(neuron(p), threshold, x, v_init, want_v, *how())
-        if done is not None:
-            return done
+    if (done := hand_over(native.lif, neuron(p), threshold, x, v_init, want_v)) is not None:
+        return done
     x = same(x)
     v_init = None if v_init is None else dense(v_init)
     spikes = empty_like(x)
@@ -54,11 +52,10 @@ def backward(
     want_grad_v_init: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, of the threshold (None for a number), and of v_init (None without one, or unwanted)."""
-    if SEES_TENSORS:
-        tensors = (grad_spikes, grad_v, x, v_init)
-        done = native.lif_gradients(neuron(p), threshold, *tensors, want_grad_v_init, *how())
-        if done is not None:
-            return done
+    tensors = (grad_spikes, grad_v, x, v_init)
+    done = hand_over(native.lif_gradients, neuron(p), threshold, *tensors, want_grad_v_init)
+    if done is not None:
+        return done
     if grad_spikes.shape != x.shape:
         raise ValueError(f"grad_spikes: got shape {tuple(grad_spikes.shape)}, takes {tuple(x.shape)}")
     x = same(x)

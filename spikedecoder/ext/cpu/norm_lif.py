@@ -18,7 +18,7 @@ from spikedecoder.ext.cpu._arguments import (
     same,
     threshold_of,
 )
-from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty, empty_like, how
+from spikedecoder.ext.cpu._memory import empty, empty_like, hand_over
 from spikedecoder.params import ILIFParams, LIFParams, NormParams
 
 why_not = floats_on_cpu
@@ -51,9 +51,7 @@ def batch_statistics(x: Tensor, n: NormParams) -> tuple[Tensor, Tensor] | None:
 
     None if the running statistics are not contiguous float32, which the kernel needs.
     """
-    statistics = None
-    if SEES_TENSORS:
-        statistics = native.statistics_of_batch(x, *n.running, n.momentum, n.eps, *how())
+    statistics = hand_over(native.statistics_of_batch, x, *n.running, n.momentum, n.eps)
     if statistics is None:
         if any(r.dtype != torch.float32 or not r.is_contiguous() for r in n.running):
             return None
@@ -85,10 +83,9 @@ def forward(
     p: for LIF, x is [T, ..., C]; I-LIF has no timesteps and takes any [..., C]. threshold: used by LIF.
     spikes: the tensor to write to, like x or some rows [T, begin:end, C] of a larger one; None makes one.
     """
-    if SEES_TENSORS and spikes is None:
+    if spikes is None:
         tensors = (x, weight, bias, mean, rstd)
-        done = native.norm_lif(neuron(p), threshold, *tensors, eps, *how())
-        if done is not None:
+        if (done := hand_over(native.norm_lif, neuron(p), threshold, *tensors, eps)) is not None:
             return done
     x, weight, bias = same(x), dense(weight), dense(bias)
     if mean is None or rstd is None:
@@ -147,11 +144,10 @@ def _backward(
     *coefficients: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(grad_x, grad_weight, grad_bias, grad_threshold); `part` decides which of them are computed."""
-    if SEES_TENSORS:
-        tensors = (grad_spikes, x, weight, bias, mean, rstd)
-        done = native.norm_lif_gradients(neuron(p), threshold, kind, part, *tensors, coefficients, *how())
-        if done is not None:
-            return done
+    tensors = (grad_spikes, x, weight, bias, mean, rstd)
+    done = hand_over(native.norm_lif_gradients, neuron(p), threshold, kind, part, *tensors, coefficients)
+    if done is not None:
+        return done
     x, grad_spikes = same(x), same(grad_spikes, x.dtype)
     values = [dense(i) for i in (weight, bias, mean, rstd, *coefficients)]
     addresses = [address(i) for i in (grad_spikes, x, *values)] + [0] * (7 - len(values))

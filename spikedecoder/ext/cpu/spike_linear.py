@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spikedecoder.ext.cpu import _cost, native
 from spikedecoder.ext.cpu._arguments import BITS, ELEMENTS, address, dense, floats_on_cpu, same
-from spikedecoder.ext.cpu._memory import SEES_TENSORS, empty, how
+from spikedecoder.ext.cpu._memory import empty, hand_over
 from spikedecoder.ext.cpu.pack_spikes import check_words, pack_and_count, packable, unpack
 from spikedecoder.reference.pack_spikes import WORD
 
@@ -56,9 +56,7 @@ def few_rows(
     s: spikes, or their words. Returns None if this does not handle the arguments, whatever they are, or if
     `learns` is set and one of them requires a gradient. Without `want_words`, the words of spikes are None.
     """
-    if not SEES_TENSORS:
-        return None
-    return native.few_rows(s, weight, bias, learns, want_words, *how())
+    return hand_over(native.few_rows, s, weight, bias, learns, want_words)
 
 
 def from_words(words: Tensor, channels: int, weight: Tensor, bias: Tensor | None) -> Tensor:
