@@ -98,7 +98,8 @@ void weight_grad(uintptr_t words, int64_t count, int64_t most, int other, uintpt
     case Method::gather: return kernels().gather_weight_grad(a);
     case Method::subset_sums: return kernels().subset_sums_weight_grad(a);
     case Method::tiles: return kernels().tile_weight_grad(a);
-    case Method::dense: return kernels().matmul_weight_grad(a);
+    case Method::dense:
+      return kernels().dense_weight_grad({a.words, a.grad, Element::bits, type, a.grad_weight, M, K, N, a.threads});
   }
 }
 
@@ -197,8 +198,7 @@ py::object dense_linear_gradients(py::handle grad, py::handle s, py::handle weig
                         threads});
     }
     if (of_weight) {
-      kernels().matmul({g.data, x.data, nullptr, grad_weight.data, nullptr, type, type, type, g.C, g.rows, x.C, threads,
-                        true});
+      kernels().dense_weight_grad({x.data, g.data, type, type, grad_weight.floats(), g.rows, x.C, g.C, threads});
     }
   }
   return py::make_tuple(grad_s.tensor, grad_weight.tensor, want_bias ? grad_bias.tensor : py::none());
@@ -220,16 +220,21 @@ void bind_linear(py::module_& m) {
     return ready(spikes, 0, rows, threads);
   });
   m.def("matmul", [](uintptr_t a, int a_type, uintptr_t b, int b_type, uintptr_t bias, uintptr_t c, int c_type,
-                     uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads, bool by_columns) {
+                     uintptr_t a_sums, int64_t M, int64_t K, int64_t N, int threads) {
     const Element of_a = make_element(a_type, 3), of_b = make_element(b_type, 1), of_c = make_element(c_type, 1);
     require(of_a != Element::byte, "a_type: takes 0 (float32), 1 (bfloat16) or 3 (bits)");
-    require(!by_columns || (of_a == Element::float32 && of_c == Element::float32 && !a_sums),
-            "by_columns: takes float32 without a_sums");
     const Matmul p{typed_array(a, of_a, M, of_a == Element::bits ? words_for(K) : K, "a"),
                    typed_array(b, of_b, K, N, "b"), optional_array<const float>(bias, "bias"),
                    typed_output(c, of_c, M, N, "c"),
                    optional_array<float>(a_sums, "a_sums"), of_a, of_b, of_c, M, K, N,
-                   checked_threads(threads), by_columns};
+                   checked_threads(threads)};
     run(kernels().matmul, p);
+  });
+  m.def("dense_weight_grad", [](uintptr_t s, uintptr_t grad, uintptr_t out, int64_t M, int64_t K, int64_t N,
+                                int threads) {
+    constexpr Element type = Element::float32;
+    run(kernels().dense_weight_grad,
+        DenseWeightGrad{typed_array(s, type, M, K, "s"), typed_array(grad, type, M, N, "grad"), type, type,
+                        array<float>(out, elements({N, K}), "grad_weight"), M, K, N, checked_threads(threads)});
   });
 }

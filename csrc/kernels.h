@@ -288,7 +288,6 @@ struct WeightGrad {
 
 // c = a b + bias. a [M, K]: float32, bfloat16 or bits; b [K, N], c [M, N]: float32 or bfloat16; bias [N] or null.
 // Sums are float32. a_sums [K], or null, receives the sums of a's columns: the gradient of a bias, if a is dL/dy.
-// by_columns: a is float32 and stored as its transpose [K, M]; a_sums is null then.
 struct Matmul {
   const void *a, *b;
   const float* bias;
@@ -297,7 +296,16 @@ struct Matmul {
   Element a_type, b_type, c_type;
   int64_t M, K, N;
   int threads;
-  bool by_columns = false;
+};
+
+// grad_weight [N, K] = the sum over M rows of grad[m, n] s[m, k]. s [M, K]: float32, bfloat16 or bits; grad [M, N]:
+// float32 or bfloat16.
+struct DenseWeightGrad {
+  const void *s, *grad;
+  Element s_type, grad_type;
+  float* grad_weight;
+  int64_t M, K, N;
+  int threads;
 };
 
 // x [rows, columns] -> out [columns, rows].
@@ -332,7 +340,7 @@ namespace spikedecoder {
   X(tile_sums, SumRows)                           \
   X(tile_weight_grad, WeightGrad)                 \
   X(matmul, Matmul)                               \
-  X(matmul_weight_grad, WeightGrad)               \
+  X(dense_weight_grad, DenseWeightGrad)           \
   X(transpose, Transpose)                         \
   X(binarize, Binarize)                           \
   X(ilif_forward, IlifForward)                    \

@@ -28,10 +28,9 @@ def test_the_cost_model_chooses_by_rate():
     assert full != "gather"
 
 
-@pytest.mark.parametrize("weight_grad", [False, True])
-def test_few_rows_are_not_worth_a_transposition(weight_grad):
+def test_few_rows_are_not_worth_a_transposition():
     def way(m, transposed, dtype=torch.float32):
-        return _cost.crossover("avx512", m, 2048, 2048, weight_grad, transposed, dtype)
+        return _cost.crossover("avx512", m, 2048, 2048, False, transposed, dtype)
 
     assert way(1, True).by_torch(200) and way(64, True).by_torch(64 * 600)
     assert not way(1, False).torch_dense and not way(64, False).torch_dense
@@ -220,8 +219,7 @@ def test_calibration_finds_the_constants_again():
     found = calibrate.fit(points)
     for point in points:
         assert found.of(point.method, *point.case) == pytest.approx(point.nanoseconds, rel=0.05)
-    many = [p for p in points if p.m > _cost.FEW]  # for fewer, torch's product is chosen, not the one timed
-    regrets = calibrate.regrets(many, found, "amx").values()
+    regrets = calibrate.regrets(points, found, "amx").values()
     assert max(ratio for _, best, ratio in regrets if best != "tiles") < 1.05
     assert max(ratio for _, best, ratio in regrets if best == "tiles") < 1.05 * _cost.TILES_MARGIN
 

@@ -229,7 +229,7 @@ def test_bits_beyond_the_last_channel_are_found_while_gathering(shape):
             spike_linear.multiply(words, spike_linear.UNKNOWN, torch.randn(n, k), None, way)
 
 
-@pytest.mark.parametrize("method", ["gather", "subset_sums", "tiles"])
+@pytest.mark.parametrize("method", ["gather", "subset_sums", "tiles", "dense"])
 @pytest.mark.parametrize("columns", [40, 900])
 def test_a_weight_gradient_does_not_depend_on_threads(method, columns):
     """Rows are summed in slices, of which more are worked on at once with more threads."""

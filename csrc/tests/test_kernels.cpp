@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -290,8 +291,7 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
   y.assign(y.size(), NAN);
   kernels().gather_few({nullptr, few_words.data(), columns.data(), bias.data(), y.data(), M, K, N, threads});
   CHECK(close(y, expected) && few_words == words);
-  for (auto kernel : {kernels().gather_weight_grad, kernels().subset_sums_weight_grad, kernels().tile_weight_grad,
-                      kernels().matmul_weight_grad}) {
+  for (auto kernel : {kernels().gather_weight_grad, kernels().subset_sums_weight_grad, kernels().tile_weight_grad}) {
     for (Element type : {Element::float32, Element::bfloat16}) {
       dw.assign(dw.size(), NAN);
       const void* g = type == Element::float32 ? static_cast<const void*>(grad.data()) : grad16.data();
@@ -301,11 +301,20 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
   }
   // spikes times columns, from bits and from numbers, and the sums of the spikes
   const auto s16 = narrowed(s);
+  const std::pair<Element, const void*> of_s[] = {
+      {Element::float32, s.data()}, {Element::bfloat16, s16.data()}, {Element::bits, words.data()}};
+  for (const auto& [type, values] : of_s) {
+    for (const bool wide : {true, false}) {
+      dw.assign(dw.size(), NAN);
+      const void* g = wide ? static_cast<const void*>(grad.data()) : grad16.data();
+      const Element of_g = wide ? Element::float32 : Element::bfloat16;
+      kernels().dense_weight_grad({values, g, type, of_g, dw.data(), M, K, N, threads});
+      CHECK(close(dw, expected_dw));
+    }
+  }
   auto sums = array<float>(K), expected_sums = array<float>(K);
   for (int64_t i = 0; i < M * K; i++) expected_sums[i % K] += s[i];
-  for (int of_a = 0; of_a < 3; of_a++) {
-    const Element type = of_a == 0 ? Element::float32 : of_a == 1 ? Element::bfloat16 : Element::bits;
-    const void* a = of_a == 0 ? static_cast<const void*>(s.data()) : of_a == 1 ? static_cast<const void*>(s16.data()) : words.data();
+  for (const auto& [type, a] : of_s) {
     y.assign(y.size(), NAN);
     kernels().matmul({a, columns.data(), bias.data(), y.data(), nullptr, type, Element::float32, Element::float32, M, K, N, threads});
     CHECK(close(y, expected));
@@ -314,12 +323,7 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
     CHECK(close(widened(y16), expected, 4e-3f));
     CHECK(close(sums, expected_sums));
   }
-  auto s_by_columns = array<float>(M * K), transposed = array<float>(K * N);
-  for (int64_t i = 0; i < M * K; i++) s_by_columns[i % K * M + i / K] = s[i];
-  y.assign(y.size(), NAN);
-  kernels().matmul({s_by_columns.data(), columns.data(), bias.data(), y.data(), nullptr, Element::float32,
-                    Element::float32, Element::float32, M, K, N, threads, true});
-  CHECK(close(y, expected));
+  auto transposed = array<float>(K * N);
   kernels().transpose({columns.data(), transposed.data(), K, N, threads});
   for (int64_t k = 0; k < K; k++) {
     for (int64_t n = 0; n < N; n++) CHECK(transposed[n * K + k] == columns[k * N + n]);
@@ -553,7 +557,8 @@ void test_all() {
       }
     }
     const int64_t shapes[][3] = {{1, 1, 1}, {3, 70, 5}, {17, 16, 16}, {50, 130, 81}, {2100, 40, 20}, {700, 65, 130},
-                                 {333, 80, 80}, {1030, 256, 3}, {267, 65, 33}, {259, 64, 16}, {2100, 70, 40}};
+                                 {333, 80, 80}, {1030, 256, 3}, {267, 65, 33}, {259, 64, 16}, {2100, 70, 40},
+                                 {150, 200, 200}};
     for (const auto& shape : shapes) {
       for (double rate : {0.0, 0.1, 1.0}) test_spike_linear(shape[0], shape[1], shape[2], rate, threads);
     }

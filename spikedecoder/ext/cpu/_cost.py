@@ -13,16 +13,14 @@ in nanoseconds of one thread. All ways scale alike with threads, so that their n
 `add, far`: `far` is added to `add` if the sum is over more than NEAR_ROWS values. `byte or tile`: `byte` if
 it is over at least BYTES_FROM values. `up`: rounded up.
 
-In a weight gradient M and K exchange their roles. It also pays M * K * bits to transpose the spikes and, if
-dense, M * K * unpack (torch's product takes no bits).
+In a weight gradient M and K exchange their roles. It also pays M * K * bits to transpose the spikes; if it is
+dense, M * K * unpack instead.
 
-A weight that is not stored by columns, or a weight gradient, must be transposed, too (TRANSPOSE_NEAR,
-TRANSPOSE_FAR), except by torch's product. That is the dense way where ours is not as fast on this CPU
-(`own_products`), and for float32 with at most FEW rows, if there is something to transpose.
+A weight that is not stored by columns must be transposed, too (TRANSPOSE_NEAR, TRANSPOSE_FAR), except by
+torch's product. That is the dense way where ours is not as fast on this CPU (`own_products`), and for float32
+with at most FEW rows, if the weight is not stored by columns.
 
-Our ways' times of a weight gradient, from which its constants come, already contain the transposition. Added
-again, it weighs them rightly against torch's product for few rows, which has no constants of its own. Where
-the dense way always is torch's, it counts twice, in favour of torch. Else only TILES_MARGIN sees it.
+A weight gradient's transposition is part of the times from which its constants come.
 
 The constants depend on the CPU and on the variant in use. The product and the weight gradient have a set
 each, because their sources lie in different caches. ``python -m spikedecoder.ext.cpu.calibrate`` measures
@@ -51,8 +49,8 @@ NEAR_ROWS = 96  # rows of a panel of 8 vectors that the first-level cache holds
 SMALL_ROWS = 4  # rows per channel from which on bits are walked, with a small weight (csrc/spike_linear.cpp)
 BYTES_FROM = 128  # summed values from which on floats are split into digits of a byte (csrc/tile_digits.h)
 TILES_MARGIN = 1.25  # tiles must win by this: the matrix unit slows down when others use it
-# Nanoseconds per element to transpose a weight that is not stored by columns, or a weight gradient: for
-# matrices that the second-level cache holds, and for larger ones
+# Nanoseconds per element to transpose a weight that is not stored by columns: for matrices that the
+# second-level cache holds, and for larger ones
 TRANSPOSE_NEAR, TRANSPOSE_FAR, NEAR_BYTES = 0.3, 1.4, 1 << 20
 FEW = 128  # rows up to which torch's product, which transposes nothing, is the fastest dense one
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
@@ -105,7 +103,7 @@ class Costs:
             each = self.byte if summed >= BYTES_FROM else self.tile
             sums = rows * summed * (n * each + self.spread) + rows * n * self.written
             return sums + summed * n * self.split * -(-rows // TILE_ROWS) + extra
-        extra += self.unpack * m * k if weight_grad else 0.0
+        extra = self.unpack * m * k if weight_grad else 0.0
         return rows * summed * n * self.multiply_add + rows * n * self.row + summed * n * self.panel + extra
 
 
@@ -121,11 +119,15 @@ COSTS = {
     "zen 5": {
         "avx512": (
             Costs(
-                *(0.0173, 0.37, 0.0233, 0.0284, 0.00319, 0.0821, 0.111, 0.00781, 0.0, 0.036, 0.107),
-                walk=7.91,
-                step=0.00948,
+                *(0.00882, 0.0, 0.0174, 0.111, 0.00323, 0.103, 0.14, 0.00744, 0.0, 0.0422, 0.24),
+                walk=11.5,
+                step=0.00927,
+                far=0.0134,
             ),
-            Costs(0.023, 0.0, 0.0226, 0.275, 0.00325, 0.0823, 0.35, 0.00784, 0.00413, 0.0723, 0.155, 0.0287),
+            Costs(
+                *(0.0211, 0.0, 0.0262, 0.234, 0.00324, 0.117, 0.445, 0.00761, 0.0185, 0.0914, 0.188, 0.153),
+                far=0.00329,
+            ),
         ),
     },
     # Earlier EPYC. AVX-512 was measured on Zen 4, the other variants on Zen 3.
@@ -322,7 +324,7 @@ def fastest(
 ) -> Way:
     """The fastest way for s [m, k] and weight [n, k], of shape (m, k, n).
 
-    transposed: whether the weight or its gradient must be transposed, which torch's product need not do.
+    transposed: whether the weight must be transposed, which torch's product need not do; no weight gradient.
     Every method but gathering takes the same time for any number of set bits.
     """
     m, k, n = shape

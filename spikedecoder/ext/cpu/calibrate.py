@@ -118,8 +118,7 @@ def regrets(
 ) -> dict[tuple[Any, ...], tuple[str, str, float]]:
     """By case: (method that the model chooses, fastest method, ratio of their times).
 
-    The choice is that for a weight stored by columns, or for its gradient, in float32. Where that is torch's
-    product because there are few rows, the time is that of our own dense one, which was measured.
+    The choice is that for a weight stored by columns, or for its gradient, in float32.
     """
     cases: dict[tuple[Any, ...], dict[str, float]] = {}
     for p in points:
@@ -127,7 +126,7 @@ def regrets(
     result = {}
     for case, times in cases.items():
         *shape, count, weight_grad = case
-        way = _cost.fastest(table, variant, tuple(shape), weight_grad, weight_grad, torch.float32)
+        way = _cost.fastest(table, variant, tuple(shape), weight_grad, False, torch.float32)
         chosen = way.method(count)
         best = min(times, key=times.__getitem__)
         result[case] = (chosen, best, times[chosen] / times[best])

@@ -1,5 +1,6 @@
 """Linear layer on spikes in C++: by gathering columns of the weight (csrc/spike_linear.cpp), by subset sums
-(subset_sums.cpp), in the CPU's matrix unit (tiles.cpp), or dense (matmul.cpp).
+(subset_sums.cpp), in the CPU's matrix unit (tiles.cpp), or dense (matmul.cpp,
+dense_weight_grad.cpp).
 
 The shape and the measured spike rate decide which of these runs; see `_cost`.
 """
@@ -138,10 +139,9 @@ def matmul(
     c: Tensor,
     a_sums: Tensor | None,
     sizes: tuple[int, ...],
-    by_columns: bool = False,
 ) -> None:
     """Writes c = a b + bias; all are contiguous, and a may be words of bits. sizes: M, K, N and threads. For
-    a_sums and by_columns see Matmul in csrc/kernels.h."""
+    a_sums see Matmul in csrc/kernels.h."""
     native.matmul(
         *(
             address(a),
@@ -152,7 +152,7 @@ def matmul(
             address(c),
             ELEMENTS[c.dtype],
         ),
-        *(address(a_sums), *sizes, by_columns),
+        *(address(a_sums), *sizes),
     )
 
 
@@ -174,7 +174,7 @@ def weight_grad(words: Tensor, channels: int, grad: Tensor, method: str | None =
     if method is not None:
         way = _cost.only(method, dtype)
     else:
-        way = _cost.crossover(native.variant(), rows, channels, n, True, True, dtype)
+        way = _cost.crossover(native.variant(), rows, channels, n, True, False, dtype)
     count = _count(words, channels) if way.torch_dense else UNKNOWN
     if way.by_torch(count):
         return grad.view(rows, n).t() @ unpack(words, channels, dtype).view(rows, channels)
