@@ -208,6 +208,7 @@ py::object dense_linear_gradients(py::handle grad, py::handle s, py::handle weig
 
 void bind_linear(py::module_& m) {
   m.def("few_rows", &few_rows);
+  m.attr("FEW_ROWS") = FEW_ROWS;
   m.def("dense_linear", &dense_linear);
   m.def("dense_linear_gradients", &dense_linear_gradients);
   m.def("spike_linear", &spike_linear);
@@ -230,11 +231,11 @@ void bind_linear(py::module_& m) {
                    checked_threads(threads)};
     run(kernels().matmul, p);
   });
-  m.def("dense_weight_grad", [](uintptr_t s, uintptr_t grad, uintptr_t out, int64_t M, int64_t K, int64_t N,
-                                int threads) {
-    constexpr Element type = Element::float32;
+  m.def("dense_weight_grad", [](uintptr_t s, int s_type, uintptr_t grad, int grad_type, uintptr_t out, int64_t M,
+                                int64_t K, int64_t N, int threads) {
+    const Element of_s = make_element(s_type, 1), of_grad = make_element(grad_type, 1);
     run(kernels().dense_weight_grad,
-        DenseWeightGrad{typed_array(s, type, M, K, "s"), typed_array(grad, type, M, N, "grad"), type, type,
+        DenseWeightGrad{typed_array(s, of_s, M, K, "s"), typed_array(grad, of_grad, M, N, "grad"), of_s, of_grad,
                         array<float>(out, elements({N, K}), "grad_weight"), M, K, N, checked_threads(threads)});
   });
 }

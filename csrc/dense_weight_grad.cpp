@@ -2,13 +2,15 @@
 //
 // A task is a region of dW and a part of the rows. It copies its columns of a block of rows to its thread's own memory,
 // in the order in which the inner loop reads them, and multiplies them. Threads wait for each other only once, before
-// the sums of the parts are added up. Where dW has few regions there are several parts. How many follows from the
-// shape alone, and so do the last bits of the result; for many threads regions are made smaller.
+// the sums of the parts are added up. Where dW has few regions there are several parts. Their number and that of the
+// rows in a block do not depend on the threads, and so neither do the last bits of the result; for many threads regions
+// are made smaller.
 //
-// Bytes moved: s is read once per region of dL/dy's columns and dL/dy once per region of the channels, dW is written
-// once per part. Of what is copied and of the region, most stays in the second-level cache.
+// Bytes moved: s is read once per region of dL/dy's columns and dL/dy once per region of the channels; dW is read and
+// written once per block, most of it in the second-level cache, where what is copied lies, too.
 #include <type_traits>
 
+#include "gradient_rows.h"
 #include "kernels.h"
 #include "matmul_tile.h"
 #include "parallel.h"
@@ -18,12 +20,12 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 namespace {
 
-constexpr int64_t NARROW = 192, WIDE = 1024, LEAST = 48;  // limits of a region's shorter and longer side, and of both
+constexpr int64_t NARROW = 192, WIDE = 1024, LEAST = 48;  // limits of a region's sides, before they are rounded up
 constexpr int64_t COPIED = 128 << 10;                     // floats of a block that a task copies
 constexpr int64_t MOST_ROWS = 256, LEAST_ROWS = 64;       // of a block
 constexpr int64_t PARTS = 8;                              // of the rows, if dW is one region
 
-// n numbers as the fewest runs of up to `most` each, all of similar length and a multiple of `unit`.
+// n numbers as the fewest runs of up to `most` each, all of similar length, which is rounded up to a multiple of `unit`.
 struct Cut {
   int64_t n, count, each;
   Cut(int64_t n_, int64_t most, int64_t unit)
@@ -40,19 +42,22 @@ class Product {
   explicit Product(const DenseWeightGrad& a) : a_(a) {
     const double work = (PAIRS ? 0.01 : 0.02) * (16 / W) * static_cast<double>(a.M * a.N) * static_cast<double>(a.K);
     threads_ = threads_for(work, a.threads);
-    int64_t most_outputs = a.N < a.K ? NARROW : WIDE, most_channels = a.N < a.K ? WIDE : NARROW;
+    // long parts of the rows of s and dL/dy, but few rows of a wide dW, which would share lines of the cache
+    const bool narrow = a.K <= NARROW && a.K < a.N;
+    int64_t most_outputs = narrow ? WIDE : NARROW, most_channels = narrow ? NARROW : WIDE;
     cut(most_outputs, most_channels);
     const int64_t rows = COPIED / (outputs_.each + channels_.each) / 32 * 32;
     depth_ = rows > MOST_ROWS ? MOST_ROWS : rows < LEAST_ROWS ? LEAST_ROWS : rows;
     const int64_t blocks = (a.M + depth_ * TOGETHER - 1) / (depth_ * TOGETHER), wanted = PARTS / regions();
     parts_ = smaller(blocks, wanted > 1 ? wanted : 1);
-    while (regions() * parts_ < 2 * threads_ && (most_outputs > LEAST || most_channels > LEAST)) {
+    while (threads_ > 1 && regions() * parts_ < 2 * threads_ && (most_outputs > LEAST || most_channels > LEAST)) {
       (most_outputs > most_channels ? most_outputs : most_channels) /= 2;
       cut(most_outputs, most_channels);
     }
     const int64_t vectors = channels_.each / W;
     panels_ = (vectors + VECTORS - 1) / VECTORS;
     width_ = (vectors + panels_ - 1) / panels_ * W;
+    past_ = parts_ == 1 && blocks == 1 && past_cache(a.grad_weight, a.N * a.K, a.K);
   }
 
   void run() const {
@@ -68,15 +73,10 @@ class Product {
         multiply(rows, outputs_[region / channels_.count], channels_[region % channels_.count],
                  copies.floats() + own * thread, part ? sums.floats() + (part - 1) * size : a_.grad_weight);
       }
+      finish_stores();
       if (parts_ == 1) return;
       barrier();
-      const Range mine = share(size, thread, threads, W);
-      for (int64_t i = mine.begin; i < mine.end; i += W) {
-        const int n = static_cast<int>(smaller(W, mine.end - i));
-        F sum = load_up_to(a_.grad_weight + i, n);
-        for (int64_t at = i; at < (parts_ - 1) * size; at += size) sum = add(sum, load_up_to(sums.floats() + at, n));
-        store_up_to(a_.grad_weight + i, sum, n);
-      }
+      add_sums(a_.grad_weight, sums.floats(), size, parts_ - 1, thread, threads);
     });
   }
 
@@ -101,7 +101,7 @@ class Product {
   SPIKEDECODER_INLINE_MEMBER F values(const void* rows, int64_t m, int64_t end, int64_t columns, int64_t column,
                                       int64_t n) const {
     if (n <= 0) return zero();
-    prefetch_part<type>(rows, m + AHEAD, columns, column);
+    for (int64_t i = 0; i < TOGETHER; i++) prefetch_part<type>(rows, m + AHEAD + i, columns, column);
     const F first = row_part<type>(rows, m, columns, column, n);
 #if defined(SPIKEDECODER_AVX512)
     if constexpr (PAIRS) {
@@ -154,7 +154,7 @@ class Product {
         const float* group = grads;
         for (int64_t n = outputs.begin; n < outputs.end; n += ROWS, group += groups_apart()) {
           const Target<float> target{dw + n * a_.K + k, a_.K, nullptr, static_cast<int>(smaller(ROWS, outputs.end - n)),
-                                     static_cast<int>(columns - (vectors - 1) * W), m > rows.begin, false};
+                                     static_cast<int>(columns - (vectors - 1) * W), m > rows.begin, past_};
           tile_of(vectors, reinterpret_cast<const Value*>(group), ByColumns{}, panel, width_, depth, target);
         }
       }
@@ -164,7 +164,9 @@ class Product {
   const DenseWeightGrad& a_;
   Cut outputs_{1, 1, 1}, channels_{1, 1, 1};
   int threads_;
-  int64_t depth_, parts_, panels_, width_;  // vectors of rows in a block; panels of a region and their floats
+  int64_t depth_, parts_;   // of a block: its rows, in pairs if PAIRS
+  int64_t panels_, width_;  // of a region, and the columns of one
+  bool past_;               // as past_cache
 };
 
 template <Element s_type>

@@ -59,18 +59,21 @@ struct Slices {
   }
 };
 
-// sums [n] += more [count, n], in order.
+// This thread's part of sums [n] += more [count, n], in order.
+inline void add_sums(float* sums, const float* more, int64_t n, int64_t count, int thread, int threads) {
+  const Range mine = share(n, thread, threads, W);
+  for (int64_t i = mine.begin; i < mine.end; i += W) {
+    const int there = static_cast<int>(mine.end - i < W ? mine.end - i : W);
+    F sum = load_up_to(sums + i, there);
+    for (int64_t s = 0; s < count; s++) sum = add(sum, load_up_to(more + s * n + i, there));
+    store_up_to(sums + i, sum, there);
+  }
+}
+
 inline void add_sums(float* sums, const float* more, int64_t n, int64_t count, int most) {
   if (count < 1) return;
-  parallel(threads_for(0.05 * static_cast<double>(n * count), most), [&](int thread, int threads) {
-    const Range mine = share(n, thread, threads, W);
-    for (int64_t i = mine.begin; i < mine.end; i += W) {
-      const int there = static_cast<int>(mine.end - i < W ? mine.end - i : W);
-      F sum = load_up_to(sums + i, there);
-      for (int64_t s = 0; s < count; s++) sum = add(sum, load_up_to(more + s * n + i, there));
-      store_up_to(sums + i, sum, there);
-    }
-  });
+  parallel(threads_for(0.05 * static_cast<double>(n * count), most),
+           [&](int thread, int threads) { add_sums(sums, more, n, count, thread, threads); });
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ constexpr int ROWS = 6, VECTORS = 2;  // 12 sums of 16 registers
 constexpr int64_t AHEAD = 8;
 
 // Two neighbouring values of an operand along the sum, both bfloat16. The earlier one has the lower bits.
-struct Pair {
+struct __attribute__((may_alias)) Pair {
   int32_t bits;
 };
 
@@ -38,11 +38,12 @@ SPIKEDECODER_INLINE F row_part(const void* rows, int64_t row, int64_t K, int64_t
   }
 }
 
+// Bits are not prefetched: a line of them holds several rows. The row may be beyond the last one.
 template <Element type>
 SPIKEDECODER_INLINE void prefetch_part(const void* rows, int64_t row, int64_t K, int64_t column) {
-  const int64_t at = type == Element::bits ? (row * words_for(K) + column / 64) * 8
-                                           : (row * K + column) * (type == Element::float32 ? 4 : 2);
-  __builtin_prefetch(static_cast<const char*>(rows) + at);
+  if (type == Element::bits) return;
+  const int64_t at = (row * K + column) * (type == Element::float32 ? 4 : 2);
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(rows) + static_cast<uintptr_t>(at)));
 }
 
 #if defined(SPIKEDECODER_AVX512)

@@ -60,6 +60,18 @@ def forget_costs():
         cached.cache_clear()
 
 
+@pytest.mark.parametrize("variant", ["avx512", "avx2", "baseline"])
+def test_few_rows_are_not_worth_the_transposition_of_a_weight_gradient(cpu_of, variant):
+    """All ways but the dense one sum by channels."""
+    for cpu in ("zen 5", "amd", "intel"):
+        cpu_of(cpu, variant)
+        for m in (1, 4, 16):
+            assert fastest(m, 2048, 2048, m * 200, True) == "dense"
+        assert fastest(4096, 2048, 2048, 4096 * 100, True) == "gather"
+        way = _cost.crossover(variant, 1, 2048, 2048, True, False, torch.float32)
+        assert way.by_torch(200)
+
+
 def test_costs_are_those_of_the_cpu(cpu_of):
     for maker in _cost.OTHERS:
         assert set(_cost.COSTS[maker]) - {"amx"} == {"avx512", "avx2", "baseline"}

@@ -341,9 +341,11 @@ def test_bad_arguments_are_refused_before_anything_is_touched():
     with pytest.raises(ValueError, match="a_type: takes 0"):
         native.matmul(x.data_ptr(), 2, x.data_ptr(), 0, 0, x.data_ptr(), 0, 0, 1, 1, 1, 1)
     with pytest.raises(ValueError, match="grad: got a null address"):
-        native.dense_weight_grad(x.data_ptr(), 0, x.data_ptr(), 1, 8, 8, 1)
+        native.dense_weight_grad(x.data_ptr(), 0, 0, 0, x.data_ptr(), 1, 8, 8, 1)
+    with pytest.raises(ValueError, match="type: takes 0"):
+        native.dense_weight_grad(x.data_ptr(), 3, x.data_ptr(), 0, x.data_ptr(), 1, 8, 8, 1)
     with pytest.raises(ValueError, match="sizes"):
-        native.dense_weight_grad(x.data_ptr(), x.data_ptr(), x.data_ptr(), 1, -1, 8, 1)
+        native.dense_weight_grad(x.data_ptr(), 0, x.data_ptr(), 0, x.data_ptr(), 1, -1, 8, 1)
     with pytest.raises(ValueError, match="threads"):
         native.pack(x.data_ptr(), 0, x.data_ptr(), 1, 8, 0)
     with pytest.raises(ValueError, match="tau"):

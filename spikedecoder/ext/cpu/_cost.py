@@ -13,14 +13,12 @@ in nanoseconds of one thread. All ways scale alike with threads, so that their n
 `add, far`: `far` is added to `add` if the sum is over more than NEAR_ROWS values. `byte or tile`: `byte` if
 it is over at least BYTES_FROM values. `up`: rounded up.
 
-In a weight gradient M and K exchange their roles. It also pays M * K * bits to transpose the spikes; if it is
-dense, M * K * unpack instead.
+In a weight gradient M and K exchange their roles. It also pays M * K * bits to transpose the spikes, and
+`transposition` for its own; if it is dense, M * K * unpack instead.
 
-A weight that is not stored by columns must be transposed, too (TRANSPOSE_NEAR, TRANSPOSE_FAR), except by
-torch's product. That is the dense way where ours is not as fast on this CPU (`own_products`), and for float32
-with at most FEW rows, if the weight is not stored by columns.
-
-A weight gradient's transposition is part of the times from which its constants come.
+A weight that is not stored by columns pays `transposition`, too, except by torch's product. That is the dense
+way where ours is not as fast on this CPU (`own_products`), and for float32 with few rows: up to FEW, if the
+weight is not stored by columns, or a single one in a weight gradient.
 
 The constants depend on the CPU and on the variant in use. The product and the weight gradient have a set
 each, because their sources lie in different caches. ``python -m spikedecoder.ext.cpu.calibrate`` measures
@@ -49,11 +47,16 @@ NEAR_ROWS = 96  # rows of a panel of 8 vectors that the first-level cache holds
 SMALL_ROWS = 4  # rows per channel from which on bits are walked, with a small weight (csrc/spike_linear.cpp)
 BYTES_FROM = 128  # summed values from which on floats are split into digits of a byte (csrc/tile_digits.h)
 TILES_MARGIN = 1.25  # tiles must win by this: the matrix unit slows down when others use it
-# Nanoseconds per element to transpose a weight that is not stored by columns: for matrices that the
-# second-level cache holds, and for larger ones
+# Nanoseconds per element to transpose a weight or its gradient: for matrices that the second-level cache
+# holds, and for larger ones
 TRANSPOSE_NEAR, TRANSPOSE_FAR, NEAR_BYTES = 0.3, 1.4, 1 << 20
 FEW = 128  # rows up to which torch's product, which transposes nothing, is the fastest dense one
 _ENV = "SPIKEDECODER_SPIKE_LINEAR_COST"
+
+
+def transposition(k: int, n: int) -> float:
+    """Nanoseconds of one thread to transpose a float32 matrix [k, n]."""
+    return (TRANSPOSE_NEAR if 4 * k * n <= NEAR_BYTES else TRANSPOSE_FAR) * k * n
 
 
 def _walks(m: int, k: int, n: int) -> bool:
@@ -87,8 +90,8 @@ class Costs:
     far: float = 0.0
 
     def of(self, method: str, m: int, k: int, n: int, count: int, weight_grad: bool) -> float:
-        """Nanoseconds of a method for s [m, k] with `count` ones and weight [n, k], a transposition aside."""
-        extra = self.bits * m * k if weight_grad else 0.0
+        """Nanoseconds of a method for s [m, k] with `count` ones and weight [n, k], which lies by columns."""
+        extra = self.bits * m * k + transposition(k, n) if weight_grad else 0.0
         rows, summed = (k, m) if weight_grad else (m, k)
         if method == "gather" and not weight_grad and _walks(m, k, n):
             return m * self.walk + count * n * self.step
@@ -113,20 +116,22 @@ _AVX2 = {"walk": 9.0, "step": 0.04}
 _BASELINE = {"walk": 9.0, "step": 0.105}
 
 # By CPU and variant, for the product and for the weight gradient. Measured with one thread and torch 2.13
-# with its own BLAS, which used AVX-512 on all of these CPUs but Zen 3, which has AVX2.
+# with its own BLAS, which used AVX-512 on all of these CPUs but Zen 3, which has AVX2. Except for Zen 5, the
+# constants of weight gradients also contain their transposition, which so counts in part twice, and those of
+# the dense one are of an earlier kernel.
 COSTS = {
     # EPYC of family 26, with vectors of 512 bits in all units. Its other variants take Zen 3's costs, below.
     "zen 5": {
         "avx512": (
             Costs(
-                *(0.00882, 0.0, 0.0174, 0.111, 0.00323, 0.103, 0.14, 0.00744, 0.0, 0.0422, 0.24),
-                walk=11.5,
-                step=0.00927,
-                far=0.0134,
+                *(0.0108, 0.0, 0.0118, 0.0508, 0.00313, 0.0824, 0.118, 0.00764, 0.0, 0.0351, 0.143),
+                walk=8.17,
+                step=0.00948,
+                far=0.0124,
             ),
             Costs(
-                *(0.0211, 0.0, 0.0262, 0.234, 0.00324, 0.117, 0.445, 0.00761, 0.0185, 0.0914, 0.188, 0.153),
-                far=0.00329,
+                *(0.0139, 0.197, 0.0, 0.0, 0.00248, 0.134, 0.0776, 0.00837, 0.0276, 0.0725, 0.143, 0.0497),
+                far=0.00465,
             ),
         ),
     },
@@ -140,7 +145,7 @@ COSTS = {
                 far=0.0215,
             ),
             Costs(
-                *(0.0206, 0.0, 0.0176, 0.413, 0.00614, 0.281, 0.508, 0.0171, 0.0231, 0.19, 0.634, 0.196),
+                *(0.0206, 0.0, 0.0176, 0.413, 0.00614, 0.281, 0.508, 0.0171, 0.0231, 0.19, 0.634, 0.219),
                 far=0.0196,
             ),
         ),
@@ -176,7 +181,7 @@ COSTS = {
                 **_AVX512,
             ),
             Costs(
-                *(0.0348, 0.0, 0.115, 0.37, 0.00691, 1.07, 0.082, 0.0137, 0.00205, 0.166, 0.501, 0.0205),
+                *(0.0348, 0.0, 0.115, 0.37, 0.00691, 1.07, 0.082, 0.0137, 0.00205, 0.166, 0.501, 0.0226),
                 tile=0.00387,
                 split=0.383,
                 written=0.447,
@@ -194,11 +199,11 @@ COSTS = {
         ),
         "avx2": (
             Costs(0.0463, 0.397, 0.361, 0.113, 0.0084, 0.271, 0.191, 0.0139, 0.0, 0.0535, **_AVX2),
-            Costs(0.0646, 0.0, 0.106, 0.246, 0.0101, 0.175, 1.29, 0.0127, 0.0412, 0.158, 0.274, 0.131),
+            Costs(0.0646, 0.0, 0.106, 0.246, 0.0101, 0.175, 1.29, 0.0127, 0.0412, 0.158, 0.274, 0.172),
         ),
         "baseline": (
             Costs(0.112, 0.0, 0.577, 0.388, 0.0251, 0.0771, 0.0737, 0.0176, 0.0, **_BASELINE),
-            Costs(0.163, 0.0, 0.147, 0.0, 0.0263, 0.0, 0.765, 0.0193, 0.0918, 0.133, 0.268, 0.154),
+            Costs(0.163, 0.0, 0.147, 0.0, 0.0263, 0.0, 0.765, 0.0193, 0.0918, 0.133, 0.268, 0.246),
         ),
     },
 }
@@ -324,18 +329,18 @@ def fastest(
 ) -> Way:
     """The fastest way for s [m, k] and weight [n, k], of shape (m, k, n).
 
-    transposed: whether the weight must be transposed, which torch's product need not do; no weight gradient.
+    transposed: whether the weight must be transposed, which torch's product need not do.
     Every method but gathering takes the same time for any number of set bits.
     """
     m, k, n = shape
-    few = transposed and m <= FEW and dtype == torch.float32
-    by_torch = few or not own_products(variant, dtype)
+    few = m == 1 if weight_grad else transposed and m <= FEW
+    by_torch = (few and dtype == torch.float32) or not own_products(variant, dtype)
     fixed = {method: table.of(method, m, k, n, 0, weight_grad) for method in _methods(variant)}
     each = (table.of("gather", m, k, n, 1024, weight_grad) - fixed["gather"]) / 1024
     if transposed:
         for method in fixed:
             if method != "dense" or not by_torch:
-                fixed[method] += (TRANSPOSE_NEAR if 4 * k * n <= NEAR_BYTES else TRANSPOSE_FAR) * k * n
+                fixed[method] += transposition(k, n)
     gather = fixed.pop("gather")
     other = min(fixed, key=fixed.__getitem__)
     least = fixed[other] * (TILES_MARGIN if other == "tiles" else 1.0)

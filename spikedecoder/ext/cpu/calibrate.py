@@ -32,6 +32,7 @@ SHAPES = (
     (8192, 1280, 80),
     (2048, 512, 1024),
     (1024, 1024, 512),
+    (64, 2048, 2048),
 )
 RATES = (0.02, 0.08, 0.2, 0.5)
 NAMES = tuple(field.name for field in fields(_cost.Costs))
@@ -54,15 +55,17 @@ class Point:
         """What all ways are timed for."""
         return (self.m, self.k, self.n, self.count, self.weight_grad)
 
+    def known(self) -> float:
+        """The nanoseconds that do not depend on the constants."""
+        return self._of(dict.fromkeys(NAMES, 0.0))
+
     def units(self) -> list[float]:
         """How many times each constant is paid here."""
         zero = dict.fromkeys(NAMES, 0.0)
-        return [
-            _cost.Costs(**{**zero, name: 1.0}).of(
-                self.method, self.m, self.k, self.n, self.count, self.weight_grad
-            )
-            for name in NAMES
-        ]
+        return [self._of({**zero, name: 1.0}) - self.known() for name in NAMES]
+
+    def _of(self, constants: dict[str, float]) -> float:
+        return _cost.Costs(**constants).of(self.method, *self.case)
 
 
 def _seconds(call: Callable[[], Any], budget: float) -> float:
@@ -102,14 +105,15 @@ def measure(budget: float = 0.05) -> list[Point]:
 def fit(points: list[Point]) -> _cost.Costs:
     """Constants >= 0 that minimise the squared relative errors, by coordinate descent."""
     units = np.array([p.units() for p in points])
-    relative = units / np.array([p.nanoseconds for p in points])[:, None]
+    nanoseconds = np.array([p.nanoseconds for p in points])
+    relative, left = units / nanoseconds[:, None], 1 - np.array([p.known() for p in points]) / nanoseconds
     x = np.zeros(len(NAMES))
     for _ in range(2000):
         for j in range(len(NAMES)):
             column = relative[:, j]
             weight = column @ column
             if weight > 0:
-                x[j] = max(0.0, column @ (1 - relative @ x + column * x[j]) / weight)
+                x[j] = max(0.0, column @ (left - relative @ x + column * x[j]) / weight)
     return _cost.Costs(**{name: float(f"{value:.3g}") for name, value in zip(NAMES, x, strict=True)})
 
 

@@ -1,4 +1,5 @@
-"""Dense linear layer in C++ (csrc/matmul.cpp, dense_weight_grad.cpp), for CPUs on which torch's takes much longer."""
+"""Dense linear layer in C++ (csrc/matmul.cpp, csrc/dense_weight_grad.cpp), for CPUs on which torch's takes
+much longer."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spikedecoder.ext.cpu import _cost, native
-from spikedecoder.ext.cpu._arguments import address, floats_on_cpu, same
+from spikedecoder.ext.cpu._arguments import ELEMENTS, address, floats_on_cpu, same
 from spikedecoder.ext.cpu._memory import empty, hand_over
 from spikedecoder.ext.cpu.spike_linear import input_and_bias_grad, matmul
 from spikedecoder.ops._dispatch import Call
@@ -57,5 +58,6 @@ def backward(
         n, k = grad.shape[-1], s.shape[-1]
         s, grad_weight = same(s), empty((n, k))
         sizes = (s.numel() // k, k, n, torch.get_num_threads())
-        native.dense_weight_grad(address(s), address(grad), address(grad_weight), *sizes)
+        operands = (address(s), ELEMENTS[s.dtype], address(grad), ELEMENTS[grad.dtype])
+        native.dense_weight_grad(*operands, address(grad_weight), *sizes)
     return grad_s, grad_weight, grad_bias if wanted[2] else None
