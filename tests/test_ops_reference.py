@@ -320,6 +320,27 @@ def test_batch_and_layer_norm_match_torch():
     torch.testing.assert_close(Norm("layer", 16).double()(x), torch.nn.LayerNorm(16).double()(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["layer", "batch"])
+@pytest.mark.parametrize("parameters", ["as x", "float32"])
+@pytest.mark.parametrize("with_linear", [False, True])
+def test_gradients_of_norms_of_many_rows_in_half_precision_are_summed_in_float32(
+    dtype, kind, parameters, with_linear
+):
+    """A sum of 8192 ones in bfloat16 would end at 256."""
+    x, eye = (torch.arange(8192 * 8) % 3 % 2).to(dtype).reshape(8192, 8), torch.eye(8, dtype=dtype)
+    own = dtype if parameters == "as x" else torch.float32
+    weight, bias = torch.ones(8, dtype=own, requires_grad=True), torch.zeros(8, dtype=own, requires_grad=True)
+    running = () if kind == "layer" else (torch.zeros(8), torch.ones(8))
+    n = NormParams(kind, weight, bias, running=running)
+    y = ops.linear_norm(x, eye, None, n) if with_linear else ops.norm(x, n)
+    found = torch.autograd.grad(y, (weight, bias), torch.ones_like(y))
+    wide = NormParams(kind, weight.double(), bias.double(), running=tuple(r.double() for r in running))
+    expected = torch.autograd.grad(ops.norm(x.double(), wide).sum(), (weight, bias))
+    assert torch.equal(found[1].double(), expected[1].double()) and found[1][0] == 8192
+    torch.testing.assert_close(found[0].double(), expected[0].double(), rtol=0.02, atol=2)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_reads_the_strides_of_what_it_is_given(training):
     x = torch.randn(6, 7, requires_grad=True)

@@ -47,8 +47,6 @@ def backward(
     if x.dtype != grad.dtype:
         weight = weight.to(grad.dtype)
     wide, weight, _ = _alike(wide, weight, weight)
-    if not x.is_cuda:  # torch takes statistics in the weight's dtype on CPUs, in float32 on CUDA
-        mean, rstd = mean.to(weight.dtype), rstd.to(weight.dtype)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(  # of a bias only the shape
         grad.contiguous().to(wide.dtype), wide, x.shape[-1:], mean, rstd, weight, weight, [True, True, True]
     )
@@ -88,13 +86,12 @@ traced_power_scale.register_fake(
 
 
 def _alike(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x and parameters in dtypes that torch's LayerNorm takes: unchanged if all are the same, else the
-    parameters, and on CUDA also x, in the dtype that it computes in."""
-    if not weight.dtype == bias.dtype == x.dtype:
-        dtype = compute_dtype(x.dtype)
-        weight, bias = weight.to(dtype), bias.to(dtype)
-        x = _as(x, dtype) if x.is_cuda else x
-    return x, weight, bias
+    """x and parameters in the dtype that LayerNorm computes in, or on CUDA unchanged if all dtypes are the
+    same. On CPUs torch would sum a 16-bit gradient over the rows in 16 bits."""
+    if x.is_cuda and weight.dtype == bias.dtype == x.dtype:
+        return x, weight, bias
+    dtype = compute_dtype(x.dtype)
+    return _as(x, dtype), _as(weight, dtype), _as(bias, dtype)
 
 
 def layer_dtype(x: Tensor) -> torch.dtype:
