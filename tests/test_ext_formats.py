@@ -229,22 +229,43 @@ def test_bits_beyond_the_last_channel_are_found_while_gathering(shape):
             spike_linear.multiply(words, spike_linear.UNKNOWN, torch.randn(n, k), None, way)
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("stored", ["transposed", "every other channel", "expanded", "bfloat16"])
+def test_spikes_and_their_words_give_the_same_sums_however_they_are_stored(rows, by_columns, stored):
+    s = random_spikes(0, (rows, 130), 0.3)
+    s = {
+        "transposed": lambda: s.t().contiguous().t(),
+        "every other channel": lambda: s.repeat_interleave(2, 1)[:, ::2],
+        "expanded": lambda: s[:1].expand(rows, 130),
+        "bfloat16": s.bfloat16,
+    }[stored]()
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(*shape, generator=generator) for shape in ((64, 130), (64,)))
+    weight = weight.t().contiguous().t() if by_columns else weight
+    y, words = spike_linear.forward(s, weight, bias)
+    assert torch.equal(y, spike_linear.from_words(words, 130, weight, bias))
+    torch.testing.assert_close(y, torch.nn.functional.linear(s.float(), weight, bias))
+
+
 @pytest.mark.parametrize("method", ["gather", "subset_sums", "tiles", "dense"])
-@pytest.mark.parametrize("columns", [40, 900])
-def test_a_weight_gradient_does_not_depend_on_threads(method, columns):
+@pytest.mark.parametrize(("channels", "columns"), [(70, 40), (70, 900), (1100, 250)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_gradient_does_not_depend_on_threads(method, channels, columns, dtype):
     """Rows are summed in slices, of which more are worked on at once with more threads."""
-    s = random_spikes(1, (5000, 70), 0.1)
-    grad = torch.randn(5000, columns, generator=torch.Generator().manual_seed(0))
+    s = random_spikes(1, (1501 if channels > 1000 else 5000, channels), 0.1)
+    grad = torch.randn(len(s), columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     native.use_variant(native.variants()[0])
     threads, found = torch.get_num_threads(), []
     try:
-        for n in (1, 2, 5):
+        for n in (1, 2, 5, 16):
             torch.set_num_threads(n)
-            found.append(spike_linear.weight_grad(reference.pack(s), 70, grad, method))
+            found.append(spike_linear.weight_grad(reference.pack(s), channels, grad, method))
     finally:
         torch.set_num_threads(threads)
-    torch.testing.assert_close(found[0], grad.t() @ s, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+    off = 1e-4 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found[0].float(), grad.float().t() @ s, rtol=off, atol=off)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
 def test_a_bias_gradient_does_not_depend_on_which_thread_took_what():

@@ -1,6 +1,5 @@
 """Linear layer on spikes in C++: by gathering columns of the weight (csrc/spike_linear.cpp), by subset sums
-(subset_sums.cpp), in the CPU's matrix unit (tiles.cpp), or dense (matmul.cpp,
-dense_weight_grad.cpp).
+(subset_sums.cpp), in the CPU's matrix unit (tiles.cpp), or dense (matmul.cpp, dense_weight_grad.cpp).
 
 The shape and the measured spike rate decide which of these runs; see `_cost`.
 """
@@ -38,6 +37,10 @@ def forward(
     """
     if method is None and (found := few_rows(s, weight, bias)) is not None:
         return found
+    # few_rows declines spikes that lie or are stored otherwise, but takes their words, and sums in its order
+    few = weight.dtype == torch.float32 and _rows(s) <= native.FEW_ROWS
+    if (plain := same(s, torch.float32 if few else s.dtype)) is not s:
+        return forward(plain, weight, bias, method)
     way = way_of(s, weight, method)
     if weight.dtype == torch.float32 and not way.torch_dense:
         s = packable(s)
