@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -150,3 +151,34 @@ def test_the_package_gives_what_it_promises() -> None:
         assert getattr(spikedecoder, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         spikedecoder.nothing  # noqa: B018
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_amid_an_import_that_would_swallow_it(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    [None for _ in range(1000)]\n"
+        "except KeyboardInterrupt:\n    pass\n"
+    )
+    code = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import spikedecoder.cli as c\n"
+        "c.app = lambda *_, **__: __import__('slow')\n"
+        "c.main([])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_a_closed_standard_input_is_an_empty_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "spikedecoder", "train", "--text", "-", "--out", str(tmp_path / "run")]
+    done = subprocess.run(f"{shlex.join(command)} <&-", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: standard input: the file is empty\n")
+
+
+def test_the_apps_folder_of_runs_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run("gui", "--runs", str(tmp_path / "file")) == 2
+    assert "--runs: " in capsys.readouterr().err

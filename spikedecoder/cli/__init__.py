@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -62,9 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     An error that the user can fix is one line on stderr; SPIKEDECODER_DEBUG=1 shows its traceback.
     """
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if on_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _on_interrupt)
     try:
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
@@ -80,6 +86,17 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         code = _answer(error)
     sys.exit(code or 0)
+
+
+def _on_interrupt(_number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt or, amid an import, exit at once: modules of C++ abort then, and others swallow
+    the exception or fail because they are half imported."""
+    while frame is not None and frame.f_code is not main.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"error: interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _answer(error: Exception) -> int:

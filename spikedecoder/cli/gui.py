@@ -33,4 +33,7 @@ def gui(
         if not folder.is_dir():
             raise ValueError(f"--checkpoint: '{folder}': no such folder")
         find_checkpoint(str(folder))
+    for folder in runs or ():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--runs: '{folder}': a file, takes a folder")
     launch([*(runs or [Path("runs")]), *(checkpoint or [])], port=port, browser=browser)

@@ -113,7 +113,9 @@ def train(
     spike_degree: Annotated[
         int | None, typer.Option(help="0 (no spikes) to 4 (all).", rich_help_panel=_MODEL)
     ] = None,
-    timesteps: Annotated[int | None, typer.Option(help="SNN timesteps.", rich_help_panel=_MODEL)] = None,
+    timesteps: Annotated[
+        int | None, typer.Option(help="Timesteps of LIF neurons.", rich_help_panel=_MODEL)
+    ] = None,
     neuron: Annotated[str | None, typer.Option(help="lif or ilif.", rich_help_panel=_MODEL)] = None,
     levels: Annotated[
         int | None, typer.Option(help="Largest integer of ilif neurons.", rich_help_panel=_MODEL)
@@ -329,13 +331,14 @@ def _use_threads(threads: int | None) -> None:
 
 def _heading(config: SpikeDecoderConfig, data: Corpus, settings: TrainConfig, folder: Path) -> list[str]:
     unknown = f"{_unknown(data.tokenizer)}: {data.unknown:.1%} of the held-out tokens, all of them one token"
+    kind = "binary " if config.neuron == "ilif" else ""
     return [
         f"text: {data.name}, {data.characters:,} characters, {len(data.train):,} tokens to learn and "
-        f"{len(data.val):,} held out, {data.tokenizer.vocab_size} different ones",
+        f"{len(data.val):,} held out, a vocabulary of {data.tokenizer.vocab_size}",
         *([data.left_out] if data.lost else []),
         *([unknown] if data.unknown else []),
         f"model: {config.blocks} blocks, {config.embed_dim} channels, {config.heads} heads, "
-        + (f"{config.binary_timesteps} timesteps, " if config.spike_degree else "")
+        + (f"{config.binary_timesteps} {kind}timesteps, " if config.spike_degree else "")
         + f"spike degree {config.spike_degree}; {settings.steps} steps of "
         f"{settings.batch_size * settings.grad_accum * _processes()} x {config.max_len} tokens; "
         f"output in {folder}",
