@@ -64,7 +64,8 @@ class SpikeDecoderConfig:
         context.
     token_shift, mlp_token_shift: n channel groups, of which group i comes from the token i places back, at
         the input of the first Linear of attention and MLP; 1 is off.
-    reunite: how the head joins timesteps. float_reunite: join them first, then apply one LIF step.
+    reunite: how the head joins timesteps: "average" (mean over T), "accumulate" (sum), "concatenate" (T E
+        channels) or "final" (the last one alone). float_reunite: join them first, then apply one LIF step.
     spiking_head: LIF before the head's Linear; None: if spike_degree is 4. Never below spike_degree 2 or
         with attention_only.
     neuron: "lif" or "ilif". "ilif" trains in a single timestep (T = 1) with integers from 0 to `levels` in

@@ -159,9 +159,14 @@ class SpikeDecoder(nn.Module, FolderMixin):
         return self.head(x), state
 
     def step(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Read one more token of each sequence, token [B]: (logits [B, V], the new state); see `prefill`."""
-        if not isinstance(token, Tensor) or token.dim() != 1:
-            raise ValueError("token: takes an int64 tensor [B]")
+        """Read one more token of each sequence, token [B]: (logits [B, V], the new state); see `prefill`.
+
+        Raises TypeError if token is no tensor, ValueError for another shape, and the errors of `prefill`.
+        """
+        if not isinstance(token, Tensor):
+            raise TypeError(f"token: got {type(token).__name__}, takes an int64 or int32 tensor [B]")
+        if token.dim() != 1:
+            raise ValueError(f"token: got shape {tuple(token.shape)}, takes [B], one token of each sequence")
         logits, state = self.prefill(token[:, None], state)
         return logits[:, 0], state
 
@@ -185,7 +190,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
         """
         if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
             got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-            raise TypeError(f"targets: got {got}, takes an int64 tensor [B, S]")
+            raise TypeError(f"targets: got {got}, takes an int64 or int32 tensor [B, S]")
         if not isinstance(tokens, Tensor) or targets.shape != tokens.shape:
             self._check(tokens)  # bad tokens are reported first; otherwise `forward` checks them
             raise ValueError(
@@ -229,7 +234,7 @@ class SpikeDecoder(nn.Module, FolderMixin):
         c = self.config
         if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
             got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise TypeError(f"tokens: got {got}, takes an int64 tensor [B, S]")
+            raise TypeError(f"tokens: got {got}, takes an int64 or int32 tensor [B, S]")
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, takes [B, S] with B, S >= 1")
         bounded = c.position_encoding != "static" or (c.token_encoding == "one-hot" and not c.ann_embedding)

@@ -139,10 +139,13 @@ def repeats_a_pass() -> bool:
 class NormParams:
     """One normalisation over the last dimension (channels), with the tensors it reads and updates.
 
-    kind="layer": statistics per row; mean 0, variance 1, then weight and bias.
+        y = (x - mean) / sqrt(var + eps) * weight + bias        "layer", "batch"
+        y = x / sqrt(mean of squares + eps) * weight + bias     "power"
+
+    kind="layer": statistics per row.
     kind="batch": statistics per channel over all rows (T, B and S together); `running` is
         (running_mean, running_var), updated in training with `momentum`, used in evaluation.
-    kind="power": PowerNorm (Shen et al., 2020), without a mean: `running` is (running_phi, ema_gz, iters);
+    kind="power": PowerNorm (Shen et al., 2020): `running` is (running_phi, ema_gz, iters);
         `momentum` is 1 - alpha; the first `warmup` training passes use the batch's own second moment.
 
     `group`: the name of a process group (`spikedecoder.sync.name_of`) whose processes share the statistics of

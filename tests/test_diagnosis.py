@@ -339,7 +339,7 @@ def test_only_what_the_config_takes_is_advised(
 
 @pytest.mark.parametrize("targets", [[[1, 2]], "abc", 3])
 def test_targets_of_another_kind_are_named(targets: object) -> None:
-    with pytest.raises(TypeError, match=r"targets: got .*, takes an int64 tensor"):
+    with pytest.raises(TypeError, match=r"targets: got .*, takes an int64 or int32 tensor"):
         diagnose(make(), text(make())[0], targets)  # type: ignore[arg-type]
 
 

@@ -341,7 +341,7 @@ def test_a_loss_of_tokens_of_another_kind(tokens):
 @pytest.mark.parametrize("targets", [torch.ones(2, 3), [1, 2], None], ids=repr)
 def test_targets_of_another_kind(targets):
     model, tokens = SpikeDecoder(_config()), torch.ones(2, 3, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"targets: got (torch.float32|list|NoneType), takes an int64 tensor"):
+    with pytest.raises(TypeError, match=r"targets: got (torch.float32|list|NoneType), takes an int64 or"):
         model.loss(tokens, targets)
 
 

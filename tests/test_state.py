@@ -311,8 +311,10 @@ def test_bad_input():
         model.step(torch.tensor([1]), state)
     with pytest.raises(ValueError, match="tokens: got ids from 0 to 11"):
         model.step(torch.tensor([11, 0, 0]), state)
-    with pytest.raises(ValueError, match=r"token: takes an int64 tensor \[B\]"):
+    with pytest.raises(ValueError, match=r"token: got shape .*, takes \[B\]"):
         model.step(TOKENS, state)
+    with pytest.raises(TypeError, match="token: got int, takes an int64 or int32 tensor"):
+        model.step(3, state)
     with pytest.raises(ValueError, match="tokens: got 13 positions, takes at most max_len = 12"):
         model.prefill(TOKENS[:, :3], state)
     other = SpikeDecoder(SpikeDecoderConfig.from_dict({**SMALL, "blocks": 1})).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikedecoder.fields import switch
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import as_tensors, direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, select
@@ -193,7 +194,8 @@ def lif(
             per channel); a tensor gets a gradient.
         v_reset: potential after a spike; None for a soft reset (subtract the threshold).
         decay_input: whether the input is divided by tau, as the leak is.
-        surrogate, alpha: name and sharpness (> 0) of the surrogate gradient.
+        surrogate, alpha: name (sigmoid, atan, rectangular, triangle or fast_sigmoid) and sharpness (> 0) of
+            the surrogate gradient. For the same width they need different alphas: `Surrogate.default_alpha`.
         detach_reset: block the gradient through the spike in the reset.
         v_init: membrane potential before the first timestep, shape of one timestep; zeros if None.
         return_state: also return the membrane potential after the last timestep.
@@ -228,6 +230,8 @@ def lif_params(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`lif` with its parameters in one object; same errors. `threshold` overrides ``p.v_threshold``."""
     _check.of_type("p", p, LIFParams)
+    switch("return_state", return_state)
+    switch("packed", packed)
     _check.floating("x", x)
     _check.timesteps("x", x)
     for name, given in (("v_threshold", threshold), ("v_init", v_init)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikedecoder.fields import switch
 from spikedecoder.ops import _check
 from spikedecoder.ops._dispatch import Call, select
 from spikedecoder.ops.norm import check_norm, layer_backend, layer_fake, layer_norm_backward, norm
@@ -79,6 +80,7 @@ def linear_norm(
         TypeError, ValueError: naming the argument.
     """
     _check.of_type("n", n, NormParams)
+    switch("recompute", recompute)
     if not recompute or n.kind != "layer":
         return norm(spike_linear(s, weight, bias), n)
     check_linear(s, weight, bias)

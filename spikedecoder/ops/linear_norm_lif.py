@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikedecoder.fields import switch
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import as_tensors
 from spikedecoder.ops._dispatch import Call, offers, requested_backend, select
@@ -215,6 +216,7 @@ def linear_norm_lif(
     """
     _check.of_type("n", n, NormParams)
     _check.of_type("p", p, LIFParams)
+    switch("recompute", recompute)
     check_linear(s, weight, bias)
     product_weight, product_bias, backend = as_product(weight, bias)
     nothing_kept = recompute or not torch.is_grad_enabled()

@@ -197,7 +197,7 @@ def layer_backend() -> str:
 
 
 def norm(x: Tensor, n: NormParams) -> Tensor:
-    """LayerNorm, BatchNorm or PowerNorm of x [..., C]; see `spikedecoder.params.NormParams`.
+    """LayerNorm, BatchNorm or PowerNorm of x [..., C]; equations: `spikedecoder.params.NormParams`.
 
     In training, updates the running statistics in ``n.running``. Batch and power statistics are taken over
     all of T, B and S (and, with ``n.group``, over all processes), so in training the output at one position
@@ -209,11 +209,13 @@ def norm(x: Tensor, n: NormParams) -> Tensor:
         n: the norm of C channels.
 
     Returns:
-        y in x's shape.
+        y in x's shape. Kept for backward: x and the statistics.
 
     Raises:
         TypeError, ValueError: naming the argument.
         RuntimeError: PowerNorm in training, under activation checkpointing (`torch.utils.checkpoint`).
+
+    Source: Ba et al., 2016; Ioffe & Szegedy, 2015; Shen et al., 2020.
     """
     check_norm(x, n)
     backend = layer_backend()

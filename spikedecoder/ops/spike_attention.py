@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikedecoder.fields import number
+from spikedecoder.fields import number, switch
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import as_tensors, direct, unwatched
 from spikedecoder.ops._dispatch import Call, requested_backend, resolve, select
@@ -262,6 +262,7 @@ def spike_attention(
     check_attention(q, k, v, scale, decay, state)
     check_levels(levels)
     check_dropout(dropout)
+    switch("return_state", return_state)
     if dropout > 0 and (state is not None or return_state):
         raise ValueError("dropout: takes 0 where the state is given or asked for")
     backend = requested_backend()

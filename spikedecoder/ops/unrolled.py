@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikedecoder.fields import switch
 from spikedecoder.ops import _check
 from spikedecoder.ops.spike_attention import check_attention, check_dropout, spike_attention
 from spikedecoder.ops.spike_linear import as_product, check_linear, spike_linear
@@ -96,6 +97,7 @@ def unrolled_attention(
     """
     check_attention(q, k, v, scale, decay, state)
     check_dropout(dropout)
+    switch("return_state", return_state)
     if dropout > 0:
         raise ValueError(f"dropout: got {dropout}, takes 0 where the attention is unrolled")
     worths, exact = spike_worths(levels), torch.promote_types(q.dtype, torch.float32)
