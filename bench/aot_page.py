@@ -83,10 +83,9 @@ Written by `python bench/aot.py` with Triton {triton.__version__}; nothing on th
 ## Code
 
 Access widths in bits; "spills" counts bytes of local memory and instructions that use it. `HMMA`, `HGMMA` and
-`UTC*MMA` are the tensor cores of Ampere, Hopper and Blackwell. What spills asks for as many registers and
-elements a thread as were measured to be fastest on an H200 (bench/results/gpu-h200-tiles.json). "made of":
-a number of the sources, constants and options, and of what is asked of the code, by which the tests see what
-this page still holds for.
+`UTC*MMA` are the tensor cores of Ampere, Hopper and Blackwell. The kernels that spill keep the
+settings that were fastest on an H200 (bench/results/gpu-h200-tiles.json). "made of" is a hash of sources,
+constants, options and of what is asked of the code, by which the tests see which lines still hold.
 
 {table(results)}
 
@@ -117,9 +116,9 @@ numbers, and the cycles that a multiprocessor's tensor cores take for them in 16
 ## Linear, norm and LIF in one kernel
 
 Bytes a row of the input and timestep in bfloat16, K inputs as bits, N outputs: the parts write the current
-and read it again. In one kernel a LayerNorm over more than 128 outputs, too many for a tile beside its
-potentials, takes the product twice and so W once more a tile of 64 rows. It runs where that is no more than
-what memory is spared.
+and read it again. With LayerNorm and more than 128 outputs, too many for a tile beside its potentials, the
+one kernel computes the product twice, and W is read once more per tile of 64 rows. It is used where these
+reads are no more bytes than it saves; on sm_90 the parts are faster and always run.
 
 {fusion()}
 """

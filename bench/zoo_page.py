@@ -81,7 +81,8 @@ def render(zoo: dict[str, Any], picture: str) -> str:
         "- **Bits per character of a word model**: its bits, plus log2(28) bits for each letter (and the "
         f"end) of a word that it does not know ({word['unknown']:.1%} of the held-out words; a word seen "
         "fewer than three times is unknown), divided by the characters of the held-out text. So both "
-        "halves code the same string. Accuracy is per token, so words and characters differ there.",
+        "halves code the same string. Accuracy is per token, so words and characters differ there."
+        + _of_words(zoo),
         "- **Spike rate**: spikes per neuron and timestep on the held-out text, mean of the layers.",
         "- **Energy**: an estimate (see [energy.md](energy.md)) of writing the held-out text token by token: "
         "operations counted from the spikes that fired, 45 nm, fp32 arithmetic alone; with memory; and int8 "
@@ -99,6 +100,17 @@ def render(zoo: dict[str, Any], picture: str) -> str:
     else:
         lines.append("- Speeds are left out: the machine was shared while these models were trained.")
     return "\n".join(lines) + "\n"
+
+
+def _of_words(zoo: dict[str, Any]) -> str:
+    """What to say if no word model has learned more than a bigram knows."""
+    best = min(r["bits_per_character"] for r in zoo["rows"].values() if r["tokens"] == "word")
+    if best <= zoo["text"]["word"]["ngrams"]["bigram"]:
+        return ""
+    return (
+        " After so few steps on so few words no word model beats the bigram: their rows compare kinds at "
+        "equal training, and are not good word models."
+    )
 
 
 def _row(cells: list[str]) -> str:
