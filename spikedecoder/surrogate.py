@@ -8,6 +8,9 @@ whose derivative is 0 almost everywhere. In the backward pass ds/du is replaced 
 a smooth or piecewise step g(u) from 0 to 1 (fast sigmoid: from -1 / alpha to 1 / alpha). Each row of the
 table holds g, g' and the number that identifies them in compiled kernels.
 
+In float32 the sigmoid's g' = alpha s (1 - s) loses its digits where s is nearly 1: for alpha u > 10, where it
+is less than 5e-5 alpha. So it does in Triton; in C++ it is computed from exp(-alpha |u|), which does not.
+
 Sources: sigmoid and ATan as in SpikingJelly (Fang et al., 2023, Science Advances 9, eadi1480) and PLIF
 (Fang et al., 2021); rectangular: Wu et al., 2018 (STBP); triangle: Esser et al., 2016; fast sigmoid:
 Zenke & Ganguli, 2018 (SuperSpike).

@@ -154,7 +154,7 @@ def test_bad_input_is_one_line(folders, capsys, tmp_path):
     assert f"--text for {spiking}: 1 char" in fails(capsys, "-c", spiking, "--text", tmp_path / "unknown.txt")
     assert "holds no token" in fails(capsys, "-c", spiking, "--prompt", "QQ", "--errors", "drop")
     (tmp_path / "latin").write_bytes(b"\xe9\xff")
-    assert "not UTF-8" in fails(capsys, "-c", spiking, "--text", tmp_path / "latin")
+    assert "not valid utf-8 text" in fails(capsys, "-c", spiking, "--text", tmp_path / "latin")
     pytest.importorskip("matplotlib")
     assert "ends in .png" in fails(capsys, "-c", spiking, "--prompt", "a", "--picture", "bars.bmp")
 

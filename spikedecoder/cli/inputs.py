@@ -76,11 +76,12 @@ def given_text(prompt: str | None, text: Path | None) -> tuple[str, str]:
 
 
 def read_text(path: Path) -> str:
+    """A file's text, read as in training."""
+    from spikedecoder.data.corpora import read_text_files
+
     try:
-        return path.read_text(encoding="utf-8-sig")  # as in training, a byte order mark is not text
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--text: {path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text: {path}: not UTF-8 text ({error.reason})") from None
+        return "".join(read_text_files([path]))
     except OSError as error:
-        raise OSError(f"--text: {path}: cannot be read ({error.strerror})") from None
+        raise OSError(f"--text: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"--text: {error}") from None

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from ._files import BLOCK_BYTES, atomic_writer, default_cache_dir, make_cache_dir, sha256_of_file
 
 STDIN = "-"
-_CONVERT = "convert it to utf-8, as with iconv, or give prepare_corpus its encoding"
+_CONVERT = "convert it to utf-8, as with iconv (or, in Python, give prepare_corpus its encoding)"
 _WIDE_MARKS = {  # those of 32 bits first: the little-endian one begins with the one of 16 bits
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",

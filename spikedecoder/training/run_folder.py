@@ -105,7 +105,10 @@ def made(out: Path) -> Iterator[None]:
     If the run fails before it has written a checkpoint or metrics, its files are removed again.
     """
     existed = out.is_dir()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot make the run's folder ({error.strerror})", str(out)) from None
     with locked(out):
         check_unused(out)  # again: another process may have begun a run, and ended, since
         try:
