@@ -308,6 +308,27 @@ def test_several_processes_say_what_one_would(story, tmp_path, capfd, heard):
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize("suggested", [0, 1, 2])
+def test_a_grid_loses_no_point_whose_process_died_while_it_asked_for_the_values(tmp_path, suggested):
+    from spikedecoder.sweep.study import claim, fill_grid, open_study, requeue_stale
+
+    whole = search(
+        "[space]\nlr = { choices = [0.1, 0.2, 0.3] }\nseed = { choices = [1, 2] }\n[study]\nsampler = 'grid'"
+    )
+    study = open_study(tmp_path, whole, "text")
+    fill_grid(study, whole)
+    dead = claim(study, whole)
+    for dimension in whole.space[:suggested]:
+        dead.suggest_categorical(dimension.name, dimension.values())
+    assert requeue_stale(study, tmp_path) == [dead.number]
+    fill_grid(study, whole)
+    seen = []
+    while (trial := claim(study, whole)) is not None:
+        seen.append(tuple(whole.suggest(trial).values()))
+        study.tell(trial, 1.0)
+    assert sorted(seen) == [(lr, seed) for lr in (0.1, 0.2, 0.3) for seed in (1, 2)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_a_stop_a_kill_and_several_processes(story, tmp_path):

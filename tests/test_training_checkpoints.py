@@ -16,7 +16,8 @@ from training import Messages, StopAt, corpus, settings, tiny  # noqa: F401
 from spikedecoder import CheckpointError
 from spikedecoder.checkpoint import read_tensors, write_tensors
 from spikedecoder.data import Corpus, ngram_bits
-from spikedecoder.training import TrainResult, loop, train
+from spikedecoder.training import TrainResult, checkpoints, loop, train
+from spikedecoder.training.checkpoints import read_step
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,31 @@ def test_a_kill_after_an_evaluation_loses_no_metrics(
         (6, True),
     ]
     assert got == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("evaluation", [0, 1])
+def test_a_kill_between_the_links_leaves_the_best_model_to_be_found(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: int
+) -> None:
+    class Killed(BaseException):
+        """Stands for a kill: no code of the run goes on after it."""
+
+    linked: list[str] = []
+
+    def link(path: Path, folder: Path) -> None:
+        if path.name == "best":
+            linked.append(folder.name)
+            if len(linked) > evaluation:
+                raise Killed
+        make(path, folder)
+
+    c, make = settings(steps=4, eval_every=2), checkpoints._link
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(checkpoints, "_link", link)
+        train(tiny(corpus), corpus, c, out=tmp_path / "run")
+    step = 2 * (evaluation + 1)
+    result = train(tiny(corpus), corpus, c.replace(steps=step), out=tmp_path / "run", resume=True)
+    assert result.best["step"] == step and read_step((tmp_path / "run" / "best").resolve()) == step
 
 
 def test_an_optimiser_of_other_shapes_is_named(

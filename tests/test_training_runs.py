@@ -517,3 +517,23 @@ def test_a_compiled_step_trains(corpus: Corpus, tmp_path: Path, monkeypatch: pyt
     compiled = train(tiny(corpus), corpus, settings(steps=3, compile=True), out=tmp_path / "compiled")
     assert compiled.train_loss == pytest.approx(plain.train_loss, rel=1e-3)
     SpikeDecoder.from_pretrained(tmp_path / "compiled" / "last")
+
+
+def test_tensorboard_of_a_run_that_went_on(corpus: Corpus, tmp_path: Path) -> None:
+    """What it had when it stopped stays, each step is there once."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    c, out = settings(steps=8, log_every=1, eval_every=4, tensorboard=True), tmp_path / "run"
+    assert train(tiny(corpus), corpus, c, out=out, reporter=StopAt(6)).interrupted
+    train(tiny(corpus), corpus, c, out=out, resume=True)
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 9))
+    assert [e.step for e in events.Scalars("held_out/bits")] == [4, 8]
+    assert [e.step for e in events.Scalars("baseline_bits/unigram")] == [0]
+
+
+def test_fp16_is_refused_with_power_norm(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mixed_precision: got 'fp16', takes .* with norm = 'power'"):
+        train(tiny(corpus, norm="power"), corpus, settings(mixed_precision="fp16"), out=tmp_path / "run")

@@ -191,11 +191,13 @@ def requeue_stale(study: Any, out: Path) -> list[int]:
             attempt = int(trial.user_attrs.get("attempt", 1)) + (not trial.user_attrs.get("stopped"))
             own = o.trial.Trial(study, trial._trial_id)
             own.set_user_attr("error", "its process ended before it did")
-            # a process that died before it had chosen any value left nothing to continue
-            if trial.params and attempt <= _ATTEMPTS:
+            # of a grid's point all values are known, even if the process died before it had asked for them
+            params = trial.system_attrs.get("fixed_params") or trial.params
+            # one that had not chosen any left nothing to continue
+            if params and attempt <= _ATTEMPTS:
                 own.set_user_attr("went_on", True)
-                study.enqueue_trial(trial.params, user_attrs={"folder": folder, "attempt": attempt})
-            elif not trial.params:
+                study.enqueue_trial(params, user_attrs={"folder": folder, "attempt": attempt})
+            elif not params:
                 own.set_user_attr("went_on", True)
             study.tell(trial.number, state=o.trial.TrialState.FAIL)
             found.append(trial.number)

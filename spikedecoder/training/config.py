@@ -28,7 +28,7 @@ class TrainConfig:
     save_every: steps between checkpoints; 0: only at the end.
     log_every: steps between lines of metrics.jsonl.
     seed: of the initial weights, the batches and the dropout.
-    mixed_precision: "no", "bf16" or "fp16" for the matrix products; "fp16" not on a CPU.
+    mixed_precision: "no", "bf16" or "fp16" for the matrix products; "fp16" not on a CPU, nor with PowerNorm.
     device: "auto", "cpu", "cuda", "cuda:N" or "mps".
     threads: CPU threads of torch; None leaves torch's setting.
     compile: whether to run the training step through torch.compile.

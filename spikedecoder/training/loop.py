@@ -100,7 +100,7 @@ def train(
     if info is not None:
         check_same(out, info, config, settings, corpus.fingerprint)
         source = info.source if source is None else source
-    _check(config, corpus)
+    _check(config, corpus, settings)
     with contextlib.ExitStack() as stack:
         if not _ONE.acquire(blocking=False):
             (reporter or Reporter()).message(f"{out}: waits for the run of another thread to end")
@@ -162,7 +162,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _check(config: SpikeDecoderConfig, corpus: Corpus) -> None:
+def _check(config: SpikeDecoderConfig, corpus: Corpus, settings: TrainConfig) -> None:
     check_known(corpus.tokenizer, "corpus.tokenizer")
     for name, ids in (("train", corpus.train), ("val", corpus.val)):
         if not isinstance(ids, np.ndarray):
@@ -172,6 +172,11 @@ def _check(config: SpikeDecoderConfig, corpus: Corpus) -> None:
         if got != takes:
             raise ValueError(f"{name}: got {got}, takes that of the text's tokenizer, {takes}")
     check_context(corpus, config.max_len)
+    if config.norm == "power" and settings.mixed_precision == "fp16":
+        raise ValueError(
+            "mixed_precision: got 'fp16', takes 'no' or 'bf16' with norm = 'power', whose running gradient "
+            "would be that of the scaled loss"
+        )
 
 
 def _check_init(init: SpikeDecoder, corpus: Corpus, resume: bool) -> None:
@@ -242,7 +247,7 @@ class _Run:
 
         self.step = 0
         self.saved = -1  # step of the last checkpoint, or -1 if an evaluation has been made since
-        self.recent: deque[float] = deque(maxlen=max(_RECENT, settings.log_every))
+        self.recent: deque[float] = deque(maxlen=max(_RECENT, min(settings.log_every, settings.steps)))
         self.norm = math.nan  # of the last gradient
         self.evaluation: Evaluation | None = None
         self.evaluated = -1  # step of `evaluation`
@@ -465,6 +470,8 @@ class _Run:
         now = np.count_nonzero(self._held_out()[1:] != self.model.config.pad_id)
         if evaluation is None or evaluation.tokens == now:
             self.best, self.evaluated, self.evaluation = state["best"], state["evaluated"], evaluation
+            if self.accelerator.is_main_process and self.best.get("step") == self.step:
+                publish(self.out, folder, (BEST,))  # a kill may have come between the two links
         else:
             self.report.message(
                 f"evaluations predict {now:,} held-out tokens now, {evaluation.tokens:,} before: the best "

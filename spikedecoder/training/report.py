@@ -216,13 +216,14 @@ class TensorBoard(Reporter):
             raise ValueError(
                 "tensorboard: not installed; run pip install 'spikedecoder[tensorboard]', or leave it out"
             ) from None
-        self._open = lambda step: SummaryWriter(str(out / TENSORBOARD), purge_step=step or None)
+        self._folder, self._open = out / TENSORBOARD, SummaryWriter
         self._writer: Any = None
 
     def start(self, step: int, steps: int, baselines: dict[str, float]) -> None:
-        self._writer = self._open(step)
-        for name, bits in baselines.items():
-            self._writer.add_scalar(f"baseline_bits/{name}", bits, step)
+        again = self._folder.exists()  # what was written after the checkpoint is written once more
+        self._writer = self._open(str(self._folder), purge_step=step + 1 if again else None)
+        for name, bits in () if again else baselines.items():
+            self._writer.add_scalar(f"baseline_bits/{name}", bits, 0)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
