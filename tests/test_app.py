@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,7 @@ def test_links_and_folders_that_may_not_be_read(
 ) -> None:
     save(tmp_path / "elsewhere" / "mine", "fully spiking")
     (runs / "linked").symlink_to(tmp_path / "elsewhere" / "mine")
+    (runs / "group" / "back").symlink_to(runs)
     is_file = Path.is_file
 
     def refused(path: Path) -> bool:  # as Path.is_file does, but for root
@@ -232,6 +234,32 @@ def test_one_training_at_a_time_and_it_can_be_stopped(tmp_path: Path):
         train_small("x", "words", 1, tmp_path, tell)
     with pytest.raises(ValueError, match="steps: got 0"):
         train_small("non-spiking", "words", 0, tmp_path, tell)
+
+
+def test_a_training_is_saved_when_the_app_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gr = pytest.importorskip("gradio")
+    from spikedecoder.app import launch, training
+
+    began, result = threading.Event(), []
+
+    def tell(share: float, said: str) -> None:
+        if "step" in said:
+            began.set()
+
+    def run() -> None:
+        result.append(training.train_small("non-spiking", "characters", 100_000, tmp_path, tell))
+
+    def block(page: Any) -> None:
+        thread.start()
+        assert began.wait(120)
+
+    thread = threading.Thread(target=run)
+    monkeypatch.setattr(gr.Blocks, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(gr.Blocks, "block_thread", block)
+    launch([tmp_path])
+    thread.join(1)
+    assert not thread.is_alive() and result[0].interrupted == "reporter"
+    assert (result[0].out / "last").exists()
 
 
 def test_bad_arguments(tmp_path: Path, monkeypatch, capsys):

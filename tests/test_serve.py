@@ -293,6 +293,10 @@ def test_other_paths_methods_and_types(running):
         got, headers, answer = running.ask(*arguments)
         assert got == status and answer["error"]["message"]
         assert (headers.get("allow") == "POST") == (status == 405)
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    connection.request("HEAD", "/health")
+    assert connection.getresponse().status == 200
+    connection.close()
     _, _, answer = running.ask(GOOD, "POST", "/v1/chat/completions")  # what OpenAI's clients ask for most
     assert "takes POST /v1/completions" in answer["error"]["message"]
     status, _, schema = running.ask(None, "GET", "/openapi.json")
@@ -335,7 +339,8 @@ def test_a_stop_ends_texts_that_take_too_long(model, gate):
 # --- the command
 
 
-def test_the_command_serves_and_stops_at_sigterm(model, tmp_path):
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_the_command_serves_and_stops_at_a_signal(model, tmp_path, signals):
     model.save_pretrained(tmp_path / "tiny" / "checkpoints" / "step-00000004")
     (tmp_path / "tiny" / "best").symlink_to("checkpoints/step-00000004")  # as in a training run
     command = [sys.executable, "-c", "from spikedecoder.cli import main; main()", "serve"]
@@ -351,12 +356,19 @@ def test_the_command_serves_and_stops_at_sigterm(model, tmp_path):
         assert line.startswith("serving tiny at http://127.0.0.1:"), process.communicate()
         port = int(line.rsplit(":", 1)[1].split("/")[0])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        body = {"prompt": "the", "max_tokens": 200, "seed": 1, "stream": True}
+        length = 200 if len(signals) == 1 else 100000
+        body = {"prompt": "the", "max_tokens": length, "seed": 1, "stream": True}
         connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
         answer = connection.getresponse()
         answer.readline()
-        process.send_signal(signal.SIGTERM)
-        assert answer.read().endswith(b"data: [DONE]\n\n")  # what was running has been finished
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.5)
+        text = answer.read()
+        if len(signals) == 1:
+            assert text.endswith(b"data: [DONE]\n\n")  # what was running has been finished
+        else:
+            assert b"the server has stopped" in text  # it was not, and its client is told
         _, errors = process.communicate(timeout=30)
         assert process.returncode == 0 and errors == ""
     finally:

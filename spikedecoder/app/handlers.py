@@ -131,7 +131,7 @@ class Handlers:
         self, session: Session, path: str | None, prompt: str, memory: bool, view: str, *how: Any
     ) -> Iterator[tuple[Any, ...]]:
         """The text as it is generated; then heat map, spikes and energy."""
-        session.stop = False
+        session.stop, session.observation = False, None
         loaded, written, last = self.library.get(path), None, 0.0
         same = gr.skip()
         for written in write(loaded, prompt or "", self.settings(*how)):

@@ -118,8 +118,11 @@ def tokens_of(kind: str) -> str:
     return "words" if "word" in kind else "characters"
 
 
-def _model_folders(root: Path, depth: int) -> Iterator[Path]:
+def _model_folders(root: Path, depth: int, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     try:
+        real = root.resolve()
+        if real in above:  # a link that leads back
+            return
         if model_folder(root) is not None:
             yield root
             return
@@ -130,7 +133,7 @@ def _model_folders(root: Path, depth: int) -> Iterator[Path]:
         return
     for entry in entries:
         if not Path(entry).name.startswith("."):
-            yield from _model_folders(Path(entry), depth - 1)
+            yield from _model_folders(Path(entry), depth - 1, (*above, real))
 
 
 def _look(folder: Path, root: Path) -> Found | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 HOST = "127.0.0.1"
+_SESSIONS = 8  # tabs whose last text is kept, with all that its neurons did; the oldest is forgotten first
+_SAVING = 60.0  # seconds that a training has to save what it has
 
 
 def launch(
@@ -41,6 +43,7 @@ def launch(
     import matplotlib
 
     from spikedecoder.app.page import build, launch_style
+    from spikedecoder.app.training import finish_training
 
     matplotlib.use("Agg")
     page = build(paths)
@@ -55,6 +58,7 @@ def launch(
             quiet=True,
             prevent_thread_lock=True,
             ssr_mode=False,
+            state_session_capacity=_SESSIONS,
             **launch_style(page),
         )
     except OSError as error:
@@ -64,5 +68,8 @@ def launch(
         raise
     if block:
         print(f"spikedecoder at http://{HOST}:{port}; Ctrl-C stops", flush=True)
-        page.block_thread()
+        try:
+            page.block_thread()
+        finally:
+            finish_training(_SAVING)  # the interpreter cannot end while another thread computes
     return page

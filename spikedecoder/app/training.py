@@ -24,6 +24,13 @@ def stop_training() -> None:
     _STOP.set()
 
 
+def finish_training(seconds: float) -> None:
+    """`stop_training`, and wait up to so many seconds until that is done."""
+    stop_training()
+    if _ONE.acquire(timeout=seconds):
+        _ONE.release()
+
+
 def train_small(kind: str, tokens: str, steps: int, parent: Path, tell: Tell) -> TrainResult | None:
     """Train the small default model of a kind on the built-in text, into a new folder in `parent`.
 

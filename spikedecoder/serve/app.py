@@ -324,6 +324,9 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
         _check_name(model)
         return card
 
+    # as load balancers ask whether a server is well
+    app.head("/health", include_in_schema=False)(health)
+
     body = {
         "required": True,
         "content": {"application/json": {"schema": CompletionRequest.model_json_schema()}},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -20,7 +21,16 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
         super().__init__(config)
-        self.engine, self.grace = engine, grace
+        self.engine, self.grace, self.hurried = engine, grace, False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The second signal ends running texts at once, and their clients are told; the third does not wait
+        for that."""
+        if self.should_exit and not self.hurried:
+            self.hurried = True
+            self.engine.close()
+        else:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.engine.close(self.grace)
@@ -51,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(server: Server, where: socket.socket, ready: Callable[[], Any] = lambda: None) -> None:
-    """Serve until SIGINT or SIGTERM; both stop it in order, a second SIGINT at once."""
+    """Serve until SIGINT or SIGTERM; both stop it in order, a second one without waiting for texts."""
     # uvicorn raises the signal again when it is done: these handlers ignore it
     before = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS}
     server.engine.start()
