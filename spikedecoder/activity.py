@@ -160,7 +160,9 @@ def _hook(
         activity.thresholds[name] = threshold
         if scores and isinstance(module, AttentionLIF):
             q, k = (x.unflatten(-1, (module.heads, -1)).transpose(2, 3) for x in inputs[:2])
-            activity.scores[name] = (q @ k.transpose(-1, -2)).tril().sum(0).cpu()
+            with torch.autocast(q.device.type, enabled=False):  # sums of integers, exact in float32
+                q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+                activity.scores[name] = (q @ k.transpose(-1, -2)).tril().sum(0).cpu()
             if lif.levels > 1:
                 activity.score = "q k of integers"
         if potentials:

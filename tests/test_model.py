@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from awake import awake
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.activity import record
 from spikedecoder.nn.embedding import binary_code, sinusoid
 from spikedecoder.nn.linear import SpikeLinear
 from spikedecoder.nn.norm import Norm
@@ -387,3 +390,46 @@ def test_a_model_made_on_meta_gets_its_decays(assign):
     model.load_state_dict(good.state_dict(), assign=assign)
     tokens = torch.randint(0, 28, (2, 8))
     assert torch.equal(model.eval()(tokens), good(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spike_degree", [0, 4])
+def test_the_gradient_of_a_token_table_in_half_precision_is_summed_in_float32(dtype, spike_degree):
+    """A sum of 4096 ones in bfloat16 would end at 256."""
+    shape = {
+        "vocab_size": 8,
+        "max_len": 64,
+        "token_dim": 8,
+        "combine_position": True,
+        "heads": 2,
+        "blocks": 1,
+    }
+    settings = {"token_encoding": "learned", "position_encoding": "learned", "spike_degree": spike_degree}
+    model = SpikeDecoder(SpikeDecoderConfig.from_dict({**shape, **settings}))
+    found = []
+    for m in (model.to(dtype), copy.deepcopy(model).double()):
+        m.zero_grad()
+        out = m.embedding(torch.arange(2).repeat(64, 64), torch.arange(128) % 64, m.dtype)
+        out.backward(torch.ones_like(out))
+        found.append(m.embedding.token.weight.grad)
+    assert found[0].dtype == dtype
+    torch.testing.assert_close(found[0].double(), found[1], rtol=0.01, atol=0)
+
+
+def test_scores_of_integers_are_recorded_exactly():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 8, "max_len": 32, "token_dim": 63, "position_dim": 1, "heads": 1, "blocks": 1}
+    model = SpikeDecoder(SpikeDecoderConfig.preset("default", **shape)).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Norm):
+                module.weight.mul_(12)
+    got = {}
+    part = model.blocks[0].attention.attention_lif
+    part.register_forward_pre_hook(lambda _, inputs: got.update(q=inputs[0], k=inputs[1]))
+    tokens = torch.randint(8, (1, 32))
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            (scores,) = record(model, tokens, scores=True).scores.values()
+        expected = (got["q"].double() @ got["k"].double().transpose(-1, -2)).tril()
+        assert expected.max() > 256 and torch.equal(scores.double().squeeze(), expected.squeeze())

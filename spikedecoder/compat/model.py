@@ -278,7 +278,8 @@ class _Shim(nn.Module):
         if targets is None:
             return preds, attention, None
         targets = targets.to(preds.device)
-        return preds, attention, F.cross_entropy(preds.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        logits = preds.flatten(0, 1).to(torch.promote_types(preds.dtype, torch.float32))
+        return preds, attention, F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE)
 
     @torch.no_grad()
     def generate(self, x: str, iterations: int = 1) -> str:

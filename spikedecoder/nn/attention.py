@@ -96,7 +96,7 @@ class AttentionLIF(nn.Module):
             )
             return a.transpose(2, 3).flatten(-2)
         dtype = q.dtype
-        # like the operator above, round no current to 16 bits
+        # like the operator above (but for Triton's), round no current to 16 bits
         if self.norm is None and getattr(self.lif, "fused", False):
             q, k, v = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q, k, v))
         current = self.current(q, k, v, dropout) if layer is None else self._go_on(q, k, v, layer)

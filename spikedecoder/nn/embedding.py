@@ -36,16 +36,27 @@ def binary_code(numbers: Tensor, width: int, code: str) -> Tensor:
     return (numbers.unsqueeze(-1) >> shifts) & 1
 
 
+class Table(nn.Embedding):
+    """torch's embedding, whose gradient is summed in float32 on CPUs: torch's is summed in the weight's dtype
+    there, and a sum of ones in bfloat16 ends at 256."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight = self.weight
+        if not weight.requires_grad or weight.is_cuda or weight.dtype.itemsize > 2:
+            return super().forward(ids)
+        return F.embedding(ids, weight.float()).to(weight.dtype)
+
+
 class Embedding(nn.Module):
     """tokens [B, S] -> [B, S, E]: token channels, then position channels, as spikes times the gain."""
 
     def __init__(self, c: SpikeDecoderConfig) -> None:
         super().__init__()
         self.config = c
-        self.token = nn.Embedding(c.vocab_size, c.token_dim) if c.token_encoding == "learned" else None
+        self.token = Table(c.vocab_size, c.token_dim) if c.token_encoding == "learned" else None
         learned = c.position_encoding == "learned" and c.token_encoding != "one-hot"
         width = c.token_dim if c.combine_position else c.position_dim
-        self.position = nn.Embedding(c.max_len, width) if learned else None
+        self.position = Table(c.max_len, width) if learned else None
         for table in (self.token, self.position):
             if table is not None:
                 nn.init.normal_(table.weight, std=c.embedding_std)
@@ -99,8 +110,8 @@ class FloatEmbedding(nn.Module):
     def __init__(self, c: SpikeDecoderConfig) -> None:
         super().__init__()
         self.config = c
-        self.token = nn.Embedding(c.vocab_size, c.embed_dim)
-        self.position = nn.Embedding(c.max_len, c.embed_dim) if c.position_encoding == "learned" else None
+        self.token = Table(c.vocab_size, c.embed_dim)
+        self.position = Table(c.max_len, c.embed_dim) if c.position_encoding == "learned" else None
 
     def forward(self, tokens: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
         c = self.config

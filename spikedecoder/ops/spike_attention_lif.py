@@ -143,7 +143,8 @@ def spike_attention_lif(
 ) -> Tensor:
     """Spikes [T, B, H, S, d] of LIF(spike_attention(q, k, v, scale, decay)).
 
-    A backend may do both in one kernel that never writes the current.
+    A backend may do both in one kernel that never writes the current. In 16 bits Triton's kernels round the
+    current to q's dtype; the others do not.
 
     Args:
         q, k, v, scale, decay, dropout: as in `spikedecoder.ops.spike_attention`.
