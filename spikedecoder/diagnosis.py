@@ -23,6 +23,7 @@ from spikedecoder.surrogate import get_surrogate
 
 # A finding names the layers that are beyond these limits.
 MOST = 0.5  # share of neurons that are dead, or saturated
+ENOUGH = 16  # tokens in which a healthy neuron would fire
 FULL = 0.9  # share of outputs at their largest value
 FLAT_SLOPE = 0.01  # of the surrogate's largest derivative: potentials with less count as flat
 FLAT_SHARE = 0.95  # share of flat potentials
@@ -109,7 +110,7 @@ def diagnose(model: SpikeDecoder, tokens: Tensor, targets: Tensor | None = None)
         )
     findings = _not_finite(broken, loss, layers)
     if not broken:  # otherwise what the neurons do is a consequence of that
-        findings += _findings(layers, c, loss is not None)
+        findings += _findings(layers, c, loss is not None, tokens.numel())
     return Diagnosis(layers, findings)
 
 
@@ -181,13 +182,13 @@ def _not_finite(broken: list[str], loss: float | None, layers: list[LayerHealth]
     return [f"not finite: {'; '.join(parts)}. {way_out}"] if parts else []
 
 
-def _findings(layers: list[LayerHealth], c: SpikeDecoderConfig, gradients: bool) -> list[str]:
-    """The findings for finite values. gradients: whether gradients were computed."""
+def _findings(layers: list[LayerHealth], c: SpikeDecoderConfig, gradients: bool, tokens: int) -> list[str]:
+    """The findings for finite values. gradients: whether they were computed; tokens: how many were read."""
     integers, found = c.levels is not None, []
     dead = [x.name for x in layers if x.rate == 0]
     if dead:
         found.append(dead_layers(dead, c))
-    dying = [x.name for x in layers if x.rate > 0 and x.dead > MOST]
+    dying = [x.name for x in layers if x.rate > 0 and x.dead > MOST and tokens >= ENOUGH]
     if dying:
         found.append(
             f"dying: more than half of the neurons of {_list(dying)} never fired"

@@ -51,6 +51,16 @@ def text(model: SpikeDecoder, lines: int = 4) -> tuple[torch.Tensor, torch.Tenso
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def test_neurons_that_do_not_fire_within_a_few_tokens_are_not_called_dying() -> None:
+    model = make()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.norm.bias[: len(block.mlp.fc1.norm.bias) * 3 // 4] = -100.0
+    tokens, _ = text(model)
+    assert any(f.startswith("dying:") for f in diagnose(model, tokens).findings)
+    assert not any(f.startswith("dying:") for f in diagnose(model, tokens[:1, :2]).findings)
+
+
 def test_a_layer_that_never_fires_is_named() -> None:
     model = make(embedding_gain=1.0)  # 1 - 2^-T never reaches the threshold 1
     diagnosis = diagnose(model, *text(model))

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -526,6 +527,7 @@ def test_tensorboard_of_a_run_that_went_on(corpus: Corpus, tmp_path: Path) -> No
 
     c, out = settings(steps=8, log_every=1, eval_every=4, tensorboard=True), tmp_path / "run"
     assert train(tiny(corpus), corpus, c, out=out, reporter=StopAt(6)).interrupted
+    time.sleep(1.1)  # its files are read in the order of their names, which begin with the second
     train(tiny(corpus), corpus, c, out=out, resume=True)
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()

@@ -231,6 +231,9 @@ def test_predictions_show_probabilities_and_any_text(model, tmp_path):
         viz.predictions([1], [[]], names)
     with pytest.raises(ValueError, match="candidates: got 1, takes 2"):
         viz.predictions([1, 2], [[]], names)
+    for name, value in (("rows", 0), ("limit", -1)):
+        with pytest.raises(ValueError, match=f"{name}: got {value}, takes an integer >= 1"):
+            viz.predictions(result.tokens[0], result.predictions[0], names, **{name: value})
 
 
 @pytest.mark.parametrize("memory", [False, True])
@@ -300,6 +303,18 @@ def test_bad_input(model, tokens, activity, tmp_path):
         viz.raster(activity, ["x"])
     with pytest.raises(TypeError, match="layers: got str, takes names of layers"):
         viz.potentials(activity, "blocks.0.mlp.fc1")
+    with pytest.raises(ValueError, match="layers: got none"):
+        viz.potentials(activity, [])
+    with pytest.raises(ValueError, match="bins: got 0, takes an integer >= 1"):
+        viz.potentials(activity, bins=0)
+    for picture in (viz.potentials, viz.attention_map):
+        with pytest.raises(ValueError, match="activity: holds no tokens"):
+            picture(activity.last(0))
+    trial = {"number": 0, "state": "complete", "bits": 1.0, "params": {}}
+    with pytest.raises(ValueError, match="trials: got none with params"):
+        viz.sweep_slices([trial])
+    with pytest.raises(ValueError, match="trials: got none that has held-out bits"):
+        viz.sweep_history([{**trial, "bits": None}])
     with pytest.raises(TypeError, match="labels: got int, takes the text of each token"):
         viz.raster(activity, labels=3)
     for picture in (viz.raster, viz.spike_rates, viz.potentials, viz.attention_map):

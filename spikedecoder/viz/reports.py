@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikedecoder.energy.compare import Comparison
 from spikedecoder.energy.rows import KINDS
+from spikedecoder.fields import at_least
 from spikedecoder.generation.sampling import Prediction
 from spikedecoder.ops._check import of_type
 from spikedecoder.viz._figure import COLOURS, figure, look, shown, token_ticks
@@ -44,8 +45,11 @@ def predictions(
     rows: how many candidates to show, those with the largest sum of probabilities.
     limit: how many generated tokens to show, from the first on.
 
-    Raises ValueError if there are no tokens or candidates, or not one list of candidates per token.
+    Raises ValueError if there are no tokens or candidates, or not one list of candidates per token, and for
+    rows or a limit below 1.
     """
+    at_least("rows", rows, 1)
+    at_least("limit", limit, 1)
     if len(tokens) != len(candidates):
         raise ValueError(f"candidates: got {len(candidates)}, takes {len(tokens)}, one list for each token")
     if not tokens or not any(candidates):
@@ -56,7 +60,7 @@ def predictions(
     for at in candidates:
         for p in at:
             mass[p.token] = mass.get(p.token, 0.0) + p.probability
-    kept = sorted(mass, key=lambda token: -mass[token])[: max(1, rows)]
+    kept = sorted(mass, key=lambda token: -mass[token])[:rows]
     grid = [[math.nan] * len(tokens) for _ in kept]
     place = {token: i for i, token in enumerate(kept)}
     for j, at in enumerate(candidates):
@@ -199,7 +203,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or a number of thousands of digits
             continue
         if isinstance(value, dict) and isinstance(value.get("step"), int):
             lines.append(value)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from spikedecoder.activity import Activity, choose
+from spikedecoder.fields import at_least
 from spikedecoder.ops._check import of_type
 from spikedecoder.viz._figure import COLOURS, SPIKE, check_index, figure, look, token_ticks
 
@@ -109,7 +110,10 @@ def potentials(activity: Activity, layers: Sequence[str] | None = None, *, bins:
     recorded = _recorded(activity, "potentials")
     if layers is not None and (isinstance(layers, str) or not isinstance(layers, Iterable)):
         raise TypeError(f"layers: got {type(layers).__name__}, takes names of layers")
-    names = [choose("layers", n, recorded) for n in layers or recorded]
+    names = [choose("layers", n, recorded) for n in (recorded if layers is None else layers)]
+    if not names:
+        raise ValueError("layers: got none, takes at least one, or None for all")
+    at_least("bins", bins, 1)
     with look():
         columns = min(3, len(names))
         rows = -(-len(names) // columns)
@@ -201,4 +205,6 @@ def _recorded(activity: Activity, what: Literal["potentials", "scores"]) -> dict
     found: dict[str, torch.Tensor] = getattr(activity, what)
     if not found:
         raise ValueError(f"activity: holds no {what}; record it with {what}=True")
+    if not all(x.numel() for x in found.values()):
+        raise ValueError("activity: holds no tokens, takes at least one")
     return found

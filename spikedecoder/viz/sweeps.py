@@ -42,6 +42,8 @@ def sweep_slices(trials: Sequence[Mapping[str, Any]]) -> Figure:
     """
     complete, pruned = _kinds(trials)
     names = list(dict.fromkeys(name for t in (*complete, *pruned) for name in t["params"]))
+    if not names:
+        raise ValueError("trials: got none with params, takes at least one")
     with look():
         columns = min(3, len(names))
         rows = -(-len(names) // columns)
@@ -63,8 +65,8 @@ def sweep_slices(trials: Sequence[Mapping[str, Any]]) -> Figure:
 def _kinds(
     trials: Sequence[Mapping[str, Any]],
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    complete = [t for t in trials if t["state"] == "complete"]
-    pruned = [t for t in trials if t["state"] == "pruned" and t["bits"] is not None]
+    known = [t for t in trials if t["bits"] is not None]
+    complete, pruned = ([t for t in known if t["state"] == state] for state in ("complete", "pruned"))
     if not complete and not pruned:
         raise ValueError("trials: got none that has held-out bits, takes at least one")
     return complete, pruned
