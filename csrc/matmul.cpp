@@ -68,30 +68,23 @@ void pack_pairs(const Block& s, int64_t begin, int64_t end, float* packed) {
 }
 #endif
 
-// Copies `depth` values of row r of a, from first on, as floats or bfloat16, and zeros up to the next multiple of 16.
-// Of an a of float32, row `later` is prefetched.
-void copy_row(const Block& s, int64_t r, int64_t later, float* to) {
-  if (s.p.a_type == Element::bits) {
-    const F one = set1(1);
-    const uint64_t* words = static_cast<const uint64_t*>(s.p.a) + r * words_for(s.p.K) + s.first / 64;
-    for (int64_t k = 0; k < s.depth; k += W) {
-      store(to + k, keep(mask_of(static_cast<uint32_t>(words[k / 64] >> (k % 64)) & ((1u << W) - 1)), one));
-    }
-    return;
-  }
+template <Element type>
+void copy_parts(const Block& s, int64_t r, float* to) {
   for (int64_t k = 0; k < s.depth; k += W) {
-    const int64_t n = s.depth - k;
-    if (s.p.a_type == Element::float32) {
-      prefetch_part<Element::float32>(s.p.a, later, s.p.K, s.first + k);
-      store(to + k, row_part<Element::float32>(s.p.a, r, s.p.K, s.first + k, n));
-    } else {
-      store(to + k, row_part<Element::bfloat16>(s.p.a, r, s.p.K, s.first + k, n));
-    }
+    prefetch_part<type>(s.p.a, r + AHEAD, s.p.K, s.first + k);
+    store(to + k, row_part<type>(s.p.a, r, s.p.K, s.first + k, s.depth - k));
   }
 }
 
+// Copies `depth` values of row r of a, from first on, as floats or bfloat16, and zeros up to the next multiple of 16.
+void copy_row(const Block& s, int64_t r, float* to) {
+  if (s.p.a_type == Element::float32) return copy_parts<Element::float32>(s, r, to);
+  if (s.p.a_type == Element::bits) return copy_parts<Element::bits>(s, r, to);
+  copy_parts<Element::bfloat16>(s, r, to);
+}
+
 #if defined(SPIKEDECODER_AVX512)
-void copy_row(const Block& s, int64_t r, int64_t, bfloat16* to) {
+void copy_row(const Block& s, int64_t r, bfloat16* to) {
   if (s.p.a_type == Element::bits) {
     const uint64_t* words = static_cast<const uint64_t*>(s.p.a) + r * words_for(s.p.K) + s.first / 64;
     for (int64_t k = 0; k < s.depth; k += 32) {
@@ -123,7 +116,7 @@ void multiply(const Block& s, int64_t chunk, Range panels, const float* packed, 
   using Value = std::conditional_t<std::is_same_v<A, float>, float, Pair>;
   constexpr int64_t each = sizeof(Value) / sizeof(A);
   const int64_t begin = chunk * CHUNK, rows = smaller(CHUNK, s.p.M - begin), stride = s.stride();
-  for (int64_t r = 0; r < rows; r++) copy_row(s, begin + r, begin + r + AHEAD, tiles + r * stride);
+  for (int64_t r = 0; r < rows; r++) copy_row(s, begin + r, tiles + r * stride);
   if (sums && !panels.begin) add_rows(tiles, stride, rows, s.depth, sums + chunk * s.sums_stride() + s.first);
   for (int64_t r = rows; r < round_up(rows, ROWS); r++) memset(tiles + r * stride, 0, sizeof(A) * static_cast<size_t>(stride));
   for (int64_t panel = panels.begin; panel < panels.end; panel++) {
