@@ -42,12 +42,14 @@ from spikedecoder.ext.cpu import (
     spike_attention,
     spike_attention_lif,
     spike_linear,
+    token_shift,
 )
 from spikedecoder.params import ILIFParams, LIFParams
 from spikedecoder.reference import lif as lif_reference
 from spikedecoder.reference import norm_lif as norm_lif_reference
 from spikedecoder.reference import spike_attention as attention_reference
 from spikedecoder.reference import spike_attention_lif as attention_lif_reference
+from spikedecoder.reference import token_shift as token_shift_reference
 
 Calls = dict[str, Callable[[], Any]]
 P = LIFParams()
@@ -273,6 +275,18 @@ def spike_linear_dense_grads(m: int, k: int, n: int) -> Calls:
 
 
 @named("cpu", "torch")
+def token_shift_train(b: int, s: int, channels: int, n: int) -> Calls:
+    """Token shift and its gradient."""
+    x, grad = torch.randn(b, s, channels), torch.randn(b, s, channels)
+    calls: Calls = {
+        "cpu": lambda: (token_shift.forward(x, n), token_shift.forward(grad, n, True)),
+        "torch": lambda: (token_shift_reference.forward(x, n), token_shift_reference.forward(grad, n, True)),
+    }
+    assert_same(calls, 0)
+    return calls
+
+
+@named("cpu", "torch")
 def dense_linear_train(m: int, k: int, n: int) -> Calls:
     """A linear layer on counts of I-LIF neurons, forward and all gradients. On most CPUs the operator uses
     torch's product instead (`_cost.outpaces_torch`)."""
@@ -330,6 +344,7 @@ def variant(benchmark: Any) -> None:
         *rows(spike_linear_token, *TOKEN),
         *rows(spike_linear_weight_grad, *LINEAR),
         *rows(spike_linear_dense_grads, *SHAPES),
+        *rows(token_shift_train, (8, 128, 96, 4), (32, 256, 384, 4)),
         *rows(dense_linear_train, (1024, 96, 96), (1024, 96, 384), (1024, 384, 96), *SHAPES),
         *rows(
             linear_norm_lif_forward,

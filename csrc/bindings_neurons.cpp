@@ -1,7 +1,8 @@
-// Neurons and norms on torch's tensors as they are, results included. Where caches are cold, as between the layers of
-// a model, inspecting tensors and making results in Python takes longer than the kernel does on a small tensor. Each
-// function returns None for arguments that have to be prepared first (other dtypes, strides, thresholds that are
-// tensors, or shapes that are an error); spikedecoder/ext/cpu then does so and calls the functions that take addresses.
+// Neurons, norms and the token shift on torch's tensors as they are, results included. Where caches are cold, as between
+// the layers of a model, inspecting tensors and making results in Python takes longer than the kernel does on a small
+// tensor. Each function returns None for arguments that have to be prepared first (other dtypes, strides, thresholds
+// that are tensors, or shapes that are an error); spikedecoder/ext/cpu then does so and calls the functions that take
+// addresses.
 #include <vector>
 
 #include "batch_norm.h"
@@ -154,6 +155,17 @@ py::object statistics_of_batch(py::handle x, py::handle running_mean, py::handle
   return py::make_tuple(mean.tensor, rstd.tensor);
 }
 
+// x [..., S, C] shifted as in spikedecoder/ext/cpu/token_shift.py.
+py::object token_shift(py::handle x, int64_t groups, bool back, bool own_memory, int threads) {
+  Values in;
+  if (groups < 1 || !in.look(x, false, 2)) return py::none();
+  const int64_t S = in.shape[in.shape.size() - 2];
+  const NewTensor out = new_tensor(in.shape, in.type, own_memory);
+  run(kernels().token_shift, TokenShift{in.data, out.data, in.rows / S, S, in.C, groups, in.type.bits / 8, back,
+                                        checked_threads(threads)});
+  return out.tensor;
+}
+
 }  // namespace
 
 void bind_neurons(py::module_& m) {
@@ -164,4 +176,5 @@ void bind_neurons(py::module_& m) {
   m.def("norm_lif_gradients", &norm_lif_gradients);
   m.def("lif", &lif);
   m.def("lif_gradients", &lif_gradients);
+  m.def("token_shift", &token_shift);
 }

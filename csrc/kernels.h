@@ -308,6 +308,17 @@ struct DenseWeightGrad {
   int threads;
 };
 
+// Channel group i of `groups` takes its values from the row i places back or, if `back` (the gradient), ahead, in each of
+// the sequences of S rows; zeros where there is none. Widths differ by at most 1, the first groups being wider. x, out
+// [sequences, S, C] of elements of `size` bytes.
+struct TokenShift {
+  const void* x;
+  void* out;
+  int64_t sequences, S, C, groups, size;
+  bool back;
+  int threads;
+};
+
 // x [rows, columns] -> out [columns, rows].
 struct Transpose {
   const float* x;
@@ -342,6 +353,7 @@ namespace spikedecoder {
   X(matmul, Matmul)                               \
   X(dense_weight_grad, DenseWeightGrad)           \
   X(transpose, Transpose)                         \
+  X(token_shift, TokenShift)                      \
   X(binarize, Binarize)                           \
   X(ilif_forward, IlifForward)                    \
   X(ilif_backward, IlifBackward)                  \

@@ -166,6 +166,8 @@ def test_whatever_has_to_be_prepared_is_left_to_python():
     assert native.statistics_of_batch(x[0, :1], mean, rstd, 0.1, 1e-5, *HOW) is None
     (strided, _, *others) = odd(x)  # the second is a shape like any other here
     assert all(native.ilif(neuron(ILIF), other, True, *HOW) is None for other in (strided, *others))
+    assert all(native.token_shift(other, 3, False, *HOW) is None for other in (strided, *others))
+    assert native.token_shift(x, 0, False, *HOW) is None
     mask = native.ilif(neuron(ILIF), x, True, *HOW)[1]
     for g, passes in ((grad, grad), (grad, mask[:, :1]), (grad, mask.bool()), (grad.double(), mask)):
         assert native.ilif_gradient(neuron(ILIF), g, passes, *HOW) is None

@@ -15,7 +15,6 @@ from spikedecoder.activity import record
 from spikedecoder.nn.embedding import binary_code, sinusoid
 from spikedecoder.nn.linear import SpikeLinear
 from spikedecoder.nn.norm import Norm
-from spikedecoder.nn.shift import token_shift
 
 SMALL = {
     "vocab_size": 11,
@@ -224,19 +223,6 @@ def test_compile_and_export_equal_eager():
     model.eval()
     exported = torch.export.export(model, (tokens,)).module()
     assert torch.equal(exported(tokens), model(tokens))
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_token_shift_takes_group_i_from_i_places_back(n):
-    x = torch.randn(2, 3, 6, 7)
-    shifted = token_shift(x, n)
-    sizes = [len(g) for g in torch.arange(7).tensor_split(n)]
-    for s in range(6):
-        channel = 0
-        for i, size in enumerate(sizes):
-            expected = x[:, :, s - i, channel : channel + size] if s >= i else 0
-            assert (shifted[:, :, s, channel : channel + size] == expected).all()
-            channel += size
 
 
 def test_binary_codes():

@@ -330,6 +330,23 @@ void test_spike_linear(int64_t M, int64_t K, int64_t N, double rate, int threads
   }
 }
 
+void test_token_shift(int64_t sequences, int64_t S, int64_t C, int64_t groups, int threads) {
+  const auto x = dyadic(sequences * S * C);
+  for (const bool back : {false, true}) {
+    auto out = array<float>(sequences * S * C);
+    kernels().token_shift({x.data(), out.data(), sequences, S, C, groups, sizeof(float), back, threads});
+    for (int64_t row = 0; row < sequences * S; row++) {
+      const int64_t wide = C / groups, wider = C % groups;
+      for (int64_t c = 0; c < C; c++) {
+        const int64_t group = c < wider * (wide + 1) ? c / (wide + 1) : wider + (c - wider * (wide + 1)) / wide;
+        const int64_t place = row % S + (back ? group : -group);
+        const float expected = place >= 0 && place < S ? x[(row / S * S + place) * C + c] : 0;
+        CHECK(out[row * C + c] == expected);
+      }
+    }
+  }
+}
+
 // The definition: out[i] = scale sum_{j <= i} decay^(i-j) (r[i] . u[j]) x[j], one head of d channels.
 void test_attention(int64_t T, int64_t B, int64_t S, int64_t H, int64_t d, float decay_of_all, bool integers,
                     int threads) {
@@ -561,6 +578,10 @@ void test_all() {
                                  {150, 200, 200}};
     for (const auto& shape : shapes) {
       for (double rate : {0.0, 0.1, 1.0}) test_spike_linear(shape[0], shape[1], shape[2], rate, threads);
+    }
+    for (int64_t groups : {1, 4, 9, 50}) {
+      test_token_shift(3, 17, 10, groups, threads);
+      test_token_shift(40, 60, 33, groups, threads);
     }
     for (float decay : {1.f, 0.75f}) {
       for (int64_t d : {1, 8, 18, 33, 64, 70}) {

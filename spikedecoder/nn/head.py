@@ -42,7 +42,7 @@ class Head(nn.Module):
 
     def _join(self, x: Tensor) -> Tensor:
         if self.reunite == "average":
-            return x.mean(0)
+            return x.mean(0) if len(x) > 1 else x.squeeze(0)
         if self.reunite == "accumulate":
             return x.sum(0)
         if self.reunite == "final":

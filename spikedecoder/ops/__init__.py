@@ -14,6 +14,7 @@ from spikedecoder.ops.pack_spikes import pack_spikes, unpack_spikes
 from spikedecoder.ops.spike_attention import spike_attention
 from spikedecoder.ops.spike_attention_lif import spike_attention_lif
 from spikedecoder.ops.spike_linear import spike_linear
+from spikedecoder.ops.token_shift import token_shift
 from spikedecoder.ops.unrolled import (
     spike_counts,
     spike_planes,
@@ -42,6 +43,7 @@ __all__ = [
     "spike_linear",
     "spike_planes",
     "spike_worths",
+    "token_shift",
     "unpack_spikes",
     "unrolled_attention",
     "unrolled_linear",

@@ -39,6 +39,7 @@ OPERATORS = (
     "spike_linear",
     "linear_norm_lif",
     "dense_linear",
+    "token_shift",
     "binarize",
     "pack_spikes",
 )
@@ -105,7 +106,8 @@ class use_backend:
     Takes "auto", "reference", "triton", "cpu" or "cuda", else raises ValueError. Applies to the whole
     process, all threads: from the call on, until the end of the ``with`` block, or while the decorated
     function runs. An operator that the forced backend cannot run raises `BackendError` with the reason.
-    Exceptions are `norm` and `dense_linear`, which use torch's own operations where the backend has none.
+    Exceptions are `norm`, `dense_linear` and `token_shift`, which use torch's own operations where the
+    backend has none.
     """
 
     def __init__(self, name: str) -> None:
