@@ -196,5 +196,5 @@ def test_opcheck(case: Case) -> None:
         arguments = (inputs["x"], None, None, 2.0, 1.0, 0.0, True, "sigmoid", 4.0, True, "triton", False)
         torch.library.opcheck(torch.ops.spikedecoder.lif.default, arguments)
     else:
-        arguments = (inputs["q"], inputs["k"], inputs["v"], 0.125, None, None, [], True, "triton", 1)
+        arguments = (inputs["q"], inputs["k"], inputs["v"], 0.125, *[None] * 5, True, "triton", 1)
         torch.library.opcheck(torch.ops.spikedecoder.spike_attention.default, arguments)

@@ -176,12 +176,14 @@ def test_opcheck(case):
         op, args = torch.ops.spikedecoder.pack_spikes.default, (inputs["spikes"], "reference")
     else:
         op = torch.ops.spikedecoder.spike_attention.default
-        rest = (inputs.get("decay"), inputs.get("state"), [], inputs.get("return_state", False), "reference")
-        args = (inputs["q"], inputs["k"], inputs["v"], 0.125, *rest, inputs.get("levels", 1))
+        rest = (inputs.get("return_state", False), "reference", inputs.get("levels", 1))
+        tensors = (inputs.get("decay"), inputs.get("state"), *NO_WORDS)
+        args = (inputs["q"], inputs["k"], inputs["v"], 0.125, *tensors, *rest)
     torch.library.opcheck(op, args)
 
 
 NEURON = LIFParams().flat()
+NO_WORDS = (None, None, None)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -249,9 +251,9 @@ def test_opcheck_of_spike_linear_and_attention_lif(backend):
     )
     q, k, v = (torch.rand(2, 1, 2, 5, 8).round().requires_grad_() for _ in range(3))
     bits = [ops.pack_spikes(x.detach().transpose(2, 3).flatten(-2)) for x in (q, k, v)]
-    for words, shape in (([], ()), (bits, ()), (bits, (2, 8))):
+    for words, shape in ((NO_WORDS, ()), (bits, ()), (bits, (2, 8))):
         threshold = torch.full(shape, 0.7, requires_grad=True)
-        arguments = (q, k, v, 0.125, None, threshold, words, *NEURON, backend)
+        arguments = (q, k, v, 0.125, None, threshold, *words, *NEURON, backend)
         torch.library.opcheck(torch.ops.spikedecoder.spike_attention_lif.default, arguments)
 
 

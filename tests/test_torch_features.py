@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -114,6 +116,19 @@ def test_exported_is_eager_at_every_shape(variant: str) -> None:
     for shape in [*SHAPES, (1, 3)]:
         with torch.no_grad():
             torch.testing.assert_close(program.module()(tokens(*shape)), model(tokens(*shape)))
+
+
+@pytest.mark.skipif(which("g++") is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.parametrize("variant", ["ilif", pytest.param("layer", marks=pytest.mark.slow)])
+def test_packages_of_aotinductor_are_eager_at_every_shape(variant: str, tmp_path: Path) -> None:
+    model = make(blocks=1, **VARIANTS[variant]).eval()
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=8)
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens(),), dynamic_shapes=({0: batch, 1: length},))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        packaged = torch._inductor.aoti_load_package(package)
+        for shape in [*SHAPES, (1, 3)]:
+            torch.testing.assert_close(packaged(tokens(*shape)), model(tokens(*shape)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

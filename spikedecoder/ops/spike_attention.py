@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,9 @@ def _run(
     scale: float,
     decay: Tensor | None,
     state: Tensor | None,
-    words: Sequence[Tensor],
+    q_words: Tensor | None,
+    k_words: Tensor | None,
+    v_words: Tensor | None,
     return_state: bool,
     backend: str,
     levels: int,
@@ -70,7 +72,7 @@ _spike_attention = torch.library.custom_op("spikedecoder::spike_attention", _run
 
 
 @_spike_attention.register_fake
-def _(q, k, v, scale, decay, state, words, return_state, backend, levels):
+def _(q, k, v, scale, decay, state, q_words, k_words, v_words, return_state, backend, levels):
     t, b, h, _, d = q.shape
     dtype = compute_dtype(q.dtype)
     return heads_last(q), q.new_empty(t, b, h, d, d, dtype=dtype) if return_state else q.new_empty(0)
@@ -103,20 +105,23 @@ def _(grad, q, k, v, *_):
     return heads_last(q), heads_last(q), heads_last(q)
 
 
-def as_words(q: Tensor, k: Tensor, v: Tensor, backend: str, pack: Callable[..., Tensor]) -> list[Tensor]:
-    """Bits [T, B, S, ceil(H d / 64)] of q, k, v; [] if backward needs none of them or keeps floats."""
+def as_words(
+    q: Tensor, k: Tensor, v: Tensor, backend: str, pack: Callable[..., Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Bits [T, B, S, ceil(H d / 64)] of q, k, v; three times None if backward needs none of them or keeps
+    floats. (An operator takes them one by one: AOTInductor makes None of an empty list.)"""
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not wanted or backend == "reference":
-        return []
+        return None, None, None
     with torch.no_grad():
-        return [pack(x.transpose(2, 3).flatten(-2), "auto") for x in (q, k, v)]
+        return tuple(pack(x.transpose(2, 3).flatten(-2), "auto") for x in (q, k, v))
 
 
 def keep(ctx, qkv, words, first, second):
     """Save q, k, v for backward, as bits if there are `words`, and two more tensors."""
-    ctx.packed, ctx.no_words_grad = len(words) > 0, [None] * len(words)
+    ctx.packed = words[0] is not None
     ctx.size, ctx.dtype = qkv[0].shape, qkv[0].dtype
-    ctx.save_for_backward(*(words or qkv), first, second)
+    ctx.save_for_backward(*(words if ctx.packed else qkv), first, second)
 
 
 def kept(ctx, unpack):
@@ -130,7 +135,8 @@ def kept(ctx, unpack):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, scale, decay, state, words, _return_state, *ctx.rest = inputs
+    q, k, v, scale, decay, state, *words, _return_state, backend, levels = inputs
+    ctx.rest = backend, levels
     keep(ctx, (q, k, v), words, decay, state)
     ctx.scale = scale
     ctx.mark_non_differentiable(output[1])
@@ -147,7 +153,7 @@ def _gradients(ctx, grad, unpack, backward):
 
 def _autograd(ctx, grad, _grad_state):
     of_tensors = _gradients(ctx, grad, _unpack, _spike_attention_backward)
-    return *of_tensors, ctx.no_words_grad, None, None, None
+    return *of_tensors, *(None,) * 6
 
 
 def _state_gradient(grad: Tensor, q: Tensor, scale: float, decay: Tensor | None, state: Tensor) -> Tensor:
@@ -168,7 +174,7 @@ def _run_by_token(*inputs):
 
 
 def _gradients_by_token(ctx, grad, _grad_state):
-    return *_gradients(ctx, grad.transpose(2, 3), unpack, _run_back), *(None,) * 4
+    return *_gradients(ctx, grad.transpose(2, 3), unpack, _run_back), *(None,) * 6
 
 
 _by_token = direct(_run_by_token, _setup_context, _gradients_by_token)
@@ -270,10 +276,9 @@ def spike_attention(
     if dropout > 0:  # torch's products, whatever the backend, once `resolve` has checked that it could run
         return _with_dropout(q, k, v, scale, decay, dropout)
     free = unwatched(q, k, v, decay, state)
-    words = []
-    if levels == 1:
-        words = as_words(q, k, v, found, pack if free else _pack)
+    # integers are kept as they are
+    words = as_words(q, k, v, "reference" if levels > 1 else found, pack if free else _pack)
     operator = _by_token if free else _spike_attention
-    out, final = operator(q, k, v, float(scale), decay, state, words, return_state, backend, levels)
+    out, final = operator(q, k, v, float(scale), decay, state, *words, return_state, backend, levels)
     out = out.transpose(2, 3) if free else out
     return (out, final) if return_state else out

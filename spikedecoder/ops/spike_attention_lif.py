@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ from spikedecoder.ops.spike_attention import (
 from spikedecoder.params import LIFParams
 
 
-def _run(q, k, v, scale, decay, threshold, words, p: LIFParams, backend: str) -> Tensor:
+def _run(q, k, v, scale, decay, threshold, q_words, k_words, v_words, p: LIFParams, backend: str) -> Tensor:
     limit = p.v_threshold if threshold is None else threshold
     return laid_out(_impl(q, decay, backend).forward(q, k, v, scale, decay, limit, p))
 
@@ -39,7 +37,9 @@ def _spike_attention_lif(
     scale: float,
     decay: Tensor | None,
     threshold: Tensor | None,
-    words: Sequence[Tensor],
+    q_words: Tensor | None,
+    k_words: Tensor | None,
+    v_words: Tensor | None,
     tau: float,
     v_threshold: float,
     v_reset: float | None,
@@ -51,7 +51,7 @@ def _spike_attention_lif(
 ) -> Tensor:
     """threshold: a scalar or [H, d]."""
     p = LIFParams.of(tau, v_threshold, v_reset, decay_input, surrogate, alpha, detach_reset)
-    return _run(q, k, v, scale, decay, threshold, words, p, backend)
+    return _run(q, k, v, scale, decay, threshold, q_words, k_words, v_words, p, backend)
 
 
 def _impl(q: Tensor, decay: Tensor | None, backend: str):
@@ -105,9 +105,9 @@ def _(grad_spikes, q, k, v, scale, decay, threshold, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.scale, decay, threshold, words, *rest = inputs
+    q, k, v, ctx.scale, decay, threshold, q_words, k_words, v_words, *rest = inputs
     ctx.rest = tuple(rest)
-    keep(ctx, (q, k, v), words, decay, threshold)
+    keep(ctx, (q, k, v), (q_words, k_words, v_words), decay, threshold)
 
 
 def _gradients(ctx, grad_spikes, unpack, backward):
@@ -119,14 +119,14 @@ def _gradients(ctx, grad_spikes, unpack, backward):
 
 def _autograd(ctx, grad_spikes):
     of_tensors = _gradients(ctx, grad_spikes, _unpack, _backward)
-    return *of_tensors, ctx.no_words_grad, *(None,) * len(ctx.rest)
+    return *of_tensors, *(None,) * (3 + len(ctx.rest))
 
 
 _spike_attention_lif.register_autograd(_autograd, setup_context=_setup_context)
 _by_token = direct(
     lambda *inputs: by_token(_run(*inputs)),
     _setup_context,
-    lambda ctx, grad: (*_gradients(ctx, grad.transpose(2, 3), unpack, _run_back), None, None, None),
+    lambda ctx, grad: (*_gradients(ctx, grad.transpose(2, 3), unpack, _run_back), *(None,) * 5),
 )
 
 
@@ -178,7 +178,7 @@ def spike_attention_lif(
         assert isinstance(spikes, Tensor)
         return spikes.transpose(2, 3).to(q.dtype)
     free = unwatched(q, k, v, decay, threshold)
-    inputs = (q, k, v, float(scale), decay, threshold, as_words(q, k, v, backend, pack if free else _pack))
+    inputs = (q, k, v, float(scale), decay, threshold, *as_words(q, k, v, backend, pack if free else _pack))
     if free:
         return _by_token(*inputs, p, backend).transpose(2, 3)
     return _spike_attention_lif(*inputs, *p.flat(), backend)
