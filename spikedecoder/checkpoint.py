@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise CheckpointError(f"{path}: not a JSON file, or truncated ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: got a JSON {type(value).__name__}, takes an object")
@@ -104,14 +104,18 @@ def load_state(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) 
 
     Raises CheckpointError naming tensors that are missing, unknown, or of the wrong shape or kind.
     """
-    if problems := _misfits(model.state_dict(), tensors):
-        raise CheckpointError(f"{source}: weights do not fit the config: {problems}")
+    _check_fit(model, tensors, source)
     if "head.linear.weight" in tensors:  # for what is not in the file: decays are float64 in a float64 model
         model.to(tensors["head.linear.weight"].dtype)
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if name in tensors and t.is_floating_point():  # norms may be wider than their inputs
             t.data = t.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)
+
+
+def _check_fit(model: SpikeDecoder, tensors: dict[str, Tensor], source: object) -> None:
+    if problems := _misfits(model.state_dict(), tensors):
+        raise CheckpointError(f"{source}: weights do not fit the config: {problems}")
 
 
 def _misfits(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
@@ -272,9 +276,13 @@ class FolderMixin:
             raise TypeError(f"from_pretrained: got {unknown[0]!r}, takes name, device and {', '.join(_HUB)}")
         get = _local(Path(name)) if Path(name).is_dir() else _remote(str(name), hub)
         config = read_config(get(CONFIG))
-        model = cast("Callable[[SpikeDecoderConfig], SpikeDecoder]", cls)(config)
         weights = get(WEIGHTS)
-        load_state(model, read_tensors(weights), weights)
+        tensors = read_tensors(weights)
+        _check_fit(
+            made(cls, config), tensors, weights
+        )  # before memory is asked for: a config may say anything
+        model = cast("Callable[[SpikeDecoderConfig], SpikeDecoder]", cls)(config)
+        load_state(model, tensors, weights)
         tokenizer = get(TOKENIZER, optional=True)
         if tokenizer.is_file():
             try:

@@ -319,7 +319,7 @@ def load_tokenizer(path: str | Path) -> CharTokenizer | WordTokenizer:
     """Read a tokenizer that ``save`` wrote; a ValueError names the file and what is wrong with it."""
     try:
         data = json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a tokenizer file: no valid JSON ({error})") from None
     try:
         return tokenizer_from_dict(data)
