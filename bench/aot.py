@@ -46,7 +46,7 @@ from spikedecoder.kernels._launch import Launch
 from spikedecoder.testing import cases, make_inputs, run
 
 TARGETS = (80, 90, 100)  # of the page
-COUNTED = ("lif_forward", "lif_backward", "norm_lif_forward", "norm_lif_backward")
+COUNTED = ("lif_forward", "lif_backward", "norm_lif_forward", "norm_lif_backward", "token_shift_units")
 LOOPS = ("linear_forward", "linear_weight_grad")
 RULES = Path(__file__).with_name("aot_code.py").read_text()
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"

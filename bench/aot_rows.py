@@ -28,8 +28,8 @@ ROUNDED = (*STREAM, ONCE)
 
 
 OPERATORS = (
-    "lif", "ilif", "binarize", "pack_spikes", "norm", "norm_lif", "norm_ilif", "spike_attention",
-    "spike_attention_lif", "spike_linear", "linear_norm", "linear_norm_lif",
+    "lif", "ilif", "binarize", "token_shift", "pack_spikes", "norm", "norm_lif", "norm_ilif",
+    "spike_attention", "spike_attention_lif", "spike_linear", "linear_norm", "linear_norm_lif",
 )  # fmt: skip
 MORE_CASES = (
     Case("lif", "T17", (17, 3, 33)),  # in pieces
@@ -112,7 +112,7 @@ def lif_rows() -> Iterator[Row]:
 
 
 def small_rows() -> Iterator[Row]:
-    from spikedecoder.kernels import binarize, ilif, pack_spikes
+    from spikedecoder.kernels import binarize, ilif, pack_spikes, token_shift
 
     x, words = meta((64 * MEGA // 1024, 1024)), meta((64 * MEGA // 1024, 16), torch.int64)
     bits = 2 + 1 / 8
@@ -124,6 +124,16 @@ def small_rows() -> Iterator[Row]:
     yield Row("ilif", "forward", "bf16", "64 Mi", 5 * 64 * MEGA, STREAM, lambda: ilif.forward(x, p, True))
     passes = meta(x.shape, torch.uint8)
     yield Row("ilif", "backward", "bf16", "64 Mi", 5 * 64 * MEGA, STREAM, lambda: ilif.backward(x, passes, p))
+    for C, n in ((96, 4), (512, 4)):
+        for back in (False, True):
+            run = functools.partial(token_shift.forward, meta((64 * MEGA // C // 128, 128, C)), n, back)
+            call = f"{'backward' if back else 'forward'}, {n} groups"
+            needs = (*STREAM, "at most 16 instructions")
+            yield Row("token_shift", call, "bf16", f"64 Mi, C = {C}", 4 * 64 * MEGA, needs, run)
+    uneven = functools.partial(token_shift.forward, meta((2 * MEGA // 128, 128, 32)), 5)
+    yield Row(
+        "token_shift", "forward, 5 groups", "bf16", "64 Mi, C = 32", 4 * 64 * MEGA, ("no spill",), uneven
+    )
     yield Row("pack_spikes", "pack", "bf16", "64 Mi", bits * 64 * MEGA, LOADS, lambda: pack_spikes.pack(x))
     yield Row(
         "pack_spikes", "unpack", "bf16", "64 Mi", bits * 64 * MEGA, ("128-bit stores", "no spill"), unpack

@@ -71,6 +71,8 @@ def rounds(launch: Launch) -> tuple[int, ...]:
     """How often the loops of a `lif` or `norm_lif` kernel go round, by their depth (the sweep of a backward
     kernel once less)."""
     a = launch.arguments
+    if "T" not in a:
+        return ()
     chunks = a["T"] // a["CHUNK"] if "CHUNK" in a else 1
     if launch.kernel.__name__ != "norm_lif_backward":
         return (chunks,)

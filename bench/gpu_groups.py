@@ -22,6 +22,7 @@ from spikedecoder.reference import norm_lif as norm_lif_reference
 from spikedecoder.reference import pack_spikes as pack_reference
 from spikedecoder.reference import spike_attention as attention_reference
 from spikedecoder.reference import spike_attention_lif as attention_lif_reference
+from spikedecoder.reference import token_shift as shift_reference
 
 # how to call each row, or a string that says why it is left out
 Calls = dict[str, "Callable[[], Any] | str"]
@@ -382,7 +383,7 @@ def linear_norm_lif_groups(dry: bool) -> Iterator[Group]:
 
 def element_groups(dry: bool) -> Iterator[Group]:
     """Operators that pass over memory once: neurons without timesteps, and packing."""
-    from spikedecoder.kernels import binarize, ilif, pack_spikes
+    from spikedecoder.kernels import binarize, ilif, pack_spikes, token_shift
 
     elements, C = (1 << 12, 64) if dry else (1 << 26, 512)
     shape, size = (elements // C, C), f"bf16 n={elements}"
@@ -426,6 +427,11 @@ def element_groups(dry: bool) -> Iterator[Group]:
     make = through(lambda x: ops.ilif_params(x, INTEGERS), lambda x: ilif_reference.ilif(x, INTEGERS))
     # in each direction two elements of 2 bytes, and a byte for where the gradient passes
     yield Group(f"ilif forward + backward {size}", make, 10.0 * elements, exact=())
+
+    make = passes(lambda x: token_shift.forward(x, 4), lambda x: shift_reference.forward(x, 4))
+    yield Group(f"token_shift forward {size}", make, 4.0 * elements)
+    make = through(lambda x: ops.token_shift(x, 4), lambda x: shift_reference.forward(x, 4))
+    yield Group(f"token_shift forward + backward {size}", make, 8.0 * elements)
 
     def make_pack() -> Calls:
         s, cuda = _spikes(*shape), extension("pack_spikes")

@@ -278,10 +278,10 @@ class FolderMixin:
         config = read_config(get(CONFIG))
         weights = get(WEIGHTS)
         tensors = read_tensors(weights)
-        _check_fit(
-            made(cls, config), tensors, weights
-        )  # before memory is asked for: a config may say anything
-        model = cast("Callable[[SpikeDecoderConfig], SpikeDecoder]", cls)(config)
+        kind = cast("Callable[[SpikeDecoderConfig], SpikeDecoder]", cls)
+        # before memory is asked for, of which a damaged config may want any amount
+        _check_fit(made(kind, config), tensors, weights)
+        model = kind(config)
         load_state(model, tensors, weights)
         tokenizer = get(TOKENIZER, optional=True)
         if tokenizer.is_file():

@@ -73,6 +73,16 @@ def _rows() -> Iterator[Case]:
         yield Case("pack_spikes", f"C{c}", (3, 4, c))
     yield Case("pack_spikes", "empty", (0, 70))
 
+    for name, extent, n in (
+        ("n4", (2, 9, 96), 4),
+        ("n3", (2, 2, 5, 40), 3),
+        ("uneven", (2, 3, 11, 37), 5),
+        ("short", (3, 2, 24), 6),
+        ("empty-groups", (2, 4, 3), 5),
+        ("empty", (2, 0, 8), 2),
+    ):
+        yield Case("token_shift", name, extent, {"n": n})
+
     for norm in ("layer", "batch", "power"):
         yield Case("norm", norm, (2, 3, 5, 36), {"norm": norm}, exact=False)
         for training in (True, False):
@@ -274,6 +284,7 @@ _MAKERS: dict[str, Callable[[Case, torch.Generator], Inputs]] = {
     "binarize": lambda case, g: {"x": torch.randn(case.shape, generator=g).requires_grad_()},
     # a wide range, including ties and values on the borders of the window
     "ilif": lambda case, g: {"x": (2 * dyadic(case.shape, g)).requires_grad_(), **case.options},
+    "token_shift": lambda case, g: {"x": dyadic(case.shape, g).requires_grad_(), **case.options},
     "pack_spikes": lambda case, g: {"spikes": spikes(case.shape, g, 0.4)},
     "norm": _norm_inputs,
     "norm_lif": _norm_inputs,

@@ -20,8 +20,8 @@ from spikedecoder.testing import Case, cases, make_inputs, run
 
 pytest.importorskip("triton")
 OPERATORS = (
-    "lif", "ilif", "binarize", "pack_spikes", "norm", "norm_lif", "norm_ilif", "spike_attention",
-    "spike_attention_lif", "spike_linear", "linear_norm", "linear_norm_lif",
+    "lif", "ilif", "binarize", "token_shift", "pack_spikes", "norm", "norm_lif", "norm_ilif",
+    "spike_attention", "spike_attention_lif", "spike_linear", "linear_norm", "linear_norm_lif",
 )  # fmt: skip
 pytestmark = [] if DEVICE == "cuda" else [pytest.mark.triton_interpreter]
 
@@ -218,6 +218,7 @@ def test_awkward_memory_gives_the_reference(operator: str, kind: str) -> None:
         "norm_ilif": lambda x: ops.norm_ilif(x, NormParams("layer", channel, channel), ILIFParams(4)),
         "ilif": lambda x: ops.ilif(x * 3, levels=2),
         "binarize": lambda x: ops.binarize(x - 0.5),
+        "token_shift": lambda x: ops.token_shift(x, 4),
         "pack_spikes": lambda x: ops.unpack_spikes(ops.pack_spikes(x.detach()), 32) * x,
         "spike_linear": lambda x: ops.spike_linear(x, weight, weight[:, 0].clone()),
         "linear_norm": lambda x: ops.linear_norm(
