@@ -99,11 +99,11 @@ once, outputs written once. The floors are the minimum over the memory's rate (H
 ## Instructions
 
 Of `lif`, `norm_lif` and `token_shift` on sm_90: instructions an element of x, counted in the machine code,
-those of lanes beyond a row's end and of branches not taken included (bench/aot_sass.py). "unpack, pack": conversions and shifts; "special":
-exponentials, reciprocals, roots; "global" includes constants; "warps": as many as the registers leave room
-for side by side, of 64. Last the least time that 64 Mi elements take on an H200, were nothing else in the
-way: by instructions, of which its 132 multiprocessors begin 128 lanes' a cycle at 1.75 GHz, and by the
-bytes above. The longer one is the floor; what a warp waits for comes on top.
+those of lanes beyond a row's end and of branches not taken included (bench/aot_sass.py). "unpack, pack":
+conversions and shifts; "special": exponentials, reciprocals, roots; "global" includes constants; "warps":
+as many as the registers leave room for side by side, of 64. Last the least time that 64 Mi elements take on
+an H200, were nothing else in the way: by instructions, of which its 132 multiprocessors begin 128 lanes' a
+cycle at 1.75 GHz, and by the bytes above. The longer one is the floor; what a warp waits for comes on top.
 
 {aot_sass.table(results, RATES["H200"])}
 

@@ -27,16 +27,19 @@ class SpikeDecoderConfig:
     A value that does not fit raises ValueError naming the field. T: timesteps, E: channels (`embed_dim`),
     B: sequences of a batch, S: tokens of a sequence.
 
-    vocab_size, max_len: number of tokens; context length in tokens.
+    vocab_size: number of tokens.
+    max_len: context length in tokens.
     spike_degree: 0 the non-spiking baseline (softmax attention, GELU); 1 spiking embedding; 2 also
         attention; 3 also MLP; 4 also head, the full SpikeDecoder.
     attention_only: only the attention spikes; embedding, MLP and head are the baseline's. Overrides
         spike_degree.
     token_encoding: "learned" (an embedding of `token_dim`, binarised), "one-hot" (one channel per pair of
         token and position), "two-hot" (one channel per token), "binary" (the token's number in binary).
+    token_dim, position_dim: channels of a learned token, and of a static or learned position.
     position_encoding: "static" (sinusoid of `position_dim`, minus `position_bias`, binarised), "learned" (an
         embedding of `position_dim`, binarised), "linear" (one channel per position), "binary". Its channels
         follow those of the token; one-hot tokens need none.
+    position_bias: subtracted from the sinusoid before it is binarised.
     combine_position: add learned tokens and static or learned positions, then binarise (E = token_dim).
     float_embedding: do not binarise learned tokens and static or learned positions.
     learn_positions: learned positions get a gradient (in the original they did not).
@@ -46,7 +49,10 @@ class SpikeDecoderConfig:
     embedding_std: initial standard deviation of a spiking embedding's learned tokens and positions. With the
         default, the original's 1e-5, all values start so close to the binarisation threshold that any
         training step can flip them.
-    heads, blocks, mlp_ratio (hidden width / E), timesteps (T).
+    heads: of attention, a divisor of E.
+    blocks: how many, each of an attention and an MLP.
+    mlp_ratio: hidden width of the MLP / E.
+    timesteps: T, for which the neurons run on every token.
     residual_init: initial weight of the norms after the last Linear of spiking attention and MLP. It sets how
         much a block adds to the residual stream, which neurons read only up to their saturation.
     norm: "layer", "batch" or "power". In training the last two take statistics over T, B and S together, so
@@ -55,8 +61,8 @@ class SpikeDecoderConfig:
         also before the attention. Without effect below spike_degree 2 and with attention_only.
     first_block_residual_lif: in the first block, the attention's output passes through a LIF before it is
         added.
-    attention_scale: factor on the result of spiking attention. attention_dropout, mlp_dropout: probabilities
-        of dropping an attention score and an output of the MLP.
+    attention_scale: factor on the result of spiking attention.
+    attention_dropout, mlp_dropout: probabilities of dropping an attention score and an output of the MLP.
     decay_fastest, decay_slowest: make spiking attention forget: n tokens later, a token's contribution is
         multiplied by decay^n. Heads get decays from the fastest to the slowest, with 1 - decay in equal
         ratios; a single head gets the slowest. 1 and 1: no decay, and sums are exact integers.
@@ -65,15 +71,23 @@ class SpikeDecoderConfig:
     token_shift, mlp_token_shift: n channel groups, of which group i comes from the token i places back, at
         the input of the first Linear of attention and MLP; 1 is off.
     reunite: how the head joins timesteps: "average" (mean over T), "accumulate" (sum), "concatenate" (T E
-        channels) or "final" (the last one alone). float_reunite: join them first, then apply one LIF step.
+        channels) or "final" (the last one alone).
+    float_reunite: join them first, then apply one LIF step.
     spiking_head: LIF before the head's Linear; None: if spike_degree is 4. Never below spike_degree 2 or
         with attention_only.
     neuron: "lif" or "ilif". "ilif" trains in a single timestep (T = 1) with integers from 0 to `levels` in
         units of v_threshold, and can run as binary timesteps, one for each of their binary digits
         (`SpikeDecoder.unroll`); see `spikedecoder.params.ILIFParams`. LIF's other parameters do not apply.
     levels: largest integer of "ilif", 1 to 15; None with "lif".
-    tau (in timesteps), v_threshold, v_reset (None: soft), decay_input, learn_threshold, surrogate,
-        surrogate_alpha, detach_reset: parameters of the neurons; see `spikedecoder.params.LIFParams`.
+    tau: the neurons' time constant in timesteps, >= 1; for all of the neuron's equations see
+        `spikedecoder.params.LIFParams`.
+    v_threshold: membrane potential at which a neuron fires; with "ilif" the unit of its integers.
+    v_reset: membrane potential after a spike; None: a spike takes v_threshold off (soft reset).
+    decay_input: whether the input is divided by tau.
+    learn_threshold: whether each layer of neurons learns its threshold, which starts at v_threshold.
+    surrogate, surrogate_alpha: name of the function whose derivative stands in for that of a spike, and its
+        sharpness.
+    detach_reset: whether the reset is a constant to gradients.
     pad_id: token that the loss ignores; None if there is none.
     """
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import inspect
 import json
 import math
 import numbers
+import re
 import sys
 import types
 from collections.abc import Collection
 from typing import Any, Literal, TypeGuard, get_args, get_origin
 
 LEAST = math.ulp(0.0)  # lower bound of numbers that must be positive
+
+
+def explained(kind: Any) -> dict[str, str]:
+    """What the docstring of a dataclass says of its fields, by name: entries "name, name: text" whose further
+    lines are indented. Empty where Python drops docstrings (-OO)."""
+    names = "|".join(field.name for field in dataclasses.fields(kind))
+    found: dict[str, str] = {}
+    for entry in re.sub(r"\n +", " ", inspect.cleandoc(kind.__doc__ or "")).splitlines():
+        if match := re.match(rf"((?:{names})(?:, (?:{names}))*): ", entry):
+            found |= dict.fromkeys(match[1].split(", "), entry)
+    return found
 
 
 def check_field(name: str, known: Collection[str], what: str) -> None:

@@ -140,6 +140,7 @@ def test_every_setting_as_a_file_that_gives_them_back(
     assert run("train", "--preset", preset, *changes, "--print-config") == 0
     text = capsys.readouterr().out
     (tmp_path / "all.toml").write_text(text)
+    assert "# lr, min_lr, warmup: the learning rate rises" in text and text.count("# blocks: ") == 1
     read = read_toml(tmp_path / "all.toml")
     assert {*read.model, *read.train} == {*MODEL_FIELDS, *TRAIN_FIELDS} - {"vocab_size", "pad_id"}
     expected = SpikeDecoderConfig.preset(preset, blocks=2, embedding_std=3e-5)

@@ -8,9 +8,20 @@ import json
 import pytest
 
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig
+from spikedecoder.fields import explained
 from spikedecoder.params import ILIFParams
+from spikedecoder.training import TrainConfig
 
 ILIF = {"neuron": "ilif", "levels": 4, "timesteps": 1}
+
+
+@pytest.mark.parametrize("kind", [SpikeDecoderConfig, TrainConfig])
+def test_every_field_is_explained(kind):
+    said = explained(kind)
+    assert list(said) and {*said} == {field.name for field in dataclasses.fields(kind)}
+    for name, entry in said.items():
+        names, _, text = entry.partition(": ")
+        assert name in names.split(", ") and len(text) > 1 and "\n" not in entry
 
 
 def test_round_trip_through_json():

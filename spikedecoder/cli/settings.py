@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spikedecoder.config import SpikeDecoderConfig
-from spikedecoder.fields import check_field, parse_assignment
+from spikedecoder.fields import check_field, explained, parse_assignment
 from spikedecoder.training import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -80,15 +81,19 @@ def read_toml(path: Path) -> Overrides:
 
 
 def to_toml(preset: str, overrides: Overrides) -> str:
-    """The preset with these overrides as a file for `read_toml`: all fields but those the text determines."""
+    """The preset with these overrides as a file for `read_toml`: all fields, with what their docstrings say,
+    but those that the text determines."""
     model = SpikeDecoderConfig.preset(preset, **overrides.model)
     settings = TrainConfig.preset(preset, **overrides.train)
-    lines = [f"preset = {json.dumps(preset)}"]
+    lines = ['# "none" is None.', f"preset = {json.dumps(preset)}"]
     for table, fields, values in (("model", MODEL_FIELDS, model), ("train", TRAIN_FIELDS, settings)):
         lines += ["", f"[{table}]"]
+        said, before = explained(type(values)), ""
         for name in fields:
             if name not in _OF_THE_TEXT:
-                value = getattr(values, name)
+                if (comment := said.get(name, "")) != before:
+                    lines += ["", *textwrap.wrap(comment, 100, initial_indent="# ", subsequent_indent="#   ")]
+                value, before = getattr(values, name), comment
                 lines.append(f"{name} = {json.dumps('none' if value is None else value)}")
     return "\n".join(lines) + "\n"
 

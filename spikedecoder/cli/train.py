@@ -58,7 +58,10 @@ def train(
         typer.Option(help="TOML file with tables model and train, and perhaps a key preset."),
     ] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print every setting, as a file for --config, and exit.")
+        bool,
+        typer.Option(
+            "--print-config", help="Print every setting and its meaning, as a file for --config, and exit."
+        ),
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="New folder for checkpoints and metrics; default: runs/PRESET-TEXT-N.")

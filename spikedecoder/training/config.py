@@ -19,6 +19,7 @@ class TrainConfig:
     """All settings of a training run except the model and the text.
 
     steps: optimiser steps; each one sees batch_size * grad_accum windows of max_len tokens per process.
+    batch_size, grad_accum: windows of a pass, in each process; passes whose gradients make one step.
     lr, min_lr, warmup: the learning rate rises linearly to `lr` over `warmup` steps (at most a tenth of
         `steps`), then falls along a cosine to `min_lr` at the last step. min_lr None: lr / 10.
     weight_decay, beta1, beta2: of AdamW; only Linear weights and learned thresholds decay.
