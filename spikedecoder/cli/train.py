@@ -60,7 +60,7 @@ def train(
     print_config: Annotated[
         bool,
         typer.Option(
-            "--print-config", help="Print every setting and its meaning, as a file for --config, and exit."
+            "--print-config", help="Print all settings, explained, as a file for --config, and exit."
         ),
     ] = False,
     out: Annotated[
