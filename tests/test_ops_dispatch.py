@@ -507,6 +507,18 @@ LAYER = NormParams("layer", torch.ones(8), torch.zeros(8))
             "channels: got 3.5, takes an in",
         ),
         (lambda: ops.unpack_spikes(torch.ones(2, 0).long(), -3), ValueError, "channels: got -3 for 0 words"),
+        *(
+            (
+                lambda x=x, r=running: ops.norm(X.to(x), NormParams("batch", ONES, ONES, running=(r, r))),
+                TypeError,
+                f"running_mean: got dtype {running.dtype}, takes {takes} for x of",
+            )
+            for x, running, takes in (
+                (torch.float64, ONES, "torch.float64"),
+                (torch.float32, ONES.double(), "torch.float32"),
+                (torch.float16, ONES.bfloat16(), "torch.float16 or torch.float32"),
+            )
+        ),
         (lambda: ops.spike_counts([1.0], 1), TypeError, "s: got list, takes a torch.Tensor"),
         (
             lambda: ops.unrolled_linear(X, EYE, ONES[:1], levels=3),

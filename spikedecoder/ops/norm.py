@@ -218,6 +218,12 @@ def norm(x: Tensor, n: NormParams) -> Tensor:
     Source: Ba et al., 2016; Ioffe & Szegedy, 2015; Shen et al., 2020.
     """
     check_norm(x, n)
+    if n.kind == "batch":  # which is torch's
+        takes = dict.fromkeys((x.dtype, compute_dtype(x.dtype)))
+        for name, running in zip(RUNNING["batch"], n.running, strict=True):
+            if running.dtype not in takes:
+                takes_of_x = " or ".join(map(str, takes))
+                raise TypeError(f"{name}: got dtype {running.dtype}, takes {takes_of_x} for x of {x.dtype}")
     backend = layer_backend()
     found = resolve("norm", x.device.type, x.dtype, backend)
     if n.kind != "layer" or found == "reference":
