@@ -236,6 +236,12 @@ def offers(backend: str, operator: str) -> bool:
     return backend in BACKENDS and not isinstance(_load(backend, operator), str)
 
 
+def own_or_reference(operator: str) -> str:
+    """The backend in force or, if it has no module of its own for `operator`, "reference" for torch's."""
+    requested = requested_backend()
+    return requested if requested == "auto" or offers(requested, operator) else "reference"
+
+
 def explain(operator: str, call: Call) -> list[tuple[str, str]]:
     """(backend, "chosen" | "possible" | reason) in order of preference: what `doctor` prints.
 

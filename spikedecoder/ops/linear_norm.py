@@ -7,8 +7,8 @@ from torch import Tensor
 
 from spikedecoder.fields import switch
 from spikedecoder.ops import _check
-from spikedecoder.ops._dispatch import Call, select
-from spikedecoder.ops.norm import check_norm, layer_backend, layer_fake, layer_norm_backward, norm
+from spikedecoder.ops._dispatch import Call, own_or_reference, select
+from spikedecoder.ops.norm import check_norm, layer_fake, layer_norm_backward, norm
 from spikedecoder.ops.spike_linear import _spike_linear, as_product, check_linear, from_words, spike_linear
 from spikedecoder.ops.spike_linear import backward as linear_backward
 from spikedecoder.params import NormParams
@@ -88,5 +88,5 @@ def linear_norm(
     with torch.no_grad():
         current, words = _spike_linear(s, weight, bias, backend)
     check_norm(current, n)
-    settings = (n.eps, layer_dtype(current), layer_backend(), backend)
+    settings = (n.eps, layer_dtype(current), own_or_reference("norm"), backend)
     return _linear_norm(s, current, words, weight, bias, n.weight, n.bias, *settings)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from spikedecoder import sync
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import direct, unwatched
-from spikedecoder.ops._dispatch import Call, offers, requested_backend, resolve, select
+from spikedecoder.ops._dispatch import Call, own_or_reference, requested_backend, resolve, select
 from spikedecoder.params import RUNNING, NormParams, repeats_a_pass
 from spikedecoder.reference.lif import compute_dtype
 from spikedecoder.reference.norm import (
@@ -190,12 +190,6 @@ layer_norm.register_autograd(_autograd, setup_context=_setup_context)
 _direct = direct(_layer_forward, _setup_context, lambda ctx, grad, *_: _gradients(ctx, grad, _layer_backward))
 
 
-def layer_backend() -> str:
-    """The backend in force or, if it has no LayerNorm, "reference" for torch's."""
-    requested = requested_backend()
-    return requested if requested == "auto" or offers(requested, "norm") else "reference"
-
-
 def norm(x: Tensor, n: NormParams) -> Tensor:
     """LayerNorm, BatchNorm or PowerNorm of x [..., C]; equations: `spikedecoder.params.NormParams`.
 
@@ -224,7 +218,7 @@ def norm(x: Tensor, n: NormParams) -> Tensor:
             if running.dtype not in takes:
                 takes_of_x = " or ".join(map(str, takes))
                 raise TypeError(f"{name}: got dtype {running.dtype}, takes {takes_of_x} for x of {x.dtype}")
-    backend = layer_backend()
+    backend = own_or_reference("norm")
     found = resolve("norm", x.device.type, x.dtype, backend)
     if n.kind != "layer" or found == "reference":
         return _reference(x, _moving_once(n))

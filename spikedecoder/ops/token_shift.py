@@ -9,16 +9,8 @@ from torch import Tensor
 
 from spikedecoder.ops import _check
 from spikedecoder.ops._direct import direct, unwatched
-from spikedecoder.ops._dispatch import module, offers, requested_backend, resolve
+from spikedecoder.ops._dispatch import module, own_or_reference, resolve
 from spikedecoder.reference import token_shift as reference
-
-
-def _backend(x: Tensor) -> str:
-    """The backend in force or, if it has no token shift, "reference"."""
-    requested = requested_backend()
-    if requested != "auto" and not offers(requested, "token_shift"):
-        return "reference"
-    return resolve("token_shift", x.device.type, x.dtype, requested)
 
 
 def _run(x: Tensor, n: int, back: bool, backend: str) -> Tensor:
@@ -69,6 +61,8 @@ def token_shift(x: Tensor, n: int) -> Tensor:
     if n == 1:
         return x
     # the first is False under forward-mode differentiation, where the second would raise
-    if unwatched() and unwatched(x) and (backend := _backend(x)) != "reference":
-        return _direct(x, n, backend)
+    if unwatched() and unwatched(x):
+        backend = resolve("token_shift", x.device.type, x.dtype, own_or_reference("token_shift"))
+        if backend != "reference":
+            return _direct(x, n, backend)
     return reference.forward(x, n)
