@@ -1,6 +1,5 @@
 // Token shift: channel group i of a row comes from the row i places back or, for the gradient, ahead. Threads share the
 // rows. Limited by memory: every byte is read and written once.
-#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -10,7 +9,7 @@ namespace spikedecoder {
 namespace SPIKEDECODER_VARIANT {
 
 void token_shift(const TokenShift& a) {
-  const int64_t rows = a.sequences * a.S, bytes = a.C * a.size, groups = std::min(a.groups, a.C);
+  const int64_t rows = a.sequences * a.S, bytes = a.C * a.size, groups = a.groups < a.C ? a.groups : a.C;
   const int64_t narrow = a.C / groups * a.size, wider = a.C % groups;
   const char* const x = static_cast<const char*>(a.x);
   char* const out = static_cast<char*>(a.out);

@@ -221,7 +221,19 @@ def attention_lif() -> None:
 LOOPS = ("merge_bands", "add_parts")
 
 
-USES = [lif, norm, norm_lif, norm_ilif, many_rows, small, linear, linear_norm_lif, attention, attention_lif]
+def token_shift() -> None:
+    from spikedecoder.kernels import token_shift as k
+
+    x = meta(1 << 20, 40, 64)
+    k.forward(x, 1)
+    for groups in (4, 5):  # equally wide, and not: the last element is read some rows before its own
+        k.forward(x, groups, back=True)
+
+
+USES = [
+    lif, norm, norm_lif, norm_ilif, many_rows, small, token_shift, linear, linear_norm_lif, attention,
+    attention_lif,
+]  # fmt: skip
 IN_ONE = {linear_norm_lif: 100, attention_lif: 100}  # on sm_90 two kernels run in their place
 
 
