@@ -259,6 +259,23 @@ def test_a_trial_is_given_up_after_three_kills_and_after_no_number_of_stops(
     assert trial["folder"] == "0000" and trial["state"] == ("fail" if killed else "complete")
 
 
+def test_a_trials_run_that_cannot_be_read_is_left_alone(story, tmp_path, monkeypatch):
+    from spikedecoder.sweep import worker
+
+    whole = search("[space]\nseed = { choices = [1] }\n[study]\nsampler = 'grid'", steps=1)
+    go = functools.partial(sweep, whole, tmp_path / "sweep", texts=[str(story)], say=lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "train", lambda *_, **__: SimpleNamespace(interrupted="SIGINT"))
+        go()
+    run_file = tmp_path / "sweep" / "trials" / "0000" / "run.json"
+    run_file.parent.mkdir(parents=True)
+    later = '{"format": "spikedecoder-run", "version": 2}'
+    run_file.write_text(later)
+    [trial] = go().trials
+    assert trial["state"] == "fail" and "not the description of a training run" in trial["error"]
+    assert run_file.read_text() == later
+
+
 def test_a_trial_that_needs_too_much_memory_fails_alone(story, tmp_path, monkeypatch):
     from spikedecoder.sweep import worker
 

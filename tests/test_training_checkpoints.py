@@ -60,6 +60,30 @@ def test_other_held_out_tokens_begin_anew(corpus: Corpus, tmp_path: Path) -> Non
     assert ended.baselines == ngram_bits(corpus.train, corpus.val[:41], corpus.tokenizer.vocab_size)
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_only_the_runs_own_checkpoints_are_deleted(
+    corpus: Corpus, short_run: TrainResult, tmp_path: Path, linked: bool
+) -> None:
+    out, last = copied(short_run, tmp_path)
+    parent = out / "checkpoints"
+    if linked:  # as to a larger disk: what lies there may be of several runs
+        os.rename(parent, tmp_path / "disk")
+        parent.symlink_to(tmp_path / "disk", target_is_directory=True)
+    own = ("step-00000001", "step-00000002.1", ".writing-0123abcd")
+    others = ("mine", "step-2", "step-00000002 (copy)", ".writing-notes")
+    for name in (*own, *others):
+        (parent / name).mkdir()
+    (parent / "notes.txt").touch()
+    train(tiny(corpus), corpus, settings(steps=4), out=out, resume=True)
+    deleted = () if linked else (*own, last.name)
+    kept = {*own, last.name, *others, "notes.txt"} - {*deleted}
+    assert {path.name for path in parent.iterdir()} == {*kept, "step-00000004"}
+
+    checkpoints.drop(out)
+    assert not (out / "last").exists() and not (out / "best").exists()
+    assert {path.name for path in parent.iterdir()} == kept | ({"step-00000004"} if linked else set())
+
+
 @pytest.mark.skipif(os.name != "posix", reason="there is no umask")
 def test_a_checkpoint_has_the_mode_of_any_new_folder(corpus: Corpus, tmp_path: Path) -> None:
     before = os.umask(0o027)

@@ -23,6 +23,8 @@ from spikedecoder.sweep.study import (
     trial_lock,
 )
 from spikedecoder.training import Evaluation, Reporter, RunInfo, TrainingError, train
+from spikedecoder.training.checkpoints import drop
+from spikedecoder.training.run_folder import RUN
 from spikedecoder.training.signals import stop_on_signals
 from spikedecoder.viz.reports import read_metrics
 
@@ -122,12 +124,11 @@ def _run(
 
 
 def _can_resume(folder: Path) -> bool:
-    """Whether there is a run to resume; a folder without a readable run.json is removed."""
-    try:
-        RunInfo.read(folder)
-    except CheckpointError:
+    """Whether there is a run to resume; what a process left that was killed before run.json is removed."""
+    if not (folder / RUN).exists():
         shutil.rmtree(folder, ignore_errors=True)
         return False
+    RunInfo.read(folder)  # CheckpointError: it may be another version's, so it is left alone
     return True
 
 
@@ -176,10 +177,4 @@ def drop_checkpoints(study: Any, out: Path) -> None:
         folder = folder_of(trial)
         if folder in busy or (best is not None and folder == folder_of(best)):
             continue
-        run = out / TRIALS / folder
-        for link in (run / "best", run / "last"):
-            if link.is_symlink():
-                link.unlink()
-            else:
-                shutil.rmtree(link, ignore_errors=True)
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        drop(out / TRIALS / folder)

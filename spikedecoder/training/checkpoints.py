@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import reprlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ from spikedecoder.training.evaluate import Evaluation
 
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
+_WRITING = ".writing-"
+_NAMES = re.compile(rf"step-\d{{8,}}(\.\d+)?|{re.escape(_WRITING)}[0-9a-f]{{8}}")
 _FORMAT = "spikedecoder-trainer"
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -51,7 +55,7 @@ def save_checkpoint(
     """Write a checkpoint of `step` and return its folder; no link points to it yet."""
     parent = out / CHECKPOINTS
     parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_folder(parent, ".writing-")
+    temporary = temporary_folder(parent, _WRITING)
     try:
         save_folder(model, temporary)
         write_tensors(temporary / OPTIMIZER, optimizer_tensors(model, optimizer), {"step": str(step)})
@@ -77,11 +81,33 @@ def publish(out: Path, folder: Path, names: tuple[str, ...]) -> None:
 def collect(out: Path) -> None:
     """Delete checkpoints that neither link points to, and those that a killed process left unfinished."""
     kept = {(out / name).resolve() for name in (LAST, BEST)}
-    if not (out / LAST).exists():
-        return
-    for folder in (out / CHECKPOINTS).iterdir():
-        if folder.resolve() not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+    if (out / LAST).exists():
+        _delete(folder for folder in _own(out) if folder.resolve() not in kept)
+
+
+def drop(out: Path) -> None:
+    """Delete all checkpoints of a run, and the links to them."""
+    for link in (out / BEST, out / LAST):
+        if link.is_symlink():
+            link.unlink()
+        else:
+            shutil.rmtree(link, ignore_errors=True)
+    _delete(_own(out))
+    with suppress(OSError):  # holds more than checkpoints, or is not there
+        (out / CHECKPOINTS).rmdir()
+
+
+def _own(out: Path) -> list[Path]:
+    """The folders that `save_checkpoint` made; nothing else in there is the run's to delete."""
+    parent = out / CHECKPOINTS
+    if parent.is_symlink() or not parent.is_dir():  # a link may lead to another run's
+        return []
+    return [folder for folder in parent.iterdir() if _NAMES.fullmatch(folder.name)]
+
+
+def _delete(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def latest(out: Path) -> Path | None:
