@@ -146,11 +146,9 @@ class SpikeDecoderConfig:
         for field in dataclasses.fields(self):
             value = coerce(field.name, getattr(self, field.name), _HINTS[field.name])
             object.__setattr__(self, field.name, value)
-        for name in ("vocab_size", "max_len", "token_dim", "position_dim", "heads", "blocks", "mlp_ratio"):
-            at_least(name, getattr(self, name), 1)
-        at_least("timesteps", self.timesteps, 1)
-        if self.blocks > _MOST_BLOCKS:
-            raise ValueError(f"blocks: got {self.blocks}, takes 1 to {_MOST_BLOCKS}")
+        for name, most in _MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}: got {getattr(self, name)}, takes 1 to {most}")
         for name, top in (("spike_degree", 4), ("spiking_residuals", 2)):
             if not 0 <= getattr(self, name) <= top:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes 0 to {top}")
@@ -186,6 +184,11 @@ class SpikeDecoderConfig:
                     f"{name}: got {getattr(self, name)}, takes 1 to {limit} "
                     f"(max_len {self.max_len}, {self.embed_dim} channels)"
                 )
+        if self.embed_dim > _MOST_CHANNELS:
+            raise ValueError(
+                f"token_encoding: got {self.token_encoding!r} with {self.embed_dim} channels, takes at most "
+                f"{_MOST_CHANNELS}"
+            )
         if self.embed_dim % self.heads:
             raise ValueError(f"heads: got {self.heads}, takes a divisor of the {self.embed_dim} channels")
         if self.float_reunite and not self.head_spikes:
@@ -390,7 +393,17 @@ def bits(n: int) -> int:
 
 _HINTS: dict[str, Any] = typing.get_type_hints(SpikeDecoderConfig)
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(SpikeDecoderConfig)}
-_MOST_BLOCKS = 10_000
+_MOST_CHANNELS = 2**21
+_MOST = {  # beyond what memory holds, and below what overflows
+    "vocab_size": 2**24,
+    "max_len": 2**24,
+    "token_dim": 2**20,
+    "position_dim": 2**20,
+    "heads": 2**20,
+    "blocks": 1024,
+    "mlp_ratio": 1024,
+    "timesteps": 2**16,
+}
 _LEAST_DECAY = 1e-45
 _POSITIVE = ("embedding_gain", "embedding_std", "residual_init", "attention_scale", "surrogate_alpha")
 _LIF_ONLY = ("tau", "decay_input", "learn_threshold", "surrogate", "surrogate_alpha", "detach_reset")

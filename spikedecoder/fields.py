@@ -78,6 +78,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         except OverflowError:
             raise ValueError(f"{name}: got an integer beyond the range of floats, takes a float") from None
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if hint is int and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: got an integer of {value.bit_length()} bits, takes one of at most 64")
         return value
     raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), takes {hint.__name__}")
 

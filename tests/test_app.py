@@ -287,6 +287,28 @@ def test_bad_arguments(tmp_path: Path, monkeypatch, capsys):
         launch([tmp_path])
 
 
+def test_pages_elsewhere_can_neither_read_it_nor_leave_files(tmp_path: Path):
+    pytest.importorskip("gradio")
+    import httpx
+
+    from spikedecoder.app import launch
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = launch([tmp_path], port=port, block=False)
+    try:
+        at = f"http://127.0.0.1:{port}"
+        assert httpx.get(at).status_code == 200 and httpx.get(f"http://localhost:{port}").status_code == 200
+        assert httpx.get(at, headers={"host": f"evil.example:{port}"}).status_code == 400
+        for path in ("/gradio_api/upload", "/gradio_api/process_recording", "/upload"):
+            answer = httpx.post(f"{at}{path}", files={"files": ("a.txt", b"from elsewhere")})
+            assert answer.status_code == 403, path
+        assert httpx.get(f"{at}/gradio_api/info").status_code == 200
+    finally:
+        page.close(verbose=False)
+
+
 # --- the page, in a browser ---
 
 

@@ -378,7 +378,12 @@ def _config(**changes):
         (lambda f: (f / ck.CONFIG).write_text("[" * 100_000), "config.json: not a JSON file"),
         (lambda f: (f / ck.CONFIG).write_text('{"a":' + "9" * 5000 + "}"), "config.json: not a JSON file"),
         (lambda f: (f / ck.TOKENIZER).write_text("[" * 100_000), "tokenizer.json: not a tokenizer file"),
-        (_config(vocab_size=10**12), r"head.linear.bias of shape \(7,\) for \(1000000000000,\)"),
+        (_config(vocab_size=10**12), "config.json: vocab_size: got 1000000000000, takes 1 to 16777216"),
+        (_config(vocab_size=2**24), r"head.linear.bias of shape \(7,\) for \(16777216,\)"),
+        (
+            _config(token_dim=2**20, mlp_ratio=1024, timesteps=2**16, max_len=2**24, blocks=100),
+            "weights do not fit the config: missing blocks.",
+        ),
         (_config(format=99), "config.json: got format 99"),
         (lambda f: (f / ck.TOKENIZER).write_text("{}"), "tokenizer.json: not a tokenizer file"),
         (_larger_tokenizer, "tokenizer.json: got 11 tokens, the model has 7"),

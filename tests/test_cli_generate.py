@@ -1,6 +1,7 @@
 """`spikedecoder generate` as a user runs it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -261,3 +262,21 @@ def test_an_error_begins_a_line_of_its_own(saved, monkeypatch):
     monkeypatch.setattr("spikedecoder.generation.native.why_not", refuse)
     done = CliRunner().invoke(app, ["generate", "-c", str(saved[1]), "-p", "the", "-n", "3"])
     assert str(done.exception) == "no" and done.stdout == "the\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no pseudo-terminals")
+def test_a_vocabulary_does_not_command_the_terminal(saved):
+    import pty
+
+    orders = "\x1b]0;title\x07\x1b[2J\x9b2J\r\b\u202e\u2066\u200f\x7f"
+    text = f"a{orders}z \t\n\u00e9\u4e2d"
+    command = [sys.executable, "-c", f"from spikedecoder.cli.generate import _print; _print({text!r})"]
+    own = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    assert subprocess.run(command, stdout=subprocess.PIPE, env=own, check=True).stdout == text.encode()
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        subprocess.run(command, stdout=theirs, env=own, check=True)
+        got = terminal.read(1000).decode()
+        os.close(theirs)
+    shown = "\ufffd]0;title\ufffd\ufffd[2J\ufffd2J" + "\ufffd" * 6
+    assert got == f"a{shown}z \t\r\n\u00e9\u4e2d"  # the terminal itself returns the carriage

@@ -77,7 +77,15 @@ def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"timesteps": 0}, "timesteps: got 0, takes an integer >= 1"),
+        ({"timesteps": 0}, "timesteps: got 0, takes 1 to 65536"),
+        ({"timesteps": 10**12}, "timesteps: got 1000000000000, takes 1 to 65536"),
+        ({"vocab_size": 10**5000}, "vocab_size: got an integer of 16610 bits, takes one of at most 64"),
+        ({"max_len": 10**10}, "max_len: got 10000000000, takes 1 to 16777216"),
+        ({"mlp_ratio": 10**18}, "mlp_ratio: got 1000000000000000000, takes 1 to 1024"),
+        (
+            {"vocab_size": 2**20, "token_encoding": "one-hot"},
+            "token_encoding: got 'one-hot' with 268435456 channels, takes at most 2097152",
+        ),
         ({"heads": 5}, "heads: got 5, takes a divisor of the 96 channels"),
         ({"heads": 0}, "heads: got 0"),
         ({"vocab_size": -1}, "vocab_size: got -1"),
@@ -111,7 +119,7 @@ def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
         ({"neuron": "izhikevich"}, "neuron: got 'izhikevich', takes one of lif, ilif"),
         ({"levels": 4}, "levels: got 4, takes None with neuron='lif', as the preset default-lif has"),
         ({"neuron": "ilif", "levels": 4, "timesteps": 2}, "the preset default-lif has neurons of several"),
-        ({"blocks": 10**12}, "blocks: got 1000000000000, takes 1 to 10000"),
+        ({"blocks": 10**12}, "blocks: got 1000000000000, takes 1 to 1024"),
         ({"neuron": "ilif", "timesteps": 1}, "levels: got None, takes 1 to 15"),
         ({"neuron": "ilif", "levels": 4}, "timesteps: got 4, takes 1 with neuron='ilif'"),
         ({**ILIF, "levels": 0}, "levels: got 0, takes 1 to 15"),

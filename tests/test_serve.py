@@ -241,8 +241,9 @@ def test_texts_that_are_too_many_are_not_read(running, monkeypatch):
     from spikedecoder.serve import app
 
     monkeypatch.setattr(app, "encode_prompt", lambda *_: pytest.fail("read"))
-    status, _, answer = running.ask({"prompt": ["the"] * 17})
-    assert status == 400 and "takes at most 16 texts" in answer["error"]["message"]
+    for body in ({"prompt": ["the"] * 17}, {"prompt": [[2]] * 17}, {"prompt": [[2]] * 9, "n": 2}):
+        status, _, answer = running.ask(body)
+        assert status == 400 and "takes at most 16 texts" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize("name, wrong", [("prompt", [1] * 100_000 + ["a"]), ("stop", [1] * 100_000)])
@@ -270,6 +271,51 @@ def test_bodies_on_their_way_are_bounded(running, monkeypatch):
         assert b" 408 " in slow.recv(1000)
     status, _, _ = running.ask({**GOOD, "max_tokens": 1, "user": "x" * 200})
     assert status == 200
+
+
+def test_a_head_that_does_not_end_is_given_up(model, monkeypatch, gate):
+    from spikedecoder.serve import server
+
+    monkeypatch.setattr(server, "UPLOAD", 0.5)
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with Running(model) as running:
+        for begun in (b"", whole[:-2], whole + whole[:-2]):
+            with socket.create_connection(("127.0.0.1", running.port), timeout=30) as slow:
+                slow.sendall(begun)
+                got = b"".join(iter(lambda: slow.recv(1000), b""))
+                assert got.count(b"200 OK") == begun.count(b"\r\n\r\n")
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+        _, answer, _ = running.stream({"prompt": "the", "max_tokens": 2})
+        for _ in range(8):  # requests that are whole are not in haste
+            connection.request("GET", "/health")
+            assert connection.getresponse().read()
+            time.sleep(0.1)
+        connection.close()
+        gate.open.set()
+        assert answer.read().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    "address, more, good, bad",
+    [
+        ("127.0.0.1", (), "127.0.0.1:8000 localhost LOCALHOST:80 [::1]:8000", "evil.example:8000 127.0.0.2"),
+        ("127.0.0.2", ("llm.example",), "127.0.0.2 localhost llm.example:443", "evil.example"),
+        ("0.0.0.0", (), "evil.example 10.0.0.1:8000", ""),
+        ("0.0.0.0", ("llm.example",), "llm.example localhost", "evil.example 10.0.0.1:8000"),
+    ],
+)
+def test_hosts_that_requests_may_name(running, address, more, good, bad):
+    """A page whose name is made to lead to this machine is not to use its server."""
+    from spikedecoder.serve.app import create_app
+    from spikedecoder.serve.server import known_hosts, listen
+
+    testclient = pytest.importorskip("starlette.testclient")
+    with listen(address, 0) as where:
+        hosts = known_hosts(where, address, more)
+    client = testclient.TestClient(create_app(running.engine, "tiny", None, hosts))
+    for names, status in ((good, 200), (bad, 400)):
+        for name in names.split():
+            assert client.get("/health", headers={"host": name}).status_code == status, name
 
 
 def test_a_client_that_goes_while_it_asks_is_no_fault(running, caplog, monkeypatch):

@@ -7,9 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spikedecoder._hosts import LOCAL
+
 HOST = "127.0.0.1"
 _SESSIONS = 8  # tabs whose last text is kept, with all that its neurons did; the oldest is forgotten first
 _SAVING = 60.0  # seconds that a training has to save what it has
+
+
+class _NoUploads:
+    """Refuses files: the page takes none, but Gradio would keep those that any web page sends here."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.responses import PlainTextResponse
+
+        kinds = [value for name, value in scope.get("headers", ()) if name == b"content-type"]
+        if any(kind.strip().lower().startswith(b"multipart/") for kind in kinds):
+            await PlainTextResponse("takes no files", 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 def launch(
@@ -41,6 +59,8 @@ def launch(
             "gui needs gradio, which is not installed: pip install 'spikedecoder[app]'"
         ) from None
     import matplotlib
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from spikedecoder.app.page import build, launch_style
     from spikedecoder.app.training import finish_training
@@ -48,6 +68,10 @@ def launch(
     matplotlib.use("Agg")
     page = build(paths)
     page.queue(default_concurrency_limit=4)
+    middleware = [
+        Middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL), www_redirect=False),
+        Middleware(_NoUploads),
+    ]
     try:
         page.launch(
             server_name=HOST,
@@ -59,6 +83,7 @@ def launch(
             prevent_thread_lock=True,
             ssr_mode=False,
             state_session_capacity=_SESSIONS,
+            app_kwargs={"middleware": middleware},
             **launch_style(page),
         )
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -253,7 +254,13 @@ def _named(tokenizer: Tokenizer, predictions: list[Prediction]) -> list[tuple[st
     return [(tokenizer.tokens[p.token], p.probability) for p in predictions if p.token < tokenizer.vocab_size]
 
 
+# A vocabulary may come from anywhere: what moves a terminal's cursor, sets its title, or turns lines round.
+_COMMANDS = re.compile("[\0-\b\v-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
 def _print(text: str) -> None:
+    if sys.stdout.isatty():
+        text = _COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text)
     encoding = sys.stdout.encoding or "utf-8"  # characters that the terminal lacks become ?
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()

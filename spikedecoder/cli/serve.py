@@ -49,6 +49,13 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds that running texts have to finish when stopped.")
     ] = 10.0,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A name that requests may call this server by, such as that of a proxy before it; repeat "
+            "for several. Default: any, but at an address that only this machine can reach localhost's own."
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
     ] = "auto",
@@ -58,7 +65,7 @@ def serve(
     Ctrl-C or SIGTERM stops it. There is no password: anyone who can reach the address can use it.
     """
     try:
-        from spikedecoder.serve.server import build, listen, run
+        from spikedecoder.serve.server import build, known_hosts, listen, run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "starlette", "pydantic"):
             raise
@@ -77,10 +84,12 @@ def serve(
     model, where = load(checkpoint, device)
     own_tokenizer(model, tokenizer_of(model, where))
     engine = Engine(model, max_batch, max_queue, past)
-    server = build(engine, name or _name(where), Limits(max_tokens_limit, max_prompt_tokens, errors), grace)
+    limits = Limits(max_tokens_limit, max_prompt_tokens, errors)
     with listen(host, port) as where_to:
         taken = where_to.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
+        hosts = known_hosts(where_to, shown, allow_host or ())
+        server = build(engine, name or _name(where), limits, grace, hosts)
 
         def ready() -> None:
             if host not in _LOCAL:

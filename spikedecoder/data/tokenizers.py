@@ -196,7 +196,7 @@ class CharTokenizer(Tokenizer):
             yield ids
 
     def _decode(self, ids: np.ndarray) -> str:
-        return self._codes[ids].tobytes().decode("utf-32-le", "surrogatepass")
+        return self._codes[ids].tobytes().decode("utf-32-le")
 
 
 class WordTokenizer(Tokenizer):
@@ -340,6 +340,8 @@ def _check_tokens(tokens: list[str], what: str, valid: Callable[[str], bool]) ->
     for token in tokens:
         if not isinstance(token, str) or not valid(token):
             raise ValueError(f"tokens: expected each to be {what}, got {token!r}")
+        if any("\ud800" <= c <= "\udfff" for c in token):
+            raise ValueError(f"tokens: expected characters that UTF-8 can write, got {token!r}, a surrogate")
     if len(set(tokens)) != len(tokens):
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
         raise ValueError(f"tokens: expected each once, got {twice!r} more than once")

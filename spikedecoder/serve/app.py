@@ -8,13 +8,14 @@ import json
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from spikedecoder.generation.batch import Continuation, GeneratedToken
@@ -280,11 +281,19 @@ async def unless_disconnected(receive: Any, work: Coroutine[Any, Any, T]) -> T |
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastAPI:
-    """The web application for an engine. name: what clients call the model. limits: None: the defaults."""
+def create_app(
+    engine: Engine, name: str, limits: Limits | None = None, hosts: Collection[str] = ()
+) -> FastAPI:
+    """The web application for an engine.
+
+    name: what clients call the model. limits: None: the defaults. hosts: names that a request's Host header
+    may have, anything else getting status 400; empty: any.
+    """
     limits = Limits() if limits is None else limits
     created, bodies = int(time.time()), Bodies()
     app = FastAPI(title="spikedecoder", docs_url=None, redoc_url=None)
+    if hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     card = {"id": name, "object": "model", "created": created, "owned_by": "spikedecoder"}
 
     @app.exception_handler(ApiError)
@@ -334,7 +343,7 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
 
     @app.post("/v1/completions", response_model=None, openapi_extra={"requestBody": body})
     async def completions(request: Request) -> Response:
-        asked = parse(await bodies.read(request))
+        asked = parse(await bodies.read(request), engine.max_batch)
         if asked.model is not None:
             _check_name(asked.model)
         try:

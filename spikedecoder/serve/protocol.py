@@ -99,14 +99,14 @@ def bad_request(error: Exception | str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param)
 
 
-def parse(body: bytes) -> CompletionRequest:
-    """The request in a body; raises an ApiError that says what is wrong with it."""
+def parse(body: bytes, most: int) -> CompletionRequest:
+    """The request in a body; raises an ApiError that says what is wrong. most: prompts that it may have."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON ({error})") from None
     if isinstance(values, dict):
-        _check_entries(values)
+        _check_entries(values, most)
     try:
         request = CompletionRequest.model_validate(values)
     except ValidationError as error:
@@ -127,13 +127,15 @@ def parse(body: bytes) -> CompletionRequest:
     return request
 
 
-def _check_entries(values: dict[str, Any]) -> None:
+def _check_entries(values: dict[str, Any], most: int) -> None:
     """Raise at the first wrong entry; pydantic would make an error for each of them."""
     for name, value in values.items():
         if name not in CompletionRequest.model_fields:
             known = name[:64].encode(errors="replace").decode()  # JSON may hold lone surrogates
             raise bad_request(f"{_short(name)}: no such field", known)
         if name == "prompt":
+            if isinstance(value, list) and len(value) > most and not isinstance(value[0], int):
+                raise bad_request(f"prompt: got {len(value)} entries, takes at most {most} texts together")
             if not _is_prompt(value):
                 raise bad_request(f"prompt: {_PROMPT}, got {_short(value)}")
         elif isinstance(value, list | dict) and len(value) > STOPS:
