@@ -249,6 +249,18 @@ int cpu_family() {
 #endif
 }
 
+// Whether the CPU computes a vector of 256 bits in two halves, as AMD's first Zen does; told by AMD's CPUs only.
+bool cpu_halves_vectors() {
+#if defined(SPIKEDECODER_X86)
+  unsigned a = 0, b, c, d;
+  __builtin_cpu_init();
+  // bit 2: vectors of 256 bits in whole
+  return __builtin_cpu_is("amd") && __get_cpuid(0x8000001a, &a, &b, &c, &d) && !(a & 4);
+#else
+  return false;
+#endif
+}
+
 // Which of the features that kernels use this CPU has.
 std::vector<std::string> cpu_features() {
   std::vector<std::string> found;
@@ -302,6 +314,7 @@ void bind_runtime(py::module_& m) {
 #endif
     d["vendor"] = cpu_vendor();
     d["family"] = cpu_family();
+    d["halves_vectors"] = cpu_halves_vectors();
     d["features"] = cpu_features();
     d["bfloat16_products"] = bfloat16_products();
     return d;

@@ -42,8 +42,9 @@ def cpu_of(monkeypatch):
     """Pretends that the costs are asked for on another CPU of COSTS."""
 
     def pretend(cpu, variant="avx512", pairs=False, tiles=False):
-        vendor, family = ("amd", 26) if cpu == "zen 5" else (cpu, 25)
+        vendor, family = {"zen 5": ("amd", 26), "zen 1": ("amd", 23)}.get(cpu, (cpu, 25))
         build = {"vendor": vendor, "family": family, "bfloat16_products": pairs}
+        build["halves_vectors"] = cpu == "zen 1"
         fake = SimpleNamespace(build=lambda: build, variant=lambda: variant)
         monkeypatch.setattr(_cost, "native", fake)
         monkeypatch.setattr(_cost, "has_tiles", lambda: tiles)
@@ -63,7 +64,7 @@ def forget_costs():
 @pytest.mark.parametrize("variant", ["avx512", "avx2", "baseline"])
 def test_few_rows_are_not_worth_the_transposition_of_a_weight_gradient(cpu_of, variant):
     """All ways but the dense one sum by channels."""
-    for cpu in ("zen 5", "amd", "intel"):
+    for cpu in ("zen 5", "zen 1", "amd", "intel"):
         cpu_of(cpu, variant)
         for m in (1, 4, 16):
             assert fastest(m, 2048, 2048, m * 200, True) == "dense"
@@ -81,6 +82,8 @@ def test_costs_are_those_of_the_cpu(cpu_of):
             assert _cost.costs(variant) is product and _cost.costs(variant, True) is gradient
     cpu_of("zen 5")
     assert _cost.costs("avx2") is _cost.COSTS["amd"]["avx2"][0]  # not measured there
+    cpu_of("zen 1")
+    assert _cost.costs("baseline") is _cost.COSTS["amd"]["baseline"][0]
     cpu_of("other")
     assert _cost.costs("avx2") is _cost.COSTS["amd"]["avx2"][0]
     assert _cost.costs("amx") is _cost.COSTS["intel"]["amx"][0]  # whoever makes one
@@ -96,6 +99,14 @@ MEASURED = {
         ((2048, 512, 1024), 0.2, False, "subset_sums"),
         ((1024, 1024, 512), 0.2, False, "subset_sums"),
         ((8192, 1280, 80), 0.5, False, "subset_sums"),
+    ],
+    ("zen 1", "avx2"): [
+        ((8192, 80, 1280), 0.2, False, "gather"),
+        ((8192, 80, 1280), 0.2, True, "subset_sums"),
+        ((8192, 1280, 80), 0.1, False, "gather"),
+        ((8192, 1280, 80), 0.2, False, "subset_sums"),
+        ((2048, 512, 1024), 0.08, True, "gather"),
+        ((1024, 1024, 512), 0.2, True, "subset_sums"),
     ],
     ("amd", "avx512"): [
         ((8192, 80, 80), 0.05, False, "gather"),

@@ -60,7 +60,8 @@ def info() -> dict[str, Any]:
 
     cpu, if built and not stale: "variants" (those that this CPU can run, best first), "variant" (the one in
         use), "vendor" (of the CPU: "intel", "amd" or "other"), "family" (its number, 0 if it has none),
-        "features" (of the CPU, those that kernels ask for), "compiler", "openmp" (version date, or None),
+        "halves_vectors" (whether it computes AVX2's in two halves), "features" (of the CPU, those that
+        kernels ask for), "compiler", "openmp" (version date, or None),
         "bfloat16_products", "threads" and "keeps_freed_memory".
     cuda, if built: "compiler", "architectures" (of machine code, and of PTX as "NN-virtual") and "loaded"
         (usable: not stale, and there is a GPU). Always, if setup.py recorded it: "asked", the

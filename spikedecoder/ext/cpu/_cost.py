@@ -116,8 +116,8 @@ _AVX2 = {"walk": 9.0, "step": 0.04}
 _BASELINE = {"walk": 9.0, "step": 0.105}
 
 # By CPU and variant, for the product and for the weight gradient. Measured with one thread and torch 2.13
-# with its own BLAS, which used AVX-512 on all of these CPUs but Zen 3, which has AVX2. Except for Zen 5, the
-# constants of weight gradients also contain their transposition, which so counts in part twice, and those of
+# with its own BLAS, which used AVX-512 where the CPU has it. Except for Zen 5 and Zen 1, the constants of
+# weight gradients also contain their transposition, which so counts in part twice, and those of
 # the dense one are of an earlier kernel.
 COSTS = {
     # EPYC of family 26, with vectors of 512 bits in all units. Its other variants take Zen 3's costs, below.
@@ -135,7 +135,22 @@ COSTS = {
             ),
         ),
     },
-    # Earlier EPYC. AVX-512 was measured on Zen 4, the other variants on Zen 3.
+    # EPYC of family 23 that computes vectors of 256 bits in halves; torch's BLAS used AVX2.
+    "zen 1": {
+        "avx2": (
+            Costs(
+                *(0.0729, 0.281, 0.131, 0.263, 0.0198, 0.634, 0.529, 0.0559, 0.0, 0.178, 0.688),
+                walk=40.0,
+                step=0.0618,
+                far=0.048,
+            ),
+            Costs(
+                *(0.0961, 1.31, 0.0864, 0.884, 0.0203, 0.678, 1.14, 0.0535, 0.128, 0.413, 1.49, 0.867),
+                far=0.0224,
+            ),
+        ),
+    },
+    # Other EPYC. AVX-512 was measured on Zen 4, the other variants on Zen 3.
     "amd": {
         "avx512": (
             Costs(
@@ -211,7 +226,7 @@ OTHERS = ("amd", "intel")  # their costs stand in for those of CPUs that were no
 ZEN_5 = 26  # CPU family
 
 # The time of a dense bfloat16 product over that of float32, if the CPU multiplies pairs of bfloat16 ...
-BFLOAT16_PAIRS = {"zen 5": 0.54, "amd": 0.48, "intel": 0.48}  # both others: measured on Zen 4
+BFLOAT16_PAIRS = {"zen 5": 0.54, "amd": 0.48, "intel": 0.48}  # the last two: measured on Zen 4
 # ... and its costs if the CPU multiplies tiles of bfloat16, so that torch's product is used (Emerald Rapids).
 # `fetch`: gathering reads bfloat16 as floats.
 BFLOAT16_TILES = {"multiply_add": 0.002, "fetch": 0.4, "panel": 0.27, "unpack": 0.4}
@@ -226,8 +241,10 @@ def has_tiles() -> bool:
 def _cpus() -> tuple[str, ...]:
     """The keys of COSTS that apply to this CPU, the closest first."""
     build = native.build()
-    newer = ("zen 5",) if build["vendor"] == "amd" and build["family"] >= ZEN_5 else ()
-    return (*newer, *sorted(OTHERS, key=lambda maker: maker != build["vendor"]))
+    own: tuple[str, ...] = ()
+    if build["vendor"] == "amd":
+        own = ("zen 5",) if build["family"] >= ZEN_5 else ("zen 1",) if build["halves_vectors"] else ()
+    return (*own, *sorted(OTHERS, key=lambda maker: maker != build["vendor"]))
 
 
 @functools.cache
