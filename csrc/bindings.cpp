@@ -24,7 +24,8 @@ Neuron make_neuron(double tau, py::object v_reset, bool decay_input, int surroga
   n.decay_input = decay_input;
   n.detach_reset = detach_reset;
   n.surrogate = static_cast<Surrogate>(surrogate);
-  n.alpha = static_cast<float>(alpha);
+  // beyond, the least exponential of the sigmoid's derivative, 2^-110, would come to a gradient of its own
+  n.alpha = static_cast<float>(alpha < 1e-30 ? 1e-30 : alpha > 1e20 ? 1e20 : alpha);
   return n;
 }
 

@@ -60,6 +60,7 @@ void finish_step(Decode& a, uintptr_t states, uintptr_t logits, bool last_only, 
   a.states = array<const DecodeState>(states, a.blocks, "states");
   a.logits = array<float>(logits, elements({B, S, a.V}), "logits");
   a.last_only = last_only;
+  require(scratch % 64 == 0, "scratch: takes memory aligned to 64 bytes");
   a.scratch = array<float>(scratch, 1, "scratch");
   a.B = B;
   a.S = S;

@@ -79,7 +79,7 @@ py::object lif(const Neuron& neuron, py::handle threshold, py::handle x, py::han
                bool own_memory, int threads) {
   Values in;
   Threshold at;
-  if (!scalar(threshold, at) || !in.look(x, true, 1)) return py::none();
+  if (!scalar(threshold, at) || !in.look(x, true, 2)) return py::none();
   const float* const start = v_init.is_none() ? nullptr : floats_of(v_init, in.step());
   if (!v_init.is_none() && !start) return py::none();
   const NewTensor spikes = new_tensor(in.shape, in.type, own_memory);
@@ -95,7 +95,7 @@ py::object lif_gradients(const Neuron& neuron, py::handle threshold, py::handle 
                          py::handle x, py::handle v_init, bool want_grad_v_init, bool own_memory, int threads) {
   Values in, grad;
   Threshold at;
-  if (!scalar(threshold, at) || !in.look(x, true, 1) || !grad.look(grad_spikes, true, 1) || !grad.like(in)) {
+  if (!scalar(threshold, at) || !in.look(x, true, 2) || !grad.look(grad_spikes, true, 2) || !grad.like(in)) {
     return py::none();
   }
   const float* const last = grad_v.is_none() ? nullptr : floats_of(grad_v, in.step());

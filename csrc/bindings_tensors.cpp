@@ -105,6 +105,7 @@ bool is_contiguous(const DLTensor& x) {
 }
 
 bool Values::look(py::handle x, bool timesteps, int32_t dims) {
+  require(dims > timesteps, "dims: takes those of the timesteps and the channels");
   DLTensor seen;
   if (!look_at(x, seen) || seen.ndim < dims || !is_contiguous(seen)) return false;
   if (!(seen.dtype == kFloat32) && !(seen.dtype == kBFloat16)) return false;

@@ -60,11 +60,22 @@ class Ends {
       rows_[n] = static_cast<int32_t>(i);
       n += value != 0;
     }
-    for (int64_t c = 0; c < columns; c += W) {
-      F total = load(bias + c);
-      for (int64_t i = 0; i < n; i++) total = fma(set1(joined_[i]), load(weight + rows_[i] * columns + c), total);
-      const int64_t left = a_.V - c;
-      if (left > 0) store_up_to(logits + c, total, static_cast<int>(left < W ? left : W));
+    for (int64_t c = 0; c < a_.V; c += LEVEL_VECTORS * W) {
+      const int64_t vectors = (a_.V - c + W - 1) / W;
+      with_vectors<LEVEL_VECTORS>(vectors < LEVEL_VECTORS ? vectors : LEVEL_VECTORS, [&](auto known) {
+        constexpr int U = decltype(known)::count;
+        F total[U];
+        for (int u = 0; u < U; u++) total[u] = load(bias + c + u * W);
+        for (int64_t i = 0; i < n; i++) {
+          const float* row = weight + rows_[i] * columns + c;
+          const F times = set1(joined_[i]);
+          for (int u = 0; u < U; u++) total[u] = fma(times, load(row + u * W), total[u]);
+        }
+        for (int u = 0; u < U; u++) {
+          const int64_t left = a_.V - c - u * W;
+          store_up_to(logits + c + u * W, total[u], static_cast<int>(left < W ? left : W));
+        }
+      });
     }
   }
 

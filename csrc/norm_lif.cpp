@@ -391,7 +391,8 @@ void backward(const NormLifBackward& a, const CellType& cell) {
     RowScratch s(scratch.floats() + own * thread, b.p.T, a.C);
     ThresholdSum threshold_sum(a.threshold, a.C, threshold_out, s.threshold);
     const Range rows = share(b.p.rows, thread, threads);
-    // for the usual neuron, code is compiled for exactly what is requested; for others it may also sum what is not read
+    // for the usual neuron with row statistics, code is compiled for exactly what is requested; for others it may also
+    // sum what is not read
     constexpr bool more = !usual<CellType>;
     switch (a.part) {
       case NormLifPart::whole:

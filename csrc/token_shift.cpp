@@ -1,6 +1,6 @@
 // Token shift: channel group i of a row comes from the row i places back or, for the gradient, ahead. Threads share the
 // rows. Limited by memory: every byte is read and written once.
-#include <cstring>
+#include <string.h>
 
 #include "kernels.h"
 #include "parallel.h"

@@ -49,12 +49,12 @@ def has_room(device: torch.device) -> bool:
     return family(device) < 10
 
 
-FORWARD_ONLY = ("keep", "alpha", "DETACH", "SURROGATE")
+BACKWARD_ONLY = ("keep", "alpha", "DETACH", "SURROGATE")
 
 
 def neuron_forward(p: LIFParams) -> dict[str, Any]:
     """`neuron` without the arguments that only the backward pass needs."""
-    return {name: value for name, value in neuron(p).items() if name not in FORWARD_ONLY}
+    return {name: value for name, value in neuron(p).items() if name not in BACKWARD_ONLY}
 
 
 NUMBER, SCALAR, PER_CHANNEL, FULL = range(4)  # what a threshold may be

@@ -401,7 +401,7 @@ _MOST = {  # beyond what memory holds, and below what overflows
     "position_dim": 2**20,
     "heads": 2**20,
     "blocks": 1024,
-    "mlp_ratio": 1024,
+    "mlp_ratio": 2**16,
     "timesteps": 2**16,
 }
 _LEAST_DECAY = 1e-45

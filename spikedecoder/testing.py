@@ -41,6 +41,7 @@ def _rows() -> Iterator[Case]:
         yield Case("lif", f"T{t}", (t, 2, 5, 33))
     yield Case("lif", "empty", (4, 0, 5, 8))
     yield Case("lif", "one", (4, 1))
+    yield Case("lif", "one-neuron", (4,))
     yield Case("lif", "wide", (4, 3, 7, 130))
     yield Case("lif", "soft-reset", (4, 2, 3, 40), {"v_reset": None})
     yield Case("lif", "reset-half", (4, 2, 3, 40), {"v_reset": -0.5})

@@ -381,7 +381,7 @@ def _config(**changes):
         (_config(vocab_size=10**12), "config.json: vocab_size: got 1000000000000, takes 1 to 16777216"),
         (_config(vocab_size=2**24), r"head.linear.bias of shape \(7,\) for \(16777216,\)"),
         (
-            _config(token_dim=2**20, mlp_ratio=1024, timesteps=2**16, max_len=2**24, blocks=100),
+            _config(token_dim=2**20, mlp_ratio=2**16, timesteps=2**16, max_len=2**24, blocks=100),
             "weights do not fit the config: missing blocks.",
         ),
         (_config(format=99), "config.json: got format 99"),

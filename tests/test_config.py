@@ -81,7 +81,7 @@ def test_numbers_of_the_wrong_kind_are_taken_where_nothing_is_lost():
         ({"timesteps": 10**12}, "timesteps: got 1000000000000, takes 1 to 65536"),
         ({"vocab_size": 10**5000}, "vocab_size: got an integer of 16610 bits, takes one of at most 64"),
         ({"max_len": 10**10}, "max_len: got 10000000000, takes 1 to 16777216"),
-        ({"mlp_ratio": 10**18}, "mlp_ratio: got 1000000000000000000, takes 1 to 1024"),
+        ({"mlp_ratio": 10**18}, "mlp_ratio: got 1000000000000000000, takes 1 to 65536"),
         (
             {"vocab_size": 2**20, "token_encoding": "one-hot"},
             "token_encoding: got 'one-hot' with 268435456 channels, takes at most 2097152",

@@ -391,6 +391,17 @@ def test_channels_that_never_change_have_no_variance(variant):
     assert (var == 0).all()
 
 
+@pytest.mark.parametrize("alpha", [1e-60, 1e-30, 1e30, 1e38])
+def test_a_gradient_outlives_any_alpha(alpha, variant):
+    """Far from the threshold the slope is 0, or as good as that, and never NaN."""
+    x = torch.tensor([0.5, 3.0, -2.0, 1.2]).repeat(3, 5).requires_grad_()
+    found = {}
+    for backend in ("reference", "cpu"):
+        with ops.use_backend(backend):
+            found[backend] = torch.autograd.grad(ops.lif(x, alpha=alpha).sum(), x)[0]
+    torch.testing.assert_close(found["cpu"], found["reference"], rtol=1e-5, atol=1e-12)
+
+
 def test_rows_whose_variance_overflows_do_not_look_sound(variant):
     x = torch.randn(4, 6, 80, generator=torch.Generator().manual_seed(0))
     x[1, 2] *= 1e20

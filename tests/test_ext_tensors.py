@@ -171,6 +171,12 @@ def test_whatever_has_to_be_prepared_is_left_to_python():
     mask = native.ilif(neuron(ILIF), x, True, *HOW)[1]
     for g, passes in ((grad, grad), (grad, mask[:, :1]), (grad, mask.bool()), (grad.double(), mask)):
         assert native.ilif_gradient(neuron(ILIF), g, passes, *HOW) is None
+    for wrong in (mask[:, :1], mask.float()):
+        with pytest.raises(ValueError, match="mask: got"):
+            ilif.backward(grad, wrong, ILIF)
+    spread = mask.repeat_interleave(2, -1)[..., ::2]
+    assert torch.equal(ilif.backward(grad, spread, ILIF), ilif.backward(grad, mask, ILIF))
+    assert native.lif(p, t, x[:, 0, 0], None, True, *HOW) is None  # no channels beside the timesteps
     s, w, b = torch.rand(6, C), torch.randn(24, C), torch.randn(24)
     leaves(native.dense_linear, s, w, b, *HOW)
     leaves(native.dense_linear_gradients, torch.rand(6, 24), s, w, True, *HOW)

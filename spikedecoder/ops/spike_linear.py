@@ -221,7 +221,9 @@ def spike_linear(s: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         s: spikes [..., K], exactly 0 and 1 (sparse backends take any other nonzero value for 1), or their
             int64 words [..., ceil(K / 64)], from `pack_spikes` or ``lif(..., packed=True)``: an eighth of a
             byte per spike instead of 2 or 4.
-        weight: [N, K]; bias: [N] or None.
+        weight: [N, K]; bias: [N] or None. What is NaN or infinite in a column that no row's spikes read does
+            not show in y where columns are added up, as it does in a dense product; which of the two is done
+            goes by shape and spike rate.
 
     Returns:
         y [..., N] in the weight's dtype, or autocast's if that is on. Gradients to s (not to words), weight

@@ -32,8 +32,12 @@ def backward(grad: Tensor, mask: Tensor, p: ILIFParams) -> Tensor:
     """Gradient of x."""
     if (done := hand_over(native.ilif_gradient, neuron(p), grad, mask)) is not None:
         return done
+    if mask.shape != grad.shape or mask.dtype != torch.uint8:
+        raise ValueError(
+            f"mask: got {tuple(mask.shape)} of {mask.dtype}, takes {tuple(grad.shape)} of torch.uint8"
+        )
     dtype = grad.dtype
-    grad = dense(grad)
+    grad, mask = dense(grad), mask.contiguous()
     grad_x = empty_like(grad)
     native.ilif_backward(
         *(address(grad), address(mask), address(grad_x), 1 / p.v_threshold),
