@@ -8,7 +8,9 @@ The model is tiny, but every neuron fires and every parameter moves. Bounds: the
 0.1 %, each parameter's way from start to end within 0.2 % of its length. Sums in another order do not reach
 either, as long as they move no spike: all weights changed by 1e-5 of themselves, a hundred roundings, change
 no loss by more than 1e-6. A gradient that is wrong by 1 % does, since it moves spikes, and 200 steps multiply
-that. On a CPU one thread computes: the order in which torch's threads share a sum has been seen to move one.
+that. The seed is one of sixteen tried: no potential of the reference comes within 1e-4 of its threshold; with
+the others some come within 1e-7 to 4e-5, and on one CPU a spike moved. On a CPU one thread computes.
+The committed result of the H200 is of seed 0.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from spikedecoder import SpikeDecoder, SpikeDecoderConfig, use_backend
 from spikedecoder.data import CharTokenizer, WindowSampler, builtin_text
 
-STEPS, LOSS_BOUND, WAY_BOUND = 200, 1e-3, 2e-3
+STEPS, SEED, LOSS_BOUND, WAY_BOUND = 200, 8, 1e-3, 2e-3
 TINY: dict[str, Any] = {
     "blocks": 1, "heads": 1, "token_dim": 6, "position_dim": 2, "mlp_ratio": 1, "timesteps": 2, "max_len": 8,
     "v_threshold": 0.5, "attention_scale": 1.0, "learn_threshold": True,
@@ -37,12 +39,12 @@ TINY: dict[str, Any] = {
 def train(backend: str, device: str, steps: int = STEPS) -> tuple[list[float], dict[str, Tensor]]:
     """(the loss of each step, each parameter's change over all of them)."""
     config = SpikeDecoderConfig.preset("original-char", **TINY)
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model = SpikeDecoder(config).to(device)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # Adam would not see a gradient's scale
     tokens = CharTokenizer.original().encode(builtin_text()[:20_000])
-    sampler = WindowSampler(tokens, config.max_len, 1, seed=0)
+    sampler = WindowSampler(tokens, config.max_len, 1, seed=SEED)
     losses, threads = [], torch.get_num_threads()
     torch.set_num_threads(1)
     with use_backend(backend):
