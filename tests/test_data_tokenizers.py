@@ -64,7 +64,7 @@ def test_stream_equals_whole(data: st.DataObject) -> None:
         np.testing.assert_array_equal(np.concatenate(parts), tokenizer.encode(text, errors))
 
 
-@given(st.text(st.characters(), min_size=1, max_size=60))
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60))  # surrogates are refused
 def test_characters_lose_nothing(text: str) -> None:
     tokenizer = CharTokenizer.from_text(text)
     assert tokenizer.decode(tokenizer.encode(text, errors="strict")) == text
